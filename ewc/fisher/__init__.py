@@ -1,0 +1,43 @@
+r"""Fisher information matrices of neural networks.
+
+**What is computed.**  A network maps an input :math:`x` to outputs
+:math:`f = f_\theta(x) \in R^C`; a likelihood :math:`p(y \mid f)` says what the outputs
+mean.  Let :math:`J_n = \partial f(x_n) / \partial \theta` be the Jacobian of example
+:math:`n` and :math:`s(y) = \partial \log p(y \mid f) / \partial f` the score.  Every
+matrix of this package has the form
+
+.. math:: F = \frac1N \sum_n J_n^\top \Big( \sum_k s_{kn} s_{kn}^\top \Big) J_n ,
+
+the *mean over examples* of pulled-back outer products.  The information of a whole data
+set, :math:`N F`, is always written out: ``fisher.precision``.
+
+**Two choices.**  An *estimator* chooses the vectors :math:`s_{kn}`: an exact factor of
+:math:`E_y[s s^\top]`, scores of sampled targets, or the score of the observed one.  A
+*structure* chooses what of the sum is kept: the diagonal, the dense matrix, and so on.
+The two do not know of each other.
+
+**How it is fast.**  The vectors are pulled back to the *outputs of the layers*, all at
+once, and never to the weights.  For a linear layer with inputs :math:`a` and output
+gradients :math:`g` the diagonal is :math:`(\sum_k g_k^2)^\top (a^2)`: one matrix product,
+with no gradient of a single example ever stored.  With ``C`` classes the exact matrix
+needs :math:`C - 1` vectors.
+"""
+
+from ewc.fisher.compute import fisher_information
+from ewc.fisher.dense import DenseFisher
+from ewc.fisher.diagonal import DiagonalFisher
+from ewc.fisher.estimators import Empirical, Estimator, Exact, MonteCarlo
+from ewc.fisher.matrix import FisherMatrix
+from ewc.fisher.sum import SumFisher
+
+__all__ = [
+    "DenseFisher",
+    "DiagonalFisher",
+    "Empirical",
+    "Estimator",
+    "Exact",
+    "FisherMatrix",
+    "MonteCarlo",
+    "SumFisher",
+    "fisher_information",
+]

@@ -1,0 +1,237 @@
+r"""The verbs of a Fisher matrix, whatever its structure.
+
+A structure supplies ``matvec``, its pieces for saving, and an accumulator.  Every other
+verb has a slow, correct default here, built from the definition; a structure overrides
+those it can do faster.
+"""
+
+import json
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ewc.fisher.layers import Pullback
+from ewc.parameters import Parameters, Shapes, dot, flatten, unflatten
+
+State = tuple[dict[str, Tensor], dict[str, Any]]
+"""A matrix as tensors by name, and a description that JSON can hold."""
+
+
+class Accumulator(Protocol):
+    """What a structure keeps while the data go by."""
+
+    def add(self, pullbacks: Sequence[Pullback]) -> None:
+        r"""Add :math:`\sum_{n,k} v_{kn} v_{kn}^\top` of one chunk of pulled-back vectors."""
+
+    def mean(self, num_examples: int) -> "FisherMatrix":
+        """The sum so far divided by ``num_examples``, as a matrix."""
+
+
+class FisherMatrix(ABC):
+    r"""The mean Fisher information per example, :math:`F = \frac1N \sum_n F_n`, at one theta.
+
+    Vectors (``v``, ``diagonal()``) are :data:`~ewc.parameters.Parameters`; ``p`` is the
+    number of scalar parameters.  All units are nats per squared unit of the parameters.
+
+    Attributes:
+        shapes: the parameters by name, in the flat order.
+        num_examples: :math:`N`, the examples behind the mean.
+    """
+
+    shapes: Shapes
+    num_examples: int
+
+    @classmethod
+    @abstractmethod
+    def accumulator(cls, parameters: Parameters) -> Accumulator:
+        """An empty sum over these parameters, for the pass over the data."""
+
+    @abstractmethod
+    def matvec(self, v: Mapping[str, Tensor]) -> Parameters:
+        """The product :math:`F v`."""
+
+    @abstractmethod
+    def scaled(self, factor: float) -> "FisherMatrix":
+        """The matrix :math:`c F`, with the same ``num_examples``; see ``*``."""
+
+    @abstractmethod
+    def embedded(self, shapes: Shapes) -> "FisherMatrix":
+        """The same matrix over more parameters: zero for new names and new last rows."""
+
+    @abstractmethod
+    def state(self) -> State:
+        """Everything needed to build the matrix again; see :meth:`from_state`."""
+
+    @classmethod
+    @abstractmethod
+    def from_state(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
+        """The matrix described by what :meth:`state` returned."""
+
+    # --- verbs with a slow, correct default ------------------------------------------
+
+    def quadratic_form(self, v: Mapping[str, Tensor]) -> Tensor:
+        r"""The scalar :math:`v^\top F v`: for a small step ``v``, twice the KL in nats."""
+        return dot(v, self.matvec(v))
+
+    def to_dense(self) -> Tensor:
+        """The matrix itself, shape ``[p, p]``, in the flat order."""
+        identity = torch.eye(self.num_parameters, dtype=self.dtype, device=self.device)
+        return torch.stack([flatten(self.matvec(unflatten(e, self.shapes))) for e in identity])
+
+    def diagonal(self) -> Parameters:
+        """The diagonal, by parameter."""
+        return unflatten(self.to_dense().diagonal(), self.shapes)
+
+    def trace(self) -> Tensor:
+        """The sum of the diagonal, a scalar."""
+        return flatten(self.diagonal()).sum()
+
+    def solve(self, v: Mapping[str, Tensor], damping: float) -> Parameters:
+        r"""The solution of :math:`(F + \delta I) u = v`, ``damping`` being :math:`\delta`.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite.
+            torch.linalg.LinAlgError: the damped matrix is not positive definite.
+        """
+        factor = torch.linalg.cholesky(self._damped(damping))
+        return unflatten(torch.cholesky_solve(flatten(v)[:, None], factor)[:, 0], self.shapes)
+
+    def logdet(self, damping: float) -> Tensor:
+        r""":math:`\log \det (F + \delta I)`, a scalar; ``-inf`` where it is singular.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite.
+        """
+        return torch.linalg.slogdet(self._damped(damping)).logabsdet
+
+    def eigenvalues(self) -> Tensor:
+        """All ``p`` eigenvalues in ascending order, shape ``[p]``."""
+        return torch.linalg.eigvalsh(self.to_dense())
+
+    def __add__(self, other: "FisherMatrix") -> "FisherMatrix":
+        r"""The exact sum of two matrices over the same parameters.
+
+        ``num_examples`` add up, so ``(A.precision + B.precision) * (1 / N)`` with the
+        summed ``N`` is the mean over both sets of examples.
+        """
+        from ewc.fisher.sum import SumFisher  # a sum is a structure: it builds on this class
+
+        return SumFisher([self, other])
+
+    def __mul__(self, factor: float) -> "FisherMatrix":
+        """The matrix :math:`c F`, with the same ``num_examples``.
+
+        Raises:
+            ValueError: the factor is negative or not finite (the result would be no
+                Fisher matrix).
+        """
+        check_not_negative(factor, "factor")
+        return self.scaled(factor)
+
+    __rmul__ = __mul__
+
+    # --- what all structures share ----------------------------------------------------
+
+    @property
+    def precision(self) -> "FisherMatrix":
+        """``N F``: the information of the whole data set, a Laplace posterior's precision."""
+        return self.scaled(float(self.num_examples))
+
+    @property
+    def num_parameters(self) -> int:
+        """``p``, the number of scalar parameters."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of the entries."""
+        return next(iter(self.state()[0].values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the entries are."""
+        return next(iter(self.state()[0].values())).device
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The matrix with ``function`` applied to every tensor it holds."""
+        tensors, about = self.state()
+        return self.from_state({key: function(value) for key, value in tensors.items()}, about)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """The matrix on another device or in another floating-point type."""
+        return self.mapped(lambda tensor: tensor.to(device=device, dtype=dtype))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the matrix to ``path`` in the safetensors format (no pickle)."""
+        tensors, about = self.state()
+        copies = {key: value.detach().contiguous().clone() for key, value in tensors.items()}
+        about = {"structure": type(self).__name__, **about}
+        save_file(copies, os.fspath(path), metadata={"ewc": json.dumps(about)})
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "FisherMatrix":
+        """The matrix that :meth:`save` wrote, on the CPU, with its own structure.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file holds no Fisher matrix.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"There is no Fisher matrix at {os.fspath(path)!r}.")
+        with safe_open(os.fspath(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if "ewc" not in metadata:
+                raise ValueError(
+                    f"{os.fspath(path)!r} holds no Fisher matrix: "
+                    "only files written by FisherMatrix.save can be loaded."
+                )
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        about = json.loads(metadata["ewc"])
+        return structure_named(about["structure"]).from_state(tensors, about)
+
+    def __repr__(self) -> str:
+        """One line with the structure, its size and its trace."""
+        return (
+            f"{type(self).__name__}(parameters={self.num_parameters}, "
+            f"tensors={len(self.shapes)}, num_examples={self.num_examples}, "
+            f"trace={float(self.trace()):.6g})"
+        )
+
+    def _damped(self, damping: float) -> Tensor:
+        check_not_negative(damping, "damping")
+        dense = self.to_dense()
+        dense.diagonal().add_(damping)
+        return dense
+
+
+def structure_named(name: str) -> type[FisherMatrix]:
+    """The structure whose class has this name, the users' own included.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found: list[type[FisherMatrix]] = [FisherMatrix]
+    for structure in found:
+        if structure.__name__ == name and structure is not FisherMatrix:
+            return structure
+        found.extend(structure.__subclasses__())
+    known = ", ".join(structure.__name__ for structure in found[1:])
+    raise ValueError(f"Unknown Fisher structure {name!r}: known are {known}.")
+
+
+def check_not_negative(value: float, name: str) -> None:
+    """Check for a finite number that is not negative.
+
+    Raises:
+        ValueError: it is something else; ``name`` names it in the message.
+    """
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} is {value}: it must be a finite number, 0 or above.")

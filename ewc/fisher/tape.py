@@ -1,0 +1,244 @@
+r"""One forward pass, recorded: which layers were used, and how to pull scores back.
+
+The tape hooks every layer that has a rule, keeps its input and the place of its output
+in the autograd graph, and takes gradients with respect to those *outputs*, all score
+vectors at once.  No gradient of a weight is ever formed by autograd.
+
+A rule is trusted only where it is known to be right: the layer's first dimension must be
+the example (seen from how the shapes follow the batch size), and every use of its
+parameters in the graph must be a recorded call (seen by counting).  All other parameters
+go to :class:`~ewc.fisher.per_example.PerExamplePullback`.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from ewc.fisher.layers import RULES, Call, LayerPullback, Pullback
+from ewc.fisher.per_example import PerExamplePullback, quiet_about_speed
+from ewc.parameters import Parameters
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module with a rule.
+
+    Attributes:
+        module: the module.
+        rule: its rule.
+        names: full names of its trainable parameters, by their names in the module.
+    """
+
+    module: nn.Module
+    rule: type[LayerPullback]
+    names: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One use of a layer: its input, and its output's place in the autograd graph."""
+
+    input: Tensor
+    version: int
+    edge: GradientEdge
+    output_size: int
+
+
+def layers_with_rules(model: nn.Module, parameters: Parameters) -> list[Layer]:
+    """The modules of ``model`` whose trainable parameters a rule may cover."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    layers = []
+    for module in model.modules():
+        rule = RULES.get(type(module))
+        own = {local: p for local, p in module._parameters.items() if p is not None}
+        if rule is None or "forward" in vars(module) or not own.keys() <= {"weight", "bias"}:
+            continue
+        trainable = {local: names[id(p)] for local, p in own.items() if id(p) in names}
+        tied = any(owners[id(p)] > 1 for p in own.values())
+        if trainable and not tied and isinstance(own.get("weight"), nn.Parameter):
+            layers.append(Layer(module, rule, trainable))
+    return layers
+
+
+class Tape:
+    """Records the calls of ``layers`` while it is open (a context manager)."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = layers
+        self.records: dict[nn.Module, list[Record]] = defaultdict(list)
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Self:
+        """Put the hooks in place, before all others, so that they see the raw output."""
+        for layer in self.layers:
+            self._handles.append(
+                layer.module.register_forward_hook(self._record, prepend=True, with_kwargs=True)
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Take the hooks away, whatever happened."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _record(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        if output.requires_grad:
+            (value,) = (*args, *kwargs.values())
+            # The edge is taken now: an in-place ReLU behind the layer would later stand
+            # in the output tensor's own place.
+            edge = get_gradient_edge(output)
+            self.records[module].append(
+                Record(value.detach(), value._version, edge, output[0].numel())
+            )
+
+    def output_size(self) -> int:
+        """Scalars that all recorded outputs hold for one example."""
+        return sum(r.output_size for records in self.records.values() for r in records)
+
+
+def layers_by_example(layers: Sequence[Layer], one: Tape, two: Tape) -> list[Layer]:
+    """The layers whose first dimension, and no other, follows the batch size.
+
+    Args:
+        layers: the candidates.
+        one: the tape of a pass over one example.
+        two: the tape of a pass over two.
+    """
+
+    def shapes(tape: Tape, layer: Layer, batch: int) -> list[torch.Size] | None:
+        inputs = [record.input for record in tape.records[layer.module]]
+        if any(value.dim() < 2 or value.shape[0] != batch for value in inputs):
+            return None
+        return [value.shape[1:] for value in inputs]
+
+    return [
+        layer
+        for layer in layers
+        if (single := shapes(one, layer, 1)) is not None and single == shapes(two, layer, 2)
+    ]
+
+
+def graph_of(outputs: Tensor) -> tuple[set[Node], Counter[int]]:
+    """All nodes behind ``outputs``, and how often each leaf tensor is used among them.
+
+    Returns:
+        The nodes, and the number of uses by ``id`` of the leaf.
+    """
+    nodes: set[Node] = set()
+    uses: Counter[int] = Counter()
+    stack = [outputs.grad_fn] if outputs.grad_fn is not None else []
+    while stack:
+        node = stack.pop()
+        if node in nodes:
+            continue
+        nodes.add(node)
+        for following, _ in node.next_functions:
+            if following is None:
+                continue
+            if (leaf := getattr(following, "variable", None)) is not None:
+                uses[id(leaf)] += 1
+            else:
+                stack.append(following)
+    return nodes, uses
+
+
+def pullbacks(
+    model: nn.Module,
+    parameters: Parameters,
+    tape: Tape,
+    inputs: tuple[Tensor, ...],
+    outputs: Tensor,
+    scores: Tensor,
+    vectors_at_once: int,
+) -> Iterator[list[Pullback]]:
+    """The pulled-back score vectors of one forward pass, some vectors at a time.
+
+    Args:
+        model: the network.
+        parameters: its trainable parameters.
+        tape: the record of the pass.
+        inputs: the arguments of ``model`` in the pass.
+        outputs: what it returned, ``[n, c]``.
+        scores: the score vectors, ``[k, n, c]``.
+        vectors_at_once: how many vectors to pull back together.
+
+    Yields:
+        For each part of the vectors, pullbacks that together hold every parameter that
+        takes part in the outputs, each once.
+    """
+    nodes, uses = graph_of(outputs)
+    covered: list[tuple[Layer, list[Record]]] = []
+    by_rule: set[str] = set()
+    for layer in tape.layers:
+        records = [r for r in tape.records[layer.module] if r.edge.node in nodes]
+        counted = all(
+            uses[id(layer.module._parameters[local])] == len(records) for local in layer.names
+        )
+        by_example = all(r.input.shape[0] == outputs.shape[0] for r in records)
+        if records and counted and by_example:
+            covered.append((layer, records))
+            by_rule.update(layer.names.values())
+    others = [n for n, p in parameters.items() if n not in by_rule and uses[id(p)] > 0]
+    edges = [record.edge for _, records in covered for record in records]
+
+    for start in range(0, scores.shape[0], vectors_at_once):
+        part = scores[start : start + vectors_at_once]
+        last = start + vectors_at_once >= scores.shape[0]
+        found: list[Pullback] = []
+        if edges:
+            gradients = iter(pull_back(outputs, edges, part, retain_graph=not last))
+            for layer, records in covered:
+                calls = [Call(_unchanged(r, layer), next(gradients)) for r in records]
+                found.append(layer.rule(layer.module, layer.names, calls))
+        if others:
+            found.append(PerExamplePullback(model, others, inputs, part))
+        yield found
+
+
+def pull_back(
+    outputs: Tensor, edges: Sequence[GradientEdge], scores: Tensor, *, retain_graph: bool
+) -> list[Tensor]:
+    """Gradients of every score vector with respect to layer outputs, ``[k, n, ...]`` each."""
+    if scores.shape[0] > 1:
+        try:
+            # The graph is kept in any case: a failure half-way must be able to start anew.
+            with quiet_about_speed():
+                return list(
+                    torch.autograd.grad(
+                        outputs, edges, scores, retain_graph=True, is_grads_batched=True
+                    )
+                )
+        except RuntimeError:
+            pass  # An operation that vmap cannot take: the vectors one after the other.
+    rows = [
+        torch.autograd.grad(
+            outputs, edges, score, retain_graph=retain_graph or index + 1 < scores.shape[0]
+        )
+        for index, score in enumerate(scores)
+    ]
+    return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+def _unchanged(record: Record, layer: Layer) -> Tensor:
+    if record.input._version != record.version:
+        raise RuntimeError(
+            f"The input of {type(layer.module).__name__} "
+            f"({', '.join(layer.names.values())}) was changed in place after the layer had "
+            "used it: neither training nor the Fisher information can use such a network."
+        )
+    return record.input

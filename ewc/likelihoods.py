@@ -1,0 +1,205 @@
+r"""Likelihoods :math:`p(y \mid f)`: what a network's outputs mean.
+
+The Fisher information of a network needs a likelihood for two things only: the *score*
+:math:`s(y) = \partial \log p(y \mid f) / \partial f`, and score vectors whose outer
+products sum to the Fisher information of the outputs,
+:math:`E_{y \sim p(\cdot \mid f)}[s(y) s(y)^\top]`.
+
+Outputs ``f`` have shape ``[n, c]``: ``n`` examples, ``c`` outputs.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class Likelihood(ABC):
+    r"""The density :math:`p(y \mid f)` of a target given a network's outputs."""
+
+    @abstractmethod
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        r""":math:`\log p(y_n \mid f_n)` in nats, shape ``[n]``."""
+
+    @abstractmethod
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        r""":math:`s_n = \partial \log p(y_n \mid f_n) / \partial f_n`, shape ``[n, c]``."""
+
+    @abstractmethod
+    def fisher_factor(self, outputs: Tensor) -> Tensor:
+        r"""Vectors :math:`s_{kn}` with :math:`\sum_k s_{kn} s_{kn}^\top = E_y[s s^\top]`.
+
+        Returns:
+            Shape ``[k, n, c]``, with as few vectors as the rank of the matrix allows.
+        """
+
+    @abstractmethod
+    def sample(
+        self, outputs: Tensor, num_samples: int, generator: torch.Generator
+    ) -> Tensor:
+        r"""Targets drawn from :math:`p(\cdot \mid f_n)`, shape ``[num_samples, n, ...]``.
+
+        Random numbers are drawn example by example from ``generator`` (a CPU generator),
+        so that cutting the data into other batches draws the same targets.
+        """
+
+    @abstractmethod
+    def kl(self, outputs: Tensor, other: Tensor) -> Tensor:
+        r""":math:`KL(p(\cdot \mid f_n) \| p(\cdot \mid f'_n))` in nats, shape ``[n]``."""
+
+    @abstractmethod
+    def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
+        """Check that ``targets`` can belong to ``outputs``.
+
+        Raises:
+            ValueError: the targets have the wrong shape, or a value that is impossible.
+        """
+
+
+@dataclass(frozen=True)
+class Categorical(Likelihood):
+    r"""One of ``c`` classes: :math:`p(y = k \mid f) = \mathrm{softmax}(f)_k`.
+
+    Targets are class indices, shape ``[n]``.  The score is
+    :math:`e_y - p` and the Fisher information of the logits :math:`\mathrm{diag}(p) - p p^\top`.
+    """
+
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        r""":math:`f_{n y_n} - \log \sum_k e^{f_{nk}}` in nats, shape ``[n]``."""
+        return outputs.log_softmax(1).gather(1, targets.long()[:, None])[:, 0]
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        r""":math:`e_{y_n} - p_n`, shape ``[n, c]``."""
+        score = -outputs.softmax(1)
+        index = targets.long()[:, None]
+        return score.scatter_add(1, index, torch.ones_like(score[:, :1]))
+
+    def fisher_factor(self, outputs: Tensor) -> Tensor:
+        r"""The exact factor of :math:`\mathrm{diag}(p) - p p^\top` in ``c - 1`` vectors.
+
+        The matrix has rank :math:`c - 1`, and its Cholesky factor has a closed form: with
+        the tail sums :math:`t_j = \sum_{i \ge j} p_i`, vector :math:`j < c - 1` is
+        :math:`\sqrt{p_j t_{j+1} / t_j}\,(e_j - \sum_{i > j} p_i / t_{j+1}\, e_i)`.
+        No difference :math:`1 - p` is ever taken, so a saturated softmax loses no digits,
+        and there is one backward pass less than there are classes.
+
+        Returns:
+            Shape ``[c - 1, n, c]``.
+        """
+        probability = outputs.softmax(1)
+        classes = probability.shape[1]
+        tiny = torch.finfo(probability.dtype).tiny
+        tail = probability.flip(1).cumsum(1).flip(1)
+        rest = tail[:, 1:].clamp_min(tiny)
+        pivot = (probability[:, :-1] * (rest / tail[:, :-1].clamp_min(tiny))).sqrt()
+        # column[n, j, i] = -p_i / t_{j+1} for i > j, 1 for i = j, 0 above.
+        column = torch.triu(-(probability[:, None, :] / rest[:, :, None]), diagonal=1)
+        column.diagonal(dim1=1, dim2=2).fill_(1.0)
+        factor = (pivot[:, :, None] * column).transpose(0, 1)
+        assert factor.shape[0] == classes - 1
+        return factor.contiguous()
+
+    def sample(
+        self, outputs: Tensor, num_samples: int, generator: torch.Generator
+    ) -> Tensor:
+        """Class indices by inversion of the cumulative distribution, ``[num_samples, n]``."""
+        uniform = torch.rand(
+            outputs.shape[0], num_samples, generator=generator, dtype=torch.float64
+        )
+        cumulative = outputs.double().softmax(1).cumsum(1)
+        index = torch.searchsorted(cumulative, uniform.to(outputs.device), right=True)
+        return index.clamp_max(outputs.shape[1] - 1).T.contiguous()
+
+    def kl(self, outputs: Tensor, other: Tensor) -> Tensor:
+        r""":math:`\sum_k p_k (\log p_k - \log q_k)` in nats, shape ``[n]``."""
+        log_p, log_q = outputs.log_softmax(1), other.log_softmax(1)
+        return (log_p.exp() * (log_p - log_q)).sum(1)
+
+    def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
+        """Check for class indices ``[n]`` between 0 and ``c - 1``.
+
+        Raises:
+            ValueError: targets of another shape, or a label outside the outputs.
+        """
+        n, classes = outputs.shape
+        if targets.shape != (n,) or targets.is_floating_point():
+            raise ValueError(
+                f"Targets of type {targets.dtype} and shape {list(targets.shape)} are not "
+                f"class indices: the categorical likelihood takes integers of shape [{n}]."
+            )
+        if n and (outside := targets[(targets < 0) | (targets >= classes)]).numel():
+            raise ValueError(
+                f"Label {int(outside[0])} is outside the model's {classes} outputs: "
+                f"allowed are 0 to {classes - 1}."
+            )
+
+
+@dataclass(frozen=True)
+class Gaussian(Likelihood):
+    r"""Independent outputs of known variance: :math:`y \sim N(f, \sigma^2 I)`.
+
+    Targets have the shape of the outputs, ``[n, c]``.  The score is
+    :math:`(y - f) / \sigma^2` and the Fisher information of the outputs :math:`I / \sigma^2`.
+    The matching training loss is :math:`\|y - f\|^2 / (2 \sigma^2)`, summed over outputs and
+    averaged over examples.
+
+    Attributes:
+        variance: :math:`\sigma^2`, in the squared unit of the targets.
+
+    Raises:
+        ValueError: the variance is not a finite number above 0.
+    """
+
+    variance: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the variance."""
+        if not (math.isfinite(self.variance) and self.variance > 0):
+            raise ValueError(
+                f"variance is {self.variance}: it must be a finite number above 0."
+            )
+
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        r""":math:`-\|y - f\|^2 / (2 \sigma^2) - \frac{c}{2} \log 2 \pi \sigma^2`, ``[n]``."""
+        squares = (targets - outputs).square().sum(1) / self.variance
+        return -0.5 * (squares + outputs.shape[1] * math.log(2 * math.pi * self.variance))
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        r""":math:`(y_n - f_n) / \sigma^2`, shape ``[n, c]``."""
+        return (targets.to(outputs.dtype) - outputs) / self.variance
+
+    def fisher_factor(self, outputs: Tensor) -> Tensor:
+        r""":math:`e_k / \sigma` for every output, shape ``[c, n, c]``."""
+        n, c = outputs.shape
+        scaled = torch.eye(c, dtype=outputs.dtype, device=outputs.device)
+        return (scaled / math.sqrt(self.variance))[:, None, :].repeat(1, n, 1)
+
+    def sample(
+        self, outputs: Tensor, num_samples: int, generator: torch.Generator
+    ) -> Tensor:
+        """Targets by inversion of the normal distribution, ``[num_samples, n, c]``."""
+        n, c = outputs.shape
+        uniform = torch.rand(n, num_samples, c, generator=generator, dtype=torch.float64)
+        # ndtri(0) is -inf: the generator's smallest step above 0 takes its place.
+        noise = torch.special.ndtri(uniform.clamp_min(2.0**-54)).transpose(0, 1)
+        return outputs + math.sqrt(self.variance) * noise.to(outputs)
+
+    def kl(self, outputs: Tensor, other: Tensor) -> Tensor:
+        r""":math:`\|f_n - f'_n\|^2 / (2 \sigma^2)` in nats, shape ``[n]``."""
+        return (outputs - other).square().sum(1) / (2 * self.variance)
+
+    def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
+        """Check for finite targets of the outputs' shape.
+
+        Raises:
+            ValueError: targets of another shape, or not finite.
+        """
+        if targets.shape != outputs.shape:
+            raise ValueError(
+                f"Targets of shape {list(targets.shape)} do not fit outputs of shape "
+                f"{list(outputs.shape)}: the Gaussian likelihood takes equal shapes."
+            )
+        if not bool(targets.isfinite().all()):
+            raise ValueError("A target is not finite: the Gaussian likelihood takes numbers.")

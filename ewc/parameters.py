@@ -1,0 +1,118 @@
+r"""Vectors over a network's parameters: one tensor a name, in the order of the model.
+
+Everything in this library that lives in parameter space (a gradient, an anchor, a
+diagonal, a direction :math:`v`) is a ``Parameters``: a plain ``dict`` from the names of
+``model.named_parameters()`` to tensors of the same shapes.  The order of the dict is the
+order of the flat vector.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+Parameters = dict[str, Tensor]
+"""Tensors by parameter name; the order of the keys is the flat order."""
+
+Shapes = dict[str, torch.Size]
+"""Parameter shapes by name, in the flat order."""
+
+
+def trainable_parameters(model: nn.Module) -> Parameters:
+    """The parameters of ``model`` that require a gradient, by name, in the model's order.
+
+    Raises:
+        ValueError: the model has no trainable parameter.
+    """
+    parameters: Parameters = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    if not parameters:
+        raise ValueError(
+            f"{type(model).__name__} has no trainable parameter: at least one of its "
+            "parameters must have requires_grad=True."
+        )
+    return parameters
+
+
+def shapes_of(parameters: Mapping[str, Tensor]) -> Shapes:
+    """The shape of every tensor, by name, in the same order."""
+    return {name: tensor.shape for name, tensor in parameters.items()}
+
+
+def flatten(parameters: Mapping[str, Tensor]) -> Tensor:
+    """All tensors as one vector of shape ``[p]``, in the order of the dict."""
+    return torch.cat([tensor.reshape(-1) for tensor in parameters.values()])
+
+
+def unflatten(vector: Tensor, shapes: Mapping[str, torch.Size]) -> Parameters:
+    """The inverse of :func:`flatten`: views into ``vector`` (shape ``[p]``) by name."""
+    pieces = vector.split([shape.numel() for shape in shapes.values()])
+    return {
+        name: piece.reshape(shape)
+        for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
+    }
+
+
+def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
+    r"""The inner product :math:`\sum_p u_p v_p` of two ``Parameters``, a scalar tensor."""
+    total = torch.stack(
+        [torch.dot(u.reshape(-1), right[name].reshape(-1)) for name, u in left.items()]
+    )
+    return total.sum()
+
+
+def check_same_shapes(
+    vector: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], what: str
+) -> None:
+    """Check that ``vector`` has exactly the names and shapes of ``shapes``.
+
+    Raises:
+        ValueError: a name is missing or foreign, or a shape differs; ``what`` names the
+            vector in the message.
+    """
+    if odd := shapes.keys() ^ vector.keys():
+        name = min(odd)
+        state = "lacks" if name in shapes else "has the unknown"
+        raise ValueError(
+            f"{what} {state} parameter {name!r}: its names must be those of the Fisher "
+            f"matrix ({', '.join(shapes)})."
+        )
+    for name, shape in shapes.items():
+        if vector[name].shape != shape:
+            raise ValueError(
+                f"{what} has shape {list(vector[name].shape)} for parameter {name!r}: "
+                f"the Fisher matrix has {list(shape)}."
+            )
+
+
+def grown_shapes(old: Mapping[str, torch.Size], new: Mapping[str, torch.Size]) -> Shapes:
+    """The union of two sets of shapes, where a parameter may only have grown in rows.
+
+    A parameter that is in both keeps its new shape.  Rows may be added at the end (a
+    classifier that met new classes); everything else must be equal.
+
+    Raises:
+        ValueError: a parameter shrank, or changed in another dimension than the rows.
+    """
+    union = dict(old) | dict(new)
+    for name in old.keys() & new.keys():
+        was, now = old[name], new[name]
+        same_row = len(was) == len(now) and was[1:] == now[1:]
+        if was != now and not (len(was) > 0 and same_row and now[0] >= was[0]):
+            raise ValueError(
+                f"Parameter {name!r} has shape {list(now)} in the model and "
+                f"{list(was)} in the Fisher matrix: only rows added at the end fit."
+            )
+    return union
+
+
+def pad_rows(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """``tensor`` with zero rows appended until it has ``shape``; itself if it fits."""
+    if tensor.shape == shape:
+        return tensor
+    padded = tensor.new_zeros(shape)
+    padded[: tensor.shape[0]] = tensor
+    return padded

@@ -1,0 +1,352 @@
+r"""The Elastic Weight Consolidation penalty, as a module added to any loss.
+
+With a Laplace approximation of the posterior after each task, the log-posterior of the
+parameters while task :math:`T` with :math:`N` examples is learnt is, per example of that
+task, the loss plus
+
+.. math:: \tfrac12 \lambda \sum_{t < T} \frac{N_t}{N}
+          (\theta - \theta_t^*)^\top F_t (\theta - \theta_t^*)
+
+(Kirkpatrick et al. 2017, arXiv:1612.00796, equation 3).  :math:`\lambda = 1` is the Bayes
+value, whatever the sizes of tasks and batches, for a loss that is a mean over examples.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ewc.fisher.diagonal import DiagonalFisher
+from ewc.fisher.matrix import FisherMatrix, check_not_negative, structure_named
+from ewc.parameters import (
+    Parameters,
+    Shapes,
+    check_same_shapes,
+    dot,
+    flatten,
+    grown_shapes,
+    pad_rows,
+    shapes_of,
+)
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    r"""The function :math:`\frac12 (\theta - a)^\top P (\theta - a) + c`.
+
+    Attributes:
+        precision: :math:`P`, a Fisher matrix times its number of examples.
+        anchor: :math:`a`.
+        constant: :math:`c`, in nats.
+    """
+
+    precision: FisherMatrix
+    anchor: Parameters
+    constant: float = 0.0
+
+    def embedded(self, shapes: Shapes) -> "Quadratic":
+        """The same function over more parameters, flat in the new ones."""
+        like = next(iter(self.anchor.values()))
+        anchor = {
+            name: pad_rows(self.anchor[name], shape)
+            if name in self.anchor
+            else like.new_zeros(shape)
+            for name, shape in shapes.items()
+        }
+        return Quadratic(self.precision.embedded(shapes), anchor, self.constant)
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "Quadratic":
+        """The function with ``function`` applied to every tensor (a move, a cast)."""
+        anchor = {name: function(tensor) for name, tensor in self.anchor.items()}
+        return Quadratic(self.precision.mapped(function), anchor, self.constant)
+
+
+def completed_square(first: Quadratic, second: Quadratic) -> Quadratic:
+    r"""The sum of two diagonal quadratics as one, exactly.
+
+    With :math:`P = p + q` and :math:`m = a + \frac{q}{P} (b - a)`,
+    :math:`p (\theta - a)^2 + q (\theta - b)^2 = P (\theta - m)^2 + \frac{pq}{P} (b - a)^2`.
+    No large terms cancel.  Both must have the same parameters.
+    """
+    p, q = first.precision.diagonal(), second.precision.diagonal()
+    total, anchor, constant = {}, {}, first.constant + second.constant
+    for name in p:
+        total[name] = p[name] + q[name]
+        share = torch.where(total[name] > 0, q[name] / total[name], 0.0)
+        gap = second.anchor[name] - first.anchor[name]
+        anchor[name] = first.anchor[name] + share * gap
+        constant += 0.5 * float((p[name] * share * gap.square()).sum(dtype=torch.float64))
+    examples = first.precision.num_examples + second.precision.num_examples
+    return Quadratic(DiagonalFisher(total, examples), anchor, constant)
+
+
+@dataclass(frozen=True)
+class Separate:
+    """One quadratic a task, each around its own anchor (Kirkpatrick et al. 2017).
+
+    Diagonal matrices are summed into one quadratic, with the same value and gradient, so
+    time and memory do not grow with the number of tasks; other structures keep a term a
+    task.
+    """
+
+    def consolidated(self, terms: list[Quadratic], new: Quadratic) -> list[Quadratic]:
+        """The terms after a task whose own term is ``new``."""
+        diagonal = isinstance(new.precision, DiagonalFisher)
+        if terms and diagonal and isinstance(terms[-1].precision, DiagonalFisher):
+            return [*terms[:-1], completed_square(terms[-1], new)]
+        return [*terms, new]
+
+
+@dataclass(frozen=True)
+class Online:
+    r"""One quadratic around the last anchor, :math:`P \leftarrow \gamma P + N_t F_t`.
+
+    Schwarz et al. 2018, arXiv:1805.06370, section 3: the decay multiplies the old sum and
+    the anchor moves to the latest parameters.
+
+    Attributes:
+        decay: :math:`\gamma`, from 0 (only the last task counts) to 1 (all count fully).
+
+    Raises:
+        ValueError: ``decay`` is outside [0, 1].
+    """
+
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the decay."""
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay is {self.decay}: it must lie in [0, 1].")
+
+    def consolidated(self, terms: list[Quadratic], new: Quadratic) -> list[Quadratic]:
+        """The one term after a task whose own term is ``new``."""
+        if not terms:
+            return [new]
+        (old,) = terms
+        return [Quadratic(self.decay * old.precision + new.precision, new.anchor)]
+
+
+Consolidation = Separate | Online
+
+
+class EWCPenalty(nn.Module):
+    r"""The penalty :math:`\frac12 \lambda \sum_t \frac{N_t}{N} (\theta - \theta_t^*)^\top F_t (\theta - \theta_t^*)`.
+
+    Use it as ``loss = criterion(model(x), y) + penalty(model)``.  Parameters are matched
+    by name.  A parameter that came later, or rows that a parameter gained since (a
+    classifier that met new classes), are free.
+
+    Args:
+        strength: :math:`\lambda`; 1 is the Bayes value.
+        consolidation: how tasks are put together, :class:`Separate` or :class:`Online`.
+
+    Attributes:
+        num_examples: :math:`N`, the size of the task in training.  ``None`` stands for the
+            size of the last consolidated task, so that tasks of one size weigh 1.
+
+    Raises:
+        ValueError: the strength is negative or not finite.
+    """
+
+    def __init__(self, strength: float = 1.0, consolidation: Consolidation = Separate()) -> None:  # noqa: B008 - a frozen value
+        super().__init__()
+        self.strength = strength
+        self.consolidation = consolidation
+        self.num_examples: int | None = None
+        self.terms: list[Quadratic] = []
+        self._last_num_examples = 0
+
+    @property
+    def strength(self) -> float:
+        r""":math:`\lambda`, a finite number, 0 or above."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        check_not_negative(value, "strength")
+        self._strength = float(value)
+
+    def consolidate(self, fisher: FisherMatrix, model: nn.Module) -> None:
+        """Remember a task: its Fisher information, and the model's parameters as anchor.
+
+        Args:
+            fisher: the mean Fisher information of the task at the model's parameters.
+            model: the model that has just learnt the task.
+
+        Raises:
+            ValueError: the names or shapes of ``fisher`` do not fit the model, or an entry
+                is not finite.  The penalty is then as it was.
+        """
+        parameters = dict(model.named_parameters())
+        present = {n: p.detach().clone() for n, p in parameters.items() if n in fisher.shapes}
+        check_same_shapes(present, fisher.shapes, type(model).__name__)
+        for name, entries in fisher.diagonal().items():
+            if not bool(entries.isfinite().all()):
+                raise ValueError(
+                    f"The Fisher information of parameter {name!r} is not finite: it cannot "
+                    "be consolidated."
+                )
+        new = Quadratic(fisher.precision, present)
+        old = [self._on_device_of(term, present) for term in self.terms]
+        union = fisher.shapes
+        for term in old:
+            union = grown_shapes(term.precision.shapes, union)
+        if union != fisher.shapes or list(union) != list(fisher.shapes):
+            new = new.embedded(union)
+        old = [
+            term if term.precision.shapes == union else term.embedded(union) for term in old
+        ]
+        self.terms = self.consolidation.consolidated(old, new)
+        self._last_num_examples = fisher.num_examples
+
+    def forward(self, model: nn.Module) -> Tensor:
+        """The penalty at the model's present parameters, a scalar in nats per example.
+
+        Raises:
+            ValueError: a remembered parameter is gone from the model, or its shape changed
+                in another way than by new rows.
+        """
+        if not self.terms:
+            like = next(model.parameters(), torch.zeros(()))
+            return torch.zeros((), device=like.device, dtype=like.dtype)
+        names = self._fit(model)
+        # Looked up module by module: named_parameters() would walk the whole network.
+        parameters = [model.get_parameter(name) for name in names]
+        scale = self.strength / (self.num_examples or self._last_num_examples)
+        value: Tensor = _QuadraticForm.apply(self.terms, scale, names, *parameters)
+        return value
+
+    @property
+    def fisher_trace(self) -> float:
+        """The trace of the summed precision that the penalty holds, 0 before any task."""
+        return float(sum(float(term.precision.trace()) for term in self.terms))
+
+    def extra_repr(self) -> str:
+        """The strength and the consolidation, for printing."""
+        return f"strength={self.strength:g}, consolidation={self.consolidation}"
+
+    # --- moving and saving ------------------------------------------------------------
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Everything, as tensors and plain values: what ``state_dict()`` holds."""
+        terms = []
+        for term in self.terms:
+            tensors, about = term.precision.state()
+            about = {"structure": type(term.precision).__name__, **about}
+            terms.append(
+                {
+                    "precision": tensors,
+                    "about": about,
+                    "anchor": term.anchor,
+                    "constant": term.constant,
+                }
+            )
+        decay = self.consolidation.decay if isinstance(self.consolidation, Online) else None
+        return {
+            "strength": self.strength,
+            "decay": decay,
+            "num_examples": self.num_examples,
+            "last_num_examples": self._last_num_examples,
+            "terms": terms,
+        }
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`get_extra_state`; called by ``load_state_dict``."""
+        self.strength = state["strength"]
+        decay = state["decay"]
+        self.consolidation = Separate() if decay is None else Online(decay)
+        self.num_examples = state["num_examples"]
+        self._last_num_examples = state["last_num_examples"]
+        self.terms = [
+            Quadratic(
+                structure_named(term["about"]["structure"]).from_state(
+                    term["precision"], term["about"]
+                ),
+                dict(term["anchor"]),
+                term["constant"],
+            )
+            for term in state["terms"]
+        ]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What ``.to()``, ``.double()`` and the like go through."""
+        super()._apply(fn, recurse)
+        self.terms = [term.mapped(fn) for term in self.terms]
+        return self
+
+    # --- matching the model -----------------------------------------------------------
+
+    def _fit(self, model: nn.Module) -> list[str]:
+        """Let the terms follow the model's growth and device; the names they are over."""
+        names = list(self.terms[-1].precision.shapes)
+        try:
+            now = {name: model.get_parameter(name) for name in names}
+        except AttributeError:
+            known = dict(model.named_parameters())
+            name = next(name for name in names if name not in known)
+            raise ValueError(
+                f"{type(model).__name__} has no parameter {name!r}, which the penalty "
+                "remembers: a model may gain parameters between tasks, not lose them."
+            ) from None
+        for index, term in enumerate(self.terms):
+            if any(p.shape != term.anchor[n].shape for n, p in now.items()):
+                shapes = grown_shapes(term.precision.shapes, shapes_of(now))
+                term = term.embedded(shapes)  # noqa: PLW2901
+            self.terms[index] = self._on_device_of(term, now)
+        return names
+
+    @staticmethod
+    def _on_device_of(term: Quadratic, parameters: Parameters) -> Quadratic:
+        """``term`` where the parameters are, and in their type."""
+        name = next(iter(term.anchor))
+        here = parameters.get(name, next(iter(parameters.values())))
+        if (here.device, here.dtype) == (term.anchor[name].device, term.anchor[name].dtype):
+            return term
+        return term.mapped(lambda tensor: tensor.to(here.device, here.dtype))
+
+
+class _QuadraticForm(torch.autograd.Function):
+    """The sum of quadratics, with its gradient written down instead of traced.
+
+    The gradient is made along with the value, in one sweep over the parameters; autograd
+    would keep three tensors a parameter and sweep twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, terms: list[Quadratic], scale: float, names: list[str], *parameters: Tensor
+    ) -> Tensor:
+        here = dict(zip(names, parameters, strict=True))
+        gradient: Parameters = {}
+        value = 0.0
+        for term in terms:
+            step = {name: here[name] - anchor for name, anchor in term.anchor.items()}
+            product = term.precision.matvec(step)
+            value = value + 0.5 * dot(step, product) + term.constant
+            if gradient:
+                for name, tensor in product.items():
+                    gradient[name] = gradient[name] + tensor
+            else:
+                gradient = product
+        ctx.gradient = [gradient[name] for name in names]
+        ctx.terms, ctx.scale, ctx.names = terms, scale, names
+        ctx.save_for_backward(*parameters)
+        return scale * value
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        (upstream,) = outer
+        if torch.is_grad_enabled():
+            # create_graph=True: a second derivative is wanted, so the gradient is traced.
+            here = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+            total: Parameters = {}
+            for term in ctx.terms:
+                step = {name: here[name] - anchor for name, anchor in term.anchor.items()}
+                for name, tensor in term.precision.matvec(step).items():
+                    total[name] = total[name] + tensor if name in total else tensor
+            factor = ctx.scale * upstream
+            return (None, None, None, *(factor * total[name] for name in ctx.names))
+        factor = ctx.scale * upstream
+        return (None, None, None, *(factor * tensor for tensor in ctx.gradient))

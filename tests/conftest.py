@@ -1,0 +1,99 @@
+"""What every test shares: real data, models of all kinds, and a machine left as it was."""
+
+import os
+import struct
+from pathlib import Path
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+import torch
+from torch import nn
+
+torch.set_num_threads(1)
+
+MNIST_ROOT = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _hermetic(tmp_path, monkeypatch):
+    """W&B writes into the test's own folder and never talks to anyone."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR", "ARTIFACT_DIR"):
+        monkeypatch.setenv(f"WANDB_{name}", str(tmp_path / "wandb"))
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def mnist_root():
+    """The folder that holds MNIST/raw, or a skip."""
+    if not (MNIST_ROOT / "MNIST" / "raw").is_dir():
+        pytest.skip(f"MNIST is not at {MNIST_ROOT}")
+    return MNIST_ROOT
+
+
+@pytest.fixture(scope="session")
+def mnist(mnist_root):
+    """The first 2,000 training images ([n, 784], 0..1) and labels of real MNIST."""
+    raw = mnist_root / "MNIST" / "raw"
+    n = 2000
+    with (raw / "train-images-idx3-ubyte").open("rb") as file:
+        _, _, rows, columns = struct.unpack(">4i", file.read(16))
+        pixels = np.frombuffer(file.read(n * rows * columns), np.uint8).copy()
+    with (raw / "train-labels-idx1-ubyte").open("rb") as file:
+        file.read(8)
+        labels = np.frombuffer(file.read(n), np.uint8).copy()
+    images = torch.from_numpy(pixels).reshape(n, rows * columns).float() / 255
+    return images, torch.from_numpy(labels).long()
+
+
+class Scale(nn.Module):
+    """A layer no rule covers: a learned scale and shift."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.scale = nn.Parameter(1 + 0.1 * torch.randn(features))
+        self.shift = nn.Parameter(0.1 * torch.randn(features))
+
+    def forward(self, x):
+        return x * self.scale + self.shift
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 4))
+
+
+def cnn_with_batchnorm():
+    model = nn.Sequential(
+        nn.Unflatten(1, (1, 6, 6)),
+        nn.Conv2d(1, 4, 3, padding=1, stride=2),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 2, groups=2, padding="same", padding_mode="circular", bias=False),
+        nn.Flatten(),
+        nn.Dropout(0.5),
+        nn.Linear(54, 3),
+    )
+    model[2].running_mean.normal_()
+    model[2].running_var.uniform_(0.5, 2.0)
+    return model
+
+
+def without_rule():
+    return nn.Sequential(nn.Linear(6, 5), Scale(5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 3))
+
+
+MODELS = {"mlp": (mlp, 6), "cnn_batchnorm": (cnn_with_batchnorm, 36), "no_rule": (without_rule, 6)}
+
+
+@pytest.fixture(params=MODELS)
+def network(request):
+    """A small network in double precision, in training mode, and 7 inputs and labels."""
+    build, features = MODELS[request.param]
+    model = build().double()
+    x = torch.randn(7, features, dtype=torch.float64)
+    classes = model(x).shape[1]
+    y = torch.randint(classes, (7,))
+    return model.train(), x, y

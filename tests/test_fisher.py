@@ -1,0 +1,438 @@
+"""Fisher information against brute force, and what the pass leaves untouched."""
+
+import pytest
+import reference
+import torch
+from conftest import MODELS
+from torch import nn
+
+from ewc import (
+    Categorical,
+    DenseFisher,
+    DiagonalFisher,
+    Empirical,
+    Exact,
+    Gaussian,
+    MonteCarlo,
+    fisher_information,
+)
+from ewc.fisher import layers as layer_rules
+from ewc.parameters import flatten
+
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def batches(x, y, size):
+    return list(zip(x.split(size), y.split(size), strict=True))
+
+
+def oracle(model, x, y, likelihood, estimator):
+    """The dense matrix from the definition, the model in evaluation mode."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    examples = [(x_n,) for x_n in x]
+    if isinstance(estimator, Empirical):
+        variance = likelihood.variance if isinstance(likelihood, Gaussian) else None
+        matrix = reference.empirical_fisher(model, examples, y, variance)
+    elif isinstance(likelihood, Gaussian):
+        matrix = reference.gaussian_fisher(model, examples, likelihood.variance)
+    else:
+        matrix = reference.categorical_fisher(model, examples)
+    for module, mode in modes:
+        module.training = mode
+    return matrix
+
+
+def targets_for(model, x, y, likelihood):
+    return y if isinstance(likelihood, Categorical) else torch.randn_like(model(x).detach())
+
+
+@pytest.mark.parametrize("likelihood", [Categorical(), Gaussian(0.7)], ids=repr)
+@pytest.mark.parametrize("estimator", [Exact(), Empirical()], ids=repr)
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_dense_and_diagonal_equal_brute_force(network, likelihood, estimator, size):
+    model, x, y = network
+    y = targets_for(model, x, y, likelihood)
+    expected = oracle(model, x, y, likelihood, estimator)
+    data = batches(x, y, size)
+    dense = fisher_information(
+        model, data, likelihood, estimator=estimator, structure=DenseFisher
+    )
+    diagonal = fisher_information(model, data, likelihood, estimator=estimator)
+    torch.testing.assert_close(dense.to_dense(), expected, **EXACT)
+    torch.testing.assert_close(flatten(diagonal.diagonal()), expected.diagonal(), **EXACT)
+    assert dense.num_examples == diagonal.num_examples == 7
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("estimator", [Exact(), Empirical()], ids=repr)
+def test_single_precision_is_right_to_1e_5(name, estimator):
+    build, features = MODELS[name]
+    model = build()
+    x = torch.randn(7, features)
+    y = torch.randint(3, (7,))
+    fisher = fisher_information(model, batches(x, y, 4), estimator=estimator)
+    model.double()
+    expected = oracle(model, x.double(), y, Categorical(), estimator).diagonal()
+    found = flatten(fisher.diagonal())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(
+        found.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.max())
+    )
+
+
+@pytest.mark.parametrize("likelihood", [Categorical(), Gaussian(0.7)], ids=repr)
+def test_monte_carlo_is_unbiased(network, likelihood):
+    model, x, y = network
+    y = targets_for(model, x, y, likelihood)
+    expected = oracle(model, x, y, likelihood, Exact()).diagonal()
+    estimates = torch.stack(
+        [
+            flatten(
+                fisher_information(
+                    model, [(x, y)], likelihood, estimator=MonteCarlo(20, seed=seed)
+                ).diagonal()
+            )
+            for seed in range(200)
+        ]
+    )
+    error = estimates.std(0) / len(estimates) ** 0.5
+    z = (estimates.mean(0) - expected)[error > 0] / error[error > 0]
+    assert bool((expected[error == 0] < 1e-12).all())
+    # Each z is about standard normal; over some hundred dependent ones the largest stays
+    # under 5, and their mean square is about 1.
+    assert float(z.abs().max()) < 5
+    assert 0.3 < float(z.square().mean()) < 3
+
+
+def test_monte_carlo_error_falls_as_the_square_root():
+    model = MODELS["mlp"][0]().double()
+    x, y = torch.randn(10, 6, dtype=torch.float64), torch.zeros(10, dtype=torch.long)
+    exact = fisher_information(model, [(x, y)]).trace()
+    counts = torch.tensor([1, 4, 16, 64, 256])
+    errors = torch.stack(
+        [
+            torch.stack(
+                [
+                    fisher_information(
+                        model, [(x, y)], estimator=MonteCarlo(int(count), seed=seed)
+                    ).trace()
+                    - exact
+                    for seed in range(100)
+                ]
+            )
+            .square()
+            .mean()
+            .sqrt()
+            for count in counts
+        ]
+    )
+    log_counts = counts.double().log()
+    centred = log_counts - log_counts.mean()
+    slope = (centred * errors.log()).sum() / centred.square().sum()
+    # 100 squared errors give each root mean square to about 7 %, the slope to about 0.02.
+    assert abs(float(slope) + 0.5) < 0.06
+
+
+@pytest.mark.parametrize("likelihood", [Categorical(), Gaussian(0.7)], ids=repr)
+def test_monte_carlo_does_not_depend_on_the_batches(likelihood):
+    model = MODELS["mlp"][0]().double()
+    x = torch.randn(40, 6, dtype=torch.float64)
+    y = torch.zeros(40, dtype=torch.long)
+    y = targets_for(model, x, y, likelihood)
+    one, other, third = (
+        fisher_information(model, batches(x, y, size), likelihood, estimator=MonteCarlo(3, 5))
+        for size in (1, 17, 40)
+    )
+    torch.testing.assert_close(one.diagonal(), other.diagonal())
+    torch.testing.assert_close(one.diagonal(), third.diagonal())
+
+
+def test_duplicated_data_give_the_same_mean(network):
+    model, x, y = network
+    once = fisher_information(model, [(x, y)])
+    twice = fisher_information(model, [(x, y), (x, y)])
+    torch.testing.assert_close(once.diagonal(), twice.diagonal(), **EXACT)
+    torch.testing.assert_close(
+        twice.precision.trace(), 14 * once.trace(), **EXACT
+    )
+
+
+def test_small_chunks_change_nothing(network, monkeypatch):
+    model, x, y = network
+    whole = fisher_information(model, [(x, y)], structure=DenseFisher)
+    diagonal = fisher_information(model, [(x, y)])
+    monkeypatch.setattr(layer_rules, "CHUNK_BYTES", 1)
+    monkeypatch.setattr("ewc.fisher.compute.CHUNK_BYTES", 1)
+    parts = fisher_information(model, [(x, y)], structure=DenseFisher)
+    torch.testing.assert_close(parts.to_dense(), whole.to_dense(), **EXACT)
+    found = fisher_information(model, [(x, y)])
+    torch.testing.assert_close(found.diagonal(), diagonal.diagonal(), **EXACT)
+
+
+class Sequential2d(nn.Module):
+    """Linear layers on [n, t, d]: one weight at many positions of an example."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.inner(x.unflatten(1, (2, 3)))).sum(1))
+
+
+class TimeFirst(Sequential2d):
+    """The positions come first: dimension 0 is not the example."""
+
+    def forward(self, x):
+        hidden = self.inner(x.unflatten(1, (2, 3)).transpose(0, 1))
+        return self.head(torch.tanh(hidden).sum(0))
+
+
+class FoldedRows(Sequential2d):
+    """Examples and positions share one dimension of rows."""
+
+    def forward(self, x):
+        hidden = self.inner(x.reshape(-1, 3)).reshape(-1, 2, 4)
+        return self.head(torch.tanh(hidden).sum(1))
+
+
+class CalledTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.square = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.square(torch.tanh(self.square(x)))))
+
+
+class TiedWeights(CalledTwice):
+    def __init__(self):
+        super().__init__()
+        self.copy = nn.Linear(6, 6)
+        self.copy.weight = self.square.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.copy(torch.tanh(self.square(x)))))
+
+
+class UsedOutside(CalledTwice):
+    """The layer's weight is also used without the layer being called."""
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.square(x) @ self.square.weight))
+
+
+class Branching(CalledTwice):
+    """A branch on the data: nothing can be vectorised over examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return self.head(self.square(x) * self.scale if x.sum() > 0 else self.square(x).sin())
+
+
+class Identity(torch.autograd.Function):
+    """An operation that does not say how to be vectorised."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.clone()
+
+
+class Opaque(CalledTwice):
+    def forward(self, x):
+        return self.head(Identity.apply(torch.tanh(self.square(x))))
+
+
+def normed():
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)), nn.Linear(4, 3))
+
+
+def frozen_weight():
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+    model[0].weight.requires_grad_(False)
+    model[2].bias.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        Sequential2d,
+        TimeFirst,
+        FoldedRows,
+        CalledTwice,
+        TiedWeights,
+        UsedOutside,
+        Branching,
+        Opaque,
+        normed,
+        frozen_weight,
+    ],
+)
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_any_use_of_a_layer_is_right(build, n):
+    model = build().double()
+    x = torch.randn(n, 6, dtype=torch.float64)
+    y = torch.randint(3, (n,))
+    if build is Branching:
+        examples = batches(x, y, 1)  # its branch looks at the whole batch
+    else:
+        examples = [(x, y)]
+    expected = oracle(model, x, y, Categorical(), Exact())
+    dense = fisher_information(model, examples, structure=DenseFisher)
+    torch.testing.assert_close(dense.to_dense(), expected, **EXACT)
+    diagonal = fisher_information(model, examples)
+    torch.testing.assert_close(flatten(diagonal.diagonal()), expected.diagonal(), **EXACT)
+
+
+def test_unused_parameters_have_zero_information():
+    model = CalledTwice().double()
+    model.unused = nn.Linear(2, 2).double()
+    x, y = torch.randn(3, 6, dtype=torch.float64), torch.zeros(3, dtype=torch.long)
+    fisher = fisher_information(model, [(x, y)])
+    assert float(fisher.diagonal()["unused.weight"].abs().max()) == 0.0
+    assert list(fisher.diagonal()) == [name for name, _ in model.named_parameters()]
+
+
+class TwoHeads(nn.Module):
+    """Multi-head in Avalanche's way: the task labels pick the head of every example."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(6, 4)
+        self.heads = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
+
+    def forward(self, x, task_labels):
+        hidden = torch.tanh(self.body(x))
+        out = hidden.new_zeros(len(x), 3)
+        for task in torch.unique(task_labels):
+            mask = task_labels == task
+            out[mask] = self.heads[int(task)](hidden[mask])
+        return out
+
+
+@pytest.mark.parametrize("tasks", [[1, 1, 1, 1], [0, 1, 1, 0]])
+def test_task_labels_pick_the_head(tasks):
+    model = TwoHeads().double()
+    x, task = torch.randn(4, 6, dtype=torch.float64), torch.tensor(tasks)
+    y = torch.tensor([0, 2, 1, 1])
+    examples = [(x_n, t_n) for x_n, t_n in zip(x, task, strict=True)]
+    expected = reference.categorical_fisher(model, examples)
+    fisher = fisher_information(model, [(x, y, task)], structure=DenseFisher)
+    torch.testing.assert_close(fisher.to_dense(), expected, **EXACT)
+
+
+def test_task_labels_are_dropped_for_a_model_without_tasks():
+    model = CalledTwice().double()
+    x, y = torch.randn(3, 6, dtype=torch.float64), torch.zeros(3, dtype=torch.long)
+    with_task = fisher_information(model, [(x, y, torch.ones(3, dtype=torch.long))])
+    torch.testing.assert_close(
+        with_task.diagonal(), fisher_information(model, [(x, y)]).diagonal()
+    )
+
+
+def test_saturated_outputs_keep_their_digits():
+    model = nn.Linear(1, 3, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[30.0], [0.0], [-5.0]]))
+    x, y = torch.ones(1, 1), torch.zeros(1, dtype=torch.long)
+    expected = oracle(model, x.double(), y, Categorical(), Exact()).diagonal()
+    found = fisher_information(model.float(), [(x, y)]).diagonal()["weight"]
+    # 1 - p is 9e-14 here: in single precision it would be 0.
+    torch.testing.assert_close(found[:, 0].double(), expected, rtol=1e-5, atol=0)
+
+
+class Disturbing(nn.Module):
+    """Writes to a buffer and draws random numbers even in evaluation mode."""
+
+    def __init__(self, fails=False):
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("calls", torch.zeros(()))
+        self.fails = fails
+
+    def forward(self, x):
+        self.calls += 1
+        torch.rand(3)
+        if self.fails and self.calls > 3:
+            raise RuntimeError("broken on purpose")
+        return self.norm(self.linear(x))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_pass_leaves_the_model_as_it_was(fails):
+    model = Disturbing(fails)
+    model.norm.eval()  # a mode of its own, as for a frozen layer
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    x, y = torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(x, y), batch_size=1, shuffle=True
+    )
+    if fails:
+        with pytest.raises(RuntimeError, match="broken on purpose"):
+            fisher_information(model, loader)
+    else:
+        with torch.no_grad():
+            fisher_information(model, loader)
+    assert model.training
+    assert model.linear.training
+    assert not model.norm.training
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    assert all(bool((p.grad == 1).all()) for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert not model.linear._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "The data are empty"),
+        ([(torch.zeros(0, 6), torch.zeros(0, dtype=torch.long))], "The data are empty"),
+        ([torch.zeros(2, 6)], "Batch 0 is a Tensor"),
+        ([(torch.zeros(2, 6), torch.zeros(3, dtype=torch.long))], "must be equal"),
+        ([(torch.zeros(2, 6), torch.tensor([0, 3]))], "Label 3 is outside .* 0 to 2"),
+        ([(torch.zeros(2, 6), torch.tensor([-1, 0]))], "Label -1 is outside"),
+        ([(torch.zeros(2, 6), torch.zeros(2, 3))], "not class indices"),
+        ([(torch.full((2, 6), torch.nan), torch.tensor([0, 0]))], "not finite"),
+    ],
+)
+def test_wrong_data_are_named(data, message):
+    with pytest.raises(ValueError, match=message):
+        fisher_information(CalledTwice(), data)
+
+
+def test_wrong_models_are_named():
+    x, y = torch.randn(2, 6), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        fisher_information(CalledTwice().requires_grad_(False), [(x, y)])
+    coupled = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3, track_running_stats=False))
+    with pytest.raises(ValueError, match="track_running_stats=True"):
+        fisher_information(coupled, [(x, y)])
+    with pytest.raises(ValueError, match=r"shape \[n, c\]"):
+        fisher_information(nn.Sequential(nn.Linear(6, 4), nn.Unflatten(1, (2, 2))), [(x, y)])
+    with pytest.raises(ValueError, match="takes task labels"):
+        fisher_information(TwoHeads(), [(x, y)])
+
+
+def test_real_digits_of_mnist(mnist):
+    images, labels = mnist
+    model = nn.Sequential(nn.Linear(784, 12), nn.ReLU(), nn.Linear(12, 10)).double()
+    x, y = images[:12].double(), labels[:12]
+    expected = oracle(model, x, y, Categorical(), Exact()).diagonal()
+    fisher = fisher_information(model, batches(x, y, 5))
+    torch.testing.assert_close(flatten(fisher.diagonal()), expected, **EXACT)
+    assert isinstance(fisher, DiagonalFisher)
