@@ -98,8 +98,8 @@ def grown_shapes(old: Mapping[str, torch.Size], new: Mapping[str, torch.Size]) -
         ValueError: a parameter shrank, or changed in another dimension than the rows.
     """
     union = dict(old) | dict(new)
-    for name in old.keys() & new.keys():
-        was, now = old[name], new[name]
+    for name, was in old.items():
+        now = union[name]
         same_row = len(was) == len(now) and was[1:] == now[1:]
         if was != now and not (len(was) > 0 and same_row and now[0] >= was[0]):
             raise ValueError(

@@ -318,35 +318,34 @@ class _QuadraticForm(torch.autograd.Function):
     def forward(
         ctx: Any, terms: list[Quadratic], scale: float, names: list[str], *parameters: Tensor
     ) -> Tensor:
-        here = dict(zip(names, parameters, strict=True))
-        gradient: Parameters = {}
-        value = 0.0
-        for term in terms:
-            step = {name: here[name] - anchor for name, anchor in term.anchor.items()}
-            product = term.precision.matvec(step)
-            value = value + 0.5 * dot(step, product) + term.constant
-            if gradient:
-                for name, tensor in product.items():
-                    gradient[name] = gradient[name] + tensor
-            else:
-                gradient = product
-        ctx.gradient = [gradient[name] for name in names]
         ctx.terms, ctx.scale, ctx.names = terms, scale, names
         ctx.save_for_backward(*parameters)
+        value, ctx.gradient = _value_and_gradient(terms, dict(zip(names, parameters, strict=True)))
         return scale * value
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        (upstream,) = outer
-        if torch.is_grad_enabled():
-            # create_graph=True: a second derivative is wanted, so the gradient is traced.
+        factor = ctx.scale * outer[0]
+        if torch.is_grad_enabled() or ctx.gradient is None:
+            # A second derivative is wanted, or a second backward pass of the same value.
             here = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-            total: Parameters = {}
-            for term in ctx.terms:
-                step = {name: here[name] - anchor for name, anchor in term.anchor.items()}
-                for name, tensor in term.precision.matvec(step).items():
-                    total[name] = total[name] + tensor if name in total else tensor
-            factor = ctx.scale * upstream
-            return (None, None, None, *(factor * total[name] for name in ctx.names))
-        factor = ctx.scale * upstream
-        return (None, None, None, *(factor * tensor for tensor in ctx.gradient))
+            _, gradient = _value_and_gradient(ctx.terms, here)
+            return (None, None, None, *(factor * tensor for tensor in gradient))
+        gradient, ctx.gradient = ctx.gradient, None
+        torch._foreach_mul_(gradient, factor)
+        return (None, None, None, *gradient)
+
+
+def _value_and_gradient(terms: list[Quadratic], here: Parameters) -> tuple[Tensor, list[Tensor]]:
+    """The sum of the quadratics at ``here``, and its gradient in the order of ``here``."""
+    value: Tensor | float = 0.0
+    gradient: Parameters = {}
+    for term in terms:
+        step = {name: here[name] - anchor for name, anchor in term.anchor.items()}
+        product = term.precision.matvec(step)
+        value = value + 0.5 * dot(step, product) + term.constant
+        if gradient:
+            product = {name: gradient[name] + tensor for name, tensor in product.items()}
+        gradient = product
+    assert isinstance(value, Tensor)
+    return value, [gradient[name] for name in here]

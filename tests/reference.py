@@ -29,8 +29,15 @@ def _log_gaussian(output, target, variance):
     )
 
 
-def categorical_fisher(model, examples):
-    """Mean over examples of sum_k p_k grad log p_k (grad log p_k)', [p, p]."""
+def _outer(g):
+    return torch.outer(g, g)
+
+
+def categorical_fisher(model, examples, product=_outer):
+    """Mean over examples of sum_k p_k grad log p_k (grad log p_k)', [p, p].
+
+    With ``product=torch.square`` only its diagonal, [p].
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     total = 0
     for arguments in examples:
@@ -38,7 +45,7 @@ def categorical_fisher(model, examples):
         for label in range(output.numel()):
             log_prob = _log_categorical(output, label)
             g = _gradient(log_prob, parameters)
-            total = total + log_prob.exp().detach() * torch.outer(g, g)
+            total = total + log_prob.exp().detach() * product(g)
     return total / len(examples)
 
 
@@ -56,7 +63,7 @@ def gaussian_fisher(model, examples, variance):
             target = output.detach().clone()
             target[k] += math.sqrt(variance)
             g = _gradient(_log_gaussian(output, target, variance), parameters)
-            total = total + torch.outer(g, g)
+            total = total + _outer(g)
     return total / len(examples)
 
 
@@ -71,5 +78,5 @@ def empirical_fisher(model, examples, targets, variance=None):
         else:
             log_prob = _log_gaussian(output, target, variance)
         g = _gradient(log_prob, parameters)
-        total = total + torch.outer(g, g)
+        total = total + _outer(g)
     return total / len(examples)

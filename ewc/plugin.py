@@ -1,0 +1,143 @@
+r"""Elastic Weight Consolidation as an Avalanche plugin.
+
+The only file of the library that imports Avalanche.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from avalanche.training.plugins import SupervisedPlugin
+
+from ewc.fisher import DiagonalFisher, Estimator, Exact, FisherMatrix, fisher_information
+from ewc.likelihoods import Categorical, Likelihood
+from ewc.penalty import Consolidation, EWCPenalty, Separate
+
+
+class EWCPlugin(SupervisedPlugin, supports_distributed=False):
+    r"""EWC for any supervised strategy of Avalanche.
+
+    After every experience the plugin computes the Fisher information of the task over
+    ``strategy.experience.dataset`` and hands it to its :class:`~ewc.penalty.EWCPenalty`;
+    while the next ones are trained, the penalty is part of ``strategy.loss``::
+
+        strategy = Naive(model=model, optimizer=optimizer, plugins=[EWCPlugin(strength=1.0)])
+
+    Unlike Avalanche's own plugin, which squares the mean gradient of a mini-batch, the
+    information is that of single examples: it does not depend on any batch size, and
+    ``strength=1`` is the Bayes value.
+
+    Args:
+        strength: :math:`\lambda`.
+        likelihood: what the model's outputs mean; it should match the criterion.
+        estimator: how the expectation over targets is taken.
+        structure: what of the Fisher matrix is kept.
+        consolidation: how tasks are put together.
+
+    Attributes:
+        penalty: the penalty; its ``state_dict()`` holds all that the plugin remembers.
+        fisher: the mean Fisher information of the last task, ``None`` before the first.
+        last_penalty: the penalty's value in the current iteration, a tensor without
+            gradient; 0 before the first task.
+
+    Raises:
+        ValueError: the strength is negative or not finite.
+    """
+
+    def __init__(
+        self,
+        strength: float = 1.0,
+        *,
+        likelihood: Likelihood = Categorical(),  # noqa: B008 - a frozen value
+        estimator: Estimator = Exact(),  # noqa: B008 - a frozen value
+        structure: type[FisherMatrix] = DiagonalFisher,
+        consolidation: Consolidation = Separate(),  # noqa: B008 - a frozen value
+    ) -> None:
+        super().__init__()
+        self.penalty = EWCPenalty(strength, consolidation)
+        self.likelihood = likelihood
+        self.estimator = estimator
+        self.structure = structure
+        self.fisher: FisherMatrix | None = None
+        self.last_penalty = torch.zeros(())
+
+    def before_training_exp(self, strategy: Any, **_: Any) -> None:
+        """Tell the penalty the size of the task that is about to be learnt."""
+        self.penalty.num_examples = len(strategy.experience.dataset)
+
+    def before_backward(self, strategy: Any, **_: Any) -> None:
+        """Add the penalty to the loss of the current mini-batch.
+
+        Raises:
+            FloatingPointError: the loss is not finite; the message names the experience
+                and the iteration.
+        """
+        if self.penalty.terms:
+            value = self.penalty(strategy.model)
+            self.last_penalty = value.detach()
+            strategy.loss = strategy.loss + value
+        check_finite_loss(strategy)
+
+    def after_training_exp(self, strategy: Any, **_: Any) -> None:
+        """Compute the task's Fisher information and remember it.
+
+        Raises:
+            ValueError: a target does not fit the outputs, or the Fisher information is not
+                finite; the penalty is then as it was.
+        """
+        self.fisher = fisher_information(
+            strategy.model,
+            _evaluation_batches(strategy),
+            self.likelihood,
+            estimator=self.estimator,
+            structure=self.structure,
+        )
+        self.penalty.consolidate(self.fisher, strategy.model)
+
+
+def check_finite_loss(strategy: Any) -> None:
+    """Stop a training that diverged, before its numbers reach the parameters.
+
+    Raises:
+        FloatingPointError: the loss is not finite; the message names the experience and
+            the iteration.
+    """
+    if not bool(torch.isfinite(strategy.loss).all()):
+        raise FloatingPointError(
+            f"The loss became {float(strategy.loss.detach().sum())} in experience "
+            f"{strategy.experience.current_experience}, iteration "
+            f"{strategy.clock.train_exp_iterations}: a smaller learning rate or a smaller "
+            "strength is needed (plain gradient descent diverges once the largest "
+            "strength * Fisher * learning rate exceeds 2)."
+        )
+
+
+def _evaluation_batches(strategy: Any) -> Any:
+    """The current experience's own data, through the strategy's evaluation loader.
+
+    Going through the strategy keeps its batch size, its collate function and whatever a
+    subclass does to load data.  The training state is put back.
+    """
+    state = strategy.dataloader, strategy.adapted_dataset
+    try:
+        strategy.eval_dataset_adaptation()
+        strategy.make_eval_dataloader()
+        return strategy.dataloader
+    finally:
+        strategy.dataloader, strategy.adapted_dataset = state
+
+
+def _name_optimizer_modules() -> None:
+    """Let Avalanche's ``save_checkpoint`` find the optimizer classes again.
+
+    ``torch.optim`` deletes the names of its own submodules, so that dill takes
+    ``torch.optim.SGD`` for a class it cannot import, stores it by value, and fails
+    (avalanche-lib 0.6.0 with torch 2.15).  Giving the names back is all it needs.
+    """
+    for name, module in list(sys.modules.items()):
+        package, _, leaf = name.rpartition(".")
+        if package == "torch.optim" and not hasattr(torch.optim, leaf):
+            setattr(torch.optim, leaf, module)
+
+
+_name_optimizer_modules()

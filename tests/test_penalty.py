@@ -1,0 +1,350 @@
+"""The EWC penalty against its definition, and against joint training where it is exact."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ewc import (
+    DenseFisher,
+    DiagonalFisher,
+    EWCPenalty,
+    Gaussian,
+    Online,
+    Separate,
+    fisher_information,
+)
+
+TIGHT = {"rtol": 1e-12, "atol": 1e-14}
+
+
+def small_model():
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def random_fisher(model, num_examples):
+    entries = {n: torch.rand_like(p).detach() for n, p in model.named_parameters()}
+    entries["0.bias"] = torch.zeros_like(entries["0.bias"])  # directions without information
+    return DiagonalFisher(entries, num_examples)
+
+
+def move(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+
+
+def by_definition(model, tasks, strength, size):
+    """1/2 strength sum_t N_t / N (theta - anchor_t)' F_t (theta - anchor_t), term by term."""
+    total = 0.0
+    for fisher, anchor, weight in tasks:
+        for name, parameter in model.named_parameters():
+            gap = parameter - anchor[name]
+            ratio = weight * fisher.num_examples / size
+            total = total + 0.5 * strength * ratio * (fisher.diagonal()[name] * gap**2).sum()
+    return total
+
+
+def gradients(value, model):
+    return torch.autograd.grad(value, list(model.parameters()))
+
+
+def consolidated(penalty, model, count, decay=1.0):
+    """Consolidate ``count`` random tasks of unequal sizes; the list for the definition."""
+    tasks = []
+    for t in range(count):
+        move(model)
+        fisher = random_fisher(model, 10 + 7 * t)
+        penalty.consolidate(fisher, model)
+        anchor = {n: p.detach().clone() for n, p in model.named_parameters()}
+        tasks = [(f, a, w * decay) for f, a, w in tasks] + [(fisher, anchor, 1.0)]
+    return tasks
+
+
+@pytest.mark.parametrize("count", [1, 2, 100])
+@pytest.mark.parametrize("num_examples", [None, 23])
+def test_separate_equals_the_sum_over_tasks(count, num_examples):
+    model, penalty = small_model(), EWCPenalty(2.5)
+    penalty.num_examples = num_examples
+    tasks = consolidated(penalty, model, count)
+    move(model)
+    expected = by_definition(model, tasks, 2.5, num_examples or tasks[-1][0].num_examples)
+    found = penalty(model)
+    torch.testing.assert_close(found, expected, **TIGHT)
+    torch.testing.assert_close(gradients(found, model), gradients(expected, model), **TIGHT)
+    assert len(penalty.terms) == 1
+
+
+def test_separate_keeps_single_precision_over_many_tasks():
+    model, penalty = small_model().float(), EWCPenalty(2.5)
+    tasks = consolidated(penalty, model, 100)
+    expected = by_definition(model, tasks, 2.5, tasks[-1][0].num_examples)
+    found = penalty(model)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    for g, h in zip(gradients(found, model), gradients(expected, model), strict=True):
+        torch.testing.assert_close(g, h, rtol=1e-4, atol=1e-5 * float(h.abs().max()))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+def test_online_decays_the_sum_and_moves_the_anchor(decay):
+    model, penalty = small_model(), EWCPenalty(2.5, Online(decay))
+    tasks = consolidated(penalty, model, 4, decay)
+    last = tasks[-1][1]
+    move(model)
+    expected = by_definition(
+        model, [(f, last, w) for f, _, w in tasks], 2.5, tasks[-1][0].num_examples
+    )
+    found = penalty(model)
+    torch.testing.assert_close(found, expected, **TIGHT)
+    torch.testing.assert_close(gradients(found, model), gradients(expected, model), **TIGHT)
+
+
+def test_dense_separate_keeps_every_cross_term():
+    model, penalty = small_model(), EWCPenalty(1.5)
+    tasks = []
+    for size in (5, 9):
+        move(model)
+        x = torch.randn(size, 3, dtype=torch.float64)
+        fisher = fisher_information(
+            model, [(x, torch.zeros(size, dtype=torch.long))], structure=DenseFisher
+        )
+        penalty.consolidate(fisher, model)
+        tasks.append((fisher, torch.nn.utils.parameters_to_vector(model.parameters()).detach()))
+    move(model)
+    theta = torch.nn.utils.parameters_to_vector(model.parameters())
+    expected = sum(
+        0.5 * 1.5 * f.num_examples / 9 * (theta - a) @ f.to_dense() @ (theta - a)
+        for f, a in tasks
+    )
+    torch.testing.assert_close(penalty(model), expected, **TIGHT)
+
+
+# --- the golden identity ------------------------------------------------------------------
+
+VARIANCE = 0.3
+
+
+def regression_task(size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, 3, generator=generator, dtype=torch.float64)
+    return x, torch.randn(size, 2, generator=generator, dtype=torch.float64)
+
+
+def minimise(model, loss):
+    """One Newton step: exact, for the loss is quadratic in the parameters."""
+    parameters = list(model.parameters())
+    shapes = [p.shape for p in parameters]
+    flat = torch.cat([p.detach().reshape(-1) for p in parameters])
+
+    def function(vector):
+        pieces = vector.split([s.numel() for s in shapes])
+        values = {
+            n: v.reshape(s)
+            for (n, _), v, s in zip(model.named_parameters(), pieces, shapes, strict=True)
+        }
+        return loss(values)
+
+    gradient = torch.autograd.functional.jacobian(function, flat)
+    hessian = torch.autograd.functional.hessian(function, flat)
+    solution = flat - torch.linalg.lstsq(hessian, gradient[:, None]).solution[:, 0]
+    torch.nn.utils.vector_to_parameters(solution, parameters)
+
+
+def train(model, penalty, x, y):
+    """Minimise the mean loss of a task plus the penalty, as a strategy does."""
+    penalty.num_examples = len(x)
+
+    class Copy(nn.Module):
+        def __init__(self, values):
+            super().__init__()
+            self.values = values
+
+        def get_parameter(self, name):
+            return self.values[name]
+
+        def parameters(self, recurse=True):
+            return iter(self.values.values())
+
+    def loss(values):
+        outputs = torch.func.functional_call(model, values, (x,))
+        fit = (y - outputs).square().sum() / (2 * VARIANCE) / len(x)
+        return fit + penalty(Copy(values))
+
+    minimise(model, loss)
+    fisher = fisher_information(model, [(x, y)], Gaussian(VARIANCE), structure=DenseFisher)
+    penalty.consolidate(fisher, model)
+
+
+def joint(tasks):
+    model = nn.Linear(3, 2).double()
+    x, y = (torch.cat(parts) for parts in zip(*tasks, strict=True))
+    minimise(
+        model,
+        lambda values: (y - torch.func.functional_call(model, values, (x,))).square().mean(),
+    )
+    return torch.nn.utils.parameters_to_vector(model.parameters())
+
+
+def sequential(tasks, consolidation):
+    model, penalty = nn.Linear(3, 2).double(), EWCPenalty(1.0, consolidation)
+    for x, y in tasks:
+        train(model, penalty, x, y)
+    return torch.nn.utils.parameters_to_vector(model.parameters())
+
+
+@pytest.mark.parametrize("consolidation", [Separate(), Online()], ids=repr)
+def test_strength_one_is_joint_training_on_two_linear_tasks(consolidation):
+    tasks = [regression_task(11, 0), regression_task(29, 1)]
+    found = sequential(tasks, consolidation)
+    torch.testing.assert_close(found, joint(tasks), rtol=0, atol=1e-12)
+
+
+def test_online_is_joint_training_on_three_linear_tasks_and_separate_is_not():
+    tasks = [regression_task(11, 0), regression_task(29, 1), regression_task(17, 2)]
+    expected = joint(tasks)
+    torch.testing.assert_close(sequential(tasks, Online()), expected, rtol=0, atol=1e-12)
+    # The anchor of task 2 already knows task 1: the separate sum counts task 1 twice.
+    assert float((sequential(tasks, Separate()) - expected).detach().abs().max()) > 1e-3
+
+
+# --- growth, saving, derivatives ------------------------------------------------------------
+
+
+def grow(model, rows):
+    old = model[2]
+    model[2] = nn.Linear(4, rows).double()
+    with torch.no_grad():
+        model[2].weight[: old.out_features] = old.weight
+        model[2].bias[: old.out_features] = old.bias
+
+
+@pytest.mark.parametrize("consolidation", [Separate(), Online(0.5)], ids=repr)
+def test_rows_of_a_grown_head_are_free_for_the_old_tasks(consolidation):
+    model, penalty = small_model(), EWCPenalty(1.0, consolidation)
+    penalty.consolidate(random_fisher(model, 10), model)
+    grow(model, 5)
+    assert penalty(model).item() == 0.0
+    with torch.no_grad():
+        model[2].weight[2:] += 1.0
+    assert penalty(model).item() == 0.0
+    with torch.no_grad():
+        model[2].weight[:2] += 1.0
+    assert penalty(model).item() > 0.0
+    model.add_module("late", nn.Linear(1, 1).double())
+    penalty.consolidate(random_fisher(model, 10), model)
+    (gradient,) = torch.autograd.grad(penalty(model), model[2].weight)
+    assert gradient.shape == (5, 4)
+
+
+def test_dense_fisher_follows_growth_in_the_middle():
+    model, penalty = small_model(), EWCPenalty()
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.zeros(6, dtype=torch.long)
+    penalty.consolidate(fisher_information(model, [(x, y)], structure=DenseFisher), model)
+    move(model)
+    before = penalty(model)
+    grow(model, 4)
+    torch.testing.assert_close(penalty(model), before, **TIGHT)
+    assert before.item() > 0
+
+
+def test_models_that_do_not_fit_are_named():
+    model, penalty = small_model(), EWCPenalty()
+    fisher = random_fisher(model, 10)
+    penalty.consolidate(fisher, model)
+    with pytest.raises(ValueError, match="no parameter '2.weight'"):
+        penalty(nn.Sequential(model[0]))
+    with pytest.raises(ValueError, match=r"'0.weight' has shape \[3, 3\] in the model"):
+        penalty(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(4, 2)).double())
+    with pytest.raises(ValueError, match="lacks parameter '2.bias'"):
+        penalty.consolidate(fisher, nn.Sequential(model[0]))
+    with pytest.raises(ValueError, match=r"has shape \[1, 4\] for parameter '2.weight'"):
+        other = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+        penalty.consolidate(fisher, other)
+
+
+def test_a_fisher_that_is_not_finite_changes_nothing():
+    model, penalty = small_model(), EWCPenalty()
+    penalty.consolidate(random_fisher(model, 10), model)
+    before = penalty.terms
+    broken = random_fisher(model, 10).diagonal()
+    broken["0.bias"][1] = math.nan
+    with pytest.raises(ValueError, match="'0.bias' is not finite"):
+        penalty.consolidate(DiagonalFisher(broken, 10), model)
+    assert penalty.terms is before
+
+
+@pytest.mark.parametrize("strength", [-1.0, math.nan, math.inf])
+def test_impossible_strengths_are_refused(strength):
+    with pytest.raises(ValueError, match="strength is .*: it must be a finite number, 0 or"):
+        EWCPenalty(strength)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.1, math.nan])
+def test_impossible_decays_are_refused(decay):
+    with pytest.raises(ValueError, match=r"decay is .*: it must lie in \[0, 1\]"):
+        Online(decay)
+
+
+def test_before_any_task_the_penalty_is_zero():
+    model = small_model()
+    assert float(EWCPenalty()(model)) == 0.0
+    assert EWCPenalty().fisher_trace == 0.0
+
+
+@pytest.mark.parametrize("consolidation", [Separate(), Online(0.25)], ids=repr)
+def test_state_dict_carries_everything(consolidation):
+    model, penalty = small_model(), EWCPenalty(3.0, consolidation)
+    penalty.num_examples = 5
+    consolidated(penalty, model, 3, 1.0)
+    move(model)
+    file = io.BytesIO()
+    torch.save(penalty.state_dict(), file)
+    file.seek(0)
+    other = EWCPenalty()
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert other.consolidation == consolidation
+    torch.testing.assert_close(other(model), penalty(model), rtol=0, atol=0)
+    copied = copy.deepcopy(penalty)
+    consolidated(penalty, model, 1)
+    torch.testing.assert_close(other(model), copied(model), rtol=0, atol=0)
+
+
+def test_the_penalty_follows_the_models_type():
+    model, penalty = small_model(), EWCPenalty()
+    consolidated(penalty, model, 2)
+    move(model)
+    expected = penalty(model)
+    assert penalty(model.float()).dtype == torch.float32
+    torch.testing.assert_close(penalty(model).double(), expected, rtol=1e-5, atol=0)
+    penalty.double()
+    assert penalty.terms[0].anchor["0.weight"].dtype == torch.float64
+
+
+def test_derivatives_of_every_order_and_repeated_backward_passes():
+    model, penalty = nn.Linear(2, 2).double(), EWCPenalty(1.7)
+    for _ in range(2):
+        move(model)
+        entries = {n: torch.rand_like(p).detach() for n, p in model.named_parameters()}
+        penalty.consolidate(DiagonalFisher(entries, 10), model)
+    move(model)
+    value = penalty(model)
+    first = torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
+    again = torch.autograd.grad(3 * value, list(model.parameters()))
+    torch.testing.assert_close([3 * g for g in first], list(again), **TIGHT)
+    (gradient,) = torch.autograd.grad(penalty(model), model.weight, create_graph=True)
+    (curvature,) = torch.autograd.grad(gradient.sum(), model.weight)
+    expected = 1.7 * penalty.terms[0].precision.diagonal()["weight"] / 10
+    torch.testing.assert_close(curvature, expected, **TIGHT)
+
+
+def test_frozen_parameters_get_no_gradient():
+    model, penalty = small_model(), EWCPenalty()
+    consolidated(penalty, model, 1)
+    move(model)
+    model[0].requires_grad_(False)
+    penalty(model).backward()
+    assert model[0].weight.grad is None
+    assert float(model[2].weight.grad.abs().max()) > 0
