@@ -1,0 +1,1 @@
+"""The application: continual-learning experiments, configured by Hydra."""

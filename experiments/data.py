@@ -1,0 +1,167 @@
+"""Images in memory: where they come from, and how tasks cut batches out of them."""
+
+import gzip
+import os
+import shutil
+import socket
+import tempfile
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Images:
+    """Flat images with pixels in 0..1, ``[n, pixels]``, and labels ``[n]``."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> "Images":
+        """The images on a device."""
+        return Images(self.pixels.to(device), self.labels.to(device))
+
+
+class ImageSource(ABC):
+    """Where images come from."""
+
+    num_classes: int
+    num_pixels: int
+
+    @abstractmethod
+    def load(self, data_root: Path) -> tuple[Images, Images]:
+        """The training and the test images."""
+
+
+@dataclass(frozen=True)
+class Digits(ImageSource):
+    """1,797 handwritten digits of 8x8 pixels that ship with scikit-learn.
+
+    The test part of the UCI set of E. Alpaydin and C. Kaynak, 1998
+    (doi:10.24432/C50P49); nothing is downloaded.
+
+    Attributes:
+        test_fraction: the share of every class that is kept for testing.
+
+    Raises:
+        ValueError: the share is not between 0 and 1.
+    """
+
+    test_fraction: float = 0.2
+    num_classes = 10
+    num_pixels = 64
+
+    def __post_init__(self) -> None:
+        """Check the share."""
+        if not 0 < self.test_fraction < 1:
+            raise ValueError(
+                f"test_fraction is {self.test_fraction}: it must lie between 0 and 1."
+            )
+
+    def load(self, data_root: Path) -> tuple[Images, Images]:
+        """A split of every class, the same for every seed."""
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        x, y = load_digits(return_X_y=True)
+        split = train_test_split(x, y, test_size=self.test_fraction, stratify=y, random_state=0)
+        x_train, x_test, y_train, y_test = (torch.from_numpy(part) for part in split)
+        return (
+            Images(x_train.float() / 16, y_train.long()),
+            Images(x_test.float() / 16, y_test.long()),
+        )
+
+
+@dataclass(frozen=True)
+class MNIST(ImageSource):
+    """70,000 handwritten digits of 28x28 pixels (LeCun, Cortes, Burges).
+
+    Read from ``data_root/MNIST/raw``, the place torchvision uses; downloaded to it if they
+    are not there.
+    """
+
+    num_classes = 10
+    num_pixels = 784
+
+    def load(self, data_root: Path) -> tuple[Images, Images]:
+        """60,000 training and 10,000 test images.
+
+        Raises:
+            FileNotFoundError: the files are not there and cannot be downloaded.
+        """
+        raw = data_root / "MNIST" / "raw"
+        if not all(_find(raw, stem) for stem in _STEMS):
+            _download(data_root)
+        train_x, train_y, test_x, test_y = (_read_idx(_find(raw, stem)) for stem in _STEMS)
+        return _images(train_x, train_y), _images(test_x, test_y)
+
+
+_STEMS = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+
+def default_data_root() -> Path:
+    """The environment's ``EWC_DATA``, else a folder in the user's cache."""
+    if root := os.environ.get("EWC_DATA"):
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ewc"
+
+
+def _images(pixels: np.ndarray, labels: np.ndarray) -> Images:  # type: ignore[type-arg]
+    flat = torch.from_numpy(pixels).flatten(1)
+    return Images(flat.float().div_(255), torch.from_numpy(labels).long())
+
+
+def _find(raw: Path, stem: str) -> Path | None:
+    """The file, plain or compressed."""
+    return next((path for path in (raw / stem, raw / f"{stem}.gz") if path.is_file()), None)
+
+
+def _read_idx(path: Path | None) -> np.ndarray:  # type: ignore[type-arg]
+    """An array of bytes in the IDX format: magic, sizes, then the values."""
+    assert path is not None
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        content = gzip.decompress(content)
+    dimensions = content[3]
+    shape = np.frombuffer(content, ">u4", count=dimensions, offset=4).astype(int)
+    values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
+    if values.size != shape.prod():
+        raise FileNotFoundError(f"{path} is cut short: it must hold {shape.prod()} bytes of data.")
+    return values.reshape(shape).copy()
+
+
+def _download(data_root: Path) -> None:
+    """Fetch MNIST whole or not at all."""
+    from torchvision.datasets import MNIST as Downloader
+
+    timeout = socket.getdefaulttimeout()
+    created = not data_root.exists()
+    try:
+        socket.setdefaulttimeout(20)
+        data_root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=data_root) as folder:
+            Downloader(folder, download=True)
+            shutil.move(Path(folder) / "MNIST", data_root / "MNIST")
+    except Exception as error:
+        if created:
+            shutil.rmtree(data_root, ignore_errors=True)
+        raise FileNotFoundError(
+            f"MNIST is not at {data_root / 'MNIST' / 'raw'} and could not be downloaded: put "
+            f"its four files there ({', '.join(_STEMS)}) or name another folder with "
+            "data_root=DIR; benchmark=split_digits and permuted_digits need no download."
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)

@@ -1,0 +1,245 @@
+"""One experiment: tasks one after the other, measured after each."""
+
+import platform
+import random
+import time
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from avalanche.training.plugins import EvaluationPlugin
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import nn
+
+from ewc.parameters import flatten
+from ewc.plugin import EWCPlugin
+from experiments.benchmarks import Benchmark, Tasks
+from experiments.data import default_data_root
+from experiments.metrics import average_accuracy, backward_transfer, forgetting
+from experiments.models import MLP
+from experiments.observers import AccuracyObserver, TrainingObserver
+from experiments.strategies import Fisher, Strategy
+from experiments.tracking import Recorder, WandB
+
+
+@dataclass(frozen=True)
+class Training:
+    """How each task is trained.
+
+    Attributes:
+        batch_size: images in a training step.
+        epochs: sweeps over a task's images, where ``iterations`` is not set.
+        iterations: training steps a task; ``None`` for ``epochs``.
+        reset_optimizer: start every task with a fresh optimizer state.
+        eval_batch_size: images in a batch of the evaluation and of the Fisher pass.
+        log_every: record one training step in so many.
+
+    Raises:
+        ValueError: a count is below 1.
+    """
+
+    batch_size: int = 128
+    epochs: int = 1
+    iterations: int | None = None
+    reset_optimizer: bool = True
+    eval_batch_size: int = 1000
+    log_every: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the counts."""
+        for name, count in asdict(self).items():
+            if count is not None and name != "reset_optimizer" and count < 1:
+                raise ValueError(f"{name} is {count}: it must be 1 or more.")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that decides the outcome of a run.
+
+    Attributes:
+        benchmark: the stream of tasks.
+        model: the network.
+        optimizer: makes the optimizer from the parameters.
+        training: how each task is trained.
+        strategy: what is done against forgetting.
+        fisher: how the Fisher information is taken.
+        wandb: how the run shows in W&B.
+        seed: decides the tasks, the initial weights and the order of the images.
+        data_root: where downloaded data live; ``None`` for the environment's ``EWC_DATA``
+            or a folder in the user's cache.
+        device: ``cpu``, ``cuda``, ...; ``auto`` for CUDA where there is one.
+        threads: CPU threads; small networks are fastest with one a process.
+
+    Raises:
+        ValueError: the device does not exist, or there are no threads.
+    """
+
+    benchmark: Benchmark
+    model: MLP
+    optimizer: partial[Any]
+    training: Training
+    strategy: Strategy
+    fisher: Fisher = field(default_factory=Fisher)
+    wandb: WandB = field(default_factory=WandB)
+    seed: int = 0
+    data_root: str | None = None
+    device: str = "auto"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        """Check what can be checked before anything is written."""
+        if self.threads < 1:
+            raise ValueError(f"threads is {self.threads}: it must be 1 or more.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}: it must lie between 0 and {2**32 - 1}.")
+        try:
+            torch.empty(0, device=self.torch_device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device is {self.device!r}: {reason}") from None
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device, ``auto`` decided."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
+
+    def prepare(self) -> "Prepared":
+        """Load the data and build network and optimizer; nothing is written yet.
+
+        Raises:
+            FileNotFoundError: the data are not there.
+            ValueError: the optimizer refuses its arguments.
+        """
+        torch.set_num_threads(self.threads)
+        # Dead pixels and saturated outputs make denormal numbers, which cost up to 6x.
+        torch.set_flush_denormal(True)
+        random.seed(self.seed)
+        np.random.seed(self.seed)  # noqa: NPY002 - the global state is what Avalanche uses
+        torch.manual_seed(self.seed)
+        root = Path(self.data_root).expanduser() if self.data_root else default_data_root()
+        tasks = self.benchmark.build(root, self.seed, self.torch_device)
+        model = self.model.build(tasks.num_pixels, tasks.num_outputs, tasks.num_heads)
+        model.to(self.torch_device)
+        optimizer = self.optimizer(model.parameters())
+        return Prepared(self, tasks, model, optimizer)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An experiment with its data, network and optimizer."""
+
+    experiment: Experiment
+    tasks: Tasks
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def run(self, recorder: Recorder, console: Console, log: Any) -> dict[str, Any]:
+        """Train on every task, evaluate on all after each, and keep checkpoints.
+
+        Args:
+            recorder: where the records go; checkpoints lie beside them.
+            console: where progress is drawn.
+            log: a logger for one line a task.
+
+        Returns:
+            The results, as ``results.json`` holds them, without configuration.
+
+        Raises:
+            FloatingPointError: the loss became infinite or NaN.
+        """
+        start = time.perf_counter()
+        experiment, training = self.experiment, self.experiment.training
+        plugins = experiment.strategy.plugins(experiment.fisher)
+        ewc = next((p for p in plugins if isinstance(p, EWCPlugin)), None)
+        train_stream = self.tasks.scenario.streams["train"]
+        test_stream = self.tasks.scenario.streams["test"]
+        observer = TrainingObserver(
+            recorder, ewc, len(train_stream), training.log_every, console
+        )
+        meter = AccuracyObserver()
+        strategy = experiment.strategy.template()(
+            model=self.model,
+            optimizer=self.optimizer,
+            criterion=nn.CrossEntropyLoss(),
+            train_mb_size=training.batch_size,
+            eval_mb_size=training.eval_batch_size,
+            iterations=training.iterations,
+            epochs=training.epochs,
+            seed=experiment.seed,
+            device=experiment.torch_device,
+            plugins=[observer, *plugins, meter],
+            evaluator=EvaluationPlugin(loggers=[]),
+        )
+        matrix: list[list[float]] = []
+        seconds = {"train": 0.0, "fisher": 0.0, "eval": 0.0}
+        try:
+            for number, experience in enumerate(train_stream):
+                before = flatten(dict(self.model.named_parameters())).detach().clone()
+                began = time.perf_counter()
+                strategy.train(experience, reset_optimizer_state=training.reset_optimizer)
+                trained = time.perf_counter()
+                strategy.eval(test_stream)
+                seconds["eval"] += time.perf_counter() - trained
+                seconds["fisher"] += trained - began
+                matrix.append(meter.accuracies)
+                after = flatten(dict(self.model.named_parameters())).detach()
+                record = _task_record(number, matrix, ewc, float((after - before).norm()))
+                recorder.log(record)
+                log.info(
+                    "task %d/%d: accuracy on it %.2f %%, on all tasks so far %.2f %%",
+                    number + 1,
+                    len(train_stream),
+                    100 * matrix[-1][number],
+                    100 * record["eval/average_accuracy"],
+                )
+                self._save(recorder.directory / "checkpoints", ewc)
+        finally:
+            observer.close()
+        seconds["train"] = observer.train_seconds
+        seconds["fisher"] = max(0.0, seconds["fisher"] - observer.train_seconds)
+        seconds["total"] = time.perf_counter() - start
+        return {
+            "average_accuracy": average_accuracy(matrix),
+            "forgetting": forgetting(matrix),
+            "backward_transfer": backward_transfer(matrix),
+            "accuracy_matrix": matrix,
+            "seconds": {key: round(value, 3) for key, value in seconds.items()},
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "seed": experiment.seed,
+            "versions": _versions(),
+        }
+
+    def _save(self, folder: Path, ewc: EWCPlugin | None) -> None:
+        """Keep the network and what the penalty remembers, as they are after a task."""
+        folder.mkdir(exist_ok=True)
+        state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+        save_file(state, folder / "model.safetensors")
+        if ewc:
+            torch.save(ewc.penalty.state_dict(), folder / "penalty.pt")
+
+
+def _task_record(
+    number: int, matrix: list[list[float]], ewc: EWCPlugin | None, drift: float
+) -> dict[str, float | int]:
+    """What is known after a task, by the names of the metrics."""
+    record: dict[str, float | int] = {"task": number}
+    for task, accuracy in enumerate(matrix[-1]):
+        record[f"eval/accuracy/task{task:02d}"] = accuracy
+    record["eval/average_accuracy"] = average_accuracy(matrix)
+    record["eval/forgetting"] = forgetting(matrix)
+    record[f"drift/task{number:02d}"] = drift
+    if ewc and ewc.fisher is not None:
+        record[f"fisher/trace/task{number:02d}"] = float(ewc.fisher.trace())
+    return record
+
+
+def _versions() -> dict[str, str]:
+    packages = ("ewc", "torch", "avalanche-lib", "hydra-core", "wandb", "numpy", "scikit-learn")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}

@@ -1,0 +1,135 @@
+"""Avalanche's strategies over images in memory: batches are cut by index.
+
+Avalanche's own loaders fetch example by example and cost more than a small network's
+training step.  These templates replace only how batches are made; everything else, the
+plugins' hooks included, is Avalanche's.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from avalanche.training import Naive
+from torch import Tensor
+
+from experiments.benchmarks import TaskData
+
+
+class TrainingBatches:
+    """Shuffled batches over one or more tasks, for a number of iterations.
+
+    Every image comes once before any comes again; the last batch of a sweep over the data
+    may be smaller.
+
+    Args:
+        tasks: the images.
+        batch_size: the images in a batch.
+        iterations: the batches to give out.
+        generator: the source of the shuffling, on the CPU.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[TaskData],
+        batch_size: int,
+        iterations: int,
+        generator: torch.Generator,
+    ) -> None:
+        self.tasks = tasks
+        self.batch_size = batch_size
+        self.iterations = iterations
+        self.generator = generator
+
+    def __len__(self) -> int:
+        """The number of batches."""
+        return self.iterations
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        """The batches: images, labels, and task labels where tasks are told."""
+        sizes = [len(task) for task in self.tasks]
+        device = self.tasks[0].labels.device
+        given = 0
+        while given < self.iterations:
+            order = torch.randperm(sum(sizes), generator=self.generator).to(device)
+            for rows in order.split(self.batch_size):
+                if given == self.iterations:
+                    return
+                given += 1
+                yield self._batch(rows, sizes)
+
+    def _batch(self, rows: Tensor, sizes: list[int]) -> list[Tensor]:
+        if len(self.tasks) == 1:
+            return self.tasks[0].batch(rows)
+        parts, start = [], 0
+        for task, size in zip(self.tasks, sizes, strict=True):
+            mine = rows[(rows >= start) & (rows < start + size)] - start
+            if len(mine):
+                parts.append(task.batch(mine))
+            start += size
+        return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+class EvaluationBatches:
+    """The images of one task in order, without shuffling."""
+
+    def __init__(self, task: TaskData, batch_size: int) -> None:
+        self.task = task
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        """The number of batches."""
+        return -(-len(self.task) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        """The batches."""
+        rows = torch.arange(len(self.task), device=self.task.labels.device)
+        for part in rows.split(self.batch_size):
+            yield self.task.batch(part)
+
+
+class InMemoryNaive(Naive):
+    """Fine-tuning on each task in turn.
+
+    Args:
+        iterations: training steps a task; ``None`` for ``epochs`` sweeps over its images.
+        epochs: the sweeps.
+        seed: the seed of the shuffling.
+        options: what Avalanche's template takes.
+    """
+
+    def __init__(
+        self, *, iterations: int | None, epochs: int, seed: int, **options: Any
+    ) -> None:
+        super().__init__(train_epochs=1, **options)
+        self.iterations = iterations
+        self.epochs = epochs
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def training_tasks(self) -> list[TaskData]:
+        """The tasks whose images are trained on now."""
+        return [self.experience.data]
+
+    def make_train_dataloader(self, **_: Any) -> None:
+        """Batches by index in place of Avalanche's loader."""
+        tasks = self.training_tasks()
+        size = sum(len(task) for task in tasks)
+        steps = self.iterations or self.epochs * -(-size // self.train_mb_size)
+        self.dataloader = TrainingBatches(tasks, self.train_mb_size, steps, self.generator)
+
+    def make_eval_dataloader(self, **_: Any) -> None:
+        """Batches by index in place of Avalanche's loader."""
+        self.dataloader = EvaluationBatches(self.experience.data, self.eval_mb_size)
+
+
+class InMemoryJoint(InMemoryNaive):
+    """Training on the images of all tasks so far: the upper reference.
+
+    The network and the number of iterations a task are those of fine-tuning; only the
+    images are more.
+    """
+
+    def training_tasks(self) -> list[TaskData]:
+        """The present task and all before it."""
+        stream = self.experience.logging().origin_stream
+        number = self.experience.logging().current_experience
+        return [experience.data for experience in stream[: number + 1]]

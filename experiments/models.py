@@ -1,0 +1,68 @@
+"""The networks of the experiments."""
+
+from dataclasses import dataclass, field
+
+import torch
+from avalanche.models import MultiTaskModule
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class MLP:
+    """A fully connected network with ReLU.
+
+    Attributes:
+        hidden: the widths of the hidden layers.
+
+    Raises:
+        ValueError: a width is below 1.
+    """
+
+    hidden: list[int] = field(default_factory=lambda: [400, 400])
+
+    def __post_init__(self) -> None:
+        """Check the widths."""
+        if any(width < 1 for width in self.hidden):
+            raise ValueError(f"hidden is {self.hidden}: every width must be 1 or more.")
+
+    def build(self, num_inputs: int, num_outputs: int, num_heads: int | None) -> nn.Module:
+        """The network, with one head or, for told tasks, with ``num_heads``."""
+        layers: list[nn.Module] = []
+        for width in self.hidden:
+            layers += [nn.Linear(num_inputs, width), nn.ReLU()]
+            num_inputs = width
+        if num_heads is None:
+            return nn.Sequential(*layers, nn.Linear(num_inputs, num_outputs))
+        return MultiHead(nn.Sequential(*layers), num_inputs, num_outputs, num_heads)
+
+
+class MultiHead(MultiTaskModule):
+    """A shared body and a linear head for every task.
+
+    Args:
+        body: maps ``[n, ...]`` to ``[n, num_features]``.
+        num_features: the outputs of the body.
+        num_outputs: the outputs of every head.
+        num_heads: the number of tasks.
+    """
+
+    def __init__(
+        self, body: nn.Module, num_features: int, num_outputs: int, num_heads: int
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.heads = nn.ModuleList(nn.Linear(num_features, num_outputs) for _ in range(num_heads))
+
+    def forward(self, x: Tensor, task_labels: Tensor) -> Tensor:
+        """The outputs ``[n, num_outputs]`` of each example's own head."""
+        features = self.body(x)
+        tasks = torch.unique(task_labels).tolist()
+        if len(tasks) == 1:
+            alone: Tensor = self.heads[tasks[0]](features)
+            return alone
+        first: Tensor = self.heads[tasks[0]](features)
+        outputs = first
+        for task in tasks[1:]:
+            mine = (task_labels == task)[:, None]
+            outputs = torch.where(mine, self.heads[task](features), outputs)
+        return outputs

@@ -1,0 +1,129 @@
+"""Plugins that watch a strategy: they measure and report, and change nothing."""
+
+import time
+from typing import Any
+
+from avalanche.training.plugins import SupervisedPlugin
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ewc.plugin import EWCPlugin, check_finite_loss
+from experiments.tracking import Recorder
+
+
+class TrainingObserver(SupervisedPlugin):
+    """Records loss and penalty of the steps, draws the progress bar, keeps the time.
+
+    It must be the first plugin: its ``after_training_exp`` marks the end of training and
+    the begin of what other plugins compute after a task.
+
+    Args:
+        recorder: where the records go.
+        ewc: the EWC plugin beside it, if there is one.
+        num_tasks: how many tasks there will be.
+        log_every: record one step in so many.
+        console: where the progress bar is drawn; nothing is drawn off a terminal.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        ewc: EWCPlugin | None,
+        num_tasks: int,
+        log_every: int,
+        console: Console,
+    ) -> None:
+        super().__init__()
+        self.recorder = recorder
+        self.ewc = ewc
+        self.num_tasks = num_tasks
+        self.log_every = log_every
+        self.console = console
+        self.train_seconds = 0.0
+        self._started = 0.0
+        self._progress: Progress | None = None
+        self._bar: Any = None
+
+    def before_training_exp(self, strategy: Any, **_: Any) -> None:
+        """Start the clock and the task's progress bar."""
+        number = strategy.experience.current_experience + 1
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("loss {task.fields[loss]:.4f}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._bar = self._progress.add_task(
+                f"task {number}/{self.num_tasks}", total=len(strategy.dataloader), loss=0.0
+            )
+            self._progress.start()
+        self._started = time.perf_counter()
+
+    def before_backward(self, strategy: Any, **_: Any) -> None:
+        """Stop a run that diverged.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        check_finite_loss(strategy)
+
+    def after_training_iteration(self, strategy: Any, **_: Any) -> None:
+        """Record the step."""
+        step = strategy.clock.train_iterations
+        if step % self.log_every == 0:
+            loss = strategy.loss.item()
+            penalty = self.ewc.last_penalty.item() if self.ewc else 0.0
+            task = strategy.experience.current_experience
+            self.recorder.log(
+                {"step": step, "task": task, "train/loss": loss, "train/penalty": penalty}
+            )
+            if self._progress:
+                self._progress.update(self._bar, loss=loss)
+        if self._progress:
+            self._progress.advance(self._bar)
+
+    def after_training_exp(self, strategy: Any, **_: Any) -> None:
+        """Stop the clock and the progress bar."""
+        self.train_seconds += time.perf_counter() - self._started
+        self.close()
+
+    def close(self) -> None:
+        """Take the progress bar away; harmless if there is none."""
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
+
+
+class AccuracyObserver(SupervisedPlugin):
+    """The accuracy on each task of an evaluation, by the strategy's own predictions.
+
+    Attributes:
+        accuracies: one number a task, from 0 to 1, of the last evaluation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracies: list[float] = []
+        self._correct: Any = 0
+        self._seen = 0
+
+    def before_eval(self, strategy: Any, **_: Any) -> None:
+        """Forget the evaluation before."""
+        self.accuracies = []
+
+    def before_eval_exp(self, strategy: Any, **_: Any) -> None:
+        """Start a task."""
+        self._correct, self._seen = 0, 0
+
+    def after_eval_iteration(self, strategy: Any, **_: Any) -> None:
+        """Count a batch."""
+        hits = strategy.mb_output.argmax(1) == strategy.mb_y
+        self._correct = self._correct + hits.sum()
+        self._seen += len(hits)
+
+    def after_eval_exp(self, strategy: Any, **_: Any) -> None:
+        """End a task."""
+        self.accuracies.append(float(self._correct) / self._seen)

@@ -1,0 +1,102 @@
+"""From a composed configuration to an :class:`~experiments.experiment.Experiment`.
+
+The schema is the code itself: every node with a ``_target_`` is the call of a class, its
+keys are checked against the signature and its values against the annotations, by pydantic.
+A key that does not exist, a value of the wrong type and an argument the class refuses all
+end as one :class:`ConfigurationError` that names the option and says what is allowed.
+"""
+
+import inspect
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, get_type_hints
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
+
+
+class ConfigurationError(ValueError):
+    """An option is wrong; the message is one sentence for the person who set it."""
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The configuration as plain containers, every interpolation resolved.
+
+    Raises:
+        ConfigurationError: an interpolation cannot be resolved, or a value is missing.
+    """
+    try:
+        tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigurationError(str(error).splitlines()[0]) from error
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
+
+
+def build(node: Mapping[str, Any], path: str = "") -> Any:
+    """The object that a configuration node describes, its children first.
+
+    Args:
+        node: ``{_target_: dotted.name, [_partial_: true], argument: value, ...}``.
+        path: where the node stands, for messages.
+
+    Raises:
+        ConfigurationError: the node does not fit its target.
+    """
+    target, is_partial, hints = _target(node, path)
+    arguments: dict[str, Any] = {}
+    for key, value in node.items():
+        if key in ("_target_", "_partial_"):
+            continue
+        option = f"{path}.{key}" if path else key
+        if key not in hints:
+            raise ConfigurationError(
+                f"Unknown option {option!r}: allowed are {_listing(path, hints)}."
+            )
+        if isinstance(value, Mapping) and "_target_" in value:
+            arguments[key] = build(value, option)
+        else:
+            arguments[key] = _checked(value, hints[key], option)
+    if is_partial:
+        return partial(target, **arguments)
+    for name, parameter in inspect.signature(target).parameters.items():
+        if name not in arguments and parameter.default is inspect.Parameter.empty:
+            option = f"{path}.{name}" if path else name
+            raise ConfigurationError(f"Option {option!r} is missing.")
+    try:
+        return target(**arguments)
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(f"{path}: {error}" if path else str(error)) from error
+
+
+def _target(node: Mapping[str, Any], path: str) -> tuple[Any, bool, dict[str, Any]]:
+    """What a node calls, whether only in part, and the types of the arguments it takes."""
+    name = node.get("_target_")
+    try:
+        target = hydra.utils.get_object(str(name))
+    except (ImportError, ValueError) as error:
+        raise ConfigurationError(f"{path}._target_ is {name!r}: {error}") from error
+    parameters = inspect.signature(target).parameters
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    return target, bool(node.get("_partial_")), {n: hints.get(n, Any) for n in parameters}
+
+
+def _checked(value: Any, hint: Any, option: str) -> Any:
+    """``value`` as the annotation wants it."""
+    try:
+        adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    except PydanticUserError:  # a type with a configuration of its own
+        adapter = TypeAdapter(hint)
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise ConfigurationError(f"Option {option!r} is {value!r}: {reason}.") from error
+
+
+def _listing(path: str, hints: Mapping[str, Any]) -> str:
+    prefix = f"{path}." if path else ""
+    return ", ".join(f"{prefix}{name}" for name in hints) or "none"
