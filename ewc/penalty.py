@@ -211,11 +211,11 @@ class EWCPenalty(nn.Module):
         if not self.terms:
             like = next(model.parameters(), torch.zeros(()))
             return torch.zeros((), device=like.device, dtype=like.dtype)
-        names = self._fit(model)
-        # Looked up module by module: named_parameters() would walk the whole network.
-        parameters = [model.get_parameter(name) for name in names]
+        parameters = self._fit(model)
         scale = self.strength / (self.num_examples or self._last_num_examples)
-        value: Tensor = _QuadraticForm.apply(self.terms, scale, names, *parameters)
+        value: Tensor = _QuadraticForm.apply(
+            self.terms, scale, list(parameters), *parameters.values()
+        )
         return value
 
     @property
@@ -278,24 +278,26 @@ class EWCPenalty(nn.Module):
 
     # --- matching the model -----------------------------------------------------------
 
-    def _fit(self, model: nn.Module) -> list[str]:
-        """Let the terms follow the model's growth and device; the names they are over."""
-        names = list(self.terms[-1].precision.shapes)
-        try:
-            now = {name: model.get_parameter(name) for name in names}
-        except AttributeError:
-            known = dict(model.named_parameters())
-            name = next(name for name in names if name not in known)
-            raise ValueError(
-                f"{type(model).__name__} has no parameter {name!r}, which the penalty "
-                "remembers: a model may gain parameters between tasks, not lose them."
-            ) from None
+    def _fit(self, model: nn.Module) -> Parameters:
+        """The model's parameters that the terms are over; the terms follow their growth."""
+        anchor = self.terms[-1].anchor
+        now: Parameters = {}
+        fits = True
+        for name, tensor in anchor.items():
+            # Every step comes by here: named_parameters() would walk the whole network.
+            parameter = _parameter(model, name)
+            if parameter is None:
+                raise ValueError(
+                    f"{type(model).__name__} has no parameter {name!r}, which the penalty "
+                    "remembers: a model may gain parameters between tasks, not lose them."
+                )
+            fits = fits and parameter.shape == tensor.shape
+            now[name] = parameter
         for index, term in enumerate(self.terms):
-            if any(p.shape != term.anchor[n].shape for n, p in now.items()):
-                shapes = grown_shapes(term.precision.shapes, shapes_of(now))
-                term = term.embedded(shapes)  # noqa: PLW2901
+            if not fits:
+                term = term.embedded(grown_shapes(shapes_of(term.anchor), shapes_of(now)))  # noqa: PLW2901
             self.terms[index] = self._on_device_of(term, now)
-        return names
+        return now
 
     @staticmethod
     def _on_device_of(term: Quadratic, parameters: Parameters) -> Quadratic:
@@ -305,6 +307,15 @@ class EWCPenalty(nn.Module):
         if (here.device, here.dtype) == (term.anchor[name].device, term.anchor[name].dtype):
             return term
         return term.mapped(lambda tensor: tensor.to(here.device, here.dtype))
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter of that full name, ``None`` if there is none."""
+    module: nn.Module | None = model
+    *path, leaf = name.split(".")
+    for part in path:
+        module = module._modules.get(part) if module is not None else None
+    return module._parameters.get(leaf) if module is not None else None
 
 
 class _QuadraticForm(torch.autograd.Function):
@@ -341,7 +352,8 @@ def _value_and_gradient(terms: list[Quadratic], here: Parameters) -> tuple[Tenso
     value: Tensor | float = 0.0
     gradient: Parameters = {}
     for term in terms:
-        step = {name: here[name] - anchor for name, anchor in term.anchor.items()}
+        differences = torch._foreach_sub(list(here.values()), [term.anchor[n] for n in here])
+        step = dict(zip(here, differences, strict=True))
         product = term.precision.matvec(step)
         value = value + 0.5 * dot(step, product) + term.constant
         if gradient:

@@ -182,12 +182,12 @@ class Prepared:
         try:
             for number, experience in enumerate(train_stream):
                 before = flatten(dict(self.model.named_parameters())).detach().clone()
-                began = time.perf_counter()
                 strategy.train(experience, reset_optimizer_state=training.reset_optimizer)
                 trained = time.perf_counter()
                 strategy.eval(test_stream)
                 seconds["eval"] += time.perf_counter() - trained
-                seconds["fisher"] += trained - began
+                # What comes after the last step is the Fisher pass, if there is one.
+                seconds["fisher"] += trained - observer.trained_at if ewc else 0.0
                 matrix.append(meter.accuracies)
                 after = flatten(dict(self.model.named_parameters())).detach()
                 record = _task_record(number, matrix, ewc, float((after - before).norm()))
@@ -203,7 +203,6 @@ class Prepared:
         finally:
             observer.close()
         seconds["train"] = observer.train_seconds
-        seconds["fisher"] = max(0.0, seconds["fisher"] - observer.train_seconds)
         seconds["total"] = time.perf_counter() - start
         return {
             "average_accuracy": average_accuracy(matrix),
@@ -241,5 +240,6 @@ def _task_record(
 
 
 def _versions() -> dict[str, str]:
-    packages = ("ewc", "torch", "avalanche-lib", "hydra-core", "wandb", "numpy", "scikit-learn")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+    packages = ("ewc", "avalanche-lib", "hydra-core", "wandb", "numpy", "scikit-learn")
+    own = {"python": platform.python_version(), "torch": torch.__version__}
+    return own | {name: version(name) for name in packages}

@@ -23,6 +23,10 @@ class TrainingObserver(SupervisedPlugin):
         num_tasks: how many tasks there will be.
         log_every: record one step in so many.
         console: where the progress bar is drawn; nothing is drawn off a terminal.
+
+    Attributes:
+        train_seconds: the time of all training steps so far.
+        trained_at: the clock when the last task's training steps ended.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class TrainingObserver(SupervisedPlugin):
         self.log_every = log_every
         self.console = console
         self.train_seconds = 0.0
+        self.trained_at = 0.0
         self._started = 0.0
         self._progress: Progress | None = None
         self._bar: Any = None
@@ -87,7 +92,8 @@ class TrainingObserver(SupervisedPlugin):
 
     def after_training_exp(self, strategy: Any, **_: Any) -> None:
         """Stop the clock and the progress bar."""
-        self.train_seconds += time.perf_counter() - self._started
+        self.trained_at = time.perf_counter()
+        self.train_seconds += self.trained_at - self._started
         self.close()
 
     def close(self) -> None:

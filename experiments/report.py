@@ -123,21 +123,25 @@ class SweepReport(Callback):  # type: ignore[misc]
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Put together what the jobs left."""
-        folder = Path(config.hydra.sweep.dir)
-        jobs = read_jobs(folder)
-        if not jobs:
-            return
-        columns, rows = sweep_table(jobs)
-        lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
-        text = "Accuracy and forgetting in %, mean ± standard error over the jobs of a row.\n\n"
-        (folder / "report.md").write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
-        table = Table(title=f"{len(jobs)} jobs: {os.path.relpath(folder)}")
-        for column in columns:
-            table.add_column(column)
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
+        report_sweep(Path(config.hydra.sweep.dir))
+
+
+def report_sweep(folder: Path) -> None:
+    """Write ``report.md`` over the finished jobs of a sweep, and print it."""
+    jobs = read_jobs(folder)
+    if not jobs:
+        return
+    columns, rows = sweep_table(jobs)
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    text = "Accuracy and forgetting in %, mean ± standard error over the jobs of a row.\n\n"
+    (folder / "report.md").write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
+    table = Table(title=f"{len(jobs)} jobs: {os.path.relpath(folder)}")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
 
 
 def read_jobs(folder: Path) -> list[dict[str, Any]]:
@@ -182,3 +186,11 @@ def _mean_and_error(values: Sequence[float]) -> str:
     if len(values) == 1:
         return f"{mean:.2f}"
     return f"{mean:.2f} ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}"
+
+
+if __name__ == "__main__":
+    import sys
+
+    if len(sys.argv) != 2 or not read_jobs(Path(sys.argv[1])):
+        sys.exit("usage: python -m experiments.report SWEEP_DIR (a folder of jobs with results)")
+    report_sweep(Path(sys.argv[1]))

@@ -103,13 +103,9 @@ def short_message(error: Exception) -> str:
     text = str(error)
     if unknown := re.match(r"Could not override '([^']+)'", text):
         option = unknown[1]
-        if "not in struct" in text or "Key '" in text:
-            return f"Unknown option {option!r}: allowed are {_allowed(option)}."
-        return f"Option {option!r}: {text.splitlines()[-1].strip()}"
-    if "Available options" in text:
-        head, _, options = text.partition("Available options in")
-        names = ", ".join(line.strip() for line in options.splitlines()[1:] if line.strip())
-        return f"{head.strip().splitlines()[0]}: allowed are {names}."
+        return f"Unknown option {option!r}: allowed are {_allowed(option)}."
+    if choice := re.search(r"Could not find '([^']+)'\s+Available options in.*?:\n(.*?)\n\S", text, re.S):
+        return f"Could not find {choice[1]!r}: allowed are {', '.join(choice[2].split())}."
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(lines[:2])
 
@@ -127,8 +123,8 @@ def _allowed(option: str) -> str:
         if isinstance(node, DictConfig):
             prefix = f"{parent}." if parent else ""
             return ", ".join(f"{prefix}{k}" for k in node if not str(k).startswith("_"))
-        return f"those under another name than {parent!r}"
-    return "those of `python -m experiments.run --help`"
+        break
+    return f"none, {parent!r} is a value"
 
 
 def main() -> None:

@@ -33,7 +33,9 @@ class DiagonalFisher(FisherMatrix):
 
     def matvec(self, v: Mapping[str, Tensor]) -> Parameters:
         """The product, entry by entry."""
-        return {name: entries * v[name] for name, entries in self._diagonal.items()}
+        vectors = [v[name] for name in self._diagonal]
+        products = torch._foreach_mul(list(self._diagonal.values()), vectors)
+        return dict(zip(self._diagonal, products, strict=True))
 
     def diagonal(self) -> Parameters:
         """The entries, by parameter."""

@@ -170,9 +170,12 @@ class Conv2dPullback(LayerPullback):
 
 def sum_of_squares(gradient: Tensor) -> Tensor:
     r""":math:`\sum_k g_k^2` of ``[k, n, out]``, shape ``[n, out]``."""
-    if gradient.shape[0] == 1:
-        return gradient[0].square()
-    return gradient.square().sum(0)
+    # Vector by vector: the squares of all at once would be a tensor as large as the
+    # gradient, and fetching fresh memory for it costs more than the arithmetic.
+    total = gradient[0].square()
+    for vector in gradient[1:]:
+        total.addcmul_(vector, vector)
+    return total
 
 
 RULES: dict[type[nn.Module], type[LayerPullback]] = {

@@ -1,0 +1,268 @@
+"""Whole experiments, in this process and as the command line runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from ewc import EWCPenalty
+from experiments import report
+from experiments.run import CONFIGS
+from experiments.schema import build, plain
+from experiments.tracking import Recorder, WandB
+
+ROOT = Path(CONFIGS).parent
+SMALL = ["model.hidden=[32]", "training.epochs=2", "benchmark.num_tasks=2", "wandb.mode=disabled"]
+
+
+def compose(*overrides):
+    with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
+        return plain(hydra.compose("config", overrides=[*SMALL, *overrides]))
+
+
+class Silent:
+    def info(self, *args):
+        pass
+
+
+def run(directory, *overrides):
+    directory.mkdir()
+    prepared = build(compose(*overrides)).prepare()
+    with Recorder(directory, WandB(mode="disabled"), {}, "test", None) as recorder:
+        return prepared.run(recorder, Console(quiet=True), Silent())
+
+
+@pytest.mark.parametrize("strategy", ["naive", "joint", "ewc", "online_ewc"])
+@pytest.mark.parametrize("benchmark", ["split_digits", "permuted_digits"])
+@pytest.mark.parametrize("scenario", ["task", "domain", "class"])
+def test_every_strategy_runs_on_every_scenario(tmp_path, strategy, benchmark, scenario):
+    results = run(
+        tmp_path / "run",
+        f"strategy={strategy}",
+        f"benchmark={benchmark}",
+        f"benchmark.scenario={scenario}",
+    )
+    matrix = torch.tensor(results["accuracy_matrix"])
+    assert matrix.shape == (2, 2)
+    assert bool(((matrix >= 0) & (matrix <= 1)).all())
+    # Two epochs are enough to learn a task far beyond chance.
+    assert matrix[0, 0] > 0.5
+    assert set(results["seconds"]) == {"train", "fisher", "eval", "total"}
+    assert (results["seconds"]["fisher"] > 0) == ("ewc" in strategy)
+
+
+def test_a_seed_decides_everything(tmp_path):
+    first = run(tmp_path / "a", "seed=3")
+    again = run(tmp_path / "b", "seed=3")
+    other = run(tmp_path / "c", "seed=4")
+    assert first["accuracy_matrix"] == again["accuracy_matrix"]
+    assert first["accuracy_matrix"] != other["accuracy_matrix"]
+    lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("a", "b")]
+    assert lines[0] == lines[1]
+
+
+def test_ewc_forgets_less_than_fine_tuning(tmp_path):
+    """On 3 seeds of split digits: ECOSYSTEM-size margins, far from noise."""
+    options = ("benchmark=split_digits", "benchmark.num_tasks=5", "training.epochs=20")
+    drops = {
+        name: [
+            run(tmp_path / f"{name}{seed}", *options, f"strategy={name}", f"seed={seed}")[
+                "forgetting"
+            ]
+            for seed in range(3)
+        ]
+        for name in ("naive", "ewc")
+    }
+    assert sum(drops["ewc"]) < 0.7 * sum(drops["naive"])
+
+
+def test_joint_training_sees_all_tasks(tmp_path):
+    joint = run(tmp_path / "joint", "strategy=joint", "training.epochs=10")
+    naive = run(tmp_path / "naive", "strategy=naive", "training.epochs=10")
+    assert joint["average_accuracy"] > naive["average_accuracy"] + 0.05
+    assert joint["forgetting"] < 0.05
+
+
+def test_checkpoints_hold_network_and_penalty(tmp_path):
+    run(tmp_path / "run")
+    state = load_file(tmp_path / "run" / "checkpoints" / "model.safetensors")
+    assert state["0.weight"].shape == (32, 64)
+    penalty = EWCPenalty()
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "penalty.pt", weights_only=True)
+    penalty.load_state_dict(saved)
+    assert penalty.fisher_trace > 0
+    torch.testing.assert_close(penalty.terms[0].anchor, state, rtol=0, atol=0)
+
+
+def test_permuted_mnist_on_real_images(tmp_path, mnist_root):
+    options = ("benchmark=permuted_mnist", "training.iterations=100", f"data_root={mnist_root}")
+    results = run(tmp_path / "run", *options, "model.hidden=[100]")
+    assert results["accuracy_matrix"][0][0] > 0.8
+    assert results["accuracy_matrix"][1][1] > 0.8
+
+
+def test_reports_of_sweeps_average_over_seeds():
+    jobs = [
+        {
+            "overrides": [f"strategy={name}", f"seed={seed}", "model.hidden=[3]"],
+            "average_accuracy": accuracy,
+            "forgetting": 0.1,
+            "seconds": {"total": 2.0},
+        }
+        for name, seed, accuracy in [("ewc", 0, 0.8), ("ewc", 1, 0.9), ("naive", 0, 0.5)]
+    ]
+    columns, rows = report.sweep_table(jobs)
+    assert columns == ["strategy", "seeds", "average accuracy", "forgetting", "seconds"]
+    assert rows == [
+        ["ewc", "2", "85.00 ± 5.00", "10.00 ± 0.00", "2.0"],
+        ["naive", "1", "50.00", "10.00", "2.0"],
+    ]
+
+
+# --- the command line ---------------------------------------------------------------------
+
+
+def command(tmp_path, *arguments, **environment):
+    """``python -m experiments.run`` with its outputs in ``tmp_path`` and nothing to answer."""
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "experiments.run",
+            *arguments,
+            f"hydra.run.dir={tmp_path}/out/now",
+            f"hydra.sweep.dir={tmp_path}/sweep",
+        ],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+def read_wandb(folder):
+    """All records of an offline run, by W&B's own reader."""
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    text = subprocess.run(
+        ["wandb", "leet", "inspect", "--json", str(path)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_the_command_line_leaves_everything_behind(tmp_path):
+    done = command(tmp_path, *SMALL[:-1], "seed=5")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "out" / "now"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["seed"] == 5
+    assert results["config"]["model"]["hidden"] == [32]
+    assert results["versions"]["torch"] == torch.__version__
+    matrix = results["accuracy_matrix"]
+    assert results["average_accuracy"] == pytest.approx(sum(matrix[1]) / 2)
+    assert results["forgetting"] == pytest.approx(matrix[0][0] - matrix[1][0])
+    assert results["backward_transfer"] == pytest.approx(matrix[1][0] - matrix[0][0])
+    for name in ("accuracy_matrix.png", "learning_curves.png"):
+        assert (folder / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (folder / "config.yaml").is_file()
+    assert (folder / "checkpoints" / "model.safetensors").is_file()
+
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "step" in record]
+    tasks = [record for record in records if "step" not in record]
+    assert [record["step"] for record in steps] == list(range(1, len(steps) + 1))
+    assert steps[0]["train/penalty"] == 0.0
+    assert steps[-1]["train/loss"] > steps[-1]["train/penalty"] > 0.0
+    assert [record["task"] for record in tasks] == [0, 1]
+    assert tasks[1]["eval/accuracy/task00"] == matrix[1][0]
+    assert tasks[1]["eval/forgetting"] == pytest.approx(results["forgetting"])
+    assert tasks[0]["fisher/trace/task00"] > 0
+
+    assert "test accuracy in %" in done.stdout
+    last = done.stdout.strip().splitlines()[-1]
+    assert "wandb sync" in last
+    assert (ROOT / last.rpartition(" ")[2]).is_dir()
+    assert "warn" not in done.stderr.lower()
+
+    kept = read_wandb(folder)
+    text = json.dumps(kept)
+    history = [record for record in kept if "history" in json.dumps(record)[:200]]
+    assert len(history) >= len(records)
+    for name in (
+        "train/loss",
+        "train/penalty",
+        "eval/accuracy/task01",
+        "eval/forgetting",
+        "fisher/trace/task00",
+        "learning_curves",
+        "accuracy_matrix",
+        "average_accuracy",
+        "scenario",
+    ):
+        assert name in text, name
+    assert repr(results["average_accuracy"])[:8] in text
+    assert list(folder.glob("wandb/offline-run-*/files/media/images/*.png"))
+    assert list(folder.glob("wandb/offline-run-*/files/media/table/*.json"))
+
+
+def test_a_sweep_runs_its_jobs_in_parallel_and_reports(tmp_path):
+    done = command(
+        tmp_path,
+        "-m",
+        "hydra/launcher=joblib",
+        "hydra.launcher.n_jobs=2",
+        "strategy=naive,ewc",
+        "seed=0,1",
+        *SMALL,
+    )
+    assert done.returncode == 0, done.stderr
+    jobs = report.read_jobs(tmp_path / "sweep")
+    assert [job["overrides"][:2] for job in jobs] == [
+        [f"strategy={name}", f"seed={seed}"] for name in ("naive", "ewc") for seed in (0, 1)
+    ]
+    text = (tmp_path / "sweep" / "report.md").read_text()
+    assert "| strategy | seeds | average accuracy |" in text
+    assert "| ewc | 2 |" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["strategy.strengh=3"], "Unknown option 'strategy.strengh': allowed are strategy.strength."),
+        (["sed=3"], "Unknown option 'sed': allowed are benchmark, model, "),
+        (["strategy=ewcc"], "'strategy/ewcc': allowed are ewc, joint, naive, online_ewc."),
+        (["+training.steps=3"], "Unknown option 'training.steps': allowed are training.batch_si"),
+        (["training.iterations=few"], "Option 'training.iterations' is 'few': Input should be a"),
+        (["strategy.strength=-1"], "strategy: strength is -1.0: it must be a finite number"),
+        (["strategy.strength=nan"], "strategy: strength is nan: it must be a finite number"),
+        (["strategy=online_ewc", "strategy.decay=1.5"], "decay is 1.5: it must lie in [0, 1]"),
+        (["benchmark=split_digits", "benchmark.num_tasks=3"], "can be split into 1, 2, 5 tasks"),
+        (["optimizer.lr=-1"], "Invalid learning rate: -1"),
+        (["wandb.mode=on"], "Option 'wandb.mode' is "),
+        (["benchmark=split_mnist", "data_root=/nonexistent/data"], "MNIST is not at"),
+        (["optimizer=sgd", "optimizer.lr=1e30", "strategy=naive"], "in experience 0, iteration"),
+        (["seed="], "seed"),
+    ],
+)
+def test_a_wrong_command_line_ends_in_one_message(tmp_path, arguments, message):
+    done = command(tmp_path, *SMALL, *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 2
+    assert not list(tmp_path.rglob("results.json"))
+    if "iteration" not in message:
+        assert not (tmp_path / "out").exists()

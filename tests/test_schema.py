@@ -1,0 +1,105 @@
+"""Configurations: every shipped one builds, and every mistake is named."""
+
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from ewc import DenseFisher, Empirical, MonteCarlo
+from experiments.experiment import Experiment
+from experiments.run import CONFIGS
+from experiments.schema import ConfigurationError, build, plain
+
+OPTIONS = [
+    f"{'+' if group.name in () else ''}{group.name}={path.stem}"
+    for group in sorted(Path(CONFIGS).iterdir())
+    if group.is_dir()
+    for path in sorted(group.glob("*.yaml"))
+]
+
+
+def compose(*overrides):
+    with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
+        return plain(hydra.compose("config", overrides=list(overrides)))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_shipped_configuration_builds(option):
+    assert isinstance(build(compose(option)), Experiment)
+
+
+def test_options_reach_their_objects():
+    experiment = build(
+        compose(
+            "benchmark=split_digits",
+            "benchmark.scenario=class",
+            "strategy=online_ewc",
+            "strategy.strength=7",
+            "strategy.decay=0.5",
+            "fisher=monte_carlo_dense",
+            "fisher.estimator.num_samples=3",
+            "model.hidden=[5,6]",
+            "optimizer=sgd",
+            "optimizer.lr=0.5",
+            "training.iterations=9",
+            "seed=4",
+        )
+    )
+    assert experiment.benchmark.scenario == "class"
+    (plugin,) = experiment.strategy.plugins(experiment.fisher)
+    assert plugin.penalty.strength == 7
+    assert plugin.penalty.consolidation.decay == 0.5
+    assert plugin.estimator == MonteCarlo(3)
+    assert plugin.structure is DenseFisher
+    assert experiment.model.hidden == [5, 6]
+    optimizer = experiment.optimizer([torch.nn.Parameter(torch.zeros(1))])
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert optimizer.defaults["lr"] == 0.5
+    assert (experiment.training.iterations, experiment.seed) == (9, 4)
+
+
+def test_the_target_of_an_estimator_may_be_changed():
+    node = compose()["fisher"] | {"estimator": {"_target_": "ewc.Empirical"}}
+    assert build(node).estimator == Empirical()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"training": {"iteration": 3}}, r"'training.iteration': allowed are training.batch_size"),
+        ({"seeed": 3}, "Unknown option 'seeed': allowed are benchmark, model"),
+        ({"fisher": {"estimator": {"samples": 3}}}, "'fisher.estimator.samples'"),
+        ({"training": {"epochs": 2.5}}, "'training.epochs' is 2.5: .* integer"),
+        ({"training": {"epochs": "many"}}, "'training.epochs' is 'many': .* integer"),
+        ({"training": {"epochs": 0}}, "training: epochs is 0: it must be 1 or more"),
+        ({"benchmark": {"scenario": "tasks"}}, "'benchmark.scenario' .* 'task', 'domain' or 'cl"),
+        ({"strategy": {"strength": "nan"}}, "strategy: strength is nan: .* 0 or above"),
+        ({"strategy": {"strength": -1}}, "strategy: strength is -1"),
+        ({"optimizer": {"lr": "fast"}}, "'optimizer.lr' is 'fast'"),
+        ({"optimizer": {"rate": 1}}, "'optimizer.rate': allowed are optimizer.params, optim"),
+        ({"wandb": {"mode": "of"}}, "'wandb.mode' is 'of': .* 'offline', 'online' or 'disabled'"),
+        ({"device": "tpu9"}, "device is 'tpu9'"),
+        ({"seed": -1}, "seed is -1"),
+        ({"threads": 0}, "threads is 0"),
+        ({"model": {"hidden": [0]}}, "model: hidden is .*: every width must be 1 or more"),
+        ({"model": {"_target_": "experiments.models.CNN"}}, "model._target_ is"),
+    ],
+)
+def test_mistakes_are_named(change, message):
+    config = OmegaConf.to_container(OmegaConf.merge(compose(), change))
+    with pytest.raises(ConfigurationError, match=message):
+        build(config)
+
+
+def test_missing_options_are_named():
+    config = compose()
+    del config["model"]
+    with pytest.raises(ConfigurationError, match="'model' is missing"):
+        build(config)
+
+
+def test_missing_values_are_named():
+    with pytest.raises(ConfigurationError, match="Missing mandatory value: seed"):
+        plain(OmegaConf.create({"seed": "???"}))
