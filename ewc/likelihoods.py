@@ -36,9 +36,7 @@ class Likelihood(ABC):
         """
 
     @abstractmethod
-    def sample(
-        self, outputs: Tensor, num_samples: int, generator: torch.Generator
-    ) -> Tensor:
+    def sample(self, outputs: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
         r"""Targets drawn from :math:`p(\cdot \mid f_n)`, shape ``[num_samples, n, ...]``.
 
         Random numbers are drawn example by example from ``generator`` (a CPU generator),
@@ -101,9 +99,7 @@ class Categorical(Likelihood):
         assert factor.shape[0] == classes - 1
         return factor.contiguous()
 
-    def sample(
-        self, outputs: Tensor, num_samples: int, generator: torch.Generator
-    ) -> Tensor:
+    def sample(self, outputs: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
         """Class indices by inversion of the cumulative distribution, ``[num_samples, n]``."""
         uniform = torch.rand(
             outputs.shape[0], num_samples, generator=generator, dtype=torch.float64
@@ -157,9 +153,7 @@ class Gaussian(Likelihood):
     def __post_init__(self) -> None:
         """Check the variance."""
         if not (math.isfinite(self.variance) and self.variance > 0):
-            raise ValueError(
-                f"variance is {self.variance}: it must be a finite number above 0."
-            )
+            raise ValueError(f"variance is {self.variance}: it must be a finite number above 0.")
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         r""":math:`-\|y - f\|^2 / (2 \sigma^2) - \frac{c}{2} \log 2 \pi \sigma^2`, ``[n]``."""
@@ -176,15 +170,14 @@ class Gaussian(Likelihood):
         scaled = torch.eye(c, dtype=outputs.dtype, device=outputs.device)
         return (scaled / math.sqrt(self.variance))[:, None, :].repeat(1, n, 1)
 
-    def sample(
-        self, outputs: Tensor, num_samples: int, generator: torch.Generator
-    ) -> Tensor:
+    def sample(self, outputs: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
         """Targets by inversion of the normal distribution, ``[num_samples, n, c]``."""
         n, c = outputs.shape
         uniform = torch.rand(n, num_samples, c, generator=generator, dtype=torch.float64)
         # ndtri(0) is -inf: the generator's smallest step above 0 takes its place.
         noise = torch.special.ndtri(uniform.clamp_min(2.0**-54)).transpose(0, 1)
-        return outputs + math.sqrt(self.variance) * noise.to(outputs)
+        targets: Tensor = outputs + math.sqrt(self.variance) * noise.to(outputs)
+        return targets
 
     def kl(self, outputs: Tensor, other: Tensor) -> Tensor:
         r""":math:`\|f_n - f'_n\|^2 / (2 \sigma^2)` in nats, shape ``[n]``."""

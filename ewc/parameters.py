@@ -25,9 +25,7 @@ def trainable_parameters(model: nn.Module) -> Parameters:
         ValueError: the model has no trainable parameter.
     """
     parameters: Parameters = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
     }
     if not parameters:
         raise ValueError(
@@ -49,7 +47,7 @@ def flatten(parameters: Mapping[str, Tensor]) -> Tensor:
 
 def unflatten(vector: Tensor, shapes: Mapping[str, torch.Size]) -> Parameters:
     """The inverse of :func:`flatten`: views into ``vector`` (shape ``[p]``) by name."""
-    pieces = vector.split([shape.numel() for shape in shapes.values()])
+    pieces = torch.split(vector, [shape.numel() for shape in shapes.values()])
     return {
         name: piece.reshape(shape)
         for (name, shape), piece in zip(shapes.items(), pieces, strict=True)

@@ -25,7 +25,6 @@ from ewc.parameters import (
     Shapes,
     check_same_shapes,
     dot,
-    flatten,
     grown_shapes,
     pad_rows,
     shapes_of,
@@ -132,7 +131,10 @@ Consolidation = Separate | Online
 
 
 class EWCPenalty(nn.Module):
-    r"""The penalty :math:`\frac12 \lambda \sum_t \frac{N_t}{N} (\theta - \theta_t^*)^\top F_t (\theta - \theta_t^*)`.
+    r""":math:`\frac12 \lambda \sum_t \frac{N_t}{N} (\theta - a_t)^\top F_t (\theta - a_t)`.
+
+    :math:`F_t` is the mean Fisher information of task :math:`t`, :math:`N_t` its examples and
+    :math:`a_t` the parameters after it (Kirkpatrick et al. 2017, equation 3).
 
     Use it as ``loss = criterion(model(x), y) + penalty(model)``.  Parameters are matched
     by name.  A parameter that came later, or rows that a parameter gained since (a
@@ -150,7 +152,7 @@ class EWCPenalty(nn.Module):
         ValueError: the strength is negative or not finite.
     """
 
-    def __init__(self, strength: float = 1.0, consolidation: Consolidation = Separate()) -> None:  # noqa: B008 - a frozen value
+    def __init__(self, strength: float = 1.0, consolidation: Consolidation = Separate()) -> None:
         super().__init__()
         self.strength = strength
         self.consolidation = consolidation
@@ -195,9 +197,7 @@ class EWCPenalty(nn.Module):
             union = grown_shapes(term.precision.shapes, union)
         if union != fisher.shapes or list(union) != list(fisher.shapes):
             new = new.embedded(union)
-        old = [
-            term if term.precision.shapes == union else term.embedded(union) for term in old
-        ]
+        old = [term if term.precision.shapes == union else term.embedded(union) for term in old]
         self.terms = self.consolidation.consolidated(old, new)
         self._last_num_examples = fisher.num_examples
 
@@ -272,7 +272,7 @@ class EWCPenalty(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What ``.to()``, ``.double()`` and the like go through."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.terms = [term.mapped(fn) for term in self.terms]
         return self
 

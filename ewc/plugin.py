@@ -14,7 +14,7 @@ from ewc.likelihoods import Categorical, Likelihood
 from ewc.penalty import Consolidation, EWCPenalty, Separate
 
 
-class EWCPlugin(SupervisedPlugin, supports_distributed=False):
+class EWCPlugin(SupervisedPlugin):
     r"""EWC for any supervised strategy of Avalanche.
 
     After every experience the plugin computes the Fisher information of the task over

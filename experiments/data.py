@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -62,9 +63,7 @@ class Digits(ImageSource):
     def __post_init__(self) -> None:
         """Check the share."""
         if not 0 < self.test_fraction < 1:
-            raise ValueError(
-                f"test_fraction is {self.test_fraction}: it must lie between 0 and 1."
-            )
+            raise ValueError(f"test_fraction is {self.test_fraction}: it must lie between 0 and 1.")
 
     def load(self, data_root: Path) -> tuple[Images, Images]:
         """A split of every class, the same for every seed."""
@@ -119,7 +118,7 @@ def default_data_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ewc"
 
 
-def _images(pixels: np.ndarray, labels: np.ndarray) -> Images:  # type: ignore[type-arg]
+def _images(pixels: NDArray[np.uint8], labels: NDArray[np.uint8]) -> Images:
     flat = torch.from_numpy(pixels).flatten(1)
     return Images(flat.float().div_(255), torch.from_numpy(labels).long())
 
@@ -129,7 +128,7 @@ def _find(raw: Path, stem: str) -> Path | None:
     return next((path for path in (raw / stem, raw / f"{stem}.gz") if path.is_file()), None)
 
 
-def _read_idx(path: Path | None) -> np.ndarray:  # type: ignore[type-arg]
+def _read_idx(path: Path | None) -> NDArray[np.uint8]:
     """An array of bytes in the IDX format: magic, sizes, then the values."""
     assert path is not None
     content = path.read_bytes()
@@ -145,7 +144,7 @@ def _read_idx(path: Path | None) -> np.ndarray:  # type: ignore[type-arg]
 
 def _download(data_root: Path) -> None:
     """Fetch MNIST whole or not at all."""
-    from torchvision.datasets import MNIST as Downloader
+    from torchvision import datasets
 
     timeout = socket.getdefaulttimeout()
     created = not data_root.exists()
@@ -153,7 +152,7 @@ def _download(data_root: Path) -> None:
         socket.setdefaulttimeout(20)
         data_root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=data_root) as folder:
-            Downloader(folder, download=True)
+            datasets.MNIST(folder, download=True)
             shutil.move(Path(folder) / "MNIST", data_root / "MNIST")
     except Exception as error:
         if created:

@@ -121,7 +121,7 @@ class Experiment:
         # Dead pixels and saturated outputs make denormal numbers, which cost up to 6x.
         torch.set_flush_denormal(True)
         random.seed(self.seed)
-        np.random.seed(self.seed)  # noqa: NPY002 - the global state is what Avalanche uses
+        np.random.seed(self.seed)
         torch.manual_seed(self.seed)
         root = Path(self.data_root).expanduser() if self.data_root else default_data_root()
         tasks = self.benchmark.build(root, self.seed, self.torch_device)
@@ -160,9 +160,7 @@ class Prepared:
         ewc = next((p for p in plugins if isinstance(p, EWCPlugin)), None)
         train_stream = self.tasks.scenario.streams["train"]
         test_stream = self.tasks.scenario.streams["test"]
-        observer = TrainingObserver(
-            recorder, ewc, len(train_stream), training.log_every, console
-        )
+        observer = TrainingObserver(recorder, ewc, len(train_stream), training.log_every, console)
         meter = AccuracyObserver()
         strategy = experiment.strategy.template()(
             model=self.model,

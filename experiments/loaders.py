@@ -5,6 +5,7 @@ training step.  These templates replace only how batches are made; everything el
 plugins' hooks included, is Avalanche's.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -51,7 +52,7 @@ class TrainingBatches:
         given = 0
         while given < self.iterations:
             order = torch.randperm(sum(sizes), generator=self.generator).to(device)
-            for rows in order.split(self.batch_size):
+            for rows in torch.split(order, self.batch_size):
                 if given == self.iterations:
                     return
                 given += 1
@@ -78,12 +79,12 @@ class EvaluationBatches:
 
     def __len__(self) -> int:
         """The number of batches."""
-        return -(-len(self.task) // self.batch_size)
+        return math.ceil(len(self.task) / self.batch_size)
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         """The batches."""
         rows = torch.arange(len(self.task), device=self.task.labels.device)
-        for part in rows.split(self.batch_size):
+        for part in torch.split(rows, self.batch_size):
             yield self.task.batch(part)
 
 
@@ -97,9 +98,9 @@ class InMemoryNaive(Naive):
         options: what Avalanche's template takes.
     """
 
-    def __init__(
-        self, *, iterations: int | None, epochs: int, seed: int, **options: Any
-    ) -> None:
+    dataloader: Any
+
+    def __init__(self, *, iterations: int | None, epochs: int, seed: int, **options: Any) -> None:
         super().__init__(train_epochs=1, **options)
         self.iterations = iterations
         self.epochs = epochs
@@ -113,7 +114,7 @@ class InMemoryNaive(Naive):
         """Batches by index in place of Avalanche's loader."""
         tasks = self.training_tasks()
         size = sum(len(task) for task in tasks)
-        steps = self.iterations or self.epochs * -(-size // self.train_mb_size)
+        steps = self.iterations or self.epochs * math.ceil(size / self.train_mb_size)
         self.dataloader = TrainingBatches(tasks, self.train_mb_size, steps, self.generator)
 
     def make_eval_dataloader(self, **_: Any) -> None:

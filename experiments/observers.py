@@ -77,7 +77,7 @@ class TrainingObserver(SupervisedPlugin):
 
     def after_training_iteration(self, strategy: Any, **_: Any) -> None:
         """Record the step."""
-        step = strategy.clock.train_iterations
+        step = strategy.clock.train_iterations + 1  # the clock is the last plugin
         if step % self.log_every == 0:
             loss = strategy.loss.item()
             penalty = self.ewc.last_penalty.item() if self.ewc else 0.0

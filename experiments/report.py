@@ -12,6 +12,7 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -95,6 +96,7 @@ def draw_learning_curves(
     mean = [100 * statistics.fmean(matrix[i][: i + 1]) for i in range(size)]
     left.plot(range(1, size + 1), mean, color="black", lw=2.5, label="mean over tasks so far")
     left.set(xlabel="tasks learnt", ylabel="test accuracy in %", title=title)
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend()
     left.grid(alpha=0.3)
     width = max(1, len(steps) // 400)
@@ -105,7 +107,9 @@ def draw_learning_curves(
             xs.append(part[-1]["step"])
             ys.append(statistics.fmean(record[name] for record in part))
         if any(y > 0 for y in ys):
-            label = name.removeprefix("train/") + (" (of the whole)" if "penalty" in name else "")
+            label = name.removeprefix("train/") + (
+                " (part of the loss)" if "penalty" in name else ""
+            )
             right.plot(xs, [y if y > 0 else math.nan for y in ys], color=colour, lw=1, label=label)
     right.set(xlabel="training step", ylabel="nats per example", yscale="log", title="training")
     if right.lines:
@@ -118,7 +122,7 @@ def draw_learning_curves(
 # --- a sweep ------------------------------------------------------------------------------
 
 
-class SweepReport(Callback):  # type: ignore[misc]
+class SweepReport(Callback):
     """When a sweep has ended: ``report.md`` over its jobs, also printed."""
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:

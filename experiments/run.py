@@ -104,8 +104,10 @@ def short_message(error: Exception) -> str:
     if unknown := re.match(r"Could not override '([^']+)'", text):
         option = unknown[1]
         return f"Unknown option {option!r}: allowed are {_allowed(option)}."
-    if choice := re.search(r"Could not find '([^']+)'\s+Available options in.*?:\n(.*?)\n\S", text, re.S):
-        return f"Could not find {choice[1]!r}: allowed are {', '.join(choice[2].split())}."
+    if choice := re.search(
+        r"Could not find '([^']+)'\s+Available options in.*?:\n(.*?)\n\S", text, re.S
+    ):
+        return f"Could not find {str(choice[1])!r}: allowed are {', '.join(choice[2].split())}."
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(lines[:2])
 
@@ -122,7 +124,7 @@ def _allowed(option: str) -> str:
             continue
         if isinstance(node, DictConfig):
             prefix = f"{parent}." if parent else ""
-            return ", ".join(f"{prefix}{k}" for k in node if not str(k).startswith("_"))
+            return ", ".join(f"{prefix}{k!s}" for k in node if not str(k).startswith("_"))
         break
     return f"none, {parent!r} is a value"
 

@@ -54,7 +54,9 @@ class Recorder:
     ) -> None:
         self.directory = directory
         self.options = options
-        self._file = (directory / "metrics.jsonl").open("w", encoding="utf-8")
+        self._file = (directory / "metrics.jsonl").open(
+            "w", encoding="utf-8", buffering=1
+        )  # line by line: a run that is cut short keeps its records
         try:
             self.run = wandb.init(
                 mode=options.mode,

@@ -162,8 +162,9 @@ def test_cut_files_are_refused(tmp_path):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for stem in ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte"):
-        (raw / stem).write_bytes(bytes([0, 0, 8, 3]) + b"".join(
-            n.to_bytes(4, "big") for n in (2, 28, 28)) + bytes(10))
+        (raw / stem).write_bytes(
+            bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (2, 28, 28)) + bytes(10)
+        )
     for stem in ("train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte"):
         (raw / stem).write_bytes(bytes([0, 0, 8, 1]) + (2).to_bytes(4, "big") + bytes(2))
     with pytest.raises(FileNotFoundError, match="is cut short: it must hold 1568 bytes"):

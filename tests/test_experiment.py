@@ -19,7 +19,8 @@ from experiments.schema import build, plain
 from experiments.tracking import Recorder, WandB
 
 ROOT = Path(CONFIGS).parent
-SMALL = ["model.hidden=[32]", "training.epochs=2", "benchmark.num_tasks=2", "wandb.mode=disabled"]
+SMALL = ["model.hidden=[32]", "training.epochs=4", "training.batch_size=16"]
+SMALL += ["benchmark.num_tasks=2", "wandb.mode=disabled"]
 
 
 def compose(*overrides):
@@ -52,8 +53,8 @@ def test_every_strategy_runs_on_every_scenario(tmp_path, strategy, benchmark, sc
     matrix = torch.tensor(results["accuracy_matrix"])
     assert matrix.shape == (2, 2)
     assert bool(((matrix >= 0) & (matrix <= 1)).all())
-    # Two epochs are enough to learn a task far beyond chance.
-    assert matrix[0, 0] > 0.5
+    # Four epochs are enough to learn a task far beyond chance.
+    assert matrix[0, 0] > 0.8
     assert set(results["seconds"]) == {"train", "fisher", "eval", "total"}
     assert (results["seconds"]["fisher"] > 0) == ("ewc" in strategy)
 
@@ -84,14 +85,15 @@ def test_ewc_forgets_less_than_fine_tuning(tmp_path):
 
 
 def test_joint_training_sees_all_tasks(tmp_path):
-    joint = run(tmp_path / "joint", "strategy=joint", "training.epochs=10")
-    naive = run(tmp_path / "naive", "strategy=naive", "training.epochs=10")
+    options = ("benchmark=permuted_digits", "training.epochs=10")
+    joint = run(tmp_path / "joint", *options, "strategy=joint")
+    naive = run(tmp_path / "naive", *options, "strategy=naive")
     assert joint["average_accuracy"] > naive["average_accuracy"] + 0.05
     assert joint["forgetting"] < 0.05
 
 
 def test_checkpoints_hold_network_and_penalty(tmp_path):
-    run(tmp_path / "run")
+    run(tmp_path / "run", "benchmark=permuted_digits", "strategy=online_ewc")
     state = load_file(tmp_path / "run" / "checkpoints" / "model.safetensors")
     assert state["0.weight"].shape == (32, 64)
     penalty = EWCPenalty()
@@ -99,6 +101,17 @@ def test_checkpoints_hold_network_and_penalty(tmp_path):
     penalty.load_state_dict(saved)
     assert penalty.fisher_trace > 0
     torch.testing.assert_close(penalty.terms[0].anchor, state, rtol=0, atol=0)
+
+
+def test_records_are_on_disk_as_they_come(tmp_path):
+    """The learning curves are drawn from them before the run is closed."""
+    with Recorder(tmp_path, WandB(mode="disabled"), {}, "test", None) as recorder:
+        recorder.log({"step": 1, "train/loss": 0.5})
+        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+            "step": 1,
+            "train/loss": 0.5,
+        }
+        assert recorder.sync_command is None
 
 
 def test_permuted_mnist_on_real_images(tmp_path, mnist_root):
@@ -241,7 +254,10 @@ def test_a_sweep_runs_its_jobs_in_parallel_and_reports(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["strategy.strengh=3"], "Unknown option 'strategy.strengh': allowed are strategy.strength."),
+        (
+            ["strategy.strengh=3"],
+            "Unknown option 'strategy.strengh': allowed are strategy.strength.",
+        ),
         (["sed=3"], "Unknown option 'sed': allowed are benchmark, model, "),
         (["strategy=ewcc"], "'strategy/ewcc': allowed are ewc, joint, naive, online_ewc."),
         (["+training.steps=3"], "Unknown option 'training.steps': allowed are training.batch_si"),

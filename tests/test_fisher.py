@@ -55,9 +55,7 @@ def test_dense_and_diagonal_equal_brute_force(network, likelihood, estimator, si
     y = targets_for(model, x, y, likelihood)
     expected = oracle(model, x, y, likelihood, estimator)
     data = batches(x, y, size)
-    dense = fisher_information(
-        model, data, likelihood, estimator=estimator, structure=DenseFisher
-    )
+    dense = fisher_information(model, data, likelihood, estimator=estimator, structure=DenseFisher)
     diagonal = fisher_information(model, data, likelihood, estimator=estimator)
     torch.testing.assert_close(dense.to_dense(), expected, **EXACT)
     torch.testing.assert_close(flatten(diagonal.diagonal()), expected.diagonal(), **EXACT)
@@ -153,9 +151,7 @@ def test_duplicated_data_give_the_same_mean(network):
     once = fisher_information(model, [(x, y)])
     twice = fisher_information(model, [(x, y), (x, y)])
     torch.testing.assert_close(once.diagonal(), twice.diagonal(), **EXACT)
-    torch.testing.assert_close(
-        twice.precision.trace(), 14 * once.trace(), **EXACT
-    )
+    torch.testing.assert_close(twice.precision.trace(), 14 * once.trace(), **EXACT)
 
 
 def test_small_chunks_change_nothing(network, monkeypatch):
@@ -284,10 +280,8 @@ def test_any_use_of_a_layer_is_right(build, n):
     model = build().double()
     x = torch.randn(n, 6, dtype=torch.float64)
     y = torch.randint(3, (n,))
-    if build is Branching:
-        examples = batches(x, y, 1)  # its branch looks at the whole batch
-    else:
-        examples = [(x, y)]
+    # The branch of one of them looks at the whole batch.
+    examples = batches(x, y, 1) if build is Branching else [(x, y)]
     expected = oracle(model, x, y, Categorical(), Exact())
     dense = fisher_information(model, examples, structure=DenseFisher)
     torch.testing.assert_close(dense.to_dense(), expected, **EXACT)
@@ -336,9 +330,7 @@ def test_task_labels_are_dropped_for_a_model_without_tasks():
     model = CalledTwice().double()
     x, y = torch.randn(3, 6, dtype=torch.float64), torch.zeros(3, dtype=torch.long)
     with_task = fisher_information(model, [(x, y, torch.ones(3, dtype=torch.long))])
-    torch.testing.assert_close(
-        with_task.diagonal(), fisher_information(model, [(x, y)]).diagonal()
-    )
+    torch.testing.assert_close(with_task.diagonal(), fisher_information(model, [(x, y)]).diagonal())
 
 
 def test_saturated_outputs_keep_their_digits():

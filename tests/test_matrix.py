@@ -112,7 +112,7 @@ def test_mistakes_are_named(tmp_path):
         _ = float("nan") * fisher
     with pytest.raises(torch.linalg.LinAlgError, match=r"is 0 in parameter '0.weight'"):
         DiagonalFisher({"0.weight": torch.zeros(2)}, 1).solve({"0.weight": torch.ones(2)}, 0.0)
-    with pytest.raises(ValueError, match="lacks parameter '0.bias'"):
+    with pytest.raises(ValueError, match=r"lacks parameter '0.bias'"):
         _ = fisher + fisher_information(nn.Linear(3, 3).double(), data)
     with pytest.raises(ValueError, match=r"shape \[2, 3\]"):
         DenseFisher(torch.zeros(2, 3), {"a": torch.Size([2])}, 1)

@@ -116,8 +116,7 @@ def test_dense_separate_keeps_every_cross_term():
     move(model)
     theta = torch.nn.utils.parameters_to_vector(model.parameters())
     expected = sum(
-        0.5 * 1.5 * f.num_examples / 9 * (theta - a) @ f.to_dense() @ (theta - a)
-        for f, a in tasks
+        0.5 * 1.5 * f.num_examples / 9 * (theta - a) @ f.to_dense() @ (theta - a) for f, a in tasks
     )
     torch.testing.assert_close(penalty(model), expected, **TIGHT)
 
@@ -250,14 +249,14 @@ def test_models_that_do_not_fit_are_named():
     model, penalty = small_model(), EWCPenalty()
     fisher = random_fisher(model, 10)
     penalty.consolidate(fisher, model)
-    with pytest.raises(ValueError, match="no parameter '2.weight'"):
+    with pytest.raises(ValueError, match=r"no parameter '2.weight'"):
         penalty(nn.Sequential(model[0]))
     with pytest.raises(ValueError, match=r"'0.weight' has shape \[3, 3\] in the model"):
         penalty(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(4, 2)).double())
-    with pytest.raises(ValueError, match="lacks parameter '2.bias'"):
+    with pytest.raises(ValueError, match=r"lacks parameter '2.bias'"):
         penalty.consolidate(fisher, nn.Sequential(model[0]))
+    other = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     with pytest.raises(ValueError, match=r"has shape \[1, 4\] for parameter '2.weight'"):
-        other = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
         penalty.consolidate(fisher, other)
 
 
@@ -267,14 +266,14 @@ def test_a_fisher_that_is_not_finite_changes_nothing():
     before = penalty.terms
     broken = random_fisher(model, 10).diagonal()
     broken["0.bias"][1] = math.nan
-    with pytest.raises(ValueError, match="'0.bias' is not finite"):
+    with pytest.raises(ValueError, match=r"'0.bias' is not finite"):
         penalty.consolidate(DiagonalFisher(broken, 10), model)
     assert penalty.terms is before
 
 
 @pytest.mark.parametrize("strength", [-1.0, math.nan, math.inf])
 def test_impossible_strengths_are_refused(strength):
-    with pytest.raises(ValueError, match="strength is .*: it must be a finite number, 0 or"):
+    with pytest.raises(ValueError, match=r"strength is .*: it must be a finite number, 0 or"):
         EWCPenalty(strength)
 
 

@@ -45,7 +45,9 @@ def domain_incremental():
     for shift in (0.0, 1.5):
         x, y = blobs()
         data = TensorDataset(x + shift, y)
-        tasks.append(AvalancheDataset([data], data_attributes=[DataAttribute(y.tolist(), "targets")]))
+        tasks.append(
+            AvalancheDataset([data], data_attributes=[DataAttribute(y.tolist(), "targets")])
+        )
     return benchmark_from_datasets(train=tasks, test=tasks)
 
 
@@ -223,8 +225,7 @@ def test_a_diverging_run_stops_and_says_where():
     strategy = strategy_of(Naive, mlp(), [EWCPlugin(1e12)], lr=100.0)
     stream = domain_incremental().train_stream
     with pytest.raises(FloatingPointError, match=r"became (nan|inf) in experience \d, iteration"):
-        for experience in stream:
-            strategy.train(experience)
+        strategy.train(stream)
 
 
 def test_impossible_arguments_are_refused():

@@ -13,7 +13,7 @@ from experiments.run import CONFIGS
 from experiments.schema import ConfigurationError, build, plain
 
 OPTIONS = [
-    f"{'+' if group.name in () else ''}{group.name}={path.stem}"
+    f"{group.name}={path.stem}"
     for group in sorted(Path(CONFIGS).iterdir())
     if group.is_dir()
     for path in sorted(group.glob("*.yaml"))

@@ -13,7 +13,7 @@ from ewc.fisher.diagonal import DiagonalFisher
 from ewc.fisher.estimators import Estimator, Exact
 from ewc.fisher.layers import CHUNK_BYTES
 from ewc.fisher.matrix import FisherMatrix
-from ewc.fisher.tape import Layer, Tape, layers_by_example, layers_with_rules, pullbacks
+from ewc.fisher.tape import Layer, Tape, layers_by_example, layers_with_rules
 from ewc.likelihoods import Categorical, Likelihood
 from ewc.parameters import Parameters, trainable_parameters
 
@@ -132,19 +132,11 @@ class Network:
         for start in range(0, targets.shape[0], self.examples_at_once):
             part = slice(start, start + self.examples_at_once)
             arguments = tuple(argument[part] for argument in inputs)
-            with Tape(self.layers) as tape:
+            with Tape(self.model, self.parameters, self.layers) as tape:
                 outputs = self.model(*arguments)
             scores = self._scores(outputs, targets[part], generator, index)
             if scores.shape[0] and outputs.requires_grad:
-                yield from pullbacks(
-                    self.model,
-                    self.parameters,
-                    tape,
-                    arguments,
-                    outputs,
-                    scores,
-                    self.vectors_at_once,
-                )
+                yield from tape.pullbacks(arguments, outputs, scores, self.vectors_at_once)
 
     def _scores(
         self, outputs: Any, targets: Tensor, generator: torch.Generator, index: int
@@ -160,9 +152,7 @@ class Network:
             self.likelihood.check_targets(outputs, targets)
         except ValueError as error:
             raise ValueError(f"Batch {index}: {error}") from None
-        scores = self.estimator.score_vectors(
-            self.likelihood, outputs.detach(), targets, generator
-        )
+        scores = self.estimator.score_vectors(self.likelihood, outputs.detach(), targets, generator)
         if not bool(scores.isfinite().all()):
             raise ValueError(
                 f"Batch {index}: the scores of the model's outputs are not finite, so the "
@@ -180,9 +170,9 @@ class Network:
             The layers whose rule holds.
         """
         candidates = layers_with_rules(self.model, self.parameters)
-        with Tape(candidates) as single:
+        with Tape(self.model, self.parameters, candidates) as single:
             outputs = self.model(*one)
-        with Tape(candidates) as double:
+        with Tape(self.model, self.parameters, candidates) as double:
             self.model(*(torch.cat([argument, argument]) for argument in one))
         size = max(1, single.output_size() + outputs.numel()) * outputs.element_size()
         # Enough examples to keep the products efficient, then as many vectors as fit.
@@ -194,7 +184,7 @@ class Network:
 def takes_task(model: nn.Module) -> bool:
     """Whether ``forward`` wants task labels: a second argument without a default."""
     wrapped = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
-    inner = model.module if wrapped else model
+    inner: Any = model.module if wrapped else model
     positional = [
         parameter
         for parameter in signature(inner.forward).parameters.values()

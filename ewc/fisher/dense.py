@@ -30,8 +30,7 @@ class DenseFisher(FisherMatrix):
         size = sum(shape.numel() for shape in shapes.values())
         if matrix.shape != (size, size):
             raise ValueError(
-                f"The matrix has shape {list(matrix.shape)}: {size} parameters need "
-                f"{[size, size]}."
+                f"The matrix has shape {list(matrix.shape)}: {size} parameters need {[size, size]}."
             )
         self._matrix = matrix
         self.shapes = dict(shapes)
@@ -119,5 +118,5 @@ class DenseSum:
 
 def unflatten_columns(rows: Tensor, shapes: Shapes) -> dict[str, Tensor]:
     """Views of the columns of ``rows`` (``[r, p]``) that belong to each parameter."""
-    pieces = rows.split([shape.numel() for shape in shapes.values()], dim=1)
+    pieces = torch.split(rows, [shape.numel() for shape in shapes.values()], dim=1)
     return dict(zip(shapes, pieces, strict=True))

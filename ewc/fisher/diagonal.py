@@ -57,7 +57,7 @@ class DiagonalFisher(FisherMatrix):
         damped = {name: entries + damping for name, entries in self._diagonal.items()}
         for name, entries in damped.items():
             if not bool((entries > 0).all()):
-                raise torch.linalg.LinAlgError(
+                raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
                     f"The diagonal Fisher matrix is 0 in parameter {name!r}: "
                     "solve takes a damping above 0 there."
                 )

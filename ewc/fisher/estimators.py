@@ -7,6 +7,7 @@ r"""Estimators: how the expectation over targets is taken, as a choice of score 
 | :class:`Empirical` | :math:`s(y_n)`, the observed target | 1 |
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -99,7 +100,8 @@ class MonteCarlo(Estimator):
         r"""Scores of drawn targets over :math:`\sqrt{S}`, shape ``[num_samples, n, c]``."""
         draws = likelihood.sample(outputs, self.num_samples, generator)
         scores = [likelihood.score(outputs, draw) for draw in draws]
-        return torch.stack(scores) / self.num_samples**0.5
+        vectors: Tensor = torch.stack(scores) / math.sqrt(self.num_samples)
+        return vectors
 
 
 @dataclass(frozen=True)

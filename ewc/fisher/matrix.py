@@ -110,11 +110,13 @@ class FisherMatrix(ABC):
         Raises:
             ValueError: ``damping`` is negative or not finite.
         """
-        return torch.linalg.slogdet(self._damped(damping)).logabsdet
+        logdet: Tensor = torch.linalg.slogdet(self._damped(damping)).logabsdet
+        return logdet
 
     def eigenvalues(self) -> Tensor:
         """All ``p`` eigenvalues in ascending order, shape ``[p]``."""
-        return torch.linalg.eigvalsh(self.to_dense())
+        values: Tensor = torch.linalg.eigvalsh(self.to_dense())
+        return values
 
     def __add__(self, other: "FisherMatrix") -> "FisherMatrix":
         r"""The exact sum of two matrices over the same parameters.
@@ -165,7 +167,9 @@ class FisherMatrix(ABC):
         tensors, about = self.state()
         return self.from_state({key: function(value) for key, value in tensors.items()}, about)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
         """The matrix on another device or in another floating-point type."""
         return self.mapped(lambda tensor: tensor.to(device=device, dtype=dtype))
 
@@ -218,13 +222,17 @@ def structure_named(name: str) -> type[FisherMatrix]:
     Raises:
         ValueError: there is none.
     """
-    found: list[type[FisherMatrix]] = [FisherMatrix]
-    for structure in found:
-        if structure.__name__ == name and structure is not FisherMatrix:
+    known = _subclasses(FisherMatrix)
+    for structure in known:
+        if structure.__name__ == name:
             return structure
-        found.extend(structure.__subclasses__())
-    known = ", ".join(structure.__name__ for structure in found[1:])
-    raise ValueError(f"Unknown Fisher structure {name!r}: known are {known}.")
+    names = ", ".join(structure.__name__ for structure in known)
+    raise ValueError(f"Unknown Fisher structure {name!r}: known are {names}.")
+
+
+def _subclasses(structure: Any) -> list[type[FisherMatrix]]:
+    direct: list[type[FisherMatrix]] = structure.__subclasses__()
+    return [*direct, *(below for child in direct for below in _subclasses(child))]
 
 
 def check_not_negative(value: float, name: str) -> None:

@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,12 +71,12 @@ class PerExamplePullback(Pullback):
 
         def vectors(scores_n: Tensor, *inputs_n: Tensor) -> Parameters:
             batch = tuple(argument[None] for argument in inputs_n)
-            _, pull = vjp(lambda p: functional_call(self.model, p, batch)[0], parameters)
+            _, pull, *_ = vjp(lambda p: functional_call(self.model, p, batch)[0], parameters)
             (gradients,) = vmap(pull)(scores_n)
             result: Parameters = gradients
             return result
 
-        out_dims = dict.fromkeys(self.names, 1)
+        out_dims: Any = dict.fromkeys(self.names, 1)
         in_dims = (1,) + (0,) * len(inputs)
         result: Parameters = vmap(vectors, in_dims=in_dims, out_dims=out_dims)(scores, *inputs)
         return result

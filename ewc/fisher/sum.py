@@ -32,7 +32,7 @@ class SumFisher(FisherMatrix):
         self.num_examples = sum(term.num_examples for term in self.terms)
 
     @classmethod
-    def accumulator(cls, parameters: Parameters) -> NoReturn:
+    def accumulator(cls, _parameters: Parameters) -> NoReturn:
         """A sum is made by ``+``, never by a pass over data.
 
         Raises:

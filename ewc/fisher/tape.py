@@ -68,9 +68,17 @@ def layers_with_rules(model: nn.Module, parameters: Parameters) -> list[Layer]:
 
 
 class Tape:
-    """Records the calls of ``layers`` while it is open (a context manager)."""
+    """Records the calls of layers in one forward pass (a context manager).
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    Args:
+        model: the network.
+        parameters: its trainable parameters.
+        layers: the layers to record.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Parameters, layers: Sequence[Layer]) -> None:
+        self.model = model
+        self.parameters = parameters
         self.layers = layers
         self.records: dict[nn.Module, list[Record]] = defaultdict(list)
         self._handles: list[Any] = []
@@ -105,6 +113,53 @@ class Tape:
             self.records[module].append(
                 Record(value.detach(), value._version, edge, output[0].numel())
             )
+
+    def pullbacks(
+        self, inputs: tuple[Tensor, ...], outputs: Tensor, scores: Tensor, vectors_at_once: int
+    ) -> Iterator[list[Pullback]]:
+        """The pulled-back score vectors of the recorded pass, some vectors at a time.
+
+        Args:
+            inputs: the arguments of the network in the pass.
+            outputs: what it returned, ``[n, c]``.
+            scores: the score vectors, ``[k, n, c]``.
+            vectors_at_once: how many vectors to pull back together.
+
+        Yields:
+            For each part of the vectors, pullbacks that together hold every parameter
+            that takes part in the outputs, each once.
+        """
+        nodes, uses = graph_of(outputs)
+        covered = list(self._covered(nodes, uses, outputs.shape[0]))
+        by_rule = {name for layer, _ in covered for name in layer.names.values()}
+        others = [n for n, p in self.parameters.items() if n not in by_rule and uses[id(p)] > 0]
+        edges = [record.edge for _, records in covered for record in records]
+
+        for start in range(0, scores.shape[0], vectors_at_once):
+            part = scores[start : start + vectors_at_once]
+            last = start + vectors_at_once >= scores.shape[0]
+            found: list[Pullback] = []
+            if edges:
+                gradients = iter(pull_back(outputs, edges, part, retain_graph=not last))
+                for layer, records in covered:
+                    calls = [Call(_unchanged(r, layer), next(gradients)) for r in records]
+                    found.append(layer.rule(layer.module, layer.names, calls))
+            if others:
+                found.append(PerExamplePullback(self.model, others, inputs, part))
+            yield found
+
+    def _covered(
+        self, nodes: set[Node], uses: Counter[int], num_examples: int
+    ) -> Iterator[tuple[Layer, list[Record]]]:
+        """The layers whose rule holds in this pass, with their calls."""
+        for layer in self.layers:
+            records = [r for r in self.records[layer.module] if r.edge.node in nodes]
+            counted = all(
+                uses[id(layer.module._parameters[local])] == len(records) for local in layer.names
+            )
+            by_example = all(r.input.shape[0] == num_examples for r in records)
+            if records and counted and by_example:
+                yield layer, records
 
     def output_size(self) -> int:
         """Scalars that all recorded outputs hold for one example."""
@@ -155,59 +210,6 @@ def graph_of(outputs: Tensor) -> tuple[set[Node], Counter[int]]:
             else:
                 stack.append(following)
     return nodes, uses
-
-
-def pullbacks(
-    model: nn.Module,
-    parameters: Parameters,
-    tape: Tape,
-    inputs: tuple[Tensor, ...],
-    outputs: Tensor,
-    scores: Tensor,
-    vectors_at_once: int,
-) -> Iterator[list[Pullback]]:
-    """The pulled-back score vectors of one forward pass, some vectors at a time.
-
-    Args:
-        model: the network.
-        parameters: its trainable parameters.
-        tape: the record of the pass.
-        inputs: the arguments of ``model`` in the pass.
-        outputs: what it returned, ``[n, c]``.
-        scores: the score vectors, ``[k, n, c]``.
-        vectors_at_once: how many vectors to pull back together.
-
-    Yields:
-        For each part of the vectors, pullbacks that together hold every parameter that
-        takes part in the outputs, each once.
-    """
-    nodes, uses = graph_of(outputs)
-    covered: list[tuple[Layer, list[Record]]] = []
-    by_rule: set[str] = set()
-    for layer in tape.layers:
-        records = [r for r in tape.records[layer.module] if r.edge.node in nodes]
-        counted = all(
-            uses[id(layer.module._parameters[local])] == len(records) for local in layer.names
-        )
-        by_example = all(r.input.shape[0] == outputs.shape[0] for r in records)
-        if records and counted and by_example:
-            covered.append((layer, records))
-            by_rule.update(layer.names.values())
-    others = [n for n, p in parameters.items() if n not in by_rule and uses[id(p)] > 0]
-    edges = [record.edge for _, records in covered for record in records]
-
-    for start in range(0, scores.shape[0], vectors_at_once):
-        part = scores[start : start + vectors_at_once]
-        last = start + vectors_at_once >= scores.shape[0]
-        found: list[Pullback] = []
-        if edges:
-            gradients = iter(pull_back(outputs, edges, part, retain_graph=not last))
-            for layer, records in covered:
-                calls = [Call(_unchanged(r, layer), next(gradients)) for r in records]
-                found.append(layer.rule(layer.module, layer.names, calls))
-        if others:
-            found.append(PerExamplePullback(model, others, inputs, part))
-        yield found
 
 
 def pull_back(
