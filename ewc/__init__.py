@@ -1,10 +1,18 @@
 """Fisher information of neural networks, and Elastic Weight Consolidation on top of it.
 
-The names here import neither Avalanche nor Hydra nor W&B.  The Avalanche plugin is
-:class:`ewc.plugin.EWCPlugin`.
+- the pass over the data: :func:`fisher_information`
+- how the expectation is taken: :class:`Exact`, :class:`MonteCarlo`, :class:`Empirical`
+- what of the matrix is kept: :class:`DiagonalFisher`, :class:`DenseFisher`, both a
+  :class:`FisherMatrix`
+- what a network's outputs mean: :class:`Categorical`, :class:`Gaussian`, each a
+  :class:`Likelihood`
+- Elastic Weight Consolidation: :class:`EWCPenalty`, with :class:`Separate` or
+  :class:`Online`; the Avalanche plugin is :class:`ewc.plugin.EWCPlugin`
+
+The names here import neither Avalanche nor Hydra nor W&B.
 """
 
-# Fisher information: the pass over the data, estimators, structures.
+from ewc.consolidation import Online, Separate
 from ewc.fisher import (
     DenseFisher,
     DiagonalFisher,
@@ -14,15 +22,9 @@ from ewc.fisher import (
     MonteCarlo,
     fisher_information,
 )
-
-# What a network's outputs mean.
 from ewc.likelihoods import Categorical, Gaussian, Likelihood
-
-# Vectors over the parameters.
 from ewc.parameters import Parameters
-
-# Elastic Weight Consolidation.
-from ewc.penalty import EWCPenalty, Online, Separate
+from ewc.penalty import EWCPenalty
 
 __all__ = [
     "Categorical",

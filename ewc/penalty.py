@@ -12,122 +12,20 @@ value, whatever the sizes of tasks and batches, for a loss that is a mean over e
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from ewc.fisher.diagonal import DiagonalFisher
+from ewc.consolidation import Consolidation, Online, Quadratic, Separate
 from ewc.fisher.matrix import FisherMatrix, check_not_negative, structure_named
 from ewc.parameters import (
     Parameters,
-    Shapes,
     check_same_shapes,
     dot,
     grown_shapes,
-    pad_rows,
     shapes_of,
 )
-
-
-@dataclass(frozen=True)
-class Quadratic:
-    r"""The function :math:`\frac12 (\theta - a)^\top P (\theta - a) + c`.
-
-    Attributes:
-        precision: :math:`P`, a Fisher matrix times its number of examples.
-        anchor: :math:`a`.
-        constant: :math:`c`, in nats.
-    """
-
-    precision: FisherMatrix
-    anchor: Parameters
-    constant: float = 0.0
-
-    def embedded(self, shapes: Shapes) -> "Quadratic":
-        """The same function over more parameters, flat in the new ones."""
-        like = next(iter(self.anchor.values()))
-        anchor = {
-            name: pad_rows(self.anchor[name], shape)
-            if name in self.anchor
-            else like.new_zeros(shape)
-            for name, shape in shapes.items()
-        }
-        return Quadratic(self.precision.embedded(shapes), anchor, self.constant)
-
-    def mapped(self, function: Callable[[Tensor], Tensor]) -> "Quadratic":
-        """The function with ``function`` applied to every tensor (a move, a cast)."""
-        anchor = {name: function(tensor) for name, tensor in self.anchor.items()}
-        return Quadratic(self.precision.mapped(function), anchor, self.constant)
-
-
-def completed_square(first: Quadratic, second: Quadratic) -> Quadratic:
-    r"""The sum of two diagonal quadratics as one, exactly.
-
-    With :math:`P = p + q` and :math:`m = a + \frac{q}{P} (b - a)`,
-    :math:`p (\theta - a)^2 + q (\theta - b)^2 = P (\theta - m)^2 + \frac{pq}{P} (b - a)^2`.
-    No large terms cancel.  Both must have the same parameters.
-    """
-    p, q = first.precision.diagonal(), second.precision.diagonal()
-    total, anchor, constant = {}, {}, first.constant + second.constant
-    for name in p:
-        total[name] = p[name] + q[name]
-        share = torch.where(total[name] > 0, q[name] / total[name], 0.0)
-        gap = second.anchor[name] - first.anchor[name]
-        anchor[name] = first.anchor[name] + share * gap
-        constant += 0.5 * float((p[name] * share * gap.square()).sum(dtype=torch.float64))
-    examples = first.precision.num_examples + second.precision.num_examples
-    return Quadratic(DiagonalFisher(total, examples), anchor, constant)
-
-
-@dataclass(frozen=True)
-class Separate:
-    """One quadratic a task, each around its own anchor (Kirkpatrick et al. 2017).
-
-    Diagonal matrices are summed into one quadratic, with the same value and gradient, so
-    time and memory do not grow with the number of tasks; other structures keep a term a
-    task.
-    """
-
-    def consolidated(self, terms: list[Quadratic], new: Quadratic) -> list[Quadratic]:
-        """The terms after a task whose own term is ``new``."""
-        diagonal = isinstance(new.precision, DiagonalFisher)
-        if terms and diagonal and isinstance(terms[-1].precision, DiagonalFisher):
-            return [*terms[:-1], completed_square(terms[-1], new)]
-        return [*terms, new]
-
-
-@dataclass(frozen=True)
-class Online:
-    r"""One quadratic around the last anchor, :math:`P \leftarrow \gamma P + N_t F_t`.
-
-    Schwarz et al. 2018, arXiv:1805.06370, section 3: the decay multiplies the old sum and
-    the anchor moves to the latest parameters.
-
-    Attributes:
-        decay: :math:`\gamma`, from 0 (only the last task counts) to 1 (all count fully).
-
-    Raises:
-        ValueError: ``decay`` is outside [0, 1].
-    """
-
-    decay: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Check the decay."""
-        if not 0 <= self.decay <= 1:
-            raise ValueError(f"decay is {self.decay}: it must lie in [0, 1].")
-
-    def consolidated(self, terms: list[Quadratic], new: Quadratic) -> list[Quadratic]:
-        """The one term after a task whose own term is ``new``."""
-        if not terms:
-            return [new]
-        (old,) = terms
-        return [Quadratic(self.decay * old.precision + new.precision, new.anchor)]
-
-
-Consolidation = Separate | Online
 
 
 class EWCPenalty(nn.Module):

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from avalanche.training.plugins import SupervisedPlugin
 
+from ewc.consolidation import Consolidation, Separate
 from ewc.fisher import DiagonalFisher, Estimator, Exact, FisherMatrix, fisher_information
 from ewc.likelihoods import Categorical, Likelihood
-from ewc.penalty import Consolidation, EWCPenalty, Separate
+from ewc.penalty import EWCPenalty
 
 
 class EWCPlugin(SupervisedPlugin):
@@ -48,10 +49,10 @@ class EWCPlugin(SupervisedPlugin):
         self,
         strength: float = 1.0,
         *,
-        likelihood: Likelihood = Categorical(),  # noqa: B008 - a frozen value
-        estimator: Estimator = Exact(),  # noqa: B008 - a frozen value
+        likelihood: Likelihood = Categorical(),
+        estimator: Estimator = Exact(),
         structure: type[FisherMatrix] = DiagonalFisher,
-        consolidation: Consolidation = Separate(),  # noqa: B008 - a frozen value
+        consolidation: Consolidation = Separate(),
     ) -> None:
         super().__init__()
         self.penalty = EWCPenalty(strength, consolidation)

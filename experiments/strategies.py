@@ -6,9 +6,9 @@ from typing import Any
 from avalanche.training.plugins import SupervisedPlugin
 
 from ewc import DiagonalFisher, Exact, FisherMatrix, Online, Separate
+from ewc.consolidation import Consolidation
 from ewc.fisher import Estimator
 from ewc.fisher.matrix import check_not_negative
-from ewc.penalty import Consolidation
 from ewc.plugin import EWCPlugin
 from experiments.loaders import InMemoryJoint, InMemoryNaive
 

@@ -26,9 +26,9 @@ EXAMPLES_AT_ONCE = 512
 def fisher_information(
     model: nn.Module,
     data: Iterable[Any],
-    likelihood: Likelihood = Categorical(),  # noqa: B008 - a frozen value
+    likelihood: Likelihood = Categorical(),
     *,
-    estimator: Estimator = Exact(),  # noqa: B008 - a frozen value
+    estimator: Estimator = Exact(),
     structure: type[Structure] = DiagonalFisher,  # type: ignore[assignment]
 ) -> Structure:
     r"""The Fisher information of ``model`` at its present parameters, a mean over examples.
