@@ -147,7 +147,7 @@ def _download(data_root: Path) -> None:
     from torchvision import datasets
 
     timeout = socket.getdefaulttimeout()
-    created = not data_root.exists()
+    created = [folder for folder in (data_root, *data_root.parents) if not folder.exists()]
     try:
         socket.setdefaulttimeout(20)
         data_root.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ def _download(data_root: Path) -> None:
             shutil.move(Path(folder) / "MNIST", data_root / "MNIST")
     except Exception as error:
         if created:
-            shutil.rmtree(data_root, ignore_errors=True)
+            shutil.rmtree(created[-1], ignore_errors=True)
         raise FileNotFoundError(
             f"MNIST is not at {data_root / 'MNIST' / 'raw'} and could not be downloaded: put "
             f"its four files there ({', '.join(_STEMS)}) or name another folder with "

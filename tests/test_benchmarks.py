@@ -155,7 +155,7 @@ def test_missing_mnist_says_where_to_put_it(tmp_path, monkeypatch):
     root = tmp_path / "new" / "root"
     with pytest.raises(FileNotFoundError, match=r"MNIST is not at .*raw.*data_root=DIR.*digits"):
         MNIST().load(root)
-    assert not root.exists()
+    assert not root.parent.exists()
 
 
 def test_cut_files_are_refused(tmp_path):

@@ -167,7 +167,7 @@ def read_wandb(folder):
     """All records of an offline run, by W&B's own reader."""
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     text = subprocess.run(
-        ["wandb", "leet", "inspect", "--json", str(path)],
+        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
