@@ -63,15 +63,15 @@ def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
 
 
 def check_same_shapes(
-    vector: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], what: str
+    found: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size], what: str
 ) -> None:
-    """Check that ``vector`` has exactly the names and shapes of ``shapes``.
+    """Check that ``found`` has exactly the names and shapes of ``shapes``.
 
     Raises:
-        ValueError: a name is missing or foreign, or a shape differs; ``what`` names the
-            vector in the message.
+        ValueError: a name is missing or foreign, or a shape differs; ``what`` names
+            their owner in the message.
     """
-    if odd := shapes.keys() ^ vector.keys():
+    if odd := shapes.keys() ^ found.keys():
         name = min(odd)
         state = "lacks" if name in shapes else "has the unknown"
         raise ValueError(
@@ -79,9 +79,9 @@ def check_same_shapes(
             f"matrix ({', '.join(shapes)})."
         )
     for name, shape in shapes.items():
-        if vector[name].shape != shape:
+        if found[name] != shape:
             raise ValueError(
-                f"{what} has shape {list(vector[name].shape)} for parameter {name!r}: "
+                f"{what} has shape {list(found[name])} for parameter {name!r}: "
                 f"the Fisher matrix has {list(shape)}."
             )
 

@@ -81,7 +81,7 @@ class EWCPenalty(nn.Module):
         """
         parameters = dict(model.named_parameters())
         present = {n: p.detach().clone() for n, p in parameters.items() if n in fisher.shapes}
-        check_same_shapes(present, fisher.shapes, type(model).__name__)
+        check_same_shapes(shapes_of(present), fisher.shapes, type(model).__name__)
         for name, entries in fisher.diagonal().items():
             if not bool(entries.isfinite().all()):
                 raise ValueError(

@@ -103,6 +103,14 @@ def test_flat_order_is_the_order_of_the_parameters():
     torch.testing.assert_close(fisher_information(model, data).diagonal(), expected, **CLOSE)
 
 
+def test_vectors_that_do_not_fit_are_named(fisher):
+    v = vector(fisher)
+    with pytest.raises(ValueError, match=r"lacks parameter '2.bias'"):
+        fisher.matvec({name: tensor for name, tensor in v.items() if name != "2.bias"})
+    with pytest.raises(ValueError, match=r"has shape \[1\] for parameter '2.bias'"):
+        fisher.matvec(v | {"2.bias": torch.zeros(1, dtype=torch.float64)})
+
+
 def test_mistakes_are_named(tmp_path):
     model, data = model_and_data()
     fisher = fisher_information(model, data)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ewc.fisher.layers import Pullback, slices
 from ewc.fisher.matrix import FisherMatrix, State
-from ewc.parameters import Parameters, Shapes, flatten, shapes_of, unflatten
+from ewc.parameters import Parameters, Shapes, check_same_shapes, flatten, shapes_of, unflatten
 
 
 class DenseFisher(FisherMatrix):
@@ -42,7 +42,12 @@ class DenseFisher(FisherMatrix):
         return DenseSum(parameters)
 
     def matvec(self, v: Mapping[str, Tensor]) -> Parameters:
-        """The product with the flat vector."""
+        """The product with the flat vector.
+
+        Raises:
+            ValueError: ``v`` does not have the matrix's parameters.
+        """
+        check_same_shapes(shapes_of(v), self.shapes, "The vector")
         ordered = torch.cat([v[name].reshape(-1) for name in self.shapes])
         return unflatten(self._matrix @ ordered, self.shapes)
 

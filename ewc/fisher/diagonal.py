@@ -32,7 +32,12 @@ class DiagonalFisher(FisherMatrix):
         return DiagonalSum(parameters)
 
     def matvec(self, v: Mapping[str, Tensor]) -> Parameters:
-        """The product, entry by entry."""
+        """The product, entry by entry.
+
+        Raises:
+            ValueError: ``v`` does not have the matrix's parameters.
+        """
+        check_same_shapes(shapes_of(v), self.shapes, "The vector")
         vectors = [v[name] for name in self._diagonal]
         products = torch._foreach_mul(list(self._diagonal.values()), vectors)
         return dict(zip(self._diagonal, products, strict=True))
@@ -53,7 +58,7 @@ class DiagonalFisher(FisherMatrix):
             torch.linalg.LinAlgError: an entry plus the damping is 0.
         """
         check_not_negative(damping, "damping")
-        check_same_shapes(v, self.shapes, "The right-hand side")
+        check_same_shapes(shapes_of(v), self.shapes, "The right-hand side")
         damped = {name: entries + damping for name, entries in self._diagonal.items()}
         for name, entries in damped.items():
             if not bool((entries > 0).all()):
@@ -85,7 +90,7 @@ class DiagonalFisher(FisherMatrix):
         """The sum; with another diagonal it is a diagonal."""
         if not isinstance(other, DiagonalFisher):
             return super().__add__(other)
-        check_same_shapes(other._diagonal, self.shapes, "The other Fisher matrix")
+        check_same_shapes(other.shapes, self.shapes, "The other Fisher matrix")
         entries = {n: entries + other._diagonal[n] for n, entries in self._diagonal.items()}
         return DiagonalFisher(entries, self.num_examples + other.num_examples)
 

@@ -28,7 +28,7 @@ class SumFisher(FisherMatrix):
             self.terms.extend(term.terms if isinstance(term, SumFisher) else [term])
         self.shapes = self.terms[0].shapes
         for term in self.terms[1:]:
-            check_same_shapes(term.diagonal(), self.shapes, "The other Fisher matrix")
+            check_same_shapes(term.shapes, self.shapes, "The other Fisher matrix")
         self.num_examples = sum(term.num_examples for term in self.terms)
 
     @classmethod
