@@ -53,7 +53,6 @@ class Record:
 def layers_with_rules(model: nn.Module, parameters: Parameters) -> list[Layer]:
     """The modules of ``model`` whose trainable parameters a rule may cover."""
     names = {id(parameter): name for name, parameter in parameters.items()}
-    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     layers = []
     for module in model.modules():
         rule = RULES.get(type(module))
@@ -61,8 +60,7 @@ def layers_with_rules(model: nn.Module, parameters: Parameters) -> list[Layer]:
         if rule is None or "forward" in vars(module) or not own.keys() <= {"weight", "bias"}:
             continue
         trainable = {local: names[id(p)] for local, p in own.items() if id(p) in names}
-        tied = any(owners[id(p)] > 1 for p in own.values())
-        if trainable and not tied and isinstance(own.get("weight"), nn.Parameter):
+        if trainable and isinstance(own.get("weight"), nn.Parameter):
             layers.append(Layer(module, rule, trainable))
     return layers
 
