@@ -23,6 +23,11 @@ def test_only_tasks_seen_so_far_count():
     assert forgetting(MATRIX[:2]) == pytest.approx(0.90 - 0.95)
 
 
+def test_luck_before_training_is_not_forgotten():
+    # The second task was at 0.9 by chance before it was learnt to 0.8.
+    assert forgetting([[1.0, 0.9, 0.0], [1.0, 0.8, 0.0], [1.0, 0.7, 1.0]]) == pytest.approx(0.05)
+
+
 def test_one_task_forgets_nothing():
     assert forgetting(MATRIX[:1]) == 0.0
     assert backward_transfer(MATRIX[:1]) == 0.0
