@@ -40,6 +40,14 @@ def shapes_of(parameters: Mapping[str, Tensor]) -> Shapes:
     return {name: tensor.shape for name, tensor in parameters.items()}
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type for sums over many terms: single precision at least.
+
+    In half precision a sum stops growing once it is some hundred times its terms.
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
 def flatten(parameters: Mapping[str, Tensor]) -> Tensor:
     """All tensors as one vector of shape ``[p]``, in the order of the dict."""
     return torch.cat([tensor.reshape(-1) for tensor in parameters.values()])

@@ -70,8 +70,8 @@ class EWCPlugin(SupervisedPlugin):
         """Add the penalty to the loss of the current mini-batch.
 
         Raises:
-            FloatingPointError: the loss is not finite; the message names the experience
-                and the iteration.
+            FloatingPointError: the loss is not finite; the message names the task and
+                the step.
         """
         if self.penalty.terms:
             value = self.penalty(strategy.model)
@@ -100,15 +100,15 @@ def check_finite_loss(strategy: Any) -> None:
     """Stop a training that diverged, before its numbers reach the parameters.
 
     Raises:
-        FloatingPointError: the loss is not finite; the message names the experience and
-            the iteration.
+        FloatingPointError: the loss is not finite; the message names the task and the
+            step, both counted from 1.
     """
     if not bool(torch.isfinite(strategy.loss).all()):
         raise FloatingPointError(
-            f"The loss became {float(strategy.loss.detach().sum())} in experience "
-            f"{strategy.experience.current_experience}, iteration "
-            f"{strategy.clock.train_exp_iterations}: a smaller learning rate or a smaller "
-            "strength is needed (plain gradient descent diverges once the largest "
+            f"The loss became {strategy.loss.detach().sum().item()} in task "
+            f"{strategy.experience.current_experience + 1}, step "
+            f"{strategy.clock.train_exp_iterations + 1}: a smaller learning rate is needed, or "
+            "a smaller strength (plain gradient descent diverges once the largest "
             "strength * Fisher * learning rate exceeds 2)."
         )
 

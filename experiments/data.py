@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import tempfile
+import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,7 @@ class MNIST(ImageSource):
 
         Raises:
             FileNotFoundError: the files are not there and cannot be downloaded.
+            ValueError: a file is damaged.
         """
         raw = data_root / "MNIST" / "raw"
         if not all(_find(raw, stem) for stem in _STEMS):
@@ -131,15 +133,17 @@ def _find(raw: Path, stem: str) -> Path | None:
 def _read_idx(path: Path | None) -> NDArray[np.uint8]:
     """An array of bytes in the IDX format: magic, sizes, then the values."""
     assert path is not None
-    content = path.read_bytes()
-    if path.suffix == ".gz":
-        content = gzip.decompress(content)
-    dimensions = content[3]
-    shape = np.frombuffer(content, ">u4", count=dimensions, offset=4).astype(int)
-    values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
-    if values.size != shape.prod():
-        raise FileNotFoundError(f"{path} is cut short: it must hold {shape.prod()} bytes of data.")
-    return values.reshape(shape).copy()
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        dimensions = content[3]
+        sizes = np.frombuffer(content, ">u4", count=dimensions, offset=4).astype(int)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(sizes).copy()
+    except (OSError, EOFError, IndexError, ValueError, zlib.error) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): remove it, or put the original file of MNIST there."
+        ) from error
 
 
 def _download(data_root: Path) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 
-from ewc.parameters import flatten
+from ewc.parameters import flatten, trainable_parameters
 from ewc.plugin import EWCPlugin
 from experiments.benchmarks import Benchmark, Tasks
 from experiments.data import default_data_root
@@ -115,7 +115,8 @@ class Experiment:
 
         Raises:
             FileNotFoundError: the data are not there.
-            ValueError: the optimizer refuses its arguments.
+            ValueError: the optimizer refuses its arguments, data are damaged, or the Fisher
+                matrix does not fit into memory.
         """
         torch.set_num_threads(self.threads)
         # Dead pixels and saturated outputs make denormal numbers, which cost up to 6x.
@@ -127,7 +128,13 @@ class Experiment:
         tasks = self.benchmark.build(root, self.seed, self.torch_device)
         model = self.model.build(tasks.num_pixels, tasks.num_outputs, tasks.num_heads)
         model.to(self.torch_device)
-        optimizer = self.optimizer(model.parameters())
+        try:
+            optimizer = self.optimizer(model.parameters())
+        except ValueError as error:
+            raise ValueError(f"optimizer: {error}") from error
+        if self.strategy.plugins(self.fisher):
+            # A matrix too large for the machine shows now, not after the first task.
+            self.fisher.structure.accumulator(trainable_parameters(model))
         return Prepared(self, tasks, model, optimizer)
 
 

@@ -91,10 +91,19 @@ class TrainingObserver(SupervisedPlugin):
             self._progress.advance(self._bar)
 
     def after_training_exp(self, strategy: Any, **_: Any) -> None:
-        """Stop the clock and the progress bar."""
+        """Stop the clock and the progress bar.
+
+        Raises:
+            FloatingPointError: the last step made the parameters infinite or NaN.
+        """
         self.trained_at = time.perf_counter()
         self.train_seconds += self.trained_at - self._started
         self.close()
+        if not all(bool(p.isfinite().all()) for p in strategy.model.parameters()):
+            raise FloatingPointError(
+                f"The parameters are not finite after the last step of task "
+                f"{strategy.experience.current_experience + 1}: a smaller learning rate is needed."
+            )
 
     def close(self) -> None:
         """Take the progress bar away; harmless if there is none."""

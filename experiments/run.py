@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,18 @@ _log = logging.getLogger(__name__)
 def run(config: DictConfig) -> float:
     """Run one experiment; its average accuracy is what a sweeper maximises."""
     directory = Path(HydraConfig.get().runtime.output_dir)
+    single = HydraConfig.get().mode == RunMode.RUN
     try:
         return _run(plain(config), directory)
-    except ConfigurationError:
-        _remove_run(directory)
+    except ConfigurationError as error:
+        _remove_traces(directory)
+        # A sweep must hear of it as an exception, and go on with its other jobs.
+        if single:
+            sys.exit(f"error: {error}")
+        raise
+    except FloatingPointError as error:
+        if single:
+            sys.exit(f"error: {error}")
         raise
 
 
@@ -75,6 +82,7 @@ def _run(config: dict[str, Any], directory: Path) -> float:
         f"average accuracy {100 * results['average_accuracy']:.2f} %, forgetting "
         f"{100 * results['forgetting']:.2f} points; seconds: {seconds}",
         highlight=False,
+        soft_wrap=True,
     )
     print(f"results: {os.path.relpath(directory)}")
     if recorder.sync_command:
@@ -88,12 +96,19 @@ def _steps(directory: Path) -> list[dict[str, float]]:
     return [record for record in map(json.loads, lines) if "step" in record]
 
 
-def _remove_run(directory: Path) -> None:
-    """Take away the run directory that Hydra made, and parents that it leaves empty."""
-    shutil.rmtree(directory, ignore_errors=True)
-    for parent in list(directory.parents)[:2]:
+def _remove_traces(directory: Path) -> None:
+    """Take away what Hydra wrote for this run, and folders that are then empty.
+
+    Nothing else: the directory may be the user's own, or hold an earlier run.
+    """
+    for name in ("config", "hydra", "overrides"):
+        (directory / ".hydra" / f"{name}.yaml").unlink(missing_ok=True)
+    for log in directory.glob("*.log"):
+        if log.stat().st_size == 0:
+            log.unlink()
+    for folder in (directory / ".hydra", directory, *list(directory.parents)[:2]):
         try:
-            parent.rmdir()
+            folder.rmdir()
         except OSError:
             return
 
@@ -123,8 +138,10 @@ def _allowed(option: str) -> str:
         except (HydraException, OmegaConfBaseException):
             continue
         if isinstance(node, DictConfig):
-            prefix = f"{parent}." if parent else ""
-            return ", ".join(f"{prefix}{k!s}" for k in node if not str(k).startswith("_"))
+            names = [str(k) for k in node if not str(k).startswith("_")]
+            if not parent:
+                return ", ".join([*names, "experiment", "sweep"])
+            return ", ".join(f"{parent}.{name}" for name in names)
         break
     return f"none, {parent!r} is a value"
 

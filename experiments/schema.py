@@ -9,7 +9,7 @@ end as one :class:`ConfigurationError` that names the option and says what is al
 import inspect
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -58,6 +58,10 @@ def build(node: Mapping[str, Any], path: str = "") -> Any:
             )
         if isinstance(value, Mapping) and "_target_" in value:
             arguments[key] = build(value, option)
+        elif isinstance(value, Mapping) and get_origin(hints[key]) is not dict:
+            raise ConfigurationError(
+                f"Option {option!r} has no _target_: a group of options names what it builds."
+            )
         else:
             arguments[key] = _checked(value, hints[key], option)
     if is_partial:
@@ -81,7 +85,10 @@ def _target(node: Mapping[str, Any], path: str) -> tuple[Any, bool, dict[str, An
         raise ConfigurationError(f"{path}._target_ is {name!r}: {error}") from error
     parameters = inspect.signature(target).parameters
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    return target, bool(node.get("_partial_")), {n: hints.get(n, Any) for n in parameters}
+    is_partial = bool(node.get("_partial_"))
+    # Of a call in part, what has no default is given later, by the code.
+    names = [n for n, p in parameters.items() if not is_partial or p.default is not p.empty]
+    return target, is_partial, {n: hints.get(n, Any) for n in names}
 
 
 def _checked(value: Any, hint: Any, option: str) -> Any:

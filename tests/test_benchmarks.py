@@ -1,5 +1,6 @@
 """Tasks cut from images, and the batches that strategies see."""
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -158,14 +159,29 @@ def test_missing_mnist_says_where_to_put_it(tmp_path, monkeypatch):
     assert not root.parent.exists()
 
 
-def test_cut_files_are_refused(tmp_path):
+def idx(*sizes, data):
+    return bytes([0, 0, 8, len(sizes)]) + b"".join(n.to_bytes(4, "big") for n in sizes) + data
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "not gzip", "cut gzip"])
+def test_damaged_files_are_named(tmp_path, damage):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for stem in ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte"):
-        (raw / stem).write_bytes(
-            bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (2, 28, 28)) + bytes(10)
-        )
-    for stem in ("train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte"):
-        (raw / stem).write_bytes(bytes([0, 0, 8, 1]) + (2).to_bytes(4, "big") + bytes(2))
-    with pytest.raises(FileNotFoundError, match="is cut short: it must hold 1568 bytes"):
+    for stem, size in (("train", 2), ("t10k", 2)):
+        (raw / f"{stem}-images-idx3-ubyte").write_bytes(idx(size, 28, 28, data=bytes(1568)))
+        (raw / f"{stem}-labels-idx1-ubyte").write_bytes(idx(size, data=bytes(size)))
+    train, test = MNIST().load(tmp_path)
+    assert train.pixels.shape == test.pixels.shape == (2, 784)
+    victim = raw / "train-images-idx3-ubyte"
+    content = {
+        "cut": victim.read_bytes()[:100],
+        "empty": b"",
+        "not gzip": b"nothing",
+        "cut gzip": gzip.compress(victim.read_bytes())[:-9],
+    }[damage]
+    victim.unlink()
+    if "gzip" in damage:
+        victim = victim.with_name(victim.name + ".gz")
+    victim.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{victim.name} is damaged"):
         MNIST().load(tmp_path)

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from ewc.fisher.layers import Pullback, slices
 from ewc.fisher.matrix import FisherMatrix, State
-from ewc.parameters import Parameters, Shapes, check_same_shapes, flatten, shapes_of, unflatten
+from ewc.parameters import (
+    Parameters,
+    Shapes,
+    accumulation_dtype,
+    check_same_shapes,
+    flatten,
+    shapes_of,
+    unflatten,
+)
 
 
 class DenseFisher(FisherMatrix):
@@ -94,12 +102,25 @@ class DenseFisher(FisherMatrix):
 
 
 class DenseSum:
-    r"""The running :math:`\sum_{n,k} v_{kn} v_{kn}^\top`."""
+    r"""The running :math:`\sum_{n,k} v_{kn} v_{kn}^\top`, in single precision at least.
+
+    Raises:
+        ValueError: the matrix does not fit into memory.
+    """
 
     def __init__(self, parameters: Parameters) -> None:
         self.shapes = shapes_of(parameters)
         flat = flatten(parameters).detach()
-        self.total = flat.new_zeros(flat.numel(), flat.numel())
+        size = flat.numel()
+        dtype = accumulation_dtype(flat.dtype)
+        try:
+            self.total = torch.zeros(size, size, dtype=dtype, device=flat.device)
+        except RuntimeError as error:
+            raise ValueError(
+                f"A dense Fisher matrix over {size} parameters takes "
+                f"{size**2 * dtype.itemsize / 1e9:.0f} GB, more than there is: take another "
+                "structure or a smaller network."
+            ) from error
 
     def add(self, pullbacks: Sequence[Pullback]) -> None:
         """Add the outer products of one chunk of pulled-back vectors."""

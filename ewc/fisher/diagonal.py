@@ -8,7 +8,15 @@ from torch import Tensor
 
 from ewc.fisher.layers import Pullback
 from ewc.fisher.matrix import FisherMatrix, State, check_not_negative
-from ewc.parameters import Parameters, Shapes, check_same_shapes, flatten, pad_rows, shapes_of
+from ewc.parameters import (
+    Parameters,
+    Shapes,
+    accumulation_dtype,
+    check_same_shapes,
+    flatten,
+    pad_rows,
+    shapes_of,
+)
 
 
 class DiagonalFisher(FisherMatrix):
@@ -116,11 +124,11 @@ class DiagonalFisher(FisherMatrix):
 
 
 class DiagonalSum:
-    r"""The running :math:`\sum_{n,k} v_{kn}^2`, entry by entry."""
+    r"""The running :math:`\sum_{n,k} v_{kn}^2`, entry by entry, in single precision at least."""
 
     def __init__(self, parameters: Parameters) -> None:
         self.total = {
-            name: torch.zeros_like(parameter, requires_grad=False)
+            name: torch.zeros_like(parameter, dtype=accumulation_dtype(parameter.dtype))
             for name, parameter in parameters.items()
         }
 
