@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ewc.fisher.diagonal import DiagonalFisher
 from ewc.fisher.matrix import FisherMatrix
-from ewc.parameters import Parameters, Shapes, pad_rows
+from ewc.parameters import Parameters, Shapes, padded
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,7 @@ class Quadratic:
 
     def embedded(self, shapes: Shapes) -> "Quadratic":
         """The same function over more parameters, flat in the new ones."""
-        like = next(iter(self.anchor.values()))
-        anchor = {
-            name: pad_rows(self.anchor[name], shape)
-            if name in self.anchor
-            else like.new_zeros(shape)
-            for name, shape in shapes.items()
-        }
+        anchor = padded(self.anchor, shapes)
         return Quadratic(self.precision.embedded(shapes), anchor, self.constant)
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Quadratic":
@@ -106,10 +100,10 @@ class Online:
 
     def consolidated(self, terms: list[Quadratic], new: Quadratic) -> list[Quadratic]:
         """The one term after a task whose own term is ``new``."""
-        if not terms:
-            return [new]
-        (old,) = terms
-        return [Quadratic(self.decay * old.precision + new.precision, new.anchor)]
+        precision = new.precision
+        for old in terms:
+            precision = self.decay * old.precision + precision
+        return [Quadratic(precision, new.anchor)]
 
 
 Consolidation = Separate | Online

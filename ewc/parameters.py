@@ -115,10 +115,16 @@ def grown_shapes(old: Mapping[str, torch.Size], new: Mapping[str, torch.Size]) -
     return union
 
 
-def pad_rows(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """``tensor`` with zero rows appended until it has ``shape``; itself if it fits."""
-    if tensor.shape == shape:
-        return tensor
-    padded = tensor.new_zeros(shape)
-    padded[: tensor.shape[0]] = tensor
-    return padded
+def padded(parameters: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> Parameters:
+    """The tensors at these shapes: zero in new last rows, and all zero for new names."""
+    like = next(iter(parameters.values()))
+    result: Parameters = {}
+    for name, shape in shapes.items():
+        old = parameters.get(name)
+        if old is None or old.shape != shape:
+            result[name] = like.new_zeros(shape)
+            if old is not None:
+                result[name][: old.shape[0]] = old
+        else:
+            result[name] = old
+    return result

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ewc.consolidation import Consolidation, Online, Quadratic, Separate
-from ewc.fisher.matrix import FisherMatrix, check_not_negative, structure_named
+from ewc.fisher.matrix import FisherMatrix, check_not_negative
 from ewc.parameters import (
     Parameters,
+    accumulation_dtype,
     check_same_shapes,
     dot,
     grown_shapes,
@@ -54,7 +55,7 @@ class EWCPenalty(nn.Module):
         super().__init__()
         self.strength = strength
         self.consolidation = consolidation
-        self.num_examples: int | None = None
+        self.num_examples = None
         self.terms: list[Quadratic] = []
         self._last_num_examples = 0
 
@@ -68,6 +69,17 @@ class EWCPenalty(nn.Module):
         check_not_negative(value, "strength")
         self._strength = float(value)
 
+    @property
+    def num_examples(self) -> int | None:
+        """:math:`N`, the size of the task in training, 1 or more; ``None`` if not told."""
+        return self._num_examples
+
+    @num_examples.setter
+    def num_examples(self, value: int | None) -> None:
+        if value is not None and not value >= 1:
+            raise ValueError(f"num_examples is {value}: it must be 1 or more, or None.")
+        self._num_examples = value
+
     def consolidate(self, fisher: FisherMatrix, model: nn.Module) -> None:
         """Remember a task: its Fisher information, and the model's parameters as anchor.
 
@@ -80,23 +92,29 @@ class EWCPenalty(nn.Module):
                 is not finite.  The penalty is then as it was.
         """
         parameters = dict(model.named_parameters())
-        present = {n: p.detach().clone() for n, p in parameters.items() if n in fisher.shapes}
+        present = {name: parameters[name] for name in fisher.shapes if name in parameters}
         check_same_shapes(shapes_of(present), fisher.shapes, type(model).__name__)
-        for name, entries in fisher.diagonal().items():
+        union = dict(fisher.shapes)
+        for term in self.terms:
+            # A parameter that is frozen by now is not in the new matrix, but still in the
+            # model, maybe grown; one that is gone keeps its old shape.
+            shapes = term.precision.shapes
+            still = {n: parameters[n].shape for n in shapes if n in parameters}
+            union = grown_shapes(shapes, still) | union
+        precision = fisher.precision
+        for name, entries in precision.diagonal().items():
             if not bool(entries.isfinite().all()):
                 raise ValueError(
                     f"The Fisher information of parameter {name!r} is not finite: it cannot "
                     "be consolidated."
                 )
-        new = Quadratic(fisher.precision, present)
-        old = [self._on_device_of(term, present) for term in self.terms]
-        union = fisher.shapes
-        for term in old:
-            union = grown_shapes(term.precision.shapes, union)
-        if union != fisher.shapes or list(union) != list(fisher.shapes):
-            new = new.embedded(union)
+        if union != fisher.shapes:
+            precision = precision.embedded(union)
+        values = {n: t for term in self.terms for n, t in term.anchor.items()} | parameters
+        anchor = {n: values[n].detach().to(precision.dtype, copy=True) for n in union}
+        old = [self._on_device_of(term, anchor) for term in self.terms]
         old = [term if term.precision.shapes == union else term.embedded(union) for term in old]
-        self.terms = self.consolidation.consolidated(old, new)
+        self.terms = self.consolidation.consolidated(old, Quadratic(precision, anchor))
         self._last_num_examples = fisher.num_examples
 
     def forward(self, model: nn.Module) -> Tensor:
@@ -131,8 +149,7 @@ class EWCPenalty(nn.Module):
         """Everything, as tensors and plain values: what ``state_dict()`` holds."""
         terms = []
         for term in self.terms:
-            tensors, about = term.precision.state()
-            about = {"structure": type(term.precision).__name__, **about}
+            tensors, about = term.precision.description()
             terms.append(
                 {
                     "precision": tensors,
@@ -159,9 +176,7 @@ class EWCPenalty(nn.Module):
         self._last_num_examples = state["last_num_examples"]
         self.terms = [
             Quadratic(
-                structure_named(term["about"]["structure"]).from_state(
-                    term["precision"], term["about"]
-                ),
+                FisherMatrix.from_description(term["precision"], term["about"]),
                 dict(term["anchor"]),
                 term["constant"],
             )
@@ -199,12 +214,14 @@ class EWCPenalty(nn.Module):
 
     @staticmethod
     def _on_device_of(term: Quadratic, parameters: Parameters) -> Quadratic:
-        """``term`` where the parameters are, and in their type."""
-        name = next(iter(term.anchor))
+        """``term`` where the parameters are, in their type or in single precision."""
+        name, anchor = next(iter(term.anchor.items()))
         here = parameters.get(name, next(iter(parameters.values())))
-        if (here.device, here.dtype) == (term.anchor[name].device, term.anchor[name].dtype):
+        # Half precision cannot hold N F: sums over a data set overflow it.
+        dtype = accumulation_dtype(here.dtype)
+        if (here.device, dtype) == (anchor.device, anchor.dtype):
             return term
-        return term.mapped(lambda tensor: tensor.to(here.device, here.dtype))
+        return term.mapped(lambda tensor: tensor.to(here.device, dtype))
 
 
 def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
@@ -239,10 +256,12 @@ class _QuadraticForm(torch.autograd.Function):
             # A second derivative is wanted, or a second backward pass of the same value.
             here = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
             _, gradient = _value_and_gradient(ctx.terms, here)
-            return (None, None, None, *(factor * tensor for tensor in gradient))
-        gradient, ctx.gradient = ctx.gradient, None
-        torch._foreach_mul_(gradient, factor)
-        return (None, None, None, *gradient)
+            gradient = [factor * tensor for tensor in gradient]
+        else:
+            gradient, ctx.gradient = ctx.gradient, None
+            torch._foreach_mul_(gradient, factor)
+        cast = (g.to(p.dtype) for g, p in zip(gradient, ctx.saved_tensors, strict=True))
+        return (None, None, None, *cast)
 
 
 def _value_and_gradient(terms: list[Quadratic], here: Parameters) -> tuple[Tensor, list[Tensor]]:

@@ -12,7 +12,7 @@ def _gradient(scalar, parameters):
     grads = torch.autograd.grad(scalar, parameters, retain_graph=True, allow_unused=True)
     return torch.cat(
         [
-            (torch.zeros_like(p) if g is None else g).reshape(-1)
+            (torch.zeros_like(p) if g is None else g.to_dense()).reshape(-1)
             for p, g in zip(parameters, grads, strict=True)
         ]
     )

@@ -251,9 +251,20 @@ def test_a_sweep_runs_its_jobs_in_parallel_and_reports(tmp_path):
     assert "| ewc | 2 |" in text
 
 
+def test_a_wrong_option_removes_nothing_that_was_there(tmp_path):
+    folder = tmp_path / "out" / "now"
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_text("years of work")
+    done = command(tmp_path, *SMALL, "strategy.strength=-1")
+    assert done.returncode == 1
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["fisher=exact_dense", "model.hidden=[4000]"], "parameters takes 4"),
+        (["optimizer=sgd", "optimizer.lr=1e38", "training.iterations=1"], "in task 1"),
         (
             ["strategy.strengh=3"],
             "Unknown option 'strategy.strengh': allowed are strategy.strength.",

@@ -249,6 +249,73 @@ class Opaque(CalledTwice):
         return self.head(Identity.apply(torch.tanh(self.square(x))))
 
 
+class Derivative(nn.Module):
+    """The outputs contain a derivative of the network, as in physics-informed ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1, bias=False))
+
+    def forward(self, x):
+        x = x.detach().requires_grad_(True)
+        value = self.net(x)
+        (slope,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+        return torch.cat([value, slope[:, :2]], 1)
+
+
+class SortedRows(CalledTwice):
+    """The layer sees the examples in an order of their own."""
+
+    def forward(self, x):
+        order = x[:, 0].argsort()
+        return self.head(torch.tanh(self.square(x[order]))[order.argsort()])
+
+
+class TwoOrders(CalledTwice):
+    """One call in order, one the other way round."""
+
+    def forward(self, x):
+        backwards = self.square(x.flip(0)).sin().flip(0)
+        return self.head(torch.tanh(self.square(x)) + backwards)
+
+
+class WritesIntoItsInput(CalledTwice):
+    def forward(self, x):
+        return self.head(self.square(x.sub_(1.5)).tanh())
+
+
+class BiasOnly(nn.Module):
+    """The weight is frozen, and the layer's input is changed in place afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.layer.weight.requires_grad_(False)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = x.clone()
+        h = self.layer(x)
+        x += h.tanh()
+        return self.head(x)
+
+
+class Words(nn.Module):
+    """Integer inputs, a sparse embedding tied to nothing, recurrence and attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(9, 4, sparse=True)
+        self.recurrent = nn.LSTM(4, 4, batch_first=True)
+        self.attention = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        hidden = self.embedding((2 * x).long().abs().clamp_max(8))
+        hidden = self.attention(self.recurrent(hidden)[0])
+        return self.head(hidden[:, -1])
+
+
 def normed():
     return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)), nn.Linear(4, 3))
 
@@ -273,6 +340,12 @@ def frozen_weight():
         Opaque,
         normed,
         frozen_weight,
+        Derivative,
+        SortedRows,
+        TwoOrders,
+        WritesIntoItsInput,
+        BiasOnly,
+        Words,
     ],
 )
 @pytest.mark.parametrize("n", [1, 2, 7])
@@ -282,9 +355,11 @@ def test_any_use_of_a_layer_is_right(build, n):
     y = torch.randint(3, (n,))
     # The branch of one of them looks at the whole batch.
     examples = batches(x, y, 1) if build is Branching else [(x, y)]
-    expected = oracle(model, x, y, Categorical(), Exact())
+    expected = oracle(model, x.clone(), y, Categorical(), Exact())
+    before = x.clone()
     dense = fisher_information(model, examples, structure=DenseFisher)
     torch.testing.assert_close(dense.to_dense(), expected, **EXACT)
+    assert torch.equal(x, before)
     diagonal = fisher_information(model, examples)
     torch.testing.assert_close(flatten(diagonal.diagonal()), expected.diagonal(), **EXACT)
 
@@ -416,8 +491,57 @@ def test_wrong_models_are_named():
         fisher_information(coupled, [(x, y)])
     with pytest.raises(ValueError, match=r"shape \[n, c\]"):
         fisher_information(nn.Sequential(nn.Linear(6, 4), nn.Unflatten(1, (2, 2))), [(x, y)])
+    squeezed = nn.Sequential(nn.Linear(6, 3))
+    squeezed.register_forward_hook(lambda _module, _args, output: output.squeeze())
+    with pytest.raises(ValueError, match=r"returned \[3\] for 1 examples: .* for one example too"):
+        fisher_information(squeezed, [(x, y)])
+    with pytest.raises(TypeError, match="is no Estimator: an instance of one is needed"):
+        fisher_information(CalledTwice(), [(x, y)], estimator=Empirical)
+    with pytest.raises(ValueError, match="not finite"):
+        fisher_information(CalledTwice(), [(x * torch.nan, torch.randn(2, 3))], Gaussian())
+    huge = nn.Linear(10_000, 1_000)
+    with pytest.raises(ValueError, match=r"over \d+ parameters takes \d+ GB, more than there is"):
+        fisher_information(huge, [(torch.randn(1, 10_000), y[:1])], structure=DenseFisher)
+    with pytest.raises(ValueError, match=r"num_samples is 2.5: it must be a whole number"):
+        MonteCarlo(2.5)
     with pytest.raises(ValueError, match="takes task labels"):
         fisher_information(TwoHeads(), [(x, y)])
+
+
+def test_half_precision_sums_do_not_stall():
+    model = nn.Linear(4, 3)
+    x, y = torch.rand(20_000, 4), torch.zeros(20_000, dtype=torch.long)
+    expected = fisher_information(model, batches(x, y, 1000)).trace()
+    found = fisher_information(model.bfloat16(), batches(x.bfloat16(), y, 8)).trace()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
+
+
+def test_autocast_keeps_the_single_precision_of_the_sums():
+    model = MODELS["mlp"][0]()
+    x, y = torch.randn(50, 6), torch.zeros(50, dtype=torch.long)
+    expected = fisher_information(model, [(x, y)]).trace()
+    with torch.autocast("cpu", torch.bfloat16):
+        for structure in (DiagonalFisher, DenseFisher):
+            found = fisher_information(model, [(x, y)], structure=structure).trace()
+            torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0)
+
+
+def test_many_outputs_take_bounded_memory():
+    """A thousand classes: the score vectors of 512 examples at once would be 2 GB."""
+    resource = pytest.importorskip("resource")
+    model = nn.Linear(5, 1000)
+    x, y = torch.randn(512, 5), torch.zeros(512, dtype=torch.long)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    fisher_information(model, [(x, y)])
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 1.5e6  # kilobytes
+
+
+def test_one_output_has_no_class_to_learn_about():
+    model = nn.Linear(3, 1)
+    fisher = fisher_information(model, [(torch.randn(4, 3), torch.zeros(4, dtype=torch.long))])
+    assert fisher.trace().item() == 0.0
 
 
 def test_real_digits_of_mnist(mnist):

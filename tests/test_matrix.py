@@ -133,4 +133,7 @@ def test_mistakes_are_named(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "other")
     with pytest.raises(ValueError, match="holds no Fisher matrix"):
         FisherMatrix.load(tmp_path / "other")
+    (tmp_path / "text").write_text("no tensors")
+    with pytest.raises(ValueError, match="holds no Fisher matrix"):
+        FisherMatrix.load(tmp_path / "text")
     assert "DiagonalFisher(parameters=31, tensors=4, num_examples=9, trace=" in repr(fisher)

@@ -13,7 +13,7 @@ from ewc.parameters import (
     dot,
     flatten,
     grown_shapes,
-    pad_rows,
+    padded,
     shapes_of,
     trainable_parameters,
     unflatten,
@@ -46,8 +46,9 @@ def test_growth_is_new_rows_and_nothing_else():
     for shape in ([1, 3], [2, 4], [2, 3, 1]):
         with pytest.raises(ValueError, match=r"'a' has shape .* only rows added at the end"):
             grown_shapes(old, {"a": torch.Size(shape)})
-    padded = pad_rows(torch.ones(2, 3), torch.Size([4, 3]))
-    assert torch.equal(padded, torch.tensor([[1.0] * 3] * 2 + [[0.0] * 3] * 2))
+    grown = padded({"a": torch.ones(2, 3)}, new)
+    assert torch.equal(grown["a"], torch.tensor([[1.0] * 3] * 2 + [[0.0] * 3] * 2))
+    assert torch.equal(grown["c"], torch.zeros(1))
 
 
 def test_foreign_vectors_are_named():

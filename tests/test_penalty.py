@@ -234,6 +234,51 @@ def test_rows_of_a_grown_head_are_free_for_the_old_tasks(consolidation):
     assert gradient.shape == (5, 4)
 
 
+@pytest.mark.parametrize("consolidation", [Separate(), Online(0.5)], ids=repr)
+def test_parameters_that_were_frozen_meanwhile_keep_their_anchor(consolidation):
+    model, penalty = small_model(), EWCPenalty(1.0, consolidation)
+    penalty.consolidate(random_fisher(model, 10), model)
+    entries = random_fisher(model, 10).diagonal()
+    later = {name: tensor for name, tensor in entries.items() if not name.startswith("0.")}
+    penalty.consolidate(DiagonalFisher(later, 10), model)
+    assert penalty(model).item() == 0.0
+    with torch.no_grad():
+        model[0].weight += 1.0
+    assert penalty(model).item() > 0.0
+
+
+def test_half_precision_models_keep_single_precision_terms():
+    model, penalty = small_model().half(), EWCPenalty(1.0)
+    entries = {n: 10 * torch.ones(p.shape) for n, p in model.named_parameters()}
+    penalty.consolidate(DiagonalFisher(entries, 60_000), model)  # N F overflows half precision
+    with torch.no_grad():
+        model[0].weight += 0.5
+    value = penalty(model)
+    torch.testing.assert_close(value, torch.tensor(0.5 * 10 * 12 * 0.25), rtol=1e-2, atol=0)
+    (gradient,) = torch.autograd.grad(value, model[0].weight)
+    assert gradient.dtype == torch.float16
+    torch.testing.assert_close(gradient, torch.full_like(gradient, 5.0), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("value", [0, -5, math.nan])
+def test_impossible_task_sizes_are_refused(value):
+    penalty = EWCPenalty()
+    with pytest.raises(ValueError, match=r"num_examples is .*: it must be 1 or more, or None"):
+        penalty.num_examples = value
+
+
+def test_separate_terms_may_go_on_as_online():
+    model, penalty = small_model(), EWCPenalty()
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.zeros(6, dtype=torch.long)
+    fisher = fisher_information(model, [(x, y)], structure=DenseFisher)
+    penalty.consolidate(fisher, model)
+    penalty.consolidate(fisher, model)
+    penalty.consolidation = Online(0.5)
+    penalty.consolidate(fisher, model)
+    (term,) = penalty.terms
+    torch.testing.assert_close(term.precision.to_dense(), 2 * fisher.precision.to_dense())
+
+
 def test_dense_fisher_follows_growth_in_the_middle():
     model, penalty = small_model(), EWCPenalty()
     x, y = torch.randn(6, 3, dtype=torch.float64), torch.zeros(6, dtype=torch.long)

@@ -51,7 +51,7 @@ def test_options_reach_their_objects():
     (plugin,) = experiment.strategy.plugins(experiment.fisher)
     assert plugin.penalty.strength == 7
     assert plugin.penalty.consolidation.decay == 0.5
-    assert plugin.estimator == MonteCarlo(3)
+    assert plugin.estimator == MonteCarlo(3, seed=4)
     assert plugin.structure is DenseFisher
     assert experiment.model.hidden == [5, 6]
     optimizer = experiment.optimizer([torch.nn.Parameter(torch.zeros(1))])
@@ -78,8 +78,10 @@ def test_the_target_of_an_estimator_may_be_changed():
         ({"strategy": {"strength": "nan"}}, "strategy: strength is nan: .* 0 or above"),
         ({"strategy": {"strength": -1}}, "strategy: strength is -1"),
         ({"optimizer": {"lr": "fast"}}, "'optimizer.lr' is 'fast'"),
-        ({"optimizer": {"rate": 1}}, "'optimizer.rate': allowed are optimizer.params, optim"),
+        ({"optimizer": {"rate": 1}}, "'optimizer.rate': allowed are optimizer.lr, optim"),
         ({"wandb": {"mode": "of"}}, "'wandb.mode' is 'of': .* 'offline', 'online' or 'disabled'"),
+        ({"strategy": {"_targt_": 1}}, "Unknown option 'strategy._targt_'"),
+        ({"optimizer": {"params": 1}}, "Unknown option 'optimizer.params'"),
         ({"device": "tpu9"}, "device is 'tpu9'"),
         ({"seed": -1}, "seed is -1"),
         ({"threads": 0}, "threads is 0"),
@@ -90,6 +92,14 @@ def test_the_target_of_an_estimator_may_be_changed():
 def test_mistakes_are_named(change, message):
     config = OmegaConf.to_container(OmegaConf.merge(compose(), change))
     with pytest.raises(ConfigurationError, match=message):
+        build(config)
+
+
+@pytest.mark.parametrize("group", ["strategy", "training", "model", "fisher", "wandb", "benchmark"])
+def test_groups_without_a_target_are_refused(group):
+    config = compose()
+    del config[group]["_target_"]
+    with pytest.raises(ConfigurationError, match=f"Option '{group}' has no _target_"):
         build(config)
 
 

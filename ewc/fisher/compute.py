@@ -56,7 +56,11 @@ def fisher_information(
         ValueError: the data are empty or no batches, a target does not fit the outputs,
             the outputs are not ``[n, c]`` or not finite, a BatchNorm has no running
             statistics (its examples are not independent), or no parameter is trainable.
+        TypeError: the likelihood or the estimator is none.
     """
+    for value, kind in ((likelihood, Likelihood), (estimator, Estimator)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{value!r} is no {kind.__name__}: an instance of one is needed.")
     parameters = trainable_parameters(model)
     total = structure.accumulator(parameters)
     generator = torch.Generator().manual_seed(estimator.seed)
@@ -93,6 +97,7 @@ class Network:
         self.device = next(iter(parameters.values())).device
         self.with_task = takes_task(model)
         self.layers: list[Layer] | None = None
+        self.in_order = False
         self.examples_at_once = 1
         self.vectors_at_once = 1
 
@@ -128,57 +133,77 @@ class Network:
         if targets.shape[0] == 0:
             return
         if self.layers is None:
-            self.layers = self._look_at(tuple(argument[:1] for argument in inputs))
+            self.layers = self._look_at(tuple(a[:1] for a in inputs), targets[:1])
         for start in range(0, targets.shape[0], self.examples_at_once):
             part = slice(start, start + self.examples_at_once)
             arguments = tuple(argument[part] for argument in inputs)
             with Tape(self.model, self.parameters, self.layers) as tape:
-                outputs = self.model(*arguments)
+                # A copy: a network may write into its input, which is the user's.
+                outputs = self.model(*(argument.clone() for argument in arguments))
             scores = self._scores(outputs, targets[part], generator, index)
-            if scores.shape[0] and outputs.requires_grad:
-                yield from tape.pullbacks(arguments, outputs, scores, self.vectors_at_once)
+            if not (scores.shape[0] and outputs.requires_grad):
+                continue
+            if not self.in_order and len(outputs) > 1:
+                self.layers = tape.layers = tape.layers_in_order(outputs, scores)
+                self.in_order = True
+            yield from tape.pullbacks(arguments, outputs, scores, self.vectors_at_once)
 
     def _scores(
         self, outputs: Any, targets: Tensor, generator: torch.Generator, index: int
     ) -> Tensor:
-        n = targets.shape[0]
-        if not (isinstance(outputs, Tensor) and outputs.dim() == 2 and outputs.shape[0] == n):
-            shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-            raise ValueError(
-                f"The model returned {shape} for {n} examples: its outputs must be a tensor "
-                "of shape [n, c]."
-            )
+        """The estimator's score vectors ``[k, n, c]``, after checking what they come from."""
+        check_outputs(outputs, targets.shape[0])
         try:
             self.likelihood.check_targets(outputs, targets)
         except ValueError as error:
             raise ValueError(f"Batch {index}: {error}") from None
         scores = self.estimator.score_vectors(self.likelihood, outputs.detach(), targets, generator)
-        if not bool(scores.isfinite().all()):
+        if bool(outputs.isnan().any()) or not bool(scores.isfinite().all()):
             raise ValueError(
                 f"Batch {index}: the scores of the model's outputs are not finite, so the "
                 "Fisher information is not defined; check the parameters and the inputs."
             )
         return scores
 
-    def _look_at(self, one: tuple[Tensor, ...]) -> list[Layer]:
-        """Find which rules hold, and how much fits into memory, from one example.
+    def _look_at(self, one: tuple[Tensor, ...], targets: Tensor) -> list[Layer]:
+        """Find which rules may hold, and how much fits into memory, from one example.
 
         Args:
             one: the model's arguments for one example.
+            targets: its target.
 
         Returns:
-            The layers whose rule holds.
+            The layers whose rule may hold.
         """
         candidates = layers_with_rules(self.model, self.parameters)
         with Tape(self.model, self.parameters, candidates) as single:
-            outputs = self.model(*one)
+            outputs = self.model(*(argument.clone() for argument in one))
+        scores = self._scores(outputs, targets, torch.Generator(), 0)
         with Tape(self.model, self.parameters, candidates) as double:
             self.model(*(torch.cat([argument, argument]) for argument in one))
-        size = max(1, single.output_size() + outputs.numel()) * outputs.element_size()
-        # Enough examples to keep the products efficient, then as many vectors as fit.
-        self.examples_at_once = max(16, min(EXAMPLES_AT_ONCE, CHUNK_BYTES // (16 * size)))
-        self.vectors_at_once = max(1, CHUNK_BYTES // (self.examples_at_once * size))
+        # For each example: a gradient of every recorded output a vector, and the vectors
+        # themselves with what it takes to make them.
+        gradient = (single.output_size() + outputs.numel()) * outputs.element_size()
+        vectors = 4 * scores.numel() * outputs.element_size()
+        fitting = CHUNK_BYTES // (8 * gradient + vectors)
+        self.examples_at_once = max(1, min(EXAMPLES_AT_ONCE, fitting))
+        self.vectors_at_once = max(1, CHUNK_BYTES // (self.examples_at_once * gradient))
         return layers_by_example(candidates, single, double)
+
+
+def check_outputs(outputs: Any, num_examples: int) -> None:
+    """Check that a model returned outputs ``[n, c]``.
+
+    Raises:
+        ValueError: it returned something else.
+    """
+    if isinstance(outputs, Tensor) and outputs.dim() == 2 and len(outputs) == num_examples:
+        return
+    shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    raise ValueError(
+        f"The model returned {shape} for {num_examples} examples: its outputs must be a tensor "
+        "of shape [n, c], for one example too."
+    )
 
 
 def takes_task(model: nn.Module) -> bool:
@@ -211,10 +236,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             )
     modes = {module: module.training for module in model.modules()}
     buffers = [
-        (module, name, buffer, buffer.clone())
+        (module, name, buffer, None if buffer is None else buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
-        if buffer is not None
     ]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
@@ -226,6 +250,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = mode
             with torch.no_grad():
                 for module, name, buffer, copy in buffers:
-                    if not torch.equal(buffer, copy):
+                    if buffer is not None and copy is not None and not torch.equal(buffer, copy):
                         buffer.copy_(copy)
                     module._buffers[name] = buffer

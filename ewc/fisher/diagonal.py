@@ -14,7 +14,7 @@ from ewc.parameters import (
     accumulation_dtype,
     check_same_shapes,
     flatten,
-    pad_rows,
+    padded,
     shapes_of,
 )
 
@@ -104,14 +104,7 @@ class DiagonalFisher(FisherMatrix):
 
     def embedded(self, shapes: Shapes) -> "DiagonalFisher":
         """Zero entries for new names and new last rows."""
-        like = next(iter(self._diagonal.values()))
-        entries = {
-            name: pad_rows(self._diagonal[name], shape)
-            if name in self._diagonal
-            else like.new_zeros(shape)
-            for name, shape in shapes.items()
-        }
-        return DiagonalFisher(entries, self.num_examples)
+        return DiagonalFisher(padded(self._diagonal, shapes), self.num_examples)
 
     def state(self) -> State:
         """The entries by parameter; the names in the flat order."""

@@ -85,7 +85,7 @@ class MonteCarlo(Estimator):
 
     def __post_init__(self) -> None:
         """Check the number of samples."""
-        if self.num_samples < 1:
+        if not isinstance(self.num_samples, int) or self.num_samples < 1:
             raise ValueError(
                 f"num_samples is {self.num_samples}: it must be a whole number above 0."
             )

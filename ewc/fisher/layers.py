@@ -53,7 +53,7 @@ class Pullback(ABC):
         r"""Add :math:`\sum_{k,n} v_{kn}^2` to ``total``, in place."""
         for part in slices(self.num_examples, self.bytes_per_example()):
             for name, vectors in self.per_example(part).items():
-                total[name] += vectors.flatten(0, 1).square().sum(0)
+                total[name] += vectors.flatten(0, 1).to(total[name].dtype).square().sum(0)
 
 
 @dataclass(frozen=True)

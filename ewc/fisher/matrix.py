@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -173,11 +173,24 @@ class FisherMatrix(ABC):
         """The matrix on another device or in another floating-point type."""
         return self.mapped(lambda tensor: tensor.to(device=device, dtype=dtype))
 
+    def description(self) -> State:
+        """What :meth:`state` returns, and the name of the structure with it."""
+        tensors, about = self.state()
+        return tensors, {"structure": type(self).__name__, **about}
+
+    @staticmethod
+    def from_description(tensors: dict[str, Tensor], about: dict[str, Any]) -> "FisherMatrix":
+        """The matrix, of whatever structure, that :meth:`description` described.
+
+        Raises:
+            ValueError: there is no structure of that name.
+        """
+        return structure_named(about["structure"]).from_state(tensors, about)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the matrix to ``path`` in the safetensors format (no pickle)."""
-        tensors, about = self.state()
+        tensors, about = self.description()
         copies = {key: value.detach().contiguous().clone() for key, value in tensors.items()}
-        about = {"structure": type(self).__name__, **about}
         save_file(copies, os.fspath(path), metadata={"ewc": json.dumps(about)})
 
     @staticmethod
@@ -190,16 +203,16 @@ class FisherMatrix(ABC):
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no Fisher matrix at {os.fspath(path)!r}.")
-        with safe_open(os.fspath(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if "ewc" not in metadata:
-                raise ValueError(
-                    f"{os.fspath(path)!r} holds no Fisher matrix: "
-                    "only files written by FisherMatrix.save can be loaded."
-                )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        about = json.loads(metadata["ewc"])
-        return structure_named(about["structure"]).from_state(tensors, about)
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                about = json.loads((file.metadata() or {})["ewc"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (KeyError, SafetensorError) as error:
+            raise ValueError(
+                f"{os.fspath(path)!r} holds no Fisher matrix: only files written by "
+                "FisherMatrix.save can be loaded."
+            ) from error
+        return FisherMatrix.from_description(tensors, about)
 
     def __repr__(self) -> str:
         """One line with the structure, its size and its trace."""

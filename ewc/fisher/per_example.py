@@ -55,11 +55,12 @@ class PerExamplePullback(Pullback):
 
     def per_example(self, examples: slice) -> Parameters:
         """All examples at once where the network allows it, else one after the other."""
-        inputs = tuple(argument[examples] for argument in self.inputs)
+        # Copies: a network may write into its input.
+        inputs = tuple(argument[examples].clone() for argument in self.inputs)
         scores = self.scores[:, examples]
         try:
             with quiet_about_speed():
-                return self._vectorised(inputs, scores)
+                return self._vectorised(tuple(a.clone() for a in inputs), scores)
         except RuntimeError as error:
             # Operations that vmap cannot take: branches on data, in-place writes, custom
             # autograd functions.  A fault of the network itself shows again below.
@@ -98,5 +99,5 @@ class PerExamplePullback(Pullback):
                 )
                 for row, gradient in zip(result, gradients, strict=True):
                     if gradient is not None:
-                        row[j, i] = gradient
+                        row[j, i] = gradient.to_dense() if gradient.is_sparse else gradient
         return dict(zip(self.names, result, strict=True))

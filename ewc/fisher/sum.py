@@ -5,7 +5,7 @@ from typing import Any, NoReturn, Self
 
 from torch import Tensor
 
-from ewc.fisher.matrix import FisherMatrix, State, structure_named
+from ewc.fisher.matrix import FisherMatrix, State
 from ewc.parameters import Parameters, Shapes, check_same_shapes
 
 
@@ -74,9 +74,9 @@ class SumFisher(FisherMatrix):
         """The tensors of all terms, numbered; a description a term."""
         tensors, about = {}, []
         for index, term in enumerate(self.terms):
-            inner, description = term.state()
+            inner, description = term.description()
             tensors.update({f"{index}/{key}": value for key, value in inner.items()})
-            about.append({"structure": type(term).__name__, **description})
+            about.append(description)
         return tensors, {"terms": about}
 
     @classmethod
@@ -86,5 +86,5 @@ class SumFisher(FisherMatrix):
         for index, description in enumerate(about["terms"]):
             prefix = f"{index}/"
             inner = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            terms.append(structure_named(description["structure"]).from_state(inner, description))
+            terms.append(FisherMatrix.from_description(inner, description))
         return cls(terms)

@@ -5,13 +5,16 @@ in the autograd graph, and takes gradients with respect to those *outputs*, all 
 vectors at once.  No gradient of a weight is ever formed by autograd.
 
 A rule is trusted only where it is known to be right: the layer's first dimension must be
-the example (seen from how the shapes follow the batch size), and every use of its
-parameters in the graph must be a recorded call (seen by counting).  All other parameters
-go to :class:`~ewc.fisher.per_example.PerExamplePullback`.
+the example (seen from how the shapes follow the batch size), its rows must be the examples
+in their order (seen from how gradients follow the scores, in the first batch of more than
+one), and every use of its parameters in the graph must be a recorded call (seen by
+counting).  All other parameters go to
+:class:`~ewc.fisher.per_example.PerExamplePullback`.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -22,7 +25,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from ewc.fisher.layers import RULES, Call, LayerPullback, Pullback
 from ewc.fisher.per_example import PerExamplePullback, quiet_about_speed
-from ewc.parameters import Parameters
+from ewc.parameters import Parameters, accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,54 @@ def layers_with_rules(model: nn.Module, parameters: Parameters) -> list[Layer]:
         if trainable and isinstance(own.get("weight"), nn.Parameter):
             layers.append(Layer(module, rule, trainable))
     return layers
+
+
+class Graph:
+    """The autograd graph behind a tensor.
+
+    Args:
+        outputs: the tensor.
+    """
+
+    def __init__(self, outputs: Tensor) -> None:
+        self.consumers: dict[Node, list[Node]] = defaultdict(list)
+        self.leaves: dict[int, Node] = {}
+        stack = [outputs.grad_fn] if outputs.grad_fn is not None else []
+        self.nodes: set[Node] = set(stack)
+        while stack:
+            node = stack.pop()
+            for following, _ in node.next_functions:
+                if following is None:
+                    continue
+                self.consumers[following].append(node)
+                if type(following).__name__ == "AccumulateGrad":
+                    leaf = following.variable  # type: ignore[attr-defined]
+                    self.leaves[id(leaf)] = following
+                elif following not in self.nodes:
+                    self.nodes.add(following)
+                    stack.append(following)
+
+    def uses(self, leaf: Tensor, layers: AbstractSet[Node]) -> int:
+        """How often a leaf tensor is used.
+
+        A node with one differentiable input (a transpose, a cast) is not a use itself: its
+        results may be used several times, as when the forward pass takes a derivative.
+
+        Args:
+            leaf: the tensor.
+            layers: the nodes that are the outputs of layers, which always are uses.
+        """
+        if id(leaf) not in self.leaves:
+            return 0
+        count, stack = 0, [self.leaves[id(leaf)]]
+        while stack:
+            for consumer in self.consumers[stack.pop()]:
+                inputs = [node for node, _ in consumer.next_functions if node is not None]
+                if consumer in layers or len(inputs) > 1 or not self.consumers[consumer]:
+                    count += 1
+                else:
+                    stack.append(consumer)
+        return count
 
 
 class Tape:
@@ -127,10 +178,14 @@ class Tape:
             For each part of the vectors, pullbacks that together hold every parameter
             that takes part in the outputs, each once.
         """
-        nodes, uses = graph_of(outputs)
-        covered = list(self._covered(nodes, uses, outputs.shape[0]))
+        graph = Graph(outputs)
+        covered = self._covered(graph, outputs.shape[0])
         by_rule = {name for layer, _ in covered for name in layer.names.values()}
-        others = [n for n, p in self.parameters.items() if n not in by_rule and uses[id(p)] > 0]
+        others = [
+            name
+            for name, parameter in self.parameters.items()
+            if name not in by_rule and graph.uses(parameter, frozenset())
+        ]
         edges = [record.edge for _, records in covered for record in records]
 
         for start in range(0, scores.shape[0], vectors_at_once):
@@ -140,24 +195,62 @@ class Tape:
             if edges:
                 gradients = iter(pull_back(outputs, edges, part, retain_graph=not last))
                 for layer, records in covered:
-                    calls = [Call(_unchanged(r, layer), next(gradients)) for r in records]
+                    dtype = accumulation_dtype(next(layer.module.parameters()).dtype)
+                    calls = [
+                        Call(_unchanged(r, layer).to(dtype), next(gradients).to(dtype))
+                        for r in records
+                    ]
                     found.append(layer.rule(layer.module, layer.names, calls))
             if others:
                 found.append(PerExamplePullback(self.model, others, inputs, part))
             yield found
 
-    def _covered(
-        self, nodes: set[Node], uses: Counter[int], num_examples: int
-    ) -> Iterator[tuple[Layer, list[Record]]]:
+    def _covered(self, graph: Graph, num_examples: int) -> list[tuple[Layer, list[Record]]]:
         """The layers whose rule holds in this pass, with their calls."""
+        outputs = {r.edge.node for records in self.records.values() for r in records}
+        covered = []
         for layer in self.layers:
-            records = [r for r in self.records[layer.module] if r.edge.node in nodes]
+            records = [r for r in self.records[layer.module] if r.edge.node in graph.nodes]
             counted = all(
-                uses[id(layer.module._parameters[local])] == len(records) for local in layer.names
+                graph.uses(layer.module.get_parameter(local), outputs) == len(records)
+                for local in layer.names
             )
             by_example = all(r.input.shape[0] == num_examples for r in records)
             if records and counted and by_example:
-                yield layer, records
+                covered.append((layer, records))
+        return covered
+
+    def layers_in_order(self, outputs: Tensor, scores: Tensor) -> list[Layer]:
+        """The layers in which row ``i`` belongs to example ``i``, in every call.
+
+        A network may sort, flip or mix examples on the way.  Scaling the score of every
+        example by a factor of its own must scale the rows of a layer's output gradient by
+        the same factors.
+
+        Args:
+            outputs: what the recorded pass returned, ``[n, c]``.
+            scores: its score vectors, ``[k, n, c]``.
+        """
+        covered = self._covered(Graph(outputs), outputs.shape[0])
+        edges = [record.edge for _, records in covered for record in records]
+        if not edges:
+            return []
+        score = scores.sum(0)
+        generator = torch.Generator().manual_seed(0)
+        factors = 2.0 ** torch.randint(4, (len(score),), generator=generator).to(score)
+        plain = pull_back(outputs, edges, score[None], retain_graph=True)
+        scaled = pull_back(outputs, edges, (factors[:, None] * score)[None], retain_graph=True)
+        kept = []
+        pairs = zip(plain, scaled, strict=True)
+        for layer, records in covered:
+            rows = [next(pairs) for _ in records]
+            # Far from rounding, which is exact here, and from a factor of 2.
+            if all(
+                torch.allclose((g[0].flatten(1).T * factors).T, h[0].flatten(1), rtol=0.1, atol=0.0)
+                for g, h in rows
+            ):
+                kept.append(layer)
+        return kept
 
     def output_size(self) -> int:
         """Scalars that all recorded outputs hold for one example."""
@@ -186,30 +279,6 @@ def layers_by_example(layers: Sequence[Layer], one: Tape, two: Tape) -> list[Lay
     ]
 
 
-def graph_of(outputs: Tensor) -> tuple[set[Node], Counter[int]]:
-    """All nodes behind ``outputs``, and how often each leaf tensor is used among them.
-
-    Returns:
-        The nodes, and the number of uses by ``id`` of the leaf.
-    """
-    nodes: set[Node] = set()
-    uses: Counter[int] = Counter()
-    stack = [outputs.grad_fn] if outputs.grad_fn is not None else []
-    while stack:
-        node = stack.pop()
-        if node in nodes:
-            continue
-        nodes.add(node)
-        for following, _ in node.next_functions:
-            if following is None:
-                continue
-            if (leaf := getattr(following, "variable", None)) is not None:
-                uses[id(leaf)] += 1
-            else:
-                stack.append(following)
-    return nodes, uses
-
-
 def pull_back(
     outputs: Tensor, edges: Sequence[GradientEdge], scores: Tensor, *, retain_graph: bool
 ) -> list[Tensor]:
@@ -235,10 +304,10 @@ def pull_back(
 
 
 def _unchanged(record: Record, layer: Layer) -> Tensor:
-    if record.input._version != record.version:
+    if "weight" in layer.names and record.input._version != record.version:
         raise RuntimeError(
             f"The input of {type(layer.module).__name__} "
             f"({', '.join(layer.names.values())}) was changed in place after the layer had "
-            "used it: neither training nor the Fisher information can use such a network."
+            "used it: its weight's gradient is not defined, in training neither."
         )
     return record.input
