@@ -42,7 +42,8 @@ def fisher_information(
     when an error ends the pass.
 
     Args:
-        model: maps a batch ``x`` (or ``x`` and task labels) to outputs ``[n, c]``.
+        model: maps a batch ``x`` (or ``x`` and task labels) to outputs ``[n, c]``, each
+            example's outputs depending on that example alone.
         data: batches ``(x, y)`` or ``(x, y, task)``.  The task labels go to a model whose
             ``forward`` takes a second argument, as Avalanche's multi-head models do.
         likelihood: what the outputs mean.
