@@ -30,6 +30,13 @@ def test_every_shipped_configuration_builds(option):
     assert isinstance(build(compose(option)), Experiment)
 
 
+@pytest.mark.parametrize("strategy", ["naive", "joint", "ewc", "online_ewc"])
+@pytest.mark.parametrize("experiment", ["permuted_mnist", "split_mnist"])
+def test_every_recipe_takes_every_strategy(experiment, strategy):
+    built = build(compose(f"experiment={experiment}", f"strategy={strategy}"))
+    assert type(built.strategy).__name__.lower() == strategy.replace("_", "")
+
+
 def test_options_reach_their_objects():
     experiment = build(
         compose(
