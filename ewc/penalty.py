@@ -88,8 +88,9 @@ class EWCPenalty(nn.Module):
             model: the model that has just learnt the task.
 
         Raises:
-            ValueError: the names or shapes of ``fisher`` do not fit the model, or an entry
-                is not finite.  The penalty is then as it was.
+            ValueError: the names or shapes of ``fisher`` do not fit the model.
+            FloatingPointError: an entry is not finite, or overflows times the number of
+                examples.  In either case the penalty is as it was.
         """
         parameters = dict(model.named_parameters())
         present = {name: parameters[name] for name in fisher.shapes if name in parameters}
@@ -104,7 +105,7 @@ class EWCPenalty(nn.Module):
         precision = fisher.precision
         for name, entries in precision.diagonal().items():
             if not bool(entries.isfinite().all()):
-                raise ValueError(
+                raise FloatingPointError(
                     f"The Fisher information of parameter {name!r} is not finite: it cannot "
                     "be consolidated."
                 )

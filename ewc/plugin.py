@@ -83,17 +83,25 @@ class EWCPlugin(SupervisedPlugin):
         """Compute the task's Fisher information and remember it.
 
         Raises:
-            ValueError: a target does not fit the outputs, or the Fisher information is not
-                finite; the penalty is then as it was.
+            ValueError: a target does not fit the outputs.
+            FloatingPointError: the outputs or the Fisher information are not finite; the
+                message names the task.  In either case the penalty is as it was.
         """
-        self.fisher = fisher_information(
-            strategy.model,
-            _evaluation_batches(strategy),
-            self.likelihood,
-            estimator=self.estimator,
-            structure=self.structure,
-        )
-        self.penalty.consolidate(self.fisher, strategy.model)
+        try:
+            fisher = fisher_information(
+                strategy.model,
+                _evaluation_batches(strategy),
+                self.likelihood,
+                estimator=self.estimator,
+                structure=self.structure,
+            )
+            self.penalty.consolidate(fisher, strategy.model)
+        except FloatingPointError as error:
+            number = strategy.experience.current_experience + 1
+            raise FloatingPointError(
+                f"Training diverged in task {number}, as its Fisher information shows: {error}"
+            ) from error
+        self.fisher = fisher
 
 
 def check_finite_loss(strategy: Any) -> None:

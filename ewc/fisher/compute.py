@@ -55,8 +55,9 @@ def fisher_information(
 
     Raises:
         ValueError: the data are empty or no batches, a target does not fit the outputs,
-            the outputs are not ``[n, c]`` or not finite, a BatchNorm has no running
+            the outputs are not ``[n, c]``, a BatchNorm has no running
             statistics (its examples are not independent), or no parameter is trainable.
+        FloatingPointError: the outputs, or the scores they give, are not finite.
         TypeError: the likelihood or the estimator is none.
     """
     for value, kind in ((likelihood, Likelihood), (estimator, Estimator)):
@@ -160,7 +161,7 @@ class Network:
             raise ValueError(f"Batch {index}: {error}") from None
         scores = self.estimator.score_vectors(self.likelihood, outputs.detach(), targets, generator)
         if bool(outputs.isnan().any()) or not bool(scores.isfinite().all()):
-            raise ValueError(
+            raise FloatingPointError(
                 f"Batch {index}: the scores of the model's outputs are not finite, so the "
                 "Fisher information is not defined; check the parameters and the inputs."
             )
