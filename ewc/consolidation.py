@@ -16,7 +16,7 @@ from ewc.fisher.matrix import FisherMatrix
 from ewc.parameters import Parameters, Shapes, padded
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Quadratic:
     r"""The function :math:`\frac12 (\theta - a)^\top P (\theta - a) + c`.
 

@@ -58,6 +58,7 @@ class EWCPenalty(nn.Module):
         self.num_examples = None
         self.terms: list[Quadratic] = []
         self._last_num_examples = 0
+        self._scaled: tuple[float, list[Quadratic], list[Quadratic]] | None = None
 
     @property
     def strength(self) -> float:
@@ -130,9 +131,8 @@ class EWCPenalty(nn.Module):
             return torch.zeros((), device=like.device, dtype=like.dtype)
         parameters = self._fit(model)
         scale = self.strength / (self.num_examples or self._last_num_examples)
-        value: Tensor = _QuadraticForm.apply(
-            self.terms, scale, list(parameters), *parameters.values()
-        )
+        terms = self._scaled_terms(scale)
+        value: Tensor = _QuadraticForm.apply(terms, list(parameters), *parameters.values())
         return value
 
     @property
@@ -190,6 +190,10 @@ class EWCPenalty(nn.Module):
         self.terms = [term.mapped(fn) for term in self.terms]
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: without what :meth:`_scaled_terms` can make again."""
+        return {**self.__dict__, "_scaled": None}
+
     # --- matching the model -----------------------------------------------------------
 
     def _fit(self, model: nn.Module) -> Parameters:
@@ -212,6 +216,16 @@ class EWCPenalty(nn.Module):
                 term = term.embedded(grown_shapes(shapes_of(term.anchor), shapes_of(now)))  # noqa: PLW2901
             self.terms[index] = self._on_device_of(term, now)
         return now
+
+    def _scaled_terms(self, scale: float) -> list[Quadratic]:
+        """The terms times ``scale``, made once a task: every step reads them."""
+        if self._scaled is None or self._scaled[:2] != (scale, self.terms):
+            scaled = [
+                Quadratic(scale * term.precision, term.anchor, scale * term.constant)
+                for term in self.terms
+            ]
+            self._scaled = scale, list(self.terms), scaled
+        return self._scaled[2]
 
     @staticmethod
     def _on_device_of(term: Quadratic, parameters: Parameters) -> Quadratic:
@@ -242,17 +256,15 @@ class _QuadraticForm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, terms: list[Quadratic], scale: float, names: list[str], *parameters: Tensor
-    ) -> Tensor:
-        ctx.terms, ctx.scale, ctx.names = terms, scale, names
+    def forward(ctx: Any, terms: list[Quadratic], names: list[str], *parameters: Tensor) -> Tensor:
+        ctx.terms, ctx.names = terms, names
         ctx.save_for_backward(*parameters)
         value, ctx.gradient = _value_and_gradient(terms, dict(zip(names, parameters, strict=True)))
-        return scale * value
+        return value
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        factor = ctx.scale * outer[0]
+        (factor,) = outer
         if torch.is_grad_enabled() or ctx.gradient is None:
             # A second derivative is wanted, or a second backward pass of the same value.
             here = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
@@ -260,9 +272,12 @@ class _QuadraticForm(torch.autograd.Function):
             gradient = [factor * tensor for tensor in gradient]
         else:
             gradient, ctx.gradient = ctx.gradient, None
-            torch._foreach_mul_(gradient, factor)
+            # Most losses just add the penalty. Reading the factor costs nothing on a CPU,
+            # where a sweep over the parameters does; on a device it is the other way round.
+            if factor.device.type != "cpu" or factor.item() != 1.0:
+                torch._foreach_mul_(gradient, factor)
         cast = (g.to(p.dtype) for g, p in zip(gradient, ctx.saved_tensors, strict=True))
-        return (None, None, None, *cast)
+        return (None, None, *cast)
 
 
 def _value_and_gradient(terms: list[Quadratic], here: Parameters) -> tuple[Tensor, list[Tensor]]:
