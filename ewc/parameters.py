@@ -64,10 +64,11 @@ def unflatten(vector: Tensor, shapes: Mapping[str, torch.Size]) -> Parameters:
 
 def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
     r"""The inner product :math:`\sum_p u_p v_p` of two ``Parameters``, a scalar tensor."""
-    total = torch.stack(
-        [torch.dot(u.reshape(-1), right[name].reshape(-1)) for name, u in left.items()]
-    )
-    return total.sum()
+    products = [torch.dot(u.reshape(-1), right[name].reshape(-1)) for name, u in left.items()]
+    total = products[0]
+    for product in products[1:]:
+        total = total + product
+    return total
 
 
 def check_same_shapes(

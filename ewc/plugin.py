@@ -3,6 +3,7 @@ r"""Elastic Weight Consolidation as an Avalanche plugin.
 The only file of the library that imports Avalanche.
 """
 
+import math
 import sys
 from typing import Any
 
@@ -111,9 +112,10 @@ def check_finite_loss(strategy: Any) -> None:
         FloatingPointError: the loss is not finite; the message names the task and the
             step, both counted from 1.
     """
-    if not bool(torch.isfinite(strategy.loss).all()):
+    loss = strategy.loss.item()
+    if not math.isfinite(loss):
         raise FloatingPointError(
-            f"The loss became {strategy.loss.detach().sum().item()} in task "
+            f"The loss became {loss} in task "
             f"{strategy.experience.current_experience + 1}, step "
             f"{strategy.clock.train_exp_iterations + 1}: a smaller learning rate is needed, or "
             "a smaller strength (plain gradient descent diverges once the largest "
