@@ -9,8 +9,11 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
+import reference
 import torch
 from torch import nn
+
+from ewc import Categorical, Empirical, Gaussian
 
 torch.set_num_threads(1)
 
@@ -97,3 +100,32 @@ def network(request):
     classes = model(x).shape[1]
     y = torch.randint(classes, (7,))
     return model.train(), x, y
+
+
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+"""What double precision must reach."""
+
+
+def batches(x, y, size):
+    return list(zip(x.split(size), y.split(size), strict=True))
+
+
+def oracle(model, x, y, likelihood, estimator):
+    """The dense matrix from the definition, the model in evaluation mode."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    examples = [(x_n,) for x_n in x]
+    if isinstance(estimator, Empirical):
+        variance = likelihood.variance if isinstance(likelihood, Gaussian) else None
+        matrix = reference.empirical_fisher(model, examples, y, variance)
+    elif isinstance(likelihood, Gaussian):
+        matrix = reference.gaussian_fisher(model, examples, likelihood.variance)
+    else:
+        matrix = reference.categorical_fisher(model, examples)
+    for module, mode in modes:
+        module.training = mode
+    return matrix
+
+
+def targets_for(model, x, y, likelihood):
+    return y if isinstance(likelihood, Categorical) else torch.randn_like(model(x).detach())

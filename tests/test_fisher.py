@@ -3,7 +3,27 @@
 import pytest
 import reference
 import torch
-from conftest import MODELS
+from conftest import EXACT, MODELS, batches, oracle, targets_for
+from networks import (
+    BiasOnly,
+    Branching,
+    CalledTwice,
+    Derivative,
+    Disturbing,
+    FoldedRows,
+    Opaque,
+    Sequential2d,
+    SortedRows,
+    TiedWeights,
+    TimeFirst,
+    TwoHeads,
+    TwoOrders,
+    UsedOutside,
+    Words,
+    WritesIntoItsInput,
+    frozen_weight,
+    normed,
+)
 from torch import nn
 
 from ewc import (
@@ -18,33 +38,6 @@ from ewc import (
 )
 from ewc.fisher import layers as layer_rules
 from ewc.parameters import flatten
-
-EXACT = {"rtol": 1e-10, "atol": 1e-12}
-
-
-def batches(x, y, size):
-    return list(zip(x.split(size), y.split(size), strict=True))
-
-
-def oracle(model, x, y, likelihood, estimator):
-    """The dense matrix from the definition, the model in evaluation mode."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    examples = [(x_n,) for x_n in x]
-    if isinstance(estimator, Empirical):
-        variance = likelihood.variance if isinstance(likelihood, Gaussian) else None
-        matrix = reference.empirical_fisher(model, examples, y, variance)
-    elif isinstance(likelihood, Gaussian):
-        matrix = reference.gaussian_fisher(model, examples, likelihood.variance)
-    else:
-        matrix = reference.categorical_fisher(model, examples)
-    for module, mode in modes:
-        module.training = mode
-    return matrix
-
-
-def targets_for(model, x, y, likelihood):
-    return y if isinstance(likelihood, Categorical) else torch.randn_like(model(x).detach())
 
 
 @pytest.mark.parametrize("likelihood", [Categorical(), Gaussian(0.7)], ids=repr)
@@ -79,73 +72,6 @@ def test_single_precision_is_right_to_1e_5(name, estimator):
     )
 
 
-@pytest.mark.parametrize("likelihood", [Categorical(), Gaussian(0.7)], ids=repr)
-def test_monte_carlo_is_unbiased(network, likelihood):
-    model, x, y = network
-    y = targets_for(model, x, y, likelihood)
-    expected = oracle(model, x, y, likelihood, Exact()).diagonal()
-    estimates = torch.stack(
-        [
-            flatten(
-                fisher_information(
-                    model, [(x, y)], likelihood, estimator=MonteCarlo(20, seed=seed)
-                ).diagonal()
-            )
-            for seed in range(200)
-        ]
-    )
-    error = estimates.std(0) / len(estimates) ** 0.5
-    z = (estimates.mean(0) - expected)[error > 0] / error[error > 0]
-    assert bool((expected[error == 0] < 1e-12).all())
-    # Each z is about standard normal; over some hundred dependent ones the largest stays
-    # under 5, and their mean square is about 1.
-    assert float(z.abs().max()) < 5
-    assert 0.3 < float(z.square().mean()) < 3
-
-
-def test_monte_carlo_error_falls_as_the_square_root():
-    model = MODELS["mlp"][0]().double()
-    x, y = torch.randn(10, 6, dtype=torch.float64), torch.zeros(10, dtype=torch.long)
-    exact = fisher_information(model, [(x, y)]).trace()
-    counts = torch.tensor([1, 4, 16, 64, 256])
-    errors = torch.stack(
-        [
-            torch.stack(
-                [
-                    fisher_information(
-                        model, [(x, y)], estimator=MonteCarlo(int(count), seed=seed)
-                    ).trace()
-                    - exact
-                    for seed in range(100)
-                ]
-            )
-            .square()
-            .mean()
-            .sqrt()
-            for count in counts
-        ]
-    )
-    log_counts = counts.double().log()
-    centred = log_counts - log_counts.mean()
-    slope = (centred * errors.log()).sum() / centred.square().sum()
-    # 100 squared errors give each root mean square to about 7 %, the slope to about 0.02.
-    assert abs(float(slope) + 0.5) < 0.06
-
-
-@pytest.mark.parametrize("likelihood", [Categorical(), Gaussian(0.7)], ids=repr)
-def test_monte_carlo_does_not_depend_on_the_batches(likelihood):
-    model = MODELS["mlp"][0]().double()
-    x = torch.randn(40, 6, dtype=torch.float64)
-    y = torch.zeros(40, dtype=torch.long)
-    y = targets_for(model, x, y, likelihood)
-    one, other, third = (
-        fisher_information(model, batches(x, y, size), likelihood, estimator=MonteCarlo(3, 5))
-        for size in (1, 17, 40)
-    )
-    torch.testing.assert_close(one.diagonal(), other.diagonal())
-    torch.testing.assert_close(one.diagonal(), third.diagonal())
-
-
 def test_duplicated_data_give_the_same_mean(network):
     model, x, y = network
     once = fisher_information(model, [(x, y)])
@@ -164,167 +90,6 @@ def test_small_chunks_change_nothing(network, monkeypatch):
     torch.testing.assert_close(parts.to_dense(), whole.to_dense(), **EXACT)
     found = fisher_information(model, [(x, y)])
     torch.testing.assert_close(found.diagonal(), diagonal.diagonal(), **EXACT)
-
-
-class Sequential2d(nn.Module):
-    """Linear layers on [n, t, d]: one weight at many positions of an example."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(3, 4)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.head(torch.tanh(self.inner(x.unflatten(1, (2, 3)))).sum(1))
-
-
-class TimeFirst(Sequential2d):
-    """The positions come first: dimension 0 is not the example."""
-
-    def forward(self, x):
-        hidden = self.inner(x.unflatten(1, (2, 3)).transpose(0, 1))
-        return self.head(torch.tanh(hidden).sum(0))
-
-
-class FoldedRows(Sequential2d):
-    """Examples and positions share one dimension of rows."""
-
-    def forward(self, x):
-        hidden = self.inner(x.reshape(-1, 3)).reshape(-1, 2, 4)
-        return self.head(torch.tanh(hidden).sum(1))
-
-
-class CalledTwice(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.square = nn.Linear(6, 6)
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, x):
-        return self.head(torch.tanh(self.square(torch.tanh(self.square(x)))))
-
-
-class TiedWeights(CalledTwice):
-    def __init__(self):
-        super().__init__()
-        self.copy = nn.Linear(6, 6)
-        self.copy.weight = self.square.weight
-
-    def forward(self, x):
-        return self.head(torch.tanh(self.copy(torch.tanh(self.square(x)))))
-
-
-class UsedOutside(CalledTwice):
-    """The layer's weight is also used without the layer being called."""
-
-    def forward(self, x):
-        return self.head(torch.tanh(self.square(x) @ self.square.weight))
-
-
-class Branching(CalledTwice):
-    """A branch on the data: nothing can be vectorised over examples."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(6))
-
-    def forward(self, x):
-        return self.head(self.square(x) * self.scale if x.sum() > 0 else self.square(x).sin())
-
-
-class Identity(torch.autograd.Function):
-    """An operation that does not say how to be vectorised."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient.clone()
-
-
-class Opaque(CalledTwice):
-    def forward(self, x):
-        return self.head(Identity.apply(torch.tanh(self.square(x))))
-
-
-class Derivative(nn.Module):
-    """The outputs contain a derivative of the network, as in physics-informed ones."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1, bias=False))
-
-    def forward(self, x):
-        x = x.detach().requires_grad_(True)
-        value = self.net(x)
-        (slope,) = torch.autograd.grad(value.sum(), x, create_graph=True)
-        return torch.cat([value, slope[:, :2]], 1)
-
-
-class SortedRows(CalledTwice):
-    """The layer sees the examples in an order of their own."""
-
-    def forward(self, x):
-        order = x[:, 0].argsort()
-        return self.head(torch.tanh(self.square(x[order]))[order.argsort()])
-
-
-class TwoOrders(CalledTwice):
-    """One call in order, one the other way round."""
-
-    def forward(self, x):
-        backwards = self.square(x.flip(0)).sin().flip(0)
-        return self.head(torch.tanh(self.square(x)) + backwards)
-
-
-class WritesIntoItsInput(CalledTwice):
-    def forward(self, x):
-        return self.head(self.square(x.sub_(1.5)).tanh())
-
-
-class BiasOnly(nn.Module):
-    """The weight is frozen, and the layer's input is changed in place afterwards."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(6, 6)
-        self.layer.weight.requires_grad_(False)
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, x):
-        x = x.clone()
-        h = self.layer(x)
-        x += h.tanh()
-        return self.head(x)
-
-
-class Words(nn.Module):
-    """Integer inputs, a sparse embedding tied to nothing, recurrence and attention."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(9, 4, sparse=True)
-        self.recurrent = nn.LSTM(4, 4, batch_first=True)
-        self.attention = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x):
-        hidden = self.embedding((2 * x).long().abs().clamp_max(8))
-        hidden = self.attention(self.recurrent(hidden)[0])
-        return self.head(hidden[:, -1])
-
-
-def normed():
-    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)), nn.Linear(4, 3))
-
-
-def frozen_weight():
-    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
-    model[0].weight.requires_grad_(False)
-    model[2].bias.requires_grad_(False)
-    return model
 
 
 @pytest.mark.parametrize(
@@ -373,23 +138,6 @@ def test_unused_parameters_have_zero_information():
     assert list(fisher.diagonal()) == [name for name, _ in model.named_parameters()]
 
 
-class TwoHeads(nn.Module):
-    """Multi-head in Avalanche's way: the task labels pick the head of every example."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Linear(6, 4)
-        self.heads = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
-
-    def forward(self, x, task_labels):
-        hidden = torch.tanh(self.body(x))
-        out = hidden.new_zeros(len(x), 3)
-        for task in torch.unique(task_labels):
-            mask = task_labels == task
-            out[mask] = self.heads[int(task)](hidden[mask])
-        return out
-
-
 @pytest.mark.parametrize("tasks", [[1, 1, 1, 1], [0, 1, 1, 0]])
 def test_task_labels_pick_the_head(tasks):
     model = TwoHeads().double()
@@ -417,24 +165,6 @@ def test_saturated_outputs_keep_their_digits():
     found = fisher_information(model.float(), [(x, y)]).diagonal()["weight"]
     # 1 - p is 9e-14 here: in single precision it would be 0.
     torch.testing.assert_close(found[:, 0].double(), expected, rtol=1e-5, atol=0)
-
-
-class Disturbing(nn.Module):
-    """Writes to a buffer and draws random numbers even in evaluation mode."""
-
-    def __init__(self, fails=False):
-        super().__init__()
-        self.linear = nn.Linear(6, 3)
-        self.norm = nn.BatchNorm1d(3)
-        self.register_buffer("calls", torch.zeros(()))
-        self.fails = fails
-
-    def forward(self, x):
-        self.calls += 1
-        torch.rand(3)
-        if self.fails and self.calls > 3:
-            raise RuntimeError("broken on purpose")
-        return self.norm(self.linear(x))
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -1,0 +1,200 @@
+"""Networks that use their layers in every way, for the Fisher pass to get right."""
+
+import torch
+from torch import nn
+
+
+class Sequential2d(nn.Module):
+    """Linear layers on [n, t, d]: one weight at many positions of an example."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.inner(x.unflatten(1, (2, 3)))).sum(1))
+
+
+class TimeFirst(Sequential2d):
+    """The positions come first: dimension 0 is not the example."""
+
+    def forward(self, x):
+        hidden = self.inner(x.unflatten(1, (2, 3)).transpose(0, 1))
+        return self.head(torch.tanh(hidden).sum(0))
+
+
+class FoldedRows(Sequential2d):
+    """Examples and positions share one dimension of rows."""
+
+    def forward(self, x):
+        hidden = self.inner(x.reshape(-1, 3)).reshape(-1, 2, 4)
+        return self.head(torch.tanh(hidden).sum(1))
+
+
+class CalledTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.square = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.square(torch.tanh(self.square(x)))))
+
+
+class TiedWeights(CalledTwice):
+    def __init__(self):
+        super().__init__()
+        self.copy = nn.Linear(6, 6)
+        self.copy.weight = self.square.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.copy(torch.tanh(self.square(x)))))
+
+
+class UsedOutside(CalledTwice):
+    """The layer's weight is also used without the layer being called."""
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.square(x) @ self.square.weight))
+
+
+class Branching(CalledTwice):
+    """A branch on the data: nothing can be vectorised over examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return self.head(self.square(x) * self.scale if x.sum() > 0 else self.square(x).sin())
+
+
+class Identity(torch.autograd.Function):
+    """An operation that does not say how to be vectorised."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.clone()
+
+
+class Opaque(CalledTwice):
+    def forward(self, x):
+        return self.head(Identity.apply(torch.tanh(self.square(x))))
+
+
+class Derivative(nn.Module):
+    """The outputs contain a derivative of the network, as in physics-informed ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1, bias=False))
+
+    def forward(self, x):
+        x = x.detach().requires_grad_(True)
+        value = self.net(x)
+        (slope,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+        return torch.cat([value, slope[:, :2]], 1)
+
+
+class SortedRows(CalledTwice):
+    """The layer sees the examples in an order of their own."""
+
+    def forward(self, x):
+        order = x[:, 0].argsort()
+        return self.head(torch.tanh(self.square(x[order]))[order.argsort()])
+
+
+class TwoOrders(CalledTwice):
+    """One call in order, one the other way round."""
+
+    def forward(self, x):
+        backwards = self.square(x.flip(0)).sin().flip(0)
+        return self.head(torch.tanh(self.square(x)) + backwards)
+
+
+class WritesIntoItsInput(CalledTwice):
+    def forward(self, x):
+        return self.head(self.square(x.sub_(1.5)).tanh())
+
+
+class BiasOnly(nn.Module):
+    """The weight is frozen, and the layer's input is changed in place afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.layer.weight.requires_grad_(False)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = x.clone()
+        h = self.layer(x)
+        x += h.tanh()
+        return self.head(x)
+
+
+class Words(nn.Module):
+    """Integer inputs, a sparse embedding tied to nothing, recurrence and attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(9, 4, sparse=True)
+        self.recurrent = nn.LSTM(4, 4, batch_first=True)
+        self.attention = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        hidden = self.embedding((2 * x).long().abs().clamp_max(8))
+        hidden = self.attention(self.recurrent(hidden)[0])
+        return self.head(hidden[:, -1])
+
+
+def normed():
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)), nn.Linear(4, 3))
+
+
+def frozen_weight():
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+    model[0].weight.requires_grad_(False)
+    model[2].bias.requires_grad_(False)
+    return model
+
+
+class TwoHeads(nn.Module):
+    """Multi-head in Avalanche's way: the task labels pick the head of every example."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(6, 4)
+        self.heads = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
+
+    def forward(self, x, task_labels):
+        hidden = torch.tanh(self.body(x))
+        out = hidden.new_zeros(len(x), 3)
+        for task in torch.unique(task_labels):
+            mask = task_labels == task
+            out[mask] = self.heads[int(task)](hidden[mask])
+        return out
+
+
+class Disturbing(nn.Module):
+    """Writes to a buffer and draws random numbers even in evaluation mode."""
+
+    def __init__(self, fails=False):
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("calls", torch.zeros(()))
+        self.fails = fails
+
+    def forward(self, x):
+        self.calls += 1
+        torch.rand(3)
+        if self.fails and self.calls > 3:
+            raise RuntimeError("broken on purpose")
+        return self.norm(self.linear(x))
