@@ -184,7 +184,7 @@ class Tape:
         others = [
             name
             for name, parameter in self.parameters.items()
-            if name not in by_rule and graph.uses(parameter, frozenset())
+            if name not in by_rule and id(parameter) in graph.leaves
         ]
         edges = [record.edge for _, records in covered for record in records]
 
