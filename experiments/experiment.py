@@ -186,7 +186,7 @@ class Prepared:
         seconds = {"train": 0.0, "fisher": 0.0, "eval": 0.0}
         try:
             for number, experience in enumerate(train_stream):
-                before = flatten(dict(self.model.named_parameters())).detach().clone()
+                before = flatten(dict(self.model.named_parameters())).detach()
                 strategy.train(experience, reset_optimizer_state=training.reset_optimizer)
                 trained = time.perf_counter()
                 strategy.eval(test_stream)

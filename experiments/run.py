@@ -28,13 +28,11 @@ def run(config: DictConfig) -> float:
     single = HydraConfig.get().mode == RunMode.RUN
     try:
         return _run(plain(config), directory)
-    except ConfigurationError as error:
-        _remove_traces(directory)
+    except (ConfigurationError, FloatingPointError) as error:
+        # A run that diverged keeps its records, for they show how.
+        if isinstance(error, ConfigurationError):
+            _remove_traces(directory)
         # A sweep must hear of it as an exception, and go on with its other jobs.
-        if single:
-            sys.exit(f"error: {error}")
-        raise
-    except FloatingPointError as error:
         if single:
             sys.exit(f"error: {error}")
         raise

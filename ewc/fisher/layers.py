@@ -111,10 +111,11 @@ class LinearPullback(LayerPullback):
 
     def call_per_example(self, call: Call) -> dict[str, Tensor]:
         """Outer products of output gradients and inputs, summed over positions."""
-        inputs = call.input.flatten(1, -2) if call.input.dim() > 2 else call.input[:, None]
-        gradient = call.gradient.flatten(2, -2) if call.gradient.dim() > 3 else None
-        if gradient is None:
-            gradient = call.gradient[:, :, None]
+        inputs, gradient = call.input, call.gradient
+        if inputs.dim() > 2:
+            inputs, gradient = inputs.flatten(1, -2), gradient.flatten(2, -2)
+        else:  # one position
+            inputs, gradient = inputs[:, None], gradient[:, :, None]
         weight = torch.einsum("knto,nti->knoi", gradient, inputs)
         return {"weight": weight, "bias": gradient.sum(2)}
 
