@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 class Likelihood(ABC):
@@ -166,9 +167,7 @@ class Gaussian(Likelihood):
 
     def fisher_factor(self, outputs: Tensor) -> Tensor:
         r""":math:`e_k / \sigma` for every output, shape ``[c, n, c]``."""
-        n, c = outputs.shape
-        scaled = torch.eye(c, dtype=outputs.dtype, device=outputs.device)
-        return (scaled / math.sqrt(self.variance))[:, None, :].repeat(1, n, 1)
+        return _along_axes(torch.full_like(outputs, 1 / math.sqrt(self.variance)))
 
     def sample(self, outputs: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
         """Targets by inversion of the normal distribution, ``[num_samples, n, c]``."""
@@ -196,3 +195,106 @@ class Gaussian(Likelihood):
             )
         if not bool(targets.isfinite().all()):
             raise ValueError("A target is not finite: the Gaussian likelihood takes numbers.")
+
+
+@dataclass(frozen=True)
+class Bernoulli(Likelihood):
+    r"""Independent yes-or-no outputs (multi-label): :math:`p(y_k = 1 \mid f) = \sigma(f_k)`.
+
+    Targets are 0 or 1, shape ``[n, c]``.  The score is :math:`y - \sigma(f)` and the Fisher
+    information of the logits :math:`\mathrm{diag}(\sigma(f) \sigma(-f))`.  The matching
+    training loss is the binary cross-entropy, summed over outputs.
+    """
+
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        r""":math:`\sum_k y_k f_k - \log(1 + e^{f_k})` in nats, shape ``[n]``."""
+        return (targets * outputs - functional.softplus(outputs)).sum(1)
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        r""":math:`y_n - \sigma(f_n)`, shape ``[n, c]``."""
+        return targets.to(outputs.dtype) - outputs.sigmoid()
+
+    def fisher_factor(self, outputs: Tensor) -> Tensor:
+        r""":math:`\sqrt{\sigma(f_k) \sigma(-f_k)}\, e_k` for every output, ``[c, n, c]``."""
+        return _along_axes((outputs.sigmoid() * (-outputs).sigmoid()).sqrt())
+
+    def sample(self, outputs: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
+        """Targets 0 or 1, shape ``[num_samples, n, c]``."""
+        n, c = outputs.shape
+        uniform = torch.rand(n, num_samples, c, generator=generator, dtype=torch.float64)
+        probability = outputs.double().sigmoid()[:, None]
+        return (uniform.to(outputs.device) < probability).to(outputs.dtype).transpose(0, 1)
+
+    def kl(self, outputs: Tensor, other: Tensor) -> Tensor:
+        r""":math:`\sum_k p_k \log \frac{p_k}{q_k} + (1 - p_k) \log \frac{1 - p_k}{1 - q_k}`."""
+        yes = outputs.sigmoid() * (functional.logsigmoid(outputs) - functional.logsigmoid(other))
+        no = (-outputs).sigmoid() * (
+            functional.logsigmoid(-outputs) - functional.logsigmoid(-other)
+        )
+        return (yes + no).sum(1)
+
+    def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
+        """Check for zeros and ones of the outputs' shape.
+
+        Raises:
+            ValueError: targets of another shape, or with another value.
+        """
+        if targets.shape != outputs.shape or not bool(((targets == 0) | (targets == 1)).all()):
+            raise ValueError(
+                f"Targets of shape {list(targets.shape)} do not fit outputs of shape "
+                f"{list(outputs.shape)}: the Bernoulli likelihood takes zeros and ones of "
+                "equal shape."
+            )
+
+
+@dataclass(frozen=True)
+class Poisson(Likelihood):
+    r"""Independent counts: :math:`y_k \sim \mathrm{Poisson}(e^{f_k})`, outputs are log-rates.
+
+    Targets are whole numbers from 0 on, shape ``[n, c]``.  The score is :math:`y - e^f` and
+    the Fisher information of the outputs :math:`\mathrm{diag}(e^f)`.  The matching training
+    loss is ``PoissonNLLLoss(log_input=True)``, summed over outputs.
+    """
+
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        r""":math:`\sum_k y_k f_k - e^{f_k} - \log y_k!` in nats, shape ``[n]``."""
+        targets = targets.to(outputs.dtype)
+        return (targets * outputs - outputs.exp() - torch.lgamma(targets + 1)).sum(1)
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        r""":math:`y_n - e^{f_n}`, shape ``[n, c]``."""
+        return targets.to(outputs.dtype) - outputs.exp()
+
+    def fisher_factor(self, outputs: Tensor) -> Tensor:
+        r""":math:`e^{f_k / 2}\, e_k` for every output, shape ``[c, n, c]``."""
+        return _along_axes((outputs / 2).exp())
+
+    def sample(self, outputs: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
+        """Counts, shape ``[num_samples, n, c]``."""
+        rates = outputs.double().exp().cpu()[:, None].repeat(1, num_samples, 1)
+        return torch.poisson(rates, generator).transpose(0, 1).to(outputs)
+
+    def kl(self, outputs: Tensor, other: Tensor) -> Tensor:
+        r""":math:`\sum_k e^{f_k} (f_k - f'_k) - e^{f_k} + e^{f'_k}` in nats, shape ``[n]``."""
+        return (outputs.exp() * (outputs - other) - outputs.exp() + other.exp()).sum(1)
+
+    def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
+        """Check for counts of the outputs' shape.
+
+        Raises:
+            ValueError: targets of another shape, or that are no counts.
+        """
+        whole = (targets >= 0) & (
+            targets == targets.floor() if targets.is_floating_point() else True
+        )
+        if targets.shape != outputs.shape or not bool(whole.all()):
+            raise ValueError(
+                f"Targets of shape {list(targets.shape)} do not fit outputs of shape "
+                f"{list(outputs.shape)}: the Poisson likelihood takes whole numbers from 0 on, "
+                "of equal shape."
+            )
+
+
+def _along_axes(lengths: Tensor) -> Tensor:
+    """One vector an output, along its axis: ``[n, c]`` as ``[c, n, c]``."""
+    return torch.diag_embed(lengths).transpose(0, 1)

@@ -6,7 +6,8 @@ diagonal, a direction :math:`v`) is a ``Parameters``: a plain ``dict`` from the 
 order of the flat vector.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,48 @@ def trainable_parameters(model: nn.Module) -> Parameters:
             "parameters must have requires_grad=True."
         )
     return parameters
+
+
+Selection = str | nn.Module | nn.Parameter
+"""A choice of parameters: a name, a pattern such as ``"head.*"``, a module, a parameter."""
+
+
+def selected_parameters(model: nn.Module, selection: Sequence[Selection] | None) -> Parameters:
+    """The trainable parameters that a selection names, in the model's order.
+
+    Args:
+        model: the network.
+        selection: names, patterns, modules or parameters; ``None`` for all.
+
+    Raises:
+        ValueError: there is no trainable parameter, or an item selects none.
+        TypeError: an item is something else.
+    """
+    parameters = trainable_parameters(model)
+    if selection is None:
+        return parameters
+    if isinstance(selection, str | nn.Module | nn.Parameter):
+        selection = [selection]
+    chosen: set[str] = set()
+    for item in selection:
+        if isinstance(item, str):
+            found = {name for name in parameters if name == item or fnmatchcase(name, item)}
+        elif isinstance(item, nn.Module | nn.Parameter):
+            own = [item] if isinstance(item, nn.Parameter) else item.parameters()
+            places = {id(parameter) for parameter in own}
+            found = {name for name, parameter in parameters.items() if id(parameter) in places}
+        else:
+            raise TypeError(
+                f"{item!r} selects no parameters: a name, a pattern, a module or a parameter does."
+            )
+        if not found:
+            what = repr(item) if isinstance(item, str) else f"The {type(item).__name__}"
+            raise ValueError(
+                f"{what} selects none of the model's trainable parameters: "
+                f"they are {', '.join(parameters)}."
+            )
+        chosen |= found
+    return {name: parameter for name, parameter in parameters.items() if name in chosen}
 
 
 def shapes_of(parameters: Mapping[str, Tensor]) -> Shapes:

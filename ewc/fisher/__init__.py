@@ -23,21 +23,35 @@ with no gradient of a single example ever stored.  With ``C`` classes the exact 
 needs :math:`C - 1` vectors.
 """
 
+from ewc.fisher.block_diagonal import BlockDiagonalFisher
 from ewc.fisher.compute import fisher_information
 from ewc.fisher.dense import DenseFisher
 from ewc.fisher.diagonal import DiagonalFisher
+from ewc.fisher.eigenvalue_corrected import EigenvalueCorrectedFisher
 from ewc.fisher.estimators import Empirical, Estimator, Exact, MonteCarlo
+from ewc.fisher.implicit import ImplicitFisher
+from ewc.fisher.kronecker import KroneckerFisher
+from ewc.fisher.low_rank import LowRankFisher
 from ewc.fisher.matrix import FisherMatrix
+from ewc.fisher.nearest_kronecker import nearest_kronecker
+from ewc.fisher.sampling import sampled_fisher
 from ewc.fisher.sum import SumFisher
 
 __all__ = [
+    "BlockDiagonalFisher",
     "DenseFisher",
     "DiagonalFisher",
+    "EigenvalueCorrectedFisher",
     "Empirical",
     "Estimator",
     "Exact",
     "FisherMatrix",
+    "ImplicitFisher",
+    "KroneckerFisher",
+    "LowRankFisher",
     "MonteCarlo",
     "SumFisher",
     "fisher_information",
+    "nearest_kronecker",
+    "sampled_fisher",
 ]

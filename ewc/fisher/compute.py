@@ -1,26 +1,34 @@
 r"""The pass over the data that makes a Fisher matrix."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from inspect import Parameter, signature
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.distributed import ProcessGroup
 
+from ewc.fisher.arguments import Arguments, Caller
 from ewc.fisher.diagonal import DiagonalFisher
+from ewc.fisher.distributed import joined, rank_in
 from ewc.fisher.estimators import Estimator, Exact
-from ewc.fisher.layers import CHUNK_BYTES
-from ewc.fisher.matrix import FisherMatrix
-from ewc.fisher.tape import Layer, Tape, layers_by_example, layers_with_rules
+from ewc.fisher.evaluation import plain_operations, undisturbed
+from ewc.fisher.matrix import Configured, FisherMatrix
+from ewc.fisher.pullback import DEFAULT_MEMORY, Accumulator, Chunk
+from ewc.fisher.tape import Memory, Tape
 from ewc.likelihoods import Categorical, Likelihood
-from ewc.parameters import Parameters, trainable_parameters
+from ewc.parameters import Parameters, Selection, selected_parameters
 
 Structure = TypeVar("Structure", bound=FisherMatrix)
 
 EXAMPLES_AT_ONCE = 512
 """Larger batches are cut: products this tall are as fast, and their results stay in cache."""
+
+CACHE = 2**24
+"""Bytes up to which the gradients of one operation stay in a processor's last cache."""
+
+SORTED_AT_ONCE = 64
+"""Where examples need more or fewer vectors, those that need as many go together."""
 
 
 def fisher_information(
@@ -29,7 +37,10 @@ def fisher_information(
     likelihood: Likelihood = Categorical(),
     *,
     estimator: Estimator = Exact(),
-    structure: type[Structure] = DiagonalFisher,  # type: ignore[assignment]
+    structure: type[Structure] | Configured[Structure] = DiagonalFisher,  # type: ignore[assignment]
+    parameters: Sequence[Selection] | None = None,
+    memory: int = DEFAULT_MEMORY,
+    group: ProcessGroup | None = None,
 ) -> Structure:
     r"""The Fisher information of ``model`` at its present parameters, a mean over examples.
 
@@ -46,40 +57,57 @@ def fisher_information(
             example's outputs depending on that example alone.
         data: batches ``(x, y)`` or ``(x, y, task)``.  The task labels go to a model whose
             ``forward`` takes a second argument, as Avalanche's multi-head models do.
+            ``x`` may be a dict of tensors: it goes by name to a model that has arguments
+            of these names, else as one argument.
         likelihood: what the outputs mean.
         estimator: how the expectation over targets is taken.
-        structure: what of the matrix to keep, a class.
+        structure: what of the matrix to keep: a class, or one with options, such as
+            ``LowRankFisher.configured(rank=50)``.
+        parameters: restricts the matrix to some parameters: their names, patterns such as
+            ``"head.*"``, modules, or the parameters themselves; all that require a
+            gradient if ``None``.
+        memory: bytes that intermediate results (activations, gradients, products) may
+            take, as long as one example fits; the batches are cut accordingly.
+        group: processes of ``torch.distributed`` that hold a shard of the data each; all
+            of them get the matrix of the whole data.  A :class:`MonteCarlo` draws other
+            targets in every process.
 
     Returns:
-        The matrix over the parameters with ``requires_grad``, on their device.
+        The matrix over the chosen parameters with ``requires_grad``, on their device.
 
     Raises:
         ValueError: the data are empty or no batches, a target does not fit the outputs,
             the outputs are not ``[n, c]``, a BatchNorm has no running
-            statistics (its examples are not independent), or no parameter is trainable.
+            statistics (its examples are not independent), or no parameter is trainable or
+            chosen; the data are an iterator where the structure needs two passes.
         FloatingPointError: the outputs, or the scores they give, are not finite.
         TypeError: the likelihood or the estimator is none.
     """
     for value, kind in ((likelihood, Likelihood), (estimator, Estimator)):
         if not isinstance(value, kind):
             raise TypeError(f"{value!r} is no {kind.__name__}: an instance of one is needed.")
-    parameters = trainable_parameters(model)
-    total = structure.accumulator(parameters)
-    generator = torch.Generator().manual_seed(estimator.seed)
-    with undisturbed(model), torch.inference_mode(False), torch.enable_grad():
-        network = Network(model, parameters, likelihood, estimator)
-        num_examples = 0
-        for index, batch in enumerate(data):
-            inputs, targets = network.arguments(batch, index)
-            for found in network.pulled_back(inputs, targets, generator, index):
-                with torch.no_grad():
-                    total.add(found)
-            num_examples += targets.shape[0]
-    if num_examples == 0:
-        raise ValueError("The data are empty: the Fisher information needs an example.")
-    fisher = total.mean(num_examples)
-    assert isinstance(fisher, structure)
-    return fisher
+    if memory < 1:
+        raise ValueError(f"memory is {memory}: it must be a number of bytes above 0.")
+    chosen = selected_parameters(model, parameters)
+    total = structure.accumulator(chosen)
+    if total.passes > 1 and iter(data) is data:
+        raise ValueError(
+            f"The data are a {type(data).__name__}, which can be read once: this structure "
+            f"needs {total.passes} passes, so give a list of batches or a DataLoader."
+        )
+    with undisturbed(model), plain_operations(model), torch.inference_mode(False):
+        while True:
+            with torch.enable_grad():
+                network = Network(model, chosen, likelihood, estimator, memory)
+                num_examples = network.summed_up(data, total, rank_in(group))
+            if group is not None:
+                num_examples = joined(total, num_examples, group)
+            if num_examples == 0:
+                raise ValueError("The data are empty: the Fisher information needs an example.")
+            found = total.mean(num_examples)
+            if isinstance(found, FisherMatrix):
+                return found  # type: ignore[return-value]
+            total = found
 
 
 class Network:
@@ -91,64 +119,70 @@ class Network:
         parameters: Parameters,
         likelihood: Likelihood,
         estimator: Estimator,
+        memory: int,
     ) -> None:
         self.model = model
         self.parameters = parameters
         self.likelihood = likelihood
         self.estimator = estimator
-        self.device = next(iter(parameters.values())).device
-        self.with_task = takes_task(model)
-        self.layers: list[Layer] | None = None
-        self.in_order = False
-        self.examples_at_once = 1
+        self.memory = memory
+        self.caller = Caller(model, next(iter(parameters.values())).device)
+        self.seen = Memory()
+        self.examples_at_once: int | None = None
         self.vectors_at_once = 1
 
-    def arguments(self, batch: Any, index: int) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The model's arguments and the targets of a batch, on the model's device.
+    def summed_up(self, data: Iterable[Any], total: Accumulator, rank: int) -> int:
+        """Add all the data to ``total``; returns the number of examples."""
+        # Every process draws targets of its own.
+        generator = torch.Generator().manual_seed(self.estimator.seed + 1_000_003 * rank)
+        num_examples = 0
+        for index, batch in enumerate(data):
+            arguments, targets = self.caller.arguments(batch, index)
+            for chunk in self.chunks(arguments, targets, generator, index):
+                with torch.no_grad():
+                    total.add(chunk)
+            num_examples += targets.shape[0]
+        return num_examples
 
-        Raises:
-            ValueError: the batch is not ``(x, y)`` or ``(x, y, task)`` of equal lengths.
-        """
-        tensors = isinstance(batch, list | tuple) and all(isinstance(t, Tensor) for t in batch)
-        if not tensors or len(batch) not in (2, 3):
-            raise ValueError(
-                f"Batch {index} is a {type(batch).__name__}: the data must be batches of "
-                "tensors (x, y) or (x, y, task)."
-            )
-        if len({t.shape[0] if t.dim() else -1 for t in batch}) != 1 or not batch[0].dim():
-            raise ValueError(
-                f"Batch {index} has tensors of shapes {[list(t.shape) for t in batch]}: "
-                "their first dimensions, the examples, must be equal."
-            )
-        if self.with_task and len(batch) == 2:
-            raise ValueError(
-                f"Batch {index} is (x, y), but {type(self.model).__name__} takes task "
-                "labels: the data must be batches (x, y, task)."
-            )
-        x, y, *task = (t.to(self.device, non_blocking=True) for t in batch)
-        return (x, *task) if self.with_task else (x,), y
-
-    def pulled_back(
-        self, inputs: tuple[Tensor, ...], targets: Tensor, generator: torch.Generator, index: int
-    ) -> Iterator[list[Any]]:
-        """The pulled-back score vectors of one batch, a chunk at a time."""
+    def chunks(
+        self, arguments: Arguments, targets: Tensor, generator: torch.Generator, index: int
+    ) -> Iterator[Chunk]:
+        """One batch in chunks that fit into memory, with their score vectors."""
         if targets.shape[0] == 0:
             return
-        if self.layers is None:
-            self.layers = self._look_at(tuple(a[:1] for a in inputs), targets[:1])
-        for start in range(0, targets.shape[0], self.examples_at_once):
-            part = slice(start, start + self.examples_at_once)
-            arguments = tuple(argument[part] for argument in inputs)
-            with Tape(self.model, self.parameters, self.layers) as tape:
-                # A copy: a network may write into its input, which is the user's.
-                outputs = self.model(*(argument.clone() for argument in arguments))
+        if self.examples_at_once is None:
+            self.examples_at_once = self._fitting(arguments[:1], targets[:1])
+        at_once = self.examples_at_once
+        order = self._by_effort(arguments)
+        if order is not None:
+            arguments, targets = arguments.map(lambda t: t[order]), targets[order]
+            at_once = min(at_once, SORTED_AT_ONCE)
+        for start in range(0, targets.shape[0], at_once):
+            part = slice(start, start + at_once)
+            some = arguments[part]
+            outputs = arguments[part](self.model)
             scores = self._scores(outputs, targets[part], generator, index)
             if not (scores.shape[0] and outputs.requires_grad):
                 continue
-            if not self.in_order and len(outputs) > 1:
-                self.layers = tape.layers = tape.layers_in_order(outputs, scores)
-                self.in_order = True
-            yield from tape.pullbacks(arguments, outputs, scores, self.vectors_at_once)
+            with torch.no_grad():
+                tape = Tape(self.model, self.parameters, some, outputs, self.seen)
+            yield Chunk(self.model, some, scores, self._pullbacks_of(tape, scores))
+
+    def _by_effort(self, arguments: Arguments) -> Tensor | None:
+        """The examples by how many vectors they need, so that few get more than that."""
+        if not self.estimator.varies:
+            return None
+        assert self.examples_at_once is not None
+        needed = []
+        with torch.no_grad():
+            for start in range(0, len(arguments), self.examples_at_once):
+                outputs = arguments[start : start + self.examples_at_once](self.model)
+                needed.append(self.estimator.vectors_needed(self.likelihood, outputs))
+        return torch.cat(needed).argsort()
+
+    def _pullbacks_of(self, tape: Tape, scores: Tensor) -> Any:
+        """The pulled-back vectors, to be asked for: not every structure needs them."""
+        return partial(tape.pullbacks, scores, self.vectors_at_once, self.memory // 2)
 
     def _scores(
         self, outputs: Any, targets: Tensor, generator: torch.Generator, index: int
@@ -167,30 +201,25 @@ class Network:
             )
         return scores
 
-    def _look_at(self, one: tuple[Tensor, ...], targets: Tensor) -> list[Layer]:
-        """Find which rules may hold, and how much fits into memory, from one example.
-
-        Args:
-            one: the model's arguments for one example.
-            targets: its target.
-
-        Returns:
-            The layers whose rule may hold.
-        """
-        candidates = layers_with_rules(self.model, self.parameters)
-        with Tape(self.model, self.parameters, candidates) as single:
-            outputs = self.model(*(argument.clone() for argument in one))
-        scores = self._scores(outputs, targets, torch.Generator(), 0)
-        with Tape(self.model, self.parameters, candidates) as double:
-            self.model(*(torch.cat([argument, argument]) for argument in one))
-        # For each example: a gradient of every recorded output a vector, and the vectors
-        # themselves with what it takes to make them.
-        gradient = (single.output_size() + outputs.numel()) * outputs.element_size()
-        vectors = 4 * scores.numel() * outputs.element_size()
-        fitting = CHUNK_BYTES // (8 * gradient + vectors)
-        self.examples_at_once = max(1, min(EXAMPLES_AT_ONCE, fitting))
-        self.vectors_at_once = max(1, CHUNK_BYTES // (self.examples_at_once * gradient))
-        return layers_by_example(candidates, single, double)
+    def _fitting(self, one: Arguments, target: Tensor) -> int:
+        """How many examples fit into memory at once, seen from one of them."""
+        saved, outputs = saved_bytes(lambda: one(self.model), self.parameters)
+        scores = self._scores(outputs, target, torch.Generator(), 0)
+        gradients = [0]
+        if scores.shape[0] and outputs.requires_grad:
+            tape = Tape(self.model, self.parameters, one, outputs, self.seen)
+            gradients = tape.bytes_of_gradients(scores[0])
+        k, c = scores.shape[0], outputs.numel()
+        # For a vector of an example: the gradients, as much again on the way, and the
+        # vector itself with what it takes to make it.
+        vector = 2 * sum(gradients) + 4 * c * outputs.element_size()
+        # The other half is for what is made of the gradients.
+        room = self.memory // 2
+        examples = room // max(1, saved + k * vector)
+        self.vectors_at_once = k if examples else max(1, (room - saved) // vector)
+        if outputs.device.type == "cpu":
+            examples = min(examples, CACHE // max(1, k * max(gradients)))
+        return int(max(1, min(EXAMPLES_AT_ONCE, examples)))
 
 
 def check_outputs(outputs: Any, num_examples: int) -> None:
@@ -208,50 +237,17 @@ def check_outputs(outputs: Any, num_examples: int) -> None:
     )
 
 
-def takes_task(model: nn.Module) -> bool:
-    """Whether ``forward`` wants task labels: a second argument without a default."""
-    wrapped = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
-    inner: Any = model.module if wrapped else model
-    positional = [
-        parameter
-        for parameter in signature(inner.forward).parameters.values()
-        if parameter.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    return len(positional) > 1 and (
-        positional[1].default is Parameter.empty or positional[1].name == "task_labels"
-    )
+def saved_bytes(forward: Callable[[], Any], parameters: Parameters) -> tuple[int, Any]:
+    """The bytes that a forward pass keeps for its derivative, and what it returns."""
+    own = {p.untyped_storage().data_ptr() for p in parameters.values()}
+    sizes: dict[int, int] = {}
 
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
 
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; modes, buffers and random states as before afterwards.
-
-    Raises:
-        ValueError: a BatchNorm layer without running statistics makes examples depend on
-            each other, so that no example has a Fisher information of its own.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is None:
-            raise ValueError(
-                f"{name or type(module).__name__} normalises by the batch even in evaluation "
-                "mode: BatchNorm needs track_running_stats=True for a Fisher information."
-            )
-    modes = {module: module.training for module in model.modules()}
-    buffers = [
-        (module, name, buffer, None if buffer is None else buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-    ]
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            with torch.no_grad():
-                for module, name, buffer, copy in buffers:
-                    if buffer is not None and copy is not None and not torch.equal(buffer, copy):
-                        buffer.copy_(copy)
-                    module._buffers[name] = buffer
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = forward()
+    return sum(sizes.values()), outputs

@@ -6,17 +6,19 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ewc.fisher.layers import Pullback, slices
 from ewc.fisher.matrix import FisherMatrix, State
+from ewc.fisher.pullback import Accumulator, Chunk, Pullback, slices
 from ewc.parameters import (
     Parameters,
     Shapes,
     accumulation_dtype,
     check_same_shapes,
-    flatten,
     shapes_of,
     unflatten,
 )
+
+GRAM_WIDTH = 256
+"""Columns from which it pays to make a Gram matrix in quarters."""
 
 
 class DenseFisher(FisherMatrix):
@@ -101,8 +103,69 @@ class DenseFisher(FisherMatrix):
         return cls(tensors["matrix"], shapes, about["num_examples"])
 
 
-class DenseSum:
-    r"""The running :math:`\sum_{n,k} v_{kn} v_{kn}^\top`, in single precision at least.
+class BlockSums:
+    r"""The running :math:`\sum_{n,k} v_{kn} v_{kn}^\top` in blocks of parameters.
+
+    Args:
+        blocks: the parameters of every block, by a name of the block.
+        like: a tensor whose device and type the sums have, in single precision at least.
+
+    Raises:
+        ValueError: a block does not fit into memory.
+    """
+
+    def __init__(self, blocks: Mapping[str, Shapes], like: Tensor) -> None:
+        self.blocks: dict[str, Shapes] = {}
+        self.totals: dict[str, Tensor] = {}
+        self.like = like
+        for key, shapes in blocks.items():
+            self.include(key, shapes)
+
+    def include(self, key: str, shapes: Shapes) -> None:
+        """Begin a block, if it is new.
+
+        Raises:
+            ValueError: it does not fit into memory.
+        """
+        if key in self.blocks:
+            return
+        size = sum(shape.numel() for shape in shapes.values())
+        dtype = accumulation_dtype(self.like.dtype)
+        try:
+            total = torch.zeros(size, size, dtype=dtype, device=self.like.device)
+        except RuntimeError as error:
+            where = f" ({', '.join(shapes)})" if key else ""
+            raise ValueError(
+                f"A dense Fisher matrix over {size} parameters{where} takes "
+                f"{size**2 * dtype.itemsize / 1e9:.0f} GB, more than there is: take another "
+                "structure, a smaller network or some of its parameters."
+            ) from error
+        self.blocks[key], self.totals[key] = dict(shapes), total
+
+    def add(self, pullbacks: Sequence[Pullback]) -> None:
+        """Add the outer products of pulled-back vectors; each block must hold its pullbacks."""
+        owner = {name: key for key, shapes in self.blocks.items() for name in shapes}
+        touched = {owner[name] for p in pullbacks for name in p.shapes if name in owner}
+        for key in touched:
+            shapes, total = self.blocks[key], self.totals[key]
+            own = [p for p in pullbacks if any(name in shapes for name in p.shapes)]
+            row_bytes = 2 * own[0].num_vectors * total.shape[0] * total.element_size()
+            row_bytes += sum(p.bytes_per_example() for p in own)
+            for part in slices(own[0].num_examples, row_bytes, own[0].memory):
+                # A parameter that did not take part has a zero gradient.
+                count = own[0].num_vectors * (part.stop - part.start)
+                rows = total.new_zeros(count, total.shape[0])
+                pieces = torch.split(rows, [shape.numel() for shape in shapes.values()], dim=1)
+                columns = dict(zip(shapes, pieces, strict=True))
+                for pullback in own:
+                    for name, vectors in pullback.per_example(part).items():
+                        if name in columns:
+                            columns[name].copy_(vectors.reshape(columns[name].shape))
+                add_gram(total, rows)
+
+
+class DenseSum(Accumulator):
+    r"""The running :math:`\sum_{n,k} v_{kn} v_{kn}^\top` over all parameters.
 
     Raises:
         ValueError: the matrix does not fit into memory.
@@ -110,39 +173,46 @@ class DenseSum:
 
     def __init__(self, parameters: Parameters) -> None:
         self.shapes = shapes_of(parameters)
-        flat = flatten(parameters).detach()
-        size = flat.numel()
-        dtype = accumulation_dtype(flat.dtype)
-        try:
-            self.total = torch.zeros(size, size, dtype=dtype, device=flat.device)
-        except RuntimeError as error:
-            raise ValueError(
-                f"A dense Fisher matrix over {size} parameters takes "
-                f"{size**2 * dtype.itemsize / 1e9:.0f} GB, more than there is: take another "
-                "structure or a smaller network."
-            ) from error
+        self.blocks = BlockSums({"": self.shapes}, next(iter(parameters.values())))
 
-    def add(self, pullbacks: Sequence[Pullback]) -> None:
+    def add(self, chunk: Chunk) -> None:
         """Add the outer products of one chunk of pulled-back vectors."""
-        if not pullbacks:
-            return
-        vectors, examples = pullbacks[0].num_vectors, pullbacks[0].num_examples
-        row_bytes = vectors * self.total.shape[0] * self.total.element_size()
-        for part in slices(examples, row_bytes):
-            # A parameter that did not take part has a zero gradient.
-            rows = self.total.new_zeros(vectors * (part.stop - part.start), self.total.shape[0])
-            columns = unflatten_columns(rows, self.shapes)
-            for pullback in pullbacks:
-                for name, gradient in pullback.per_example(part).items():
-                    columns[name].copy_(gradient.reshape(columns[name].shape))
-            self.total.addmm_(rows.T, rows)
+        for pullbacks in chunk.pullbacks():
+            self.blocks.add(pullbacks)
+
+    def sums(self) -> dict[str, Tensor]:
+        """The matrix."""
+        return self.blocks.totals
 
     def mean(self, num_examples: int) -> DenseFisher:
         """The mean matrix."""
-        return DenseFisher(self.total / num_examples, self.shapes, num_examples)
+        return DenseFisher(self.blocks.totals[""].div_(num_examples), self.shapes, num_examples)
 
 
-def unflatten_columns(rows: Tensor, shapes: Shapes) -> dict[str, Tensor]:
-    """Views of the columns of ``rows`` (``[r, p]``) that belong to each parameter."""
-    pieces = torch.split(rows, [shape.numel() for shape in shapes.values()], dim=1)
-    return dict(zip(shapes, pieces, strict=True))
+def add_gram(total: Tensor, rows: Tensor, alpha: float = 1.0) -> None:
+    r"""Add :math:`\alpha X^\top X` to a symmetric ``total``, in place.
+
+    The products of the halves of the columns with each other are made once and put down
+    twice, and so on within the halves: about half the operations of the full product.
+
+    Args:
+        total: ``[d, d]``, or a batch of them.
+        rows: ``[r, d]``, or a batch of them.
+        alpha: the factor.
+    """
+    if rows.dim() == 3 and rows.shape[0] == 1:
+        add_gram(total[0], rows[0], alpha)
+        return
+    width = rows.shape[-1]
+    if rows.dim() == 3:
+        total.baddbmm_(rows.transpose(1, 2), rows, alpha=alpha)
+    elif width < GRAM_WIDTH:
+        total.addmm_(rows.T, rows, alpha=alpha)
+    else:
+        half = width // 2
+        left, right = rows[:, :half], rows[:, half:]
+        across = left.T @ right
+        total[:half, half:].add_(across, alpha=alpha)
+        total[half:, :half].add_(across.T, alpha=alpha)
+        add_gram(total[:half, :half], left, alpha)
+        add_gram(total[half:, half:], right, alpha)

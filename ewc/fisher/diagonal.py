@@ -1,13 +1,13 @@
 r"""The diagonal of the Fisher information: one number a parameter."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from ewc.fisher.layers import Pullback
 from ewc.fisher.matrix import FisherMatrix, State, check_not_negative
+from ewc.fisher.pullback import Accumulator, Chunk
 from ewc.parameters import (
     Parameters,
     Shapes,
@@ -116,7 +116,7 @@ class DiagonalFisher(FisherMatrix):
         return cls({name: tensors[name] for name in about["names"]}, about["num_examples"])
 
 
-class DiagonalSum:
+class DiagonalSum(Accumulator):
     r"""The running :math:`\sum_{n,k} v_{kn}^2`, entry by entry, in single precision at least."""
 
     def __init__(self, parameters: Parameters) -> None:
@@ -125,12 +125,17 @@ class DiagonalSum:
             for name, parameter in parameters.items()
         }
 
-    def add(self, pullbacks: Sequence[Pullback]) -> None:
+    def add(self, chunk: Chunk) -> None:
         """Add the squares of one chunk of pulled-back vectors."""
-        for pullback in pullbacks:
-            pullback.add_squares(self.total)
+        for pullbacks in chunk.pullbacks():
+            for pullback in pullbacks:
+                pullback.add_squares(self.total)
+
+    def sums(self) -> dict[str, Tensor]:
+        """The sums, by parameter."""
+        return self.total
 
     def mean(self, num_examples: int) -> DiagonalFisher:
         """The mean diagonal."""
-        entries = {name: total / num_examples for name, total in self.total.items()}
+        entries = {name: total.div_(num_examples) for name, total in self.total.items()}
         return DiagonalFisher(entries, num_examples)

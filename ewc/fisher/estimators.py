@@ -41,6 +41,25 @@ class Estimator(ABC):
         """
 
     @property
+    def varies(self) -> bool:
+        """Whether some examples need fewer vectors than others."""
+        return False
+
+    def vectors_needed(self, likelihood: Likelihood, outputs: Tensor) -> Tensor:
+        """How many vectors every example needs, for an estimator where that varies.
+
+        The pass puts examples together that need as many.
+
+        Args:
+            likelihood: the meaning of the outputs.
+            outputs: shape ``[n, c]``.
+
+        Returns:
+            Shape ``[n]``.
+        """
+        raise NotImplementedError
+
+    @property
     def seed(self) -> int:
         """The seed of the pass's generator; estimators without chance do not use it."""
         return 0
@@ -52,7 +71,27 @@ class Exact(Estimator):
 
     :math:`F = \frac1N \sum_n J_n^\top E_{y \sim p(\cdot \mid x_n)}[s s^\top] J_n`
     (Kunstner et al. 2019, arXiv:1905.12558, equation 3).
+
+    With a tolerance :math:`\epsilon`, score vectors of negligible probability are dropped:
+    of every example the shortest ones, as long as together they hold at most the share
+    :math:`\epsilon` of the trace of :math:`E_y[s s^\top]`, the Fisher information of the
+    outputs.  What is left never exceeds ``F``, and the trace that is missing is at most
+    :math:`\epsilon \frac1N \sum_n \|J_n\|^2 \mathrm{tr}\, E_y[s s^\top]`, with the spectral
+    norm.  A trained network is sure of most examples, and needs a vector or two for them.
+
+    Attributes:
+        tolerance: :math:`\epsilon`, from 0 (all vectors) to below 1.
+
+    Raises:
+        ValueError: the tolerance is outside this range.
     """
+
+    tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the tolerance."""
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance is {self.tolerance}: it must be from 0 to below 1.")
 
     def score_vectors(
         self,
@@ -61,8 +100,30 @@ class Exact(Estimator):
         targets: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
-        """The likelihood's own exact factor, shape ``[k, n, c]``."""
-        return likelihood.fisher_factor(outputs)
+        """The likelihood's own exact factor, without what is negligible, ``[k, n, c]``."""
+        factor = likelihood.fisher_factor(outputs)
+        if self.tolerance == 0 or factor.shape[0] == 0:
+            return factor
+        squares, order = factor.square().sum(2).sort(0, descending=True)
+        negligible = self._negligible(squares)
+        kept = int((~negligible).sum(0).max())
+        index = order[:kept, :, None].expand(-1, -1, factor.shape[2])
+        return factor.gather(0, index) * ~negligible[:kept, :, None]
+
+    @property
+    def varies(self) -> bool:
+        """Whether anything may be dropped."""
+        return self.tolerance > 0
+
+    def vectors_needed(self, likelihood: Likelihood, outputs: Tensor) -> Tensor:
+        """How many vectors are not negligible, ``[n]``."""
+        squares = likelihood.fisher_factor(outputs).square().sum(2).sort(0, descending=True).values
+        return (~self._negligible(squares)).sum(0)
+
+    def _negligible(self, squares: Tensor) -> Tensor:
+        """Which of the vectors, sorted by their squared length, are dropped, ``[k, n]``."""
+        behind = squares.flip(0).cumsum(0).flip(0)
+        return behind <= self.tolerance * behind[:1]
 
 
 @dataclass(frozen=True)

@@ -10,29 +10,41 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from ewc.fisher.layers import Pullback
+from ewc.fisher.pullback import Accumulator
 from ewc.parameters import Parameters, Shapes, dot, flatten, unflatten
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """A matrix as tensors by name, and a description that JSON can hold."""
 
 
-class Accumulator(Protocol):
-    """What a structure keeps while the data go by."""
+Matrix = TypeVar("Matrix", bound="FisherMatrix")
 
-    def add(self, pullbacks: Sequence[Pullback]) -> None:
-        r"""Add :math:`\sum_{n,k} v_{kn} v_{kn}^\top` of one chunk of pulled-back vectors."""
 
-    def mean(self, num_examples: int) -> "FisherMatrix":
-        """The sum so far divided by ``num_examples``, as a matrix."""
+@dataclass(frozen=True)
+class Configured(Generic[Matrix]):
+    """A structure with options; see :meth:`FisherMatrix.configured`.
+
+    Attributes:
+        structure: the class.
+        options: arguments of its ``accumulator`` besides the parameters.
+    """
+
+    structure: type[Matrix]
+    options: Mapping[str, Any]
+
+    def accumulator(self, parameters: Parameters) -> Accumulator:
+        """An empty sum over these parameters, for the pass over the data."""
+        return self.structure.accumulator(parameters, **self.options)
 
 
 class FisherMatrix(ABC):
@@ -53,6 +65,21 @@ class FisherMatrix(ABC):
     @abstractmethod
     def accumulator(cls, parameters: Parameters) -> Accumulator:
         """An empty sum over these parameters, for the pass over the data."""
+
+    @classmethod
+    def configured(cls, **options: Any) -> Configured[Self]:
+        """The structure with options, as ``fisher_information`` takes it.
+
+        Raises:
+            TypeError: the structure has no such option.
+        """
+        known = list(signature(cls.accumulator).parameters)[1:]
+        if unknown := options.keys() - set(known):
+            raise TypeError(
+                f"{cls.__name__} has no option {min(unknown)!r}: "
+                f"it has {', '.join(known) or 'none'}."
+            )
+        return Configured(cls, options)
 
     @abstractmethod
     def matvec(self, v: Mapping[str, Tensor]) -> Parameters:
@@ -171,7 +198,13 @@ class FisherMatrix(ABC):
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Self:
         """The matrix on another device or in another floating-point type."""
-        return self.mapped(lambda tensor: tensor.to(device=device, dtype=dtype))
+        return self.mapped(
+            lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None)
+        )
+
+    def attached(self, model: nn.Module) -> "FisherMatrix":
+        """The matrix with the network that a matrix-free one needs to take products."""
+        return self
 
     def description(self) -> State:
         """What :meth:`state` returns, and the name of the structure with it."""
@@ -194,8 +227,13 @@ class FisherMatrix(ABC):
         save_file(copies, os.fspath(path), metadata={"ewc": json.dumps(about)})
 
     @staticmethod
-    def load(path: str | os.PathLike[str]) -> "FisherMatrix":
+    def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> "FisherMatrix":
         """The matrix that :meth:`save` wrote, on the CPU, with its own structure.
+
+        Args:
+            path: the file.
+            model: a network of the kind the matrix was made of, for a matrix-free one: a
+                copy of it takes the parameters in the file.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -212,7 +250,8 @@ class FisherMatrix(ABC):
                 f"{os.fspath(path)!r} holds no Fisher matrix: only files written by "
                 "FisherMatrix.save can be loaded."
             ) from error
-        return FisherMatrix.from_description(tensors, about)
+        fisher = FisherMatrix.from_description(tensors, about)
+        return fisher if model is None else fisher.attached(model)
 
     def __repr__(self) -> str:
         """One line with the structure, its size and its trace."""
@@ -227,6 +266,26 @@ class FisherMatrix(ABC):
         dense = self.to_dense()
         dense.diagonal().add_(damping)
         return dense
+
+
+def joined_states(matrices: Sequence[FisherMatrix]) -> tuple[dict[str, Tensor], list[Any]]:
+    """The tensors of several matrices, numbered, and their descriptions."""
+    tensors, about = {}, []
+    for index, matrix in enumerate(matrices):
+        inner, description = matrix.description()
+        tensors.update({f"{index}/{key}": value for key, value in inner.items()})
+        about.append(description)
+    return tensors, about
+
+
+def split_states(tensors: Mapping[str, Tensor], about: Sequence[Any]) -> list[FisherMatrix]:
+    """The matrices that :func:`joined_states` described."""
+    matrices = []
+    for index, description in enumerate(about):
+        prefix = f"{index}/"
+        inner = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        matrices.append(FisherMatrix.from_description(inner, description))
+    return matrices
 
 
 def structure_named(name: str) -> type[FisherMatrix]:

@@ -1,4 +1,4 @@
-r"""Gradients of single examples for parameters that no layer rule covers.
+r"""Gradients of single examples for parameters that no rule covers.
 
 Slow and general: the whole network is differentiated for every example on its own, so
 any parameter used in any way gets its right answer.
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
-from ewc.fisher.layers import Pullback
-from ewc.parameters import Parameters
+from ewc.fisher.arguments import Arguments
+from ewc.fisher.pullback import Pullback
+from ewc.parameters import Parameters, Shapes
 
 _log = logging.getLogger(__name__)
 
@@ -28,67 +29,105 @@ def quiet_about_speed() -> Iterator[None]:
         yield
 
 
-class PerExamplePullback(Pullback):
-    """The vectors of the parameters ``names``, from the network one example at a time.
+class PerExample(Pullback):
+    """The vectors of some parameters, from the network one example at a time.
 
     Args:
         model: the network.
-        names: the parameters.
-        inputs: the arguments of ``model``, each ``[n, ...]``.
+        shapes: the parameters.
+        arguments: of ``model``.
         scores: the score vectors, ``[k, n, c]``.
+        memory: bytes that intermediate results may take.
+        vectorises: whether the network can be vectorised over examples, as far as known
+            from earlier batches, by the parameters' names; kept up to date.
     """
 
     def __init__(
-        self, model: nn.Module, names: list[str], inputs: tuple[Tensor, ...], scores: Tensor
+        self,
+        model: nn.Module,
+        shapes: Shapes,
+        arguments: Arguments,
+        scores: Tensor,
+        *,
+        memory: int,
+        vectorises: dict[tuple[str, ...], bool],
     ) -> None:
         self.model = model
-        self.names = names
-        self.inputs = inputs
+        self.shapes = shapes
+        self.arguments = arguments
         self.scores = scores
         self.num_vectors, self.num_examples = scores.shape[:2]
+        self.dtype = scores.dtype
+        self.memory = memory
+        self.vectorises = vectorises
 
     def bytes_per_example(self) -> int:
         """The vectors, and as much again for what the network computes on the way."""
-        size = sum(self.model.get_parameter(name).numel() for name in self.names)
-        size += sum(argument[0].numel() for argument in self.inputs)
-        return 2 * self.num_vectors * size * self.scores.element_size()
+        inputs = sum(tensor[0].numel() for tensor in self.arguments.tensors())
+        return super().bytes_per_example() + 2 * self.num_vectors * inputs * self.dtype.itemsize
 
     def per_example(self, examples: slice) -> Parameters:
         """All examples at once where the network allows it, else one after the other."""
-        # Copies: a network may write into its input.
-        inputs = tuple(argument[examples].clone() for argument in self.inputs)
-        scores = self.scores[:, examples]
-        try:
-            with quiet_about_speed():
-                return self._vectorised(tuple(a.clone() for a in inputs), scores)
-        except RuntimeError as error:
-            # Operations that vmap cannot take: branches on data, in-place writes, custom
-            # autograd functions.  A fault of the network itself shows again below.
-            _log.info("examples one at a time for %s: %s", self.names, error)
-            return self._one_by_one(inputs, scores)
+        arguments, scores = self.arguments[examples], self.scores[:, examples]
+        key = tuple(self.shapes)
+        if self.vectorises.get(key, True):
+            try:
+                with quiet_about_speed():
+                    found = self._vectorised(self.arguments[examples], scores)
+                if key in self.vectorises or self._confirmed(found, arguments, scores):
+                    return found
+            except RuntimeError as error:
+                # Operations that vmap cannot take: branches on data, in-place writes, custom
+                # autograd functions.  A fault of the network itself shows again below.
+                _log.info("examples one at a time for %s: %s", list(self.shapes), error)
+        return self._one_by_one(arguments, scores)
 
-    def _vectorised(self, inputs: tuple[Tensor, ...], scores: Tensor) -> Parameters:
-        parameters = {name: self.model.get_parameter(name).detach() for name in self.names}
+    def _confirmed(self, found: Parameters, arguments: Arguments, scores: Tensor) -> bool:
+        """Whether plain differentiation gives the same for the first and the last example.
 
-        def vectors(scores_n: Tensor, *inputs_n: Tensor) -> Parameters:
-            batch = tuple(argument[None] for argument in inputs_n)
-            _, pull, *_ = vjp(lambda p: functional_call(self.model, p, batch)[0], parameters)
+        Some operations have a wrong rule for vmap: torch 2.15 returns another example's
+        gradient for a PReLU.
+        """
+        n = scores.shape[1]
+        for i in {0, n - 1}:
+            plain = self._one_by_one(arguments[i : i + 1], scores[:, i : i + 1])
+            for name, vectors in plain.items():
+                gap = (found[name][:, i] - vectors[:, 0]).norm()
+                if not gap <= 0.01 * vectors.norm():
+                    self.vectorises[tuple(self.shapes)] = False
+                    return False
+        if n > 1:
+            self.vectorises[tuple(self.shapes)] = True
+        return True
+
+    def _vectorised(self, arguments: Arguments, scores: Tensor) -> Parameters:
+        parameters = {name: self.model.get_parameter(name).detach() for name in self.shapes}
+
+        def vectors(scores_n: Tensor, *tensors: Tensor) -> Parameters:
+            one = arguments.with_tensors([tensor[None] for tensor in tensors])
+
+            def outputs(values: Parameters) -> Tensor:
+                found: Tensor = functional_call(self.model, values, one.positional, one.named)[0]
+                return found
+
+            _, pull, *_ = vjp(outputs, parameters)
             (gradients,) = vmap(pull)(scores_n)
             result: Parameters = gradients
             return result
 
-        out_dims: Any = dict.fromkeys(self.names, 1)
-        in_dims = (1,) + (0,) * len(inputs)
-        result: Parameters = vmap(vectors, in_dims=in_dims, out_dims=out_dims)(scores, *inputs)
+        tensors = arguments.tensors()
+        out_dims: Any = dict.fromkeys(self.shapes, 1)
+        in_dims = (1,) + (0,) * len(tensors)
+        result: Parameters = vmap(vectors, in_dims=in_dims, out_dims=out_dims)(scores, *tensors)
         return result
 
     @torch.enable_grad()
-    def _one_by_one(self, inputs: tuple[Tensor, ...], scores: Tensor) -> Parameters:
-        parameters = [self.model.get_parameter(name) for name in self.names]
+    def _one_by_one(self, arguments: Arguments, scores: Tensor) -> Parameters:
+        parameters = [self.model.get_parameter(name) for name in self.shapes]
         k, n = scores.shape[:2]
         result = [parameter.new_zeros(k, n, *parameter.shape) for parameter in parameters]
         for i in range(n):
-            outputs = self.model(*(argument[i : i + 1] for argument in inputs))
+            outputs = arguments[i : i + 1](self.model)
             for j in range(k):
                 gradients = torch.autograd.grad(
                     outputs,
@@ -100,4 +139,4 @@ class PerExamplePullback(Pullback):
                 for row, gradient in zip(result, gradients, strict=True):
                     if gradient is not None:
                         row[j, i] = gradient.to_dense() if gradient.is_sparse else gradient
-        return dict(zip(self.names, result, strict=True))
+        return dict(zip(self.shapes, result, strict=True))

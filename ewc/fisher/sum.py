@@ -3,17 +3,28 @@ r"""A sum of Fisher matrices that has no closed form of its own: kept term by te
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ewc.fisher.matrix import FisherMatrix, State
-from ewc.parameters import Parameters, Shapes, check_same_shapes
+from ewc.fisher.krylov import conjugate_gradients
+from ewc.fisher.matrix import (
+    FisherMatrix,
+    State,
+    check_not_negative,
+    joined_states,
+    split_states,
+)
+from ewc.parameters import Parameters, Shapes, check_same_shapes, shapes_of
+
+DENSE_LIMIT = 4096
+"""Parameters up to which a dense matrix is made where no closed form is known."""
 
 
 class SumFisher(FisherMatrix):
     r"""The exact sum :math:`\sum_t F_t` of matrices of any structures.
 
-    ``matvec``, ``diagonal`` and ``trace`` cost the sum of the terms' costs; the other
-    verbs go through the dense matrix.
+    ``matvec``, ``diagonal`` and ``trace`` cost the sum of the terms' costs; ``solve`` takes
+    conjugate gradients where the matrix is large; the other verbs go through the dense
+    matrix.
 
     Args:
         terms: matrices over the same parameters; a sum among them is taken apart.
@@ -70,21 +81,32 @@ class SumFisher(FisherMatrix):
         """Every term over more parameters."""
         return SumFisher([term.embedded(shapes) for term in self.terms])
 
+    def attached(self, model: nn.Module) -> "SumFisher":
+        """The terms with the network that matrix-free ones among them need."""
+        return SumFisher([term.attached(model) for term in self.terms])
+
+    def solve(self, v: Mapping[str, Tensor], damping: float) -> Parameters:
+        r"""The solution of :math:`(\sum_t F_t + \delta I) u = v`.
+
+        By the dense matrix up to :data:`DENSE_LIMIT` parameters, above by conjugate
+        gradients to single precision's or double precision's rounding.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
+            torch.linalg.LinAlgError: the damped matrix is not positive definite.
+        """
+        if self.num_parameters <= DENSE_LIMIT:
+            return super().solve(v, damping)
+        check_not_negative(damping, "damping")
+        check_same_shapes(shapes_of(v), self.shapes, "The right-hand side")
+        return conjugate_gradients(self.matvec, self.diagonal(), v, damping)
+
     def state(self) -> State:
         """The tensors of all terms, numbered; a description a term."""
-        tensors, about = {}, []
-        for index, term in enumerate(self.terms):
-            inner, description = term.description()
-            tensors.update({f"{index}/{key}": value for key, value in inner.items()})
-            about.append(description)
+        tensors, about = joined_states(self.terms)
         return tensors, {"terms": about}
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
         """The sum of the terms described."""
-        terms = []
-        for index, description in enumerate(about["terms"]):
-            prefix = f"{index}/"
-            inner = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            terms.append(FisherMatrix.from_description(inner, description))
-        return cls(terms)
+        return cls(split_states(tensors, about["terms"]))

@@ -1,288 +1,286 @@
-r"""One forward pass, recorded: which layers were used, and how to pull scores back.
+"""One forward pass, and how score vectors are pulled back through it.
 
-The tape hooks every layer that has a rule, keeps its input and the place of its output
-in the autograd graph, and takes gradients with respect to those *outputs*, all score
-vectors at once.  No gradient of a weight is ever formed by autograd.
+Gradients are taken with respect to the results of the operations that use parameters, for
+all score vectors at once; no gradient of a weight is ever formed by autograd.
 
-A rule is trusted only where it is known to be right: the layer's first dimension must be
-the example (seen from how the shapes follow the batch size), its rows must be the examples
-in their order (seen from how gradients follow the scores, in the first batch of more than
-one), and every use of its parameters in the graph must be a recorded call (seen by
-counting).  All other parameters go to
-:class:`~ewc.fisher.per_example.PerExamplePullback`.
+A rule is trusted only where it is known to be right: every use of the parameter in the
+graph must be one that a rule knows, and every row of its result must belong to one
+example.  Which one is seen from the gradients themselves: when the scores of each example
+are scaled by a factor of its own, so are its rows.  It is looked at once for every
+structure of the graph that comes up.  All other parameters go to
+:class:`~ewc.fisher.per_example.PerExample`.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
-from ewc.fisher.layers import RULES, Call, LayerPullback, Pullback
-from ewc.fisher.per_example import PerExamplePullback, quiet_about_speed
-from ewc.parameters import Parameters, accumulation_dtype
+from ewc.fisher.arguments import Arguments
+from ewc.fisher.elementwise import Broadcast, Lookup, Normalisation
+from ewc.fisher.graph import Graph
+from ewc.fisher.layers import Convolution, MatrixProduct, Operation, Rows
+from ewc.fisher.outer import OuterProducts
+from ewc.fisher.per_example import PerExample, quiet_about_speed
+from ewc.fisher.pullback import Pullback, Summed
+from ewc.parameters import Parameters, Shapes, accumulation_dtype
+
+RULES: dict[str, type[Operation]] = {
+    kind: rule
+    for rule in (MatrixProduct, Convolution, Normalisation, Broadcast, Lookup)
+    for kind in rule.kinds
+}
+"""The rule of each kind of node."""
+
+BATCH_FIRST = Rows(outer=1, inner=None)
+TIME_FIRST = Rows(outer=None, inner=1)
+
+Signature = tuple[Any, ...]
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A module with a rule.
+@dataclass
+class Memory:
+    """What is known of a network's graphs from batch to batch.
 
     Attributes:
-        module: the module.
-        rule: its rule.
-        names: full names of its trainable parameters, by their names in the module.
+        rows: of every structure of the graph seen so far, the rows of its operations;
+            ``None`` for an operation whose rows are not the examples in order.
+        together: whether pulling several vectors back at once was seen to be right.
+        vectorises: see :class:`~ewc.fisher.per_example.PerExample`.
     """
 
-    module: nn.Module
-    rule: type[LayerPullback]
-    names: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Record:
-    """One use of a layer: its input, and its output's place in the autograd graph."""
-
-    input: Tensor
-    version: int
-    edge: GradientEdge
-    output_size: int
-
-
-def layers_with_rules(model: nn.Module, parameters: Parameters) -> list[Layer]:
-    """The modules of ``model`` whose trainable parameters a rule may cover."""
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    layers = []
-    for module in model.modules():
-        rule = RULES.get(type(module))
-        own = {local: p for local, p in module._parameters.items() if p is not None}
-        if rule is None or "forward" in vars(module) or not own.keys() <= {"weight", "bias"}:
-            continue
-        trainable = {local: names[id(p)] for local, p in own.items() if id(p) in names}
-        if trainable and isinstance(own.get("weight"), nn.Parameter):
-            layers.append(Layer(module, rule, trainable))
-    return layers
-
-
-class Graph:
-    """The autograd graph behind a tensor.
-
-    Args:
-        outputs: the tensor.
-    """
-
-    def __init__(self, outputs: Tensor) -> None:
-        self.consumers: dict[Node, list[Node]] = defaultdict(list)
-        self.leaves: dict[int, Node] = {}
-        stack = [outputs.grad_fn] if outputs.grad_fn is not None else []
-        self.nodes: set[Node] = set(stack)
-        while stack:
-            node = stack.pop()
-            for following, _ in node.next_functions:
-                if following is None:
-                    continue
-                self.consumers[following].append(node)
-                if type(following).__name__ == "AccumulateGrad":
-                    leaf = following.variable  # type: ignore[attr-defined]
-                    self.leaves[id(leaf)] = following
-                elif following not in self.nodes:
-                    self.nodes.add(following)
-                    stack.append(following)
-
-    def uses(self, leaf: Tensor, layers: AbstractSet[Node]) -> int:
-        """How often a leaf tensor is used.
-
-        A node with one differentiable input (a transpose, a cast) is not a use itself: its
-        results may be used several times, as when the forward pass takes a derivative.
-
-        Args:
-            leaf: the tensor.
-            layers: the nodes that are the outputs of layers, which always are uses.
-        """
-        if id(leaf) not in self.leaves:
-            return 0
-        count, stack = 0, [self.leaves[id(leaf)]]
-        while stack:
-            for consumer in self.consumers[stack.pop()]:
-                inputs = [node for node, _ in consumer.next_functions if node is not None]
-                if consumer in layers or len(inputs) > 1 or not self.consumers[consumer]:
-                    count += 1
-                else:
-                    stack.append(consumer)
-        return count
+    rows: dict[Signature, list[Rows | None]] = field(default_factory=dict)
+    together: bool | None = None
+    vectorises: dict[tuple[str, ...], bool] = field(default_factory=dict)
 
 
 class Tape:
-    """Records the calls of layers in one forward pass (a context manager).
+    """The graph of one forward pass.
 
     Args:
         model: the network.
-        parameters: its trainable parameters.
-        layers: the layers to record.
+        parameters: those of its parameters whose Fisher information is wanted.
+        arguments: what the network was called with.
+        outputs: what it returned, ``[n, c]``.
+        memory: what earlier passes found out.
     """
 
-    def __init__(self, model: nn.Module, parameters: Parameters, layers: Sequence[Layer]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Parameters,
+        arguments: Arguments,
+        outputs: Tensor,
+        memory: Memory,
+    ) -> None:
         self.model = model
         self.parameters = parameters
-        self.layers = layers
-        self.records: dict[nn.Module, list[Record]] = defaultdict(list)
-        self._handles: list[Any] = []
+        self.arguments = arguments
+        self.outputs = outputs
+        self.memory = memory
+        self.num_examples = outputs.shape[0]
+        graph = Graph(outputs)
+        self.present = [name for name, p in parameters.items() if id(p) in graph.leaves]
+        self.operations = operations_of(graph, parameters)
 
-    def __enter__(self) -> Self:
-        """Put the hooks in place, before all others, so that they see the raw output."""
-        for layer in self.layers:
-            self._handles.append(
-                layer.module.register_forward_hook(self._record, prepend=True, with_kwargs=True)
-            )
-        return self
+    @property
+    def edges(self) -> list[GradientEdge]:
+        """Where the operations' results are in the graph."""
+        return [GradientEdge(operation.output, 0) for operation in self.operations]
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Take the hooks away, whatever happened."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def _record(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> None:
-        if output.requires_grad:
-            (value,) = (*args, *kwargs.values())
-            # The edge is taken now: an in-place ReLU behind the layer would later stand
-            # in the output tensor's own place.
-            edge = get_gradient_edge(output)
-            self.records[module].append(
-                Record(value.detach(), value._version, edge, output[0].numel())
-            )
+    def bytes_of_gradients(self, score: Tensor) -> list[int]:
+        """What the gradients of one score vector ``[n, c]`` take, by operation."""
+        if not self.operations:
+            return [0]
+        gradients = pull_back(self.outputs, self.edges, score[None], retain_graph=True)
+        return [g.numel() * accumulation_dtype(g.dtype).itemsize for g in gradients]
 
     def pullbacks(
-        self, inputs: tuple[Tensor, ...], outputs: Tensor, scores: Tensor, vectors_at_once: int
+        self, scores: Tensor, vectors_at_once: int, memory: int
     ) -> Iterator[list[Pullback]]:
-        """The pulled-back score vectors of the recorded pass, some vectors at a time.
+        """The score vectors pulled back, some at a time.
 
         Args:
-            inputs: the arguments of the network in the pass.
-            outputs: what it returned, ``[n, c]``.
-            scores: the score vectors, ``[k, n, c]``.
-            vectors_at_once: how many vectors to pull back together.
+            scores: ``[k, n, c]``.
+            vectors_at_once: how many to pull back together.
+            memory: bytes that intermediate results may take.
 
         Yields:
             For each part of the vectors, pullbacks that together hold every parameter
             that takes part in the outputs, each once.
         """
-        graph = Graph(outputs)
-        covered = self._covered(graph, outputs.shape[0])
-        by_rule = {name for layer, _ in covered for name in layer.names.values()}
-        others = [
-            name
-            for name, parameter in self.parameters.items()
-            if name not in by_rule and id(parameter) in graph.leaves
-        ]
-        edges = [record.edge for _, records in covered for record in records]
-
+        layouts = dict(zip(map(id, self.operations), self._rows(scores), strict=True))
+        irregular = [operation for operation in self.operations if layouts[id(operation)] is None]
+        unknown = {view.name for operation in irregular for view in operation.views}
+        self.operations = restricted(self.operations, unknown)
+        covered = {view.name for operation in self.operations for view in operation.views}
+        others = {n: self.parameters[n].shape for n in self.present if n not in covered}
         for start in range(0, scores.shape[0], vectors_at_once):
             part = scores[start : start + vectors_at_once]
             last = start + vectors_at_once >= scores.shape[0]
             found: list[Pullback] = []
-            if edges:
-                gradients = iter(pull_back(outputs, edges, part, retain_graph=not last))
-                for layer, records in covered:
-                    dtype = accumulation_dtype(next(layer.module.parameters()).dtype)
-                    calls = [
-                        Call(_unchanged(r, layer).to(dtype), next(gradients).to(dtype))
-                        for r in records
-                    ]
-                    found.append(layer.rule(layer.module, layer.names, calls))
+            if self.operations:
+                gradients = self._pulled_back(part, retain_graph=not last)
+                for operation, gradient in zip(self.operations, gradients, strict=True):
+                    g = operation.rows_of(gradient.to(accumulation_dtype(gradient.dtype)))
+                    rows = layouts[id(operation)]
+                    assert rows is not None
+                    found.append(operation.pullback(g, rows, self.num_examples, memory))
             if others:
-                found.append(PerExamplePullback(self.model, others, inputs, part))
-            yield found
+                found.append(self._one_at_a_time(others, part, memory))
+            yield merged(found)
 
-    def _covered(self, graph: Graph, num_examples: int) -> list[tuple[Layer, list[Record]]]:
-        """The layers whose rule holds in this pass, with their calls."""
-        outputs = {r.edge.node for records in self.records.values() for r in records}
-        covered = []
-        for layer in self.layers:
-            records = [r for r in self.records[layer.module] if r.edge.node in graph.nodes]
-            counted = all(
-                graph.uses(layer.module.get_parameter(local), outputs) == len(records)
-                for local in layer.names
+    def _pulled_back(self, scores: Tensor, *, retain_graph: bool) -> list[Tensor]:
+        """Gradients with respect to the operations' results, all vectors together if right."""
+        edges = self.edges
+        if len(scores) == 1 or self.memory.together is False:
+            return one_by_one(self.outputs, edges, scores, retain_graph=retain_graph)
+        found = pull_back(
+            self.outputs, edges, scores, retain_graph=retain_graph or self.memory.together is None
+        )
+        if self.memory.together is None and self.num_examples > 1:
+            weights = torch.randn(len(scores), generator=torch.Generator().manual_seed(1))
+            weights = weights.to(scores)
+            score = torch.einsum("k,knc->nc", weights, scores)[None]
+            # Pulling back is linear; some operations have a wrong rule for vmap.
+            plain = one_by_one(self.outputs, edges, score, retain_graph=True)
+            self.memory.together = all(
+                bool((torch.tensordot(weights, g, 1) - h[0]).norm() <= 0.01 * h.norm())
+                for g, h in zip(found, plain, strict=True)
             )
-            by_example = all(r.input.shape[0] == num_examples for r in records)
-            if records and counted and by_example:
-                covered.append((layer, records))
-        return covered
+            if not self.memory.together:
+                return one_by_one(self.outputs, edges, scores, retain_graph=retain_graph)
+        return found
 
-    def layers_in_order(self, outputs: Tensor, scores: Tensor) -> list[Layer]:
-        """The layers in which row ``i`` belongs to example ``i``, in every call.
+    def _one_at_a_time(self, shapes: Shapes, scores: Tensor, memory: int) -> PerExample:
+        seen = self.memory.vectorises
+        return PerExample(
+            self.model, shapes, self.arguments, scores, memory=memory, vectorises=seen
+        )
 
-        A network may sort, flip or mix examples on the way.  Scaling the score of every
-        example by a factor of its own must scale the rows of a layer's output gradient by
-        the same factors.
+    # --- which example a row belongs to -------------------------------------------------
 
-        Args:
-            outputs: what the recorded pass returned, ``[n, c]``.
-            scores: its score vectors, ``[k, n, c]``.
-        """
-        covered = self._covered(Graph(outputs), outputs.shape[0])
-        edges = [record.edge for _, records in covered for record in records]
-        if not edges:
-            return []
-        score = scores.sum(0)
+    def _rows(self, scores: Tensor) -> list[Rows | None]:
+        """The rows of every operation, found out if this structure of the graph is new."""
+        if self.num_examples == 1:
+            return [BATCH_FIRST] * len(self.operations)
+        signature = tuple(
+            (type(operation.output).__name__, *((v.name, v.first) for v in operation.views))
+            for operation in self.operations
+        )
+        if signature in self.memory.rows:
+            return self.memory.rows[signature]
+        rows, certain = self._probed(scores)
+        if certain:
+            self.memory.rows[signature] = rows
+        return rows
+
+    def _probed(self, scores: Tensor) -> tuple[list[Rows | None], bool]:
+        """The rows of every operation, and whether all of them can be told from this batch."""
+        if not self.operations:
+            return [], True
+        n = self.num_examples
         generator = torch.Generator().manual_seed(0)
-        factors = 2.0 ** torch.randint(4, (len(score),), generator=generator).to(score)
-        plain = pull_back(outputs, edges, score[None], retain_graph=True)
-        scaled = pull_back(outputs, edges, (factors[:, None] * score)[None], retain_graph=True)
-        kept = []
-        pairs = zip(plain, scaled, strict=True)
-        for layer, records in covered:
-            rows = [next(pairs) for _ in records]
-            # Far from rounding, which is exact here, and from a factor of 2.
-            if all(
-                torch.allclose((g[0].flatten(1).T * factors).T, h[0].flatten(1), rtol=0.1, atol=0.0)
-                for g, h in rows
-            ):
-                kept.append(layer)
-        return kept
+        weights = torch.randn(len(scores), generator=generator).to(scores)
+        score = torch.einsum("k,knc->nc", weights, scores)
+        # Powers of 2, which scale without rounding, and never two alike in a row.
+        steps = torch.randint(1, 4, (n,), generator=generator).cumsum(0) % 4
+        factors = 2.0 ** steps.to(score)
+        plain = pull_back(self.outputs, self.edges, score[None], retain_graph=True)
+        scaled = pull_back(
+            self.outputs, self.edges, (factors[:, None] * score)[None], retain_graph=True
+        )
+        rows: list[Rows | None] = []
+        certain = True
+        for operation, one, other in zip(self.operations, plain, scaled, strict=True):
+            before, after = operation.rows_of(one)[0], operation.rows_of(other)[0]
+            before, after = (g.reshape(len(g), -1) for g in (before, after))
+            certain = certain and bool(before.any())
+            rows.append(matching_rows(before, after, factors))
+        return rows, certain
 
-    def output_size(self) -> int:
-        """Scalars that all recorded outputs hold for one example."""
-        return sum(r.output_size for records in self.records.values() for r in records)
+    # --- from gradients to pullbacks ----------------------------------------------------
 
 
-def layers_by_example(layers: Sequence[Layer], one: Tape, two: Tape) -> list[Layer]:
-    """The layers whose first dimension, and no other, follows the batch size.
+def operations_of(graph: Graph, parameters: Parameters) -> list[Operation]:
+    """The operations that together are all uses of some of the parameters."""
+    uses = graph.uses(parameters)
+    found: list[Operation] = []
+    unknown: set[str] = set()
+    # Products come first: they take in the biases that are added to them.
+    for node in sorted(uses, key=lambda node: type(node).__name__ not in MatrixProduct.kinds):
+        views = uses.get(node)
+        if views is None:
+            continue
+        rule = RULES.get(type(node).__name__)
+        operation = rule.of(node, uses, graph) if rule is not None else None
+        if operation is None:
+            unknown |= {view.name for view in views.values()}
+        else:
+            found.append(operation)
+    return restricted(found, unknown)
+
+
+def restricted(operations: Sequence[Operation], unknown: set[str]) -> list[Operation]:
+    """The operations without the parameters in ``unknown``."""
+    for operation in operations:
+        operation.keep({view.name for view in operation.views} - unknown)
+    return [operation for operation in operations if operation.views]
+
+
+def matching_rows(before: Tensor, after: Tensor, factors: Tensor) -> Rows | None:
+    """The layout by which rows were scaled by their example's factor, ``None`` if there is none.
 
     Args:
-        layers: the candidates.
-        one: the tape of a pass over one example.
-        two: the tape of a pass over two.
+        before: gradients, ``[rows, ...]``.
+        after: the same with the scores of each example scaled.
+        factors: by what, ``[n]``.
     """
+    n, rows = len(factors), before.shape[0]
+    if rows % n:
+        return None
+    length = rows // n
+    layouts = [BATCH_FIRST, TIME_FIRST]
+    layouts += [Rows(d, length // d) for d in range(2, length) if length % d == 0]
+    for layout in layouts:
+        outer = length // (layout.inner or 1) if layout.outer is None else layout.outer
+        scale = factors.repeat_interleave(length // outer).repeat(outer)
+        # Far from rounding, which is exact here, and from a factor of 2.
+        if torch.allclose((before.T * scale).T, after, rtol=0.1, atol=0.0):
+            return layout
+    return None
 
-    def shapes(tape: Tape, layer: Layer, batch: int) -> list[torch.Size] | None:
-        inputs = [record.input for record in tape.records[layer.module]]
-        if any(value.dim() < 2 or value.shape[0] != batch for value in inputs):
-            return None
-        return [value.shape[1:] for value in inputs]
 
-    return [
-        layer
-        for layer in layers
-        if (single := shapes(one, layer, 1)) is not None and single == shapes(two, layer, 2)
-    ]
+def merged(pullbacks: Sequence[Pullback]) -> list[Pullback]:
+    """The same pullbacks, with all that share a parameter put into one."""
+    groups: list[list[Pullback]] = []
+    for pullback in pullbacks:
+        names = pullback.shapes.keys()
+        touching = [g for g in groups if any(names & other.shapes.keys() for other in g)]
+        groups = [g for g in groups if g not in touching]
+        groups.append([other for g in touching for other in g] + [pullback])
+    return [group[0] if len(group) == 1 else _joined(group) for group in groups]
+
+
+def _joined(group: Sequence[Pullback]) -> Pullback:
+    """Pullbacks that share parameters, as one."""
+    first = group[0]
+    if isinstance(first, OuterProducts):
+        key = (first.weight, first.bias, first.layout)
+        same = [p for p in group if isinstance(p, OuterProducts)]
+        if len(same) == len(group) and all((p.weight, p.bias, p.layout) == key for p in same):
+            uses = [use for p in same for use in p.uses]
+            return OuterProducts(*key, uses, first.memory)
+    return Summed(group)
 
 
 def pull_back(
     outputs: Tensor, edges: Sequence[GradientEdge], scores: Tensor, *, retain_graph: bool
 ) -> list[Tensor]:
-    """Gradients of every score vector with respect to layer outputs, ``[k, n, ...]`` each."""
+    """Gradients of every score vector with respect to nodes' results, ``[k, ...]`` each."""
     if scores.shape[0] > 1:
         try:
             # The graph is kept in any case: a failure half-way must be able to start anew.
@@ -294,20 +292,19 @@ def pull_back(
                 )
         except RuntimeError:
             pass  # An operation that vmap cannot take: the vectors one after the other.
+    return one_by_one(outputs, edges, scores, retain_graph=retain_graph)
+
+
+def one_by_one(
+    outputs: Tensor, edges: Sequence[GradientEdge], scores: Tensor, *, retain_graph: bool
+) -> list[Tensor]:
+    """What :func:`pull_back` returns, by one backward pass a vector."""
     rows = [
         torch.autograd.grad(
             outputs, edges, score, retain_graph=retain_graph or index + 1 < scores.shape[0]
         )
         for index, score in enumerate(scores)
     ]
+    if len(rows) == 1:
+        return [gradient[None] for gradient in rows[0]]
     return [torch.stack(column) for column in zip(*rows, strict=True)]
-
-
-def _unchanged(record: Record, layer: Layer) -> Tensor:
-    if "weight" in layer.names and record.input._version != record.version:
-        raise RuntimeError(
-            f"The input of {type(layer.module).__name__} "
-            f"({', '.join(layer.names.values())}) was changed in place after the layer had "
-            "used it: its weight's gradient is not defined, in training neither."
-        )
-    return record.input

@@ -1,0 +1,137 @@
+r"""One layer's matrix by its eigenvectors: a Kronecker product of two bases."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ewc.fisher.layer_matrix import LayerMatrix, LayerWeights, one_more
+from ewc.fisher.matrix import State, check_not_negative
+from ewc.parameters import Parameters
+
+
+class EigenvalueCorrectedProduct(LayerMatrix):
+    r"""One layer's :math:`(Q_G \otimes Q_A)\, \mathrm{diag}(S)\, (Q_G \otimes Q_A)^\top`.
+
+    ``g`` groups, ``o`` outputs, ``i`` inputs, one of them for the bias if there is one.
+
+    Args:
+        weights: the parameters.
+        outputs: :math:`Q_G`, ``[g, o, o]``, orthogonal.
+        inputs: :math:`Q_A`, ``[g, i, i]``, orthogonal; ``None`` for the identity.
+        spectrum: :math:`S`, the eigenvalues, ``[g, o, i]``.
+        num_examples: the examples behind the mean.
+    """
+
+    def __init__(
+        self,
+        weights: LayerWeights,
+        outputs: Tensor,
+        inputs: Tensor | None,
+        spectrum: Tensor,
+        num_examples: int,
+    ) -> None:
+        super().__init__(weights, num_examples)
+        self.outputs = outputs
+        self.inputs = inputs
+        self.spectrum = spectrum
+
+    def rotated(self, matrix: Tensor) -> Tensor:
+        """A ``[g, o, i]`` matrix in the eigenbasis, :math:`Q_G^T X Q_A`."""
+        left = self.outputs.transpose(1, 2) @ matrix
+        return left if self.inputs is None else left @ self.inputs
+
+    def rotated_back(self, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`rotated`."""
+        left = self.outputs @ matrix
+        return left if self.inputs is None else left @ self.inputs.transpose(1, 2)
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """The product with a vector given as a ``[g, o, i]`` matrix."""
+        return self.rotated_back(self.spectrum * self.rotated(matrix))
+
+    def solve(self, v: Mapping[str, Tensor], damping: float) -> Parameters:
+        r"""The solution of :math:`(F + \delta I) u = v`, in the eigenbasis.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
+            torch.linalg.LinAlgError: an eigenvalue plus the damping is not above 0.
+        """
+        check_not_negative(damping, "damping")
+        damped = self.spectrum + damping
+        if not bool((damped > 0).all()):
+            raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+                f"The Fisher matrix of {', '.join(self.shapes)} is singular: "
+                "solve takes a damping above 0 there."
+            )
+        rotated = self.rotated(self.weights.to_matrix(self.checked(v)))
+        return self.weights.to_parameters(self.rotated_back(rotated / damped))
+
+    def diagonal(self) -> Parameters:
+        """The diagonal, by parameter."""
+        squares = self.outputs.square() @ self.spectrum
+        if self.inputs is not None:
+            squares = squares @ self.inputs.square().transpose(1, 2)
+        return self.weights.to_parameters(squares)
+
+    def trace(self) -> Tensor:
+        """The sum of the eigenvalues."""
+        return self.spectrum.sum()
+
+    def logdet(self, damping: float) -> Tensor:
+        r""":math:`\sum \log (S + \delta)`.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite.
+        """
+        check_not_negative(damping, "damping")
+        # Rounding can leave an eigenvalue that is 0 a little below it.
+        return (self.spectrum.clamp_min(0.0) + damping).log().sum()
+
+    def eigenvalues(self) -> Tensor:
+        """All eigenvalues in ascending order."""
+        return self.spectrum.flatten().sort().values
+
+    def scaled(self, factor: float) -> "EigenvalueCorrectedProduct":
+        """The eigenvalues times ``factor``."""
+        return self._with(self.weights, self.outputs, self.inputs, factor * self.spectrum)
+
+    def enlarged(self, weights: LayerWeights) -> "EigenvalueCorrectedProduct":
+        """The same over a weight with more rows, the new directions with eigenvalue 0."""
+        more = weights.new_outputs(self.weights), weights.new_inputs(self.weights)
+        bias = self.weights.bias is not None
+        outputs = one_more(self.outputs, more[0], identity=True)
+        inputs = self.inputs
+        if inputs is not None:
+            inputs = one_more(inputs, more[1], identity=True, keep_last=bias)
+        spectrum = torch.nn.functional.pad(self.spectrum, (0, 0, 0, more[0]))
+        if more[1]:
+            last = spectrum[..., -1:] if bias else spectrum[..., :0]
+            first = spectrum[..., :-1] if bias else spectrum
+            zeros = first.new_zeros(*first.shape[:-1], more[1])
+            spectrum = torch.cat([first, zeros, last], -1)
+        return self._with(weights, outputs, inputs, spectrum)
+
+    def state(self) -> State:
+        """The eigenvectors and eigenvalues; what layer they are of."""
+        tensors = {"outputs": self.outputs, "spectrum": self.spectrum}
+        if self.inputs is not None:
+            tensors["inputs"] = self.inputs
+        return tensors, {**self.weights.description(), "num_examples": self.num_examples}
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
+        """The matrix of these eigenvectors and eigenvalues."""
+        return cls(
+            LayerWeights.from_description(about),
+            tensors["outputs"],
+            tensors.get("inputs"),
+            tensors["spectrum"],
+            about["num_examples"],
+        )
+
+    def _with(
+        self, weights: LayerWeights, outputs: Tensor, inputs: Tensor | None, spectrum: Tensor
+    ) -> "EigenvalueCorrectedProduct":
+        return EigenvalueCorrectedProduct(weights, outputs, inputs, spectrum, self.num_examples)

@@ -1,0 +1,150 @@
+"""The autograd graph behind a network's outputs: where and how its parameters are used.
+
+Every use of a parameter is an edge into some node of the graph, whatever Python code made
+it: a module called once or ten times, a weight shared between modules, a functional call,
+the steps of a recurrence.  Views of a parameter (transposes, casts, blocks of rows) are
+followed to the nodes that compute with them.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from ewc.parameters import Parameters
+
+
+@dataclass(frozen=True)
+class View:
+    """How a parameter is seen by the node that uses it.
+
+    Attributes:
+        name: the parameter.
+        shape: its own shape.
+        transposed: a matrix with its two dimensions exchanged.
+        first: the first of its rows that are seen.
+        count: how many of them.
+    """
+
+    name: str
+    shape: torch.Size
+    transposed: bool
+    first: int
+    count: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether the parameter is seen as it is."""
+        return not self.transposed and self.all_rows
+
+    @property
+    def all_rows(self) -> bool:
+        """Whether all rows are seen."""
+        return self.count == (self.shape[0] if self.shape else 1)
+
+    def widened(self, gradient: Tensor, dim: int) -> Tensor:
+        """A gradient for the rows that are seen as one for all rows: zero elsewhere."""
+        if self.all_rows:
+            return gradient
+        shape = list(gradient.shape)
+        shape[dim] = self.shape[0]
+        wide = gradient.new_zeros(shape)
+        wide.narrow(dim, self.first, self.count).copy_(gradient)
+        return wide
+
+
+Uses = dict[Node, dict[int, View]]
+"""The nodes that compute with parameters: of each, which of its inputs is which view."""
+
+
+class Graph:
+    """The autograd graph behind a tensor.
+
+    Args:
+        outputs: the tensor.
+    """
+
+    def __init__(self, outputs: Tensor) -> None:
+        self.consumers: dict[Node, list[tuple[Node, int, int]]] = defaultdict(list)
+        """The nodes that take a node's results: the node, its input, the result's number."""
+        self.leaves: dict[int, Node] = {}
+        root = outputs.grad_fn
+        stack = [root] if root is not None else []
+        seen: set[Node] = set(stack)
+        while stack:
+            node = stack.pop()
+            for place, (source, number) in enumerate(node.next_functions):
+                if source is None:
+                    continue
+                self.consumers[source].append((node, place, number))
+                if type(source).__name__ == "AccumulateGrad":
+                    self.leaves[id(source.variable)] = source  # type: ignore[attr-defined]
+                elif source not in seen:
+                    seen.add(source)
+                    stack.append(source)
+
+    def uses(self, parameters: Parameters) -> Uses:
+        """The nodes that compute with parameters: of each, which input is which view."""
+        found: dict[Node, dict[int, View]] = defaultdict(dict)
+        for name, parameter in parameters.items():
+            leaf = self.leaves.get(id(parameter))
+            if leaf is None:
+                continue
+            rows = parameter.shape[0] if parameter.dim() else 1
+            stack = [(leaf, View(name, parameter.shape, False, 0, rows))]
+            while stack:
+                node, view = stack.pop()
+                for consumer, place, number in self.consumers[node]:
+                    part = _part(node, number, view)
+                    further = _seen_through(consumer, part)
+                    if further is not None and self.consumers.get(consumer):
+                        stack.append((consumer, further))
+                    else:
+                        found[consumer][place] = part
+        return found
+
+    def only_consumer(self, node: Node) -> tuple[Node, int] | None:
+        """The one node that takes the result of ``node``, behind mere reshaping."""
+        while True:
+            consumers = self.consumers.get(node, [])
+            if len(consumers) != 1:
+                return None
+            ((following, place, _),) = consumers
+            if type(following).__name__ not in ("ViewBackward0", "UnsafeViewBackward0"):
+                return following, place
+            node = following
+
+
+def _seen_through(node: Node, view: View) -> View | None:
+    """The view behind a node that only shows its input otherwise; ``None`` if it computes."""
+    kind, matrix = type(node).__name__, len(view.shape) == 2
+    if kind == "TBackward0" and matrix:
+        return replace(view, transposed=not view.transposed)
+    if kind == "TransposeBackward0" and matrix:
+        saved: Mapping[str, int] = {d: getattr(node, f"_saved_{d}") for d in ("dim0", "dim1")}
+        swapped = saved["dim0"] % 2 != saved["dim1"] % 2  # -1 is saved as 2^64 - 1
+        return replace(view, transposed=view.transposed != swapped)
+    if kind == "PermuteBackward0" and matrix:
+        exchanged = node._saved_dims[0] != 0  # type: ignore[attr-defined]
+        return replace(view, transposed=view.transposed != exchanged)
+    if kind == "ToCopyBackward0":
+        return view
+    if kind in ("SplitBackward0", "SplitWithSizesBackward0") and view.whole:
+        return view if getattr(node, "_saved_dim", None) == 0 else None
+    return None
+
+
+def _part(node: Node, number: int, view: View) -> View:
+    """The rows of which a node's result with this number consists."""
+    kind = type(node).__name__
+    if kind == "SplitBackward0":
+        size: int = node._saved_split_size  # type: ignore[attr-defined]
+        first = number * size
+        return replace(view, first=first, count=min(size, view.shape[0] - first))
+    if kind == "SplitWithSizesBackward0":
+        sizes: tuple[int, ...] = node._saved_split_sizes  # type: ignore[attr-defined]
+        return replace(view, first=sum(sizes[:number]), count=sizes[number])
+    return view

@@ -1,0 +1,392 @@
+r"""The Fisher information without a matrix: products through the network itself."""
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed import ProcessGroup
+from torch.func import functional_call, jvp, vjp
+
+from ewc.fisher.arguments import Arguments
+from ewc.fisher.diagonal import DiagonalSum
+from ewc.fisher.evaluation import plain_operations
+from ewc.fisher.krylov import (
+    Estimate,
+    conjugate_gradients,
+    hutchinson_trace,
+    lanczos_quadrature,
+)
+from ewc.fisher.matrix import FisherMatrix, State, check_not_negative
+from ewc.fisher.pullback import DEFAULT_MEMORY, Accumulator, Chunk
+from ewc.fisher.tape import Memory, Tape
+from ewc.parameters import (
+    Parameters,
+    Shapes,
+    check_same_shapes,
+    flatten,
+    padded,
+    shapes_of,
+    unflatten,
+)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some examples of the data.
+
+    Attributes:
+        arguments: what the network is called with.
+        scores: the score vectors, ``[k, n, c]``.
+    """
+
+    arguments: Arguments
+    scores: Tensor
+
+
+class ImplicitFisher(FisherMatrix):
+    r"""The matrix as :math:`v \mapsto \frac1N \sum_n J_n^\top \sum_k s_{kn} (s_{kn}^\top J_n v)`.
+
+    It keeps a copy of the network, the inputs and the score vectors (``N k c`` numbers), and
+    differentiates anew for every product: one pass forwards in direction ``v`` and one
+    backwards over all the data.  No approximation, and memory for the largest networks.
+
+    ``solve`` is by conjugate gradients; ``diagonal`` and ``trace`` are exact, by one pass
+    with all score vectors; ``logdet`` is a stochastic estimate whose error bar
+    :meth:`logdet_estimate` gives; ``eigenvalues`` go through the dense matrix.  Saving
+    writes the parameters and the data; ``FisherMatrix.load(path, model)`` needs a network
+    to run them with.
+
+    Args:
+        model: a network of its own, in evaluation mode; ``None`` until :meth:`attached`.
+        weights: its parameters and buffers.
+        pieces: the data.
+        own: the parameters that the products are over.
+        shapes: these parameters, maybe with more rows, and others that have no part.
+        num_examples: the examples behind the mean, in all processes.
+        factor: a number that the mean is multiplied by.
+        group: the processes that hold the data.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        weights: Parameters,
+        pieces: Sequence[Piece],
+        *,
+        own: Shapes,
+        shapes: Shapes,
+        num_examples: int,
+        factor: float = 1.0,
+        group: ProcessGroup | None = None,
+    ) -> None:
+        self._model = model
+        self.weights = weights
+        self.pieces = list(pieces)
+        self.own = dict(own)
+        self.shapes = dict(shapes)
+        self.num_examples = num_examples
+        self.factor = factor
+        self.group = group
+
+    @classmethod
+    def accumulator(cls, parameters: Parameters) -> Accumulator:
+        """An empty collection of data."""
+        return PieceList(parameters)
+
+    # --- products -----------------------------------------------------------------------
+
+    def matvec(self, v: Mapping[str, Tensor]) -> Parameters:
+        """The product, by a derivative in direction ``v`` and one backwards.
+
+        Raises:
+            ValueError: ``v`` does not have the matrix's parameters.
+            RuntimeError: the matrix was loaded without its network.
+        """
+        check_same_shapes(shapes_of(v), self.shapes, "The vector")
+        parameters = {name: self.weights[name] for name in self.own}
+        direction = {
+            name: v[name][: shape[0]].to(self.weights[name]) if shape else v[name]
+            for name, shape in self.own.items()
+        }
+        total = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
+        with plain_operations(self.model):
+            for piece in self.pieces:
+                product = self._product(piece, parameters, direction)
+                for name, tensor in product.items():
+                    total[name] += tensor
+        if self.group is not None:
+            flat = flatten(total)
+            distributed.all_reduce(flat, group=self.group)
+            total = unflatten(flat, self.own)
+        scale = self.factor / self.num_examples
+        return padded({name: scale * tensor for name, tensor in total.items()}, self.shapes)
+
+    def _product(self, piece: Piece, parameters: Parameters, direction: Parameters) -> Parameters:
+        def outputs(values: Parameters) -> Tensor:
+            # A copy: a network may write into its input.
+            arguments = piece.arguments.map(torch.clone)
+            found: Tensor = functional_call(
+                self.model, values, arguments.positional, arguments.named
+            )
+            return found
+
+        _, pull, *_ = vjp(outputs, parameters)
+        try:
+            # Pulling back is linear in the score: its own derivative is the product with
+            # the same Jacobian, which torch's forward derivatives are not everywhere (they
+            # move an embedding's padding).
+            _, push, *_ = vjp(pull, torch.zeros_like(piece.scores[0]))
+            (moved,) = push((direction,))
+        except (NotImplementedError, RuntimeError):
+            with warnings.catch_warnings():
+                # torch's own rules for forward derivatives use what it has deprecated.
+                warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)
+                _, moved, *_ = jvp(outputs, (parameters,), (direction,))
+        along = torch.einsum("knc,nc->kn", piece.scores, moved)
+        (product,) = pull(torch.einsum("kn,knc->nc", along, piece.scores))
+        result: Parameters = product
+        return result
+
+    def solve(self, v: Mapping[str, Tensor], damping: float) -> Parameters:
+        r"""The solution of :math:`(F + \delta I) u = v`, by conjugate gradients.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
+            torch.linalg.LinAlgError: it does not converge: the damping is too small.
+        """
+        check_not_negative(damping, "damping")
+        check_same_shapes(shapes_of(v), self.shapes, "The right-hand side")
+        return conjugate_gradients(self.matvec, self.diagonal(), v, damping)
+
+    def diagonal(self) -> Parameters:
+        """The exact diagonal, by parameter: one pass with all score vectors."""
+        parameters: Parameters = {n: self.model.get_parameter(n) for n in self.own}
+        total = DiagonalSum(parameters)
+        seen = Memory()
+        with plain_operations(self.model), torch.inference_mode(False):
+            for piece in self.pieces:
+                with torch.enable_grad():
+                    outputs = piece.arguments.map(torch.clone)(self.model)
+                if not outputs.requires_grad:
+                    continue
+                with torch.no_grad():
+                    tape = Tape(self.model, parameters, piece.arguments, outputs, seen)
+                    for found in tape.pullbacks(piece.scores, len(piece.scores), DEFAULT_MEMORY):
+                        for pullback in found:
+                            pullback.add_squares(total.total)
+        flat = flatten(total.total)
+        if self.group is not None:
+            distributed.all_reduce(flat, group=self.group)
+        scale = self.factor / self.num_examples
+        return padded(unflatten(scale * flat, self.own), self.shapes)
+
+    # --- estimates ----------------------------------------------------------------------
+
+    def trace_estimate(self, num_samples: int = 30, seed: int = 0) -> Estimate:
+        r"""The trace by :math:`E[z^\top F z]` over random signs, with its standard error.
+
+        Cheaper than the exact :meth:`trace` where there are more score vectors than samples.
+        """
+        return hutchinson_trace(self._flat_product, self._like, num_samples, seed)
+
+    def logdet_estimate(self, damping: float, num_samples: int = 30, seed: int = 0) -> Estimate:
+        r""":math:`\log \det (F + \delta I)` by Lanczos quadrature, with its standard error.
+
+        Raises:
+            ValueError: ``damping`` is not a finite number above 0.
+        """
+        if damping == 0:
+            raise ValueError(
+                "damping is 0: a log-determinant is estimated for a damping above 0 only."
+            )
+        check_not_negative(damping, "damping")
+        # Relative to the damping the function is 0 at the many eigenvalues that are 0.
+        found = lanczos_quadrature(
+            self._flat_product,
+            lambda values: (values / damping).log1p(),
+            self._like,
+            num_samples,
+            seed,
+        )
+        constant = self.num_parameters * float(torch.tensor(damping, dtype=torch.float64).log())
+        return Estimate(found.value + constant, found.standard_error)
+
+    def logdet(self, damping: float) -> Tensor:
+        r""":math:`\log \det (F + \delta I)`: the value of :meth:`logdet_estimate`.
+
+        With no damping, by the dense matrix.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite.
+        """
+        if damping == 0:
+            return super().logdet(damping)
+        value = self.logdet_estimate(damping).value
+        return torch.tensor(value, dtype=self.dtype, device=self.device)
+
+    def _flat_product(self, vector: Tensor) -> Tensor:
+        return flatten(self.matvec(unflatten(vector, self.shapes)))
+
+    @property
+    def _like(self) -> Tensor:
+        return torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
+
+    # --- copies ---------------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        """The network.
+
+        Raises:
+            RuntimeError: the matrix was loaded without it.
+        """
+        if self._model is None:
+            raise RuntimeError(
+                "This matrix-free Fisher was loaded without its network: give one to "
+                "FisherMatrix.load(path, model), or to attached(model)."
+            )
+        return self._model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of the parameters."""
+        return self.weights[next(iter(self.own))].dtype
+
+    def attached(self, model: nn.Module) -> "ImplicitFisher":
+        """The matrix with a copy of a network, which takes this matrix's parameters.
+
+        Raises:
+            ValueError: the network has other parameters.
+        """
+        own = copy.deepcopy(model).eval()
+        try:
+            own.load_state_dict(self.weights, assign=True)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{type(model).__name__} does not fit the saved Fisher matrix: {error}"
+            ) from error
+        return self._with(model=own)
+
+    def scaled(self, factor: float) -> "ImplicitFisher":
+        """The same products times ``factor``."""
+        return self._with(factor=factor * self.factor)
+
+    def embedded(self, shapes: Shapes) -> "ImplicitFisher":
+        """The same products, zero for new names and new last rows."""
+        return self._with(shapes=shapes)
+
+    def mapped(self, function: Any) -> "ImplicitFisher":
+        """The matrix with ``function`` applied to its parameters and data."""
+        tensors, about = self.state()
+        changed = {key: function(value) for key, value in tensors.items()}
+        result = ImplicitFisher.from_state(changed, about)._with(group=self.group)
+        return result if self._model is None else result.attached(self._model)
+
+    def _with(self, **changes: Any) -> "ImplicitFisher":
+        now: dict[str, Any] = {
+            "model": self._model,
+            "weights": self.weights,
+            "pieces": self.pieces,
+            "own": self.own,
+            "shapes": self.shapes,
+            "num_examples": self.num_examples,
+            "factor": self.factor,
+            "group": self.group,
+        }
+        return ImplicitFisher(**(now | changes))
+
+    def state(self) -> State:
+        """The network's parameters and buffers, and the data."""
+        tensors = {f"weights/{name}": tensor for name, tensor in self.weights.items()}
+        calls = []
+        for index, piece in enumerate(self.pieces):
+            tensors[f"scores/{index}"] = piece.scores
+            found = piece.arguments.tensors()
+            tensors |= {f"arguments/{index}/{place}": t for place, t in enumerate(found)}
+            keys = [None if isinstance(v, Tensor) else list(v) for v in piece.arguments.positional]
+            calls.append({"positional": keys, "named": list(piece.arguments.named)})
+        return tensors, {
+            "own": {name: list(shape) for name, shape in self.own.items()},
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "num_examples": self.num_examples,
+            "factor": self.factor,
+            "calls": calls,
+        }
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
+        """The matrix of these parameters and data, still without a network."""
+        pieces = []
+        for index, call in enumerate(about["calls"]):
+            positional = tuple(
+                torch.empty(0) if keys is None else dict.fromkeys(keys, torch.empty(0))
+                for keys in call["positional"]
+            )
+            empty = Arguments(positional, dict.fromkeys(call["named"], torch.empty(0)))
+            count = len(empty.tensors())
+            arguments = empty.with_tensors(
+                [tensors[f"arguments/{index}/{place}"] for place in range(count)]
+            )
+            pieces.append(Piece(arguments, tensors[f"scores/{index}"]))
+        prefix = "weights/"
+        weights = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        own, shapes = (
+            {name: torch.Size(shape) for name, shape in about[key].items()}
+            for key in ("own", "shapes")
+        )
+        return cls(
+            None,
+            weights,
+            pieces,
+            own=own,
+            shapes=shapes,
+            num_examples=about["num_examples"],
+            factor=about["factor"],
+        )
+
+
+class PieceList(Accumulator):
+    """The data as they go by, and the network they went through."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.shapes = shapes_of(parameters)
+        self.pieces: list[Piece] = []
+        self.model: nn.Module | None = None
+        self.group: ProcessGroup | None = None
+
+    def add(self, chunk: Chunk) -> None:
+        """Keep one chunk; nothing is pulled back."""
+        self.model = chunk.model
+        self.pieces.append(Piece(chunk.arguments, chunk.scores.detach()))
+
+    def sums(self) -> dict[str, Tensor]:
+        """Nothing is summed before a product is asked for."""
+        return {}
+
+    def join(self, group: ProcessGroup) -> None:
+        """Every product is summed over the processes."""
+        self.group = group
+
+    def mean(self, num_examples: int) -> ImplicitFisher:
+        """The matrix, with a copy of the network as it is now.
+
+        Raises:
+            ValueError: this process has no data.
+        """
+        if self.model is None:
+            raise ValueError("A matrix-free Fisher needs an example in every process.")
+        model = copy.deepcopy(self.model).eval()
+        weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        return ImplicitFisher(
+            model,
+            weights,
+            self.pieces,
+            own=self.shapes,
+            shapes=self.shapes,
+            num_examples=num_examples,
+            group=self.group,
+        )

@@ -1,0 +1,290 @@
+r"""The Kronecker-factored Fisher information (K-FAC)."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ewc.fisher.block_diagonal import BlockDiagonalFisher, by_layer
+from ewc.fisher.dense import BlockSums, DenseFisher, add_gram
+from ewc.fisher.diagonal import DiagonalFisher
+from ewc.fisher.eigenbasis import EigenvalueCorrectedProduct
+from ewc.fisher.layer_matrix import LayerMatrix, LayerWeights, one_more
+from ewc.fisher.lookups import Lookups
+from ewc.fisher.matrix import FisherMatrix, State
+from ewc.fisher.outer import OuterProducts, WeightLayout
+from ewc.fisher.pullback import Accumulator, Chunk, Pullback
+from ewc.parameters import Parameters, accumulation_dtype, shapes_of
+
+
+class KroneckerProduct(LayerMatrix):
+    r"""One layer's :math:`G \otimes A`: ``kron(G, A)`` for the row-major weight ``[o, i]``.
+
+    ``g`` groups, ``o`` outputs, ``i`` inputs, the last of them 1 for the bias if there is one.
+
+    Args:
+        weights: the parameters.
+        outputs: :math:`G`, the second moments of the output gradients, ``[g, o, o]``.
+        inputs: :math:`A`, those of the inputs, ``[g, i, i]``, or ``[g, i]`` if diagonal.
+        num_examples: the examples behind the mean.
+    """
+
+    def __init__(
+        self, weights: LayerWeights, outputs: Tensor, inputs: Tensor, num_examples: int
+    ) -> None:
+        super().__init__(weights, num_examples)
+        self.outputs = outputs
+        self.inputs = inputs
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """The product :math:`G X A`."""
+        left = self.outputs @ matrix
+        return left * self.inputs[:, None] if self.inputs.dim() == 2 else left @ self.inputs
+
+    @cached_property
+    def eigen(self) -> EigenvalueCorrectedProduct:
+        """The same matrix by its eigenvectors and eigenvalues."""
+        values, vectors = torch.linalg.eigh(self.outputs)
+        if self.inputs.dim() == 2:
+            input_values, input_vectors = self.inputs, None
+        else:
+            input_values, input_vectors = torch.linalg.eigh(self.inputs)
+            input_values = input_values.clamp_min(0.0)
+        spectrum = values.clamp_min(0.0)[:, :, None] * input_values[:, None, :]
+        return EigenvalueCorrectedProduct(
+            self.weights, vectors, input_vectors, spectrum, self.num_examples
+        )
+
+    def to_dense(self) -> Tensor:
+        """The Kronecker products of the groups at their places, ``[p, p]``."""
+        places = self.weights.places(self.device)
+        size = self.num_parameters
+        dense = torch.zeros(size, size, dtype=self.dtype, device=self.device)
+        inputs = torch.diag_embed(self.inputs) if self.inputs.dim() == 2 else self.inputs
+        for place, left, right in zip(places, self.outputs, inputs, strict=True):
+            flat = place.flatten()
+            dense[flat[:, None], flat[None, :]] = torch.kron(left, right)
+        return dense
+
+    def diagonal(self) -> Parameters:
+        """The products of the factors' diagonals."""
+        left = self.outputs.diagonal(dim1=1, dim2=2)
+        return self.weights.to_parameters(left[:, :, None] * self._input_diagonal[:, None, :])
+
+    def trace(self) -> Tensor:
+        """The product of the factors' traces, summed over groups."""
+        left = self.outputs.diagonal(dim1=1, dim2=2).sum(1)
+        return (left * self._input_diagonal.sum(1)).sum()
+
+    def solve(self, v: Mapping[str, Tensor], damping: float) -> Parameters:
+        r"""The solution of :math:`(G \otimes A + \delta I) u = v`: the damping is exact.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
+            torch.linalg.LinAlgError: the damped matrix is singular.
+        """
+        return self.eigen.solve(v, damping)
+
+    def logdet(self, damping: float) -> Tensor:
+        r""":math:`\log \det (G \otimes A + \delta I)`.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite.
+        """
+        return self.eigen.logdet(damping)
+
+    def eigenvalues(self) -> Tensor:
+        """The products of the factors' eigenvalues, in ascending order."""
+        return self.eigen.eigenvalues()
+
+    def scaled(self, factor: float) -> "KroneckerProduct":
+        """The first factor times ``factor``."""
+        return KroneckerProduct(self.weights, factor * self.outputs, self.inputs, self.num_examples)
+
+    def enlarged(self, weights: LayerWeights) -> "KroneckerProduct":
+        """The same over a weight with more rows, of which nothing is known."""
+        outputs = one_more(self.outputs, weights.new_outputs(self.weights), identity=False)
+        more = weights.new_inputs(self.weights)
+        if self.inputs.dim() == 2:
+            inputs = torch.nn.functional.pad(self.inputs, (0, more))
+        else:
+            bias = self.weights.bias is not None
+            inputs = one_more(self.inputs, more, identity=False, keep_last=bias)
+        return KroneckerProduct(weights, outputs, inputs, self.num_examples)
+
+    def state(self) -> State:
+        """The factors; what layer they are of."""
+        about = {**self.weights.description(), "num_examples": self.num_examples}
+        return {"outputs": self.outputs, "inputs": self.inputs}, about
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
+        """The matrix of these factors."""
+        weights = LayerWeights.from_description(about)
+        return cls(weights, tensors["outputs"], tensors["inputs"], about["num_examples"])
+
+    @property
+    def _input_diagonal(self) -> Tensor:
+        diagonal = self.inputs.dim() == 2
+        return self.inputs if diagonal else self.inputs.diagonal(dim1=1, dim2=2)
+
+
+class KroneckerFisher(BlockDiagonalFisher):
+    r"""K-FAC: :math:`F_l \approx G_l \otimes A_l` for every layer (Martens & Grosse 2015).
+
+    :math:`G = \frac1N \sum_{n,k,t} g g^\top` are the second moments of the gradients with
+    respect to the layer's outputs, :math:`A = \frac1{N T} \sum_{n,t} a a^\top` those of its
+    inputs with a 1 appended for the bias (arXiv:1503.05671, equation 1).  A weight that is
+    used at ``T`` positions (convolutions, sequences, repeated calls) takes all of them as
+    examples of their own: K-FAC-expand (Eschenhagen et al. 2023, arXiv:2311.00636,
+    equation 22).  With ``KroneckerFisher.configured(reduce=True)`` the inputs are averaged
+    and the gradients summed over positions first: K-FAC-reduce (equation 23), exact where
+    a linear network averages over positions.
+
+    The matrix is exact for a deep linear network with a Gaussian likelihood, and for a
+    single example; the layers' inputs and gradients are otherwise taken to be independent.
+    A layer that is not of this form (a normalisation, a weight tied to an embedding, what
+    no rule covers) has its exact dense block instead, and printing says so.
+
+    Memory :math:`o^2 + i^2` a layer; ``matvec`` :math:`o i (o + i)` operations; ``solve``,
+    ``logdet`` and ``eigenvalues`` once :math:`o^3 + i^3`.  A sum of two is exact and lazy;
+    :func:`~ewc.fisher.nearest_kronecker.nearest_kronecker` makes one product of it.
+    """
+
+    form = KroneckerProduct
+
+    @classmethod
+    def accumulator(cls, parameters: Parameters, reduce: bool = False) -> Accumulator:
+        """Empty factors.
+
+        Args:
+            parameters: over which the matrix is.
+            reduce: whether to reduce over positions before taking second moments.
+        """
+        return KroneckerSum(parameters, reduce)
+
+
+class KroneckerSum(Accumulator):
+    """The running second moments of every layer's inputs and output gradients.
+
+    Args:
+        parameters: over which the matrix is.
+        reduce: whether to reduce over positions first.
+    """
+
+    def __init__(self, parameters: Parameters, reduce: bool = False) -> None:
+        self.parameters = parameters
+        self.reduce = reduce
+        self.factors: dict[str, tuple[LayerWeights, Tensor, Tensor]] = {}
+        self.rest = BlockSums({}, next(iter(parameters.values())))
+        self._kinds: dict[str, str] = {}
+
+    def add(self, chunk: Chunk) -> None:
+        """Add one chunk of pulled-back vectors."""
+        for number, pullbacks in enumerate(chunk.pullbacks()):
+            rest: list[Pullback] = []
+            for pullback in pullbacks:
+                # The inputs are the same for every part of the vectors.
+                if isinstance(pullback, OuterProducts):
+                    self._add_outer(pullback, with_inputs=number == 0)
+                elif isinstance(pullback, Lookups):
+                    self._add_lookups(pullback, with_inputs=number == 0)
+                else:
+                    rest.append(pullback)
+            self._add_rest(rest)
+
+    def _add_outer(self, pullback: OuterProducts, *, with_inputs: bool) -> None:
+        weights = LayerWeights(pullback.weight, pullback.bias, pullback.layout)
+        groups, o, i = pullback.layout.matrix_shape
+        width = i + (pullback.bias is not None)
+        _, outputs, inputs = self._layer(weights, (groups, o, o), (groups, width, width))
+        for part in pullback.slices():
+            if self.reduce:
+                a, g = pullback.factors(part)
+                a, g = a.mean(2).transpose(0, 1), g.sum(3).flatten(0, 1).transpose(0, 1)
+                share = 1.0
+            else:
+                a, g = pullback.rows(part)
+                share = 1 / pullback.positions
+            add_gram(outputs, g)
+            if with_inputs:
+                add_gram(inputs[:, :i, :i], a, share)
+                if pullback.bias is not None:
+                    sums = a.sum(1).mul_(share)
+                    inputs[:, :i, i] += sums
+                    inputs[:, i, :i] += sums
+                    inputs[:, i, i] += share * a.shape[1]
+
+    def _add_lookups(self, pullback: Lookups, *, with_inputs: bool) -> None:
+        """An embedding is linear in one-hot inputs, whose second moments are diagonal."""
+        shape = pullback.shapes[pullback.name]
+        weights = LayerWeights(pullback.name, None, WeightLayout(shape, transposed=True))
+        rows, width = shape
+        _, outputs, inputs = self._layer(weights, (1, width, width), (1, rows))
+        add_gram(outputs, pullback.gradient.flatten(0, 2)[None])
+        if with_inputs:
+            counts = torch.bincount(pullback.indices.flatten(), minlength=rows)
+            if pullback.padding is not None:
+                counts[pullback.padding] = 0
+            inputs[0] += counts.to(inputs) / pullback.indices.shape[1]
+
+    def _layer(
+        self, weights: LayerWeights, outputs: tuple[int, ...], inputs: tuple[int, ...]
+    ) -> tuple[LayerWeights, Tensor, Tensor]:
+        self._check_use(weights.shapes, f"a Kronecker product {weights.bias} {weights.layout}")
+        if weights.weight not in self.factors:
+            like = self.parameters[weights.weight]
+            dtype = accumulation_dtype(like.dtype)
+            zeros = [torch.zeros(s, dtype=dtype, device=like.device) for s in (outputs, inputs)]
+            self.factors[weights.weight] = (weights, zeros[0], zeros[1])
+        return self.factors[weights.weight]
+
+    def _add_rest(self, pullbacks: Sequence[Pullback]) -> None:
+        present = {name for pullback in pullbacks for name in pullback.shapes}
+        shapes = shapes_of({n: p for n, p in self.parameters.items() if n in present})
+        for group in by_layer(shapes).values():
+            self._check_use(group, f"a block of {', '.join(group)}")
+            self.rest.include(", ".join(group), group)
+        if pullbacks:
+            self.rest.add(pullbacks)
+
+    def _check_use(self, names: Mapping[str, Any], kind: str) -> None:
+        """Check that parameters take part in every batch in the same way.
+
+        Raises:
+            ValueError: they do not, so that no one form holds for their mean.
+        """
+        for name in names:
+            if self._kinds.setdefault(name, kind) != kind:
+                raise ValueError(
+                    f"Parameter {name!r} is used in different ways in different batches: a "
+                    "Kronecker Fisher needs one; batches of one task each often help."
+                )
+
+    def sums(self) -> dict[str, Tensor]:
+        """The factors by weight, and the exact blocks."""
+        found = {f"block {key}": total for key, total in self.rest.totals.items()}
+        for name, (_, outputs, inputs) in self.factors.items():
+            found[f"outputs {name}"], found[f"inputs {name}"] = outputs, inputs
+        return found
+
+    def mean(self, num_examples: int) -> KroneckerFisher:
+        """The mean factors and blocks; parameters that took no part have zeros."""
+        blocks: list[FisherMatrix] = [
+            KroneckerProduct(
+                weights, outputs.div_(num_examples), inputs.div_(num_examples), num_examples
+            )
+            for weights, outputs, inputs in self.factors.values()
+        ]
+        blocks += [
+            DenseFisher(self.rest.totals[key].div_(num_examples), shapes, num_examples)
+            for key, shapes in self.rest.blocks.items()
+        ]
+        seen = {name for block in blocks for name in block.shapes}
+        for name, parameter in self.parameters.items():
+            if name not in seen:
+                zeros = torch.zeros_like(parameter, dtype=accumulation_dtype(parameter.dtype))
+                blocks.append(DiagonalFisher({name: zeros.detach()}, num_examples))
+        return KroneckerFisher(blocks, shapes_of(self.parameters), num_examples)

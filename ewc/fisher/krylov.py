@@ -1,0 +1,167 @@
+r"""Solutions, traces and log-determinants from products with a matrix alone."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ewc.parameters import Parameters, dot
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number known by sampling.
+
+    Attributes:
+        value: the mean over the samples.
+        standard_error: of the mean.
+    """
+
+    value: float
+    standard_error: float
+
+    @classmethod
+    def of(cls, samples: list[float]) -> "Estimate":
+        """The mean of samples and its standard error, infinite for a single one."""
+        values = torch.tensor(samples, dtype=torch.float64)
+        error = float(values.std()) / math.sqrt(len(samples)) if len(samples) > 1 else math.inf
+        return cls(float(values.mean()), error)
+
+
+def conjugate_gradients(
+    product: Callable[[Parameters], Parameters],
+    diagonal: Mapping[str, Tensor],
+    v: Mapping[str, Tensor],
+    damping: float,
+) -> Parameters:
+    r"""The solution of :math:`(F + \delta I) u = v`, by products with ``F``.
+
+    Preconditioned by the diagonal; ends where the residual is within rounding of ``v``.
+
+    Args:
+        product: ``u`` to :math:`F u`.
+        diagonal: of ``F``.
+        v: the right-hand side.
+        damping: :math:`\delta`.
+
+    Raises:
+        torch.linalg.LinAlgError: it does not converge, as where the damped matrix is singular.
+    """
+    like = next(iter(v.values()))
+    tiny = torch.finfo(like.dtype).tiny
+    scale = {name: (entries + damping).clamp_min(tiny) for name, entries in diagonal.items()}
+    if damping == 0:
+        scale = {name: torch.ones_like(entries) for name, entries in diagonal.items()}
+    solution = {name: torch.zeros_like(tensor) for name, tensor in v.items()}
+    residual = {name: tensor.clone() for name, tensor in v.items()}
+    goal = 8 * torch.finfo(like.dtype).eps * float(dot(v, v).sqrt())
+    size = sum(tensor.numel() for tensor in v.values())
+    step = {name: residual[name] / scale[name] for name in v}
+    fall = dot(residual, step)
+    for _ in range(10 * size + 100):
+        if float(dot(residual, residual).sqrt()) <= goal:
+            return solution
+        image = product(step)
+        image = {name: image[name] + damping * step[name] for name in v}
+        curvature = dot(step, image)
+        if not float(curvature) > 0:
+            break
+        length = fall / curvature
+        for name in v:
+            solution[name] += length * step[name]
+            residual[name] -= length * image[name]
+        scaled = {name: residual[name] / scale[name] for name in v}
+        before, fall = fall, dot(residual, scaled)
+        step = {name: scaled[name] + (fall / before) * step[name] for name in v}
+    if float(dot(residual, residual).sqrt()) <= 1e3 * goal:
+        return solution
+    raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+        f"Conjugate gradients did not converge with damping {damping}: the damped matrix is "
+        "singular or nearly so; take a larger damping."
+    )
+
+
+def hutchinson_trace(
+    product: Callable[[Tensor], Tensor], like: Tensor, num_samples: int, seed: int
+) -> Estimate:
+    r"""The trace by :math:`E[z^\top F z]` over random signs ``z`` (Hutchinson 1989).
+
+    Args:
+        product: a flat vector to the product with it.
+        like: a flat vector whose size, type and device the samples have.
+        num_samples: how many.
+        seed: of the samples.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for _ in range(num_samples):
+        z = random_signs(like, generator)
+        samples.append(float(torch.dot(z, product(z))))
+    return Estimate.of(samples)
+
+
+def lanczos_quadrature(
+    product: Callable[[Tensor], Tensor],
+    function: Callable[[Tensor], Tensor],
+    like: Tensor,
+    num_samples: int,
+    seed: int,
+) -> Estimate:
+    r"""The trace of a function of the matrix (Ubaru, Chen & Saad 2017, algorithm 1).
+
+    :math:`\mathrm{tr} f(F) = p\, E[\sum_i \tau_i^2 f(\theta_i)]` with the Ritz values
+    :math:`\theta` and the first components :math:`\tau` of their vectors, of the Lanczos
+    process from random signs, which goes on until the sum settles.
+
+    Args:
+        product: a flat vector to the product with it.
+        function: of the eigenvalues.
+        like: a flat vector whose size, type and device the samples have.
+        num_samples: how many.
+        seed: of the samples.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = like.numel()
+    samples = []
+    for _ in range(num_samples):
+        vectors = [random_signs(like, generator) / math.sqrt(size)]
+        alphas: list[float] = []
+        betas: list[float] = []
+        value = math.nan
+        while True:
+            image = product(vectors[-1])
+            alphas.append(float(torch.dot(image, vectors[-1])))
+            basis = torch.stack(vectors)
+            for _twice in range(2):  # once leaves what rounding has let in
+                image = image - basis.T @ (basis @ image)
+            beta = float(image.norm())
+            before, value = value, size * _quadrature(alphas, betas, function)
+            settled = abs(value - before) <= 1e-9 * abs(value)
+            exhausted = beta <= 1e-10 * max(map(abs, alphas)) or len(vectors) == size
+            if settled or exhausted:
+                break
+            betas.append(beta)
+            vectors.append(image / beta)
+        samples.append(value)
+    return Estimate.of(samples)
+
+
+def _quadrature(
+    alphas: list[float], betas: list[float], function: Callable[[Tensor], Tensor]
+) -> float:
+    """The integral of a function under a tridiagonal matrix's spectral measure."""
+    diagonal = torch.tensor(alphas, dtype=torch.float64)
+    beside = torch.tensor(betas, dtype=torch.float64)
+    matrix = torch.diag(diagonal)
+    if betas:
+        matrix = matrix + torch.diag(beside, 1) + torch.diag(beside, -1)
+    values, vectors = torch.linalg.eigh(matrix)
+    return float((vectors[0].square() * function(values.clamp_min(0.0))).sum())
+
+
+def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """A vector of independent signs, of the size, type and device of ``like``."""
+    signs = torch.randint(0, 2, (like.numel(),), generator=generator) * 2 - 1
+    return signs.to(like)

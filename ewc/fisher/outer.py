@@ -1,0 +1,322 @@
+r"""The weights of affine layers: vectors that are sums of outer products.
+
+A linear map used at ``t`` positions of an example has :math:`v_{kn} = \sum_t g_{knt}
+a_{nt}^\top`, with :math:`a` what it was applied to and :math:`g` the gradient with respect
+to what came out.  Linear layers, convolutions, recurrent and attention weights are all of
+this form.  Groups (of a convolution) are maps of their own side by side.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ewc.fisher.pullback import Pullback, slices
+from ewc.parameters import Parameters
+
+TILE = 2**18
+"""Entries of a product that stay in a core's cache until they are squared."""
+
+SQUARE_COST = 40
+"""Multiplications of a matrix product that cost what squaring and adding one entry does."""
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """How a weight tensor is read as matrices ``[g, o, i]``, one a group.
+
+    Attributes:
+        shape: of the parameter: ``[g o, i, ...]``, or ``[g i, o, ...]`` if transposed.
+        groups: ``g``.
+        transposed: the inputs come first, as in a transposed convolution and in ``x @ W``.
+    """
+
+    shape: torch.Size
+    groups: int = 1
+    transposed: bool = False
+
+    @property
+    def matrix_shape(self) -> tuple[int, int, int]:
+        """``g``, ``o`` and ``i``."""
+        first, second, kernel = self._sizes()
+        if self.transposed:
+            return self.groups, second, first * kernel
+        return self.groups, first, second * kernel
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """``[..., *shape]`` as ``[..., g, o, i]``."""
+        lead = weight.shape[: weight.dim() - len(self.shape)]
+        first, second, kernel = self._sizes()
+        if not self.transposed:
+            return weight.reshape(*lead, self.groups, first, second * kernel)
+        split = weight.reshape(*lead, self.groups, first, second, kernel)
+        return split.transpose(-3, -2).reshape(*lead, self.groups, second, first * kernel)
+
+    def to_parameter(self, matrix: Tensor) -> Tensor:
+        """``[..., g, o, i]`` as ``[..., *shape]``."""
+        lead = matrix.shape[:-3]
+        if self.transposed:
+            first, second, kernel = self._sizes()
+            split = matrix.reshape(*lead, self.groups, second, first, kernel)
+            matrix = split.transpose(-3, -2)
+        return matrix.reshape(*lead, *self.shape)
+
+    def _sizes(self) -> tuple[int, int, int]:
+        return self.shape[0] // self.groups, self.shape[1], self.shape[2:].numel()
+
+
+class Factors(ABC):
+    """The two factors of one use of a weight.
+
+    Attributes:
+        positions: ``t``.
+        size: ``k``, ``n`` and the floating-point type.
+    """
+
+    positions: int
+    size: tuple[int, int, torch.dtype]
+
+    @abstractmethod
+    def inputs(self, examples: slice) -> Tensor:
+        """What the map was applied to, ``[n, g, t, i]``."""
+
+    @abstractmethod
+    def gradients(self, examples: slice) -> Tensor:
+        """Gradients with respect to what came out, ``[k, n, g, t, o]``."""
+
+    def input_rows(self, examples: slice) -> Tensor:
+        """The inputs of all examples and positions, ``[g, r, i]``."""
+        return self.inputs(examples).transpose(0, 1).flatten(1, 2)
+
+    def gradient_rows(self, examples: slice) -> Tensor:
+        """The gradients of all vectors, examples and positions, ``[g, r, o]``."""
+        return self.gradients(examples).permute(2, 0, 1, 3, 4).flatten(1, 3)
+
+
+@dataclass(frozen=True)
+class TensorFactors(Factors):
+    """Factors that are at hand.
+
+    Attributes:
+        input: ``[n, g, t, i]``.
+        gradient: ``[k, n, g, t, o]``.
+    """
+
+    input: Tensor
+    gradient: Tensor
+
+    @property
+    def positions(self) -> int:  # type: ignore[override]
+        """``t``."""
+        return self.input.shape[2]
+
+    @property
+    def size(self) -> tuple[int, int, torch.dtype]:  # type: ignore[override]
+        """``k``, ``n`` and the floating-point type."""
+        return *self.gradient.shape[:2], self.gradient.dtype
+
+    def inputs(self, examples: slice) -> Tensor:
+        """What the map was applied to, ``[n, g, t, i]``."""
+        return self.input[examples]
+
+    def gradients(self, examples: slice) -> Tensor:
+        """Gradients with respect to what came out, ``[k, n, g, t, o]``."""
+        return self.gradient[:, examples]
+
+
+class OuterProducts(Pullback):
+    r"""The vectors :math:`\sum_t g_t a_t^\top` of a weight, and :math:`\sum_t g_t` of its bias.
+
+    Args:
+        weight: the weight's name.
+        bias: the bias's name, if one is added at every use of the weight.
+        layout: how the weight is read as matrices.
+        uses: the factors of every use.
+        memory: bytes that intermediate results may take.
+    """
+
+    def __init__(
+        self,
+        weight: str,
+        bias: str | None,
+        layout: WeightLayout,
+        uses: Sequence[Factors],
+        memory: int,
+    ) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.layout = layout
+        self.uses = uses
+        self.memory = memory
+        self.num_vectors, self.num_examples, self.dtype = uses[0].size
+        self.positions = sum(use.positions for use in uses)
+        self.groups, self.outputs, self.inputs = layout.matrix_shape
+        self.shapes = {weight: layout.shape}
+        if bias is not None:
+            self.shapes[bias] = torch.Size([self.groups * self.outputs])
+
+    def factors(self, examples: slice) -> tuple[Tensor, Tensor]:
+        """The factors at all positions of all uses: ``[n, g, t, i]`` and ``[k, n, g, t, o]``."""
+        inputs = [use.inputs(examples) for use in self.uses]
+        gradients = [use.gradients(examples) for use in self.uses]
+        if len(self.uses) == 1:
+            return inputs[0], gradients[0]
+        return torch.cat(inputs, 2), torch.cat(gradients, 3)
+
+    def rows(self, examples: slice) -> tuple[Tensor, Tensor]:
+        """The factors without regard to which example they are of: ``[g, r, i]``, ``[g, r, o]``."""
+        inputs = [use.input_rows(examples) for use in self.uses]
+        gradients = [use.gradient_rows(examples) for use in self.uses]
+        if len(self.uses) == 1:
+            return inputs[0], gradients[0]
+        return torch.cat(inputs, 1), torch.cat(gradients, 1)
+
+    def slices(self, bytes_per_example: int = 0) -> list[slice]:
+        """The examples in parts whose factors, and so many bytes besides, fit into memory."""
+        width = self.inputs + self.num_vectors * self.outputs
+        factors = 2 * self.groups * self.positions * width * self.dtype.itemsize
+        return list(slices(self.num_examples, factors + bytes_per_example, self.memory))
+
+    def bytes_per_example(self) -> int:
+        """The vectors, and the factors."""
+        width = self.inputs + self.num_vectors * self.outputs
+        factors = 2 * self.groups * self.positions * width * self.dtype.itemsize
+        return super().bytes_per_example() + factors
+
+    def per_example(self, examples: slice) -> Parameters:
+        """The outer products, summed over positions."""
+        a, g = self.factors(examples)
+        vectors = {self.weight: self.layout.to_parameter(g.transpose(-1, -2) @ a)}
+        if self.bias is not None:
+            vectors[self.bias] = g.sum(3).flatten(2)
+        return vectors
+
+    # --- the diagonal -----------------------------------------------------------------
+
+    def add_squares(self, total: Parameters) -> None:
+        r"""Add :math:`\sum_{k,n} v_{kn}^2`, without storing any :math:`v_{kn}`."""
+        weight = total[self.weight]
+        squares = self.layout.to_matrix(weight)
+        in_place = squares.data_ptr() == weight.data_ptr()
+        if not in_place:
+            squares = torch.zeros_like(squares)
+        for part in self.slices():
+            a, g = self.factors(part)
+            if self.bias is not None:
+                summed = g.sum(3) if g.shape[3] > 1 else g[:, :, :, 0]
+                total[self.bias] += sum_of_squares(summed.flatten(2)).sum(0)
+            add_outer_squares(a, g, squares)
+        if not in_place:
+            weight += self.layout.to_parameter(squares)
+
+    # --- products with directions -----------------------------------------------------
+
+    def project(self, directions: Parameters) -> Tensor:
+        r"""The products :math:`\sum_t g_t^\top U_l a_t`, ``[k, n, l]``."""
+        matrices = self.layout.to_matrix(directions[self.weight].to(self.dtype))
+        found = []
+        extra = self.groups * self.positions * self.outputs * len(matrices) * self.dtype.itemsize
+        for part in self.slices(extra):
+            a, g = self.factors(part)
+            mapped = torch.einsum("ngti,lgoi->ngtol", a, matrices)
+            if self.bias is not None:
+                bias = directions[self.bias].to(self.dtype)
+                mapped += bias.reshape(-1, self.groups, self.outputs).permute(1, 2, 0)[:, None]
+            found.append(torch.einsum("kngto,ngtol->knl", g, mapped))
+        return torch.cat(found, 1)
+
+    def add_combinations(self, coefficients: Tensor, total: Parameters) -> None:
+        r"""Add :math:`\sum_{n,t} (\sum_k c_{knl} g_{knt}) a_{nt}^\top`."""
+        extra = self.groups * self.positions * self.outputs * coefficients.shape[2]
+        for part in self.slices(extra * self.dtype.itemsize):
+            a, g = self.factors(part)
+            weighted = torch.einsum("knl,kngto->lngto", coefficients[:, part].to(g.dtype), g)
+            matrices = torch.einsum("lngto,ngti->lgoi", weighted, a)
+            total[self.weight] += self.layout.to_parameter(matrices)
+            if self.bias is not None:
+                total[self.bias] += weighted.sum((1, 3)).flatten(1)
+
+
+def sum_of_squares(gradient: Tensor) -> Tensor:
+    r""":math:`\sum_k g_k^2` of ``[k, ...]``, shape ``[...]``."""
+    # Vector by vector: the squares of all at once would be a tensor as large as the
+    # gradient, and fetching fresh memory for it costs more than the arithmetic.
+    total = gradient[0].square()
+    for vector in gradient[1:]:
+        total.addcmul_(vector, vector)
+    return total
+
+
+def add_outer_squares(a: Tensor, g: Tensor, total: Tensor) -> None:
+    r"""Add :math:`\sum_{n,k} (\sum_t g_t a_t^\top)^2`, entry by entry.
+
+    With one position it is :math:`(\sum_k g_k^2)^\top (a^2)`, a single product.  With more
+    there are two ways, and the one with fewer operations is taken: products of pairs of
+    positions, whose number does not grow with ``k``,
+    :math:`\sum_{t, t'} (\sum_k g_{kt} g_{kt'})^\top (a_t a_{t'})`; or the vectors
+    themselves, squared while they are still in the cache.
+
+    Args:
+        a: ``[n, g, t, i]``.
+        g: ``[k, n, g, t, o]``.
+        total: ``[g, o, i]``, changed in place.
+    """
+    positions = a.shape[2]
+    if positions * (positions + 1) // 2 <= g.shape[0] * (positions + SQUARE_COST):
+        add_squares_by_pairs(a, g, total)
+    else:
+        add_squares_by_vectors(a, g, total)
+
+
+def add_squares_by_pairs(a: Tensor, g: Tensor, total: Tensor) -> None:
+    r"""Add :math:`\sum_{n,k} (\sum_t g_t a_t^\top)^2` as a sum over pairs of positions.
+
+    Args:
+        a: ``[n, g, t, i]``.
+        g: ``[k, n, g, t, o]``.
+        total: ``[g, o, i]``.
+    """
+    positions = a.shape[2]
+    for distance in range(positions):
+        left, right = slice(0, positions - distance), slice(distance, positions)
+        if distance == 0:
+            outputs, inputs = sum_of_squares(g), a.square()
+        else:
+            outputs = g[0, :, :, left] * g[0, :, :, right]
+            for vector in g[1:]:
+                outputs.addcmul_(vector[:, :, left], vector[:, :, right])
+            inputs = a[:, :, left] * a[:, :, right]
+        weight = 1.0 if distance == 0 else 2.0  # t < t' and t > t'
+        for group, target in enumerate(total):
+            rows, columns = outputs[:, group].flatten(0, 1), inputs[:, group].flatten(0, 1)
+            target.addmm_(rows.T, columns, alpha=weight)
+
+
+def add_squares_by_vectors(a: Tensor, g: Tensor, total: Tensor) -> None:
+    r"""Add :math:`\sum_{n,k} (\sum_t g_t a_t^\top)^2` vector by vector, in tiles.
+
+    Args:
+        a: ``[n, g, t, i]``.
+        g: ``[k, n, g, t, o]``.
+        total: ``[g, o, i]``.
+    """
+    k, n, groups, positions, outputs = g.shape
+    rows = g.permute(1, 2, 0, 4, 3).reshape(n, groups, k * outputs, positions)
+    width = max(1, min(a.shape[3], TILE // outputs))
+    at_once = max(1, TILE // (k * outputs * width))
+    for group in range(groups):
+        for start in range(0, a.shape[3], width):
+            columns = slice(start, start + width)
+            target = total[group, :, columns]
+            for first in range(0, n, at_once):
+                some = slice(first, first + at_once)
+                if k * outputs * width <= TILE:
+                    vectors = rows[some, group] @ a[some, group, :, columns]
+                    vectors = vectors.reshape(-1, outputs, vectors.shape[-1])
+                    target += vectors.square_().sum(0)
+                    continue
+                for vector in torch.split(rows[first, group], outputs):
+                    entries = vector @ a[first, group, :, columns]
+                    target.addcmul_(entries, entries)

@@ -1,0 +1,72 @@
+"""Monte Carlo Fisher matrices that know how far they can be trusted."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ewc.fisher.compute import fisher_information
+from ewc.fisher.diagonal import DiagonalFisher
+from ewc.fisher.estimators import MonteCarlo
+from ewc.fisher.krylov import Estimate
+from ewc.fisher.matrix import Configured, FisherMatrix
+from ewc.likelihoods import Categorical, Likelihood
+from ewc.parameters import Selection
+
+
+def sampled_fisher(
+    model: nn.Module,
+    data: Iterable[Any],
+    likelihood: Likelihood = Categorical(),
+    *,
+    num_samples: int = 10,
+    seed: int = 0,
+    structure: type[FisherMatrix] | Configured[Any] = DiagonalFisher,
+    parameters: Sequence[Selection] | None = None,
+) -> tuple[FisherMatrix, Estimate]:
+    r"""A Monte Carlo Fisher matrix, and its trace with a standard error.
+
+    The mean of ``num_samples`` independent one-sample matrices :math:`F^{(s)}`.  The
+    standard error of its trace is :math:`\mathrm{std}_s(\mathrm{tr} F^{(s)}) / \sqrt S`: what
+    the chance of the draws leaves open, for the data at hand.  Meant for many outputs,
+    where the exact matrix needs a backward pass for each.
+
+    Args:
+        model: see :func:`~ewc.fisher.compute.fisher_information`.
+        data: batches, read ``num_samples`` times.
+        likelihood: what the outputs mean.
+        num_samples: ``S``, two or more.
+        seed: of the first matrix; the others count on.
+        structure: what of the matrix to keep.
+        parameters: restricts the matrix to some parameters.
+
+    Returns:
+        The matrix, and the estimate of its trace in nats per squared unit.
+
+    Raises:
+        ValueError: ``num_samples`` is below 2, or the data can be read only once.
+    """
+    if num_samples < 2:
+        raise ValueError(f"num_samples is {num_samples}: an error bar needs 2 or more.")
+    if iter(data) is data:
+        raise ValueError(
+            f"The data are a {type(data).__name__}, which can be read once: every sample is a "
+            "pass of its own, so give a list of batches or a DataLoader."
+        )
+    total: FisherMatrix | None = None
+    traces = []
+    for number in range(num_samples):
+        fisher = fisher_information(
+            model,
+            data,
+            likelihood,
+            estimator=MonteCarlo(1, seed + number),
+            structure=structure,
+            parameters=parameters,
+        )
+        traces.append(float(fisher.trace()))
+        total = fisher if total is None else total + fisher
+    assert total is not None
+    mean = total * (1 / num_samples)
+    mean.num_examples //= num_samples
+    return mean, Estimate.of(traces)
