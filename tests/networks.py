@@ -198,3 +198,117 @@ class Disturbing(nn.Module):
         if self.fails and self.calls > 3:
             raise RuntimeError("broken on purpose")
         return self.norm(self.linear(x))
+
+
+class Head(nn.Module):
+    """A layer on [n, 3, 4] sequences, made from 12 features, and three outputs.
+
+    Args:
+        layer: what goes between.
+        call: how it is called, from the layer and the sequence to [n, features].
+        features: how many.
+    """
+
+    def __init__(self, layer, call, features):
+        super().__init__()
+        self.layer = layer
+        self.call = call
+        self.head = nn.Linear(features, 3)
+
+    def forward(self, x):
+        return self.head(self.call(self.layer, x.unflatten(1, (3, 4))))
+
+
+class Functional(nn.Module):
+    """Parameters that are in no layer: a matrix, a scale, a shift, positions, a gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Parameter(0.1 * torch.randn(1, 3, 4))
+        self.weight = nn.Parameter(torch.randn(4, 3))
+        self.scale = nn.Parameter(torch.randn(3))
+        self.shift = nn.Parameter(torch.randn(3))
+        self.gate = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x):
+        hidden = (x.unflatten(1, (3, 4)) + self.positions).tanh().mean(1)
+        return self.gate * (hidden @ self.weight * self.scale - self.shift)
+
+
+class Grams(nn.Module):
+    """An embedding whose weight is also the last layer's, as in language models."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(3, 4)
+
+    def forward(self, x):
+        tokens = (x > 0).long() + (x > 1).long()
+        return nn.functional.linear(self.embedding(tokens).tanh().mean(1), self.embedding.weight)
+
+
+def _flat(*layers):
+    return nn.Sequential(*layers)
+
+
+def _tokens(x):
+    return (x.flatten(1) * 2).long().clamp(-3, 3) + 3
+
+
+def _conv(layer, shape, features):
+    return nn.Sequential(
+        nn.Unflatten(1, shape), layer, nn.Tanh(), nn.Flatten(), nn.Linear(features, 3)
+    )
+
+
+LAYERS = {
+    "linear": lambda: _flat(nn.Linear(12, 4), nn.Tanh(), nn.Linear(4, 3)),
+    "sequence": lambda: Head(nn.Linear(4, 3), lambda f, x: f(x).tanh().sum(1), 3),
+    "conv1d": lambda: _conv(
+        nn.Conv1d(2, 4, 3, padding=1, padding_mode="reflect", groups=2), (2, 6), 24
+    ),
+    "conv2d": lambda: _conv(
+        nn.Conv2d(1, 2, 2, stride=2, padding=1, dilation=2, padding_mode="circular"), (1, 3, 4), 8
+    ),
+    "conv2d_same": lambda: _conv(
+        nn.Conv2d(1, 2, 2, padding="same", padding_mode="replicate", bias=False), (1, 3, 4), 24
+    ),
+    "conv3d": lambda: _conv(nn.Conv3d(1, 2, 2, padding=1), (1, 2, 2, 3), 72),
+    "conv_transpose2d": lambda: _conv(
+        nn.ConvTranspose2d(2, 4, 2, stride=2, padding=1, output_padding=1, groups=2, dilation=2),
+        (2, 2, 3),
+        4 * 4 * 6,
+    ),
+    "embedding": lambda: Head(
+        nn.Embedding(7, 2, padding_idx=3), lambda f, x: f(_tokens(x)).tanh().sum(1), 2
+    ),
+    "layer_norm": lambda: Head(nn.LayerNorm(4), lambda f, x: f(x).flatten(1), 12),
+    "group_norm": lambda: Head(nn.GroupNorm(3, 3), lambda f, x: f(x).flatten(1), 12),
+    "batch_norm": lambda: Head(nn.BatchNorm1d(3), lambda f, x: f(x).flatten(1), 12),
+    "attention": lambda: Head(
+        nn.MultiheadAttention(4, 2, batch_first=True), lambda f, x: f(x, x, x)[0].sum(1), 4
+    ),
+    "cross_attention": lambda: Head(
+        nn.MultiheadAttention(4, 2),
+        lambda f, x: f(*(y.transpose(0, 1) for y in (x, x.sin(), x.cos())))[0].sum(0),
+        4,
+    ),
+    "transformer": lambda: Head(
+        nn.TransformerEncoderLayer(4, 2, 3, batch_first=True), lambda f, x: f(x).sum(1), 4
+    ),
+    "lstm": lambda: Head(nn.LSTM(4, 2, batch_first=True), lambda f, x: f(x)[0][:, -1], 2),
+    "gru": lambda: Head(
+        nn.GRU(4, 2, bidirectional=True, batch_first=True), lambda f, x: f(x)[0][:, -1], 4
+    ),
+    "called_twice": lambda: Head(nn.Linear(4, 4), lambda f, x: f(f(x[:, 0]).tanh()), 4),
+    "tied": Grams,
+    "frozen": lambda: _freeze(_flat(nn.Linear(12, 3), nn.Tanh(), nn.Linear(3, 3))),
+    "functional": Functional,
+    "no_rule": lambda: Head(nn.PReLU(3), lambda f, x: f(x).flatten(1), 12),
+}
+"""A network of every kind of layer, with 12 inputs and 3 outputs."""
+
+
+def _freeze(model):
+    model[0].weight.requires_grad_(False)
+    return model
