@@ -13,8 +13,8 @@ from ewc.fisher.diagonal import DiagonalFisher
 from ewc.fisher.distributed import joined, rank_in
 from ewc.fisher.estimators import Estimator, Exact
 from ewc.fisher.evaluation import plain_operations, undisturbed
-from ewc.fisher.matrix import Configured, FisherMatrix
-from ewc.fisher.pullback import DEFAULT_MEMORY, Accumulator, Chunk
+from ewc.fisher.matrix import Accumulator, Configured, FisherMatrix
+from ewc.fisher.pullback import DEFAULT_MEMORY, Chunk
 from ewc.fisher.tape import Memory, Tape
 from ewc.likelihoods import Categorical, Likelihood
 from ewc.parameters import Parameters, Selection, selected_parameters

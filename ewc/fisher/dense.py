@@ -6,8 +6,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ewc.fisher.matrix import FisherMatrix, State
-from ewc.fisher.pullback import Accumulator, Chunk, Pullback, slices
+from ewc.fisher.matrix import Accumulator, FisherMatrix, State
+from ewc.fisher.pullback import Chunk, Pullback, slices
 from ewc.parameters import (
     Parameters,
     Shapes,

@@ -9,9 +9,10 @@ from ewc.fisher.block_diagonal import BlockDiagonalFisher
 from ewc.fisher.eigenbasis import EigenvalueCorrectedProduct
 from ewc.fisher.kronecker import KroneckerProduct, KroneckerSum
 from ewc.fisher.lookups import Lookups
-from ewc.fisher.matrix import FisherMatrix
-from ewc.fisher.outer import OuterProducts, add_outer_squares
-from ewc.fisher.pullback import Accumulator, Chunk
+from ewc.fisher.matrix import Accumulator, FisherMatrix
+from ewc.fisher.outer import OuterProducts
+from ewc.fisher.pullback import Chunk
+from ewc.fisher.squares import add_outer_squares
 from ewc.parameters import Parameters, Shapes
 
 

@@ -3,7 +3,6 @@ r"""The Fisher information without a matrix: products through the network itself
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
 from torch.func import functional_call, jvp, vjp
 
-from ewc.fisher.arguments import Arguments
 from ewc.fisher.diagonal import DiagonalSum
 from ewc.fisher.evaluation import plain_operations
 from ewc.fisher.krylov import (
@@ -20,8 +18,9 @@ from ewc.fisher.krylov import (
     hutchinson_trace,
     lanczos_quadrature,
 )
-from ewc.fisher.matrix import FisherMatrix, State, check_not_negative
-from ewc.fisher.pullback import DEFAULT_MEMORY, Accumulator, Chunk
+from ewc.fisher.matrix import Accumulator, FisherMatrix, State, check_not_negative
+from ewc.fisher.pieces import Piece, described, from_description
+from ewc.fisher.pullback import DEFAULT_MEMORY, Chunk
 from ewc.fisher.tape import Memory, Tape
 from ewc.parameters import (
     Parameters,
@@ -32,19 +31,6 @@ from ewc.parameters import (
     shapes_of,
     unflatten,
 )
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some examples of the data.
-
-    Attributes:
-        arguments: what the network is called with.
-        scores: the score vectors, ``[k, n, c]``.
-    """
-
-    arguments: Arguments
-    scores: Tensor
 
 
 class ImplicitFisher(FisherMatrix):
@@ -302,14 +288,8 @@ class ImplicitFisher(FisherMatrix):
     def state(self) -> State:
         """The network's parameters and buffers, and the data."""
         tensors = {f"weights/{name}": tensor for name, tensor in self.weights.items()}
-        calls = []
-        for index, piece in enumerate(self.pieces):
-            tensors[f"scores/{index}"] = piece.scores
-            found = piece.arguments.tensors()
-            tensors |= {f"arguments/{index}/{place}": t for place, t in enumerate(found)}
-            keys = [None if isinstance(v, Tensor) else list(v) for v in piece.arguments.positional]
-            calls.append({"positional": keys, "named": list(piece.arguments.named)})
-        return tensors, {
+        data, calls = described(self.pieces)
+        return tensors | data, {
             "own": {name: list(shape) for name, shape in self.own.items()},
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "num_examples": self.num_examples,
@@ -320,18 +300,6 @@ class ImplicitFisher(FisherMatrix):
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
         """The matrix of these parameters and data, still without a network."""
-        pieces = []
-        for index, call in enumerate(about["calls"]):
-            positional = tuple(
-                torch.empty(0) if keys is None else dict.fromkeys(keys, torch.empty(0))
-                for keys in call["positional"]
-            )
-            empty = Arguments(positional, dict.fromkeys(call["named"], torch.empty(0)))
-            count = len(empty.tensors())
-            arguments = empty.with_tensors(
-                [tensors[f"arguments/{index}/{place}"] for place in range(count)]
-            )
-            pieces.append(Piece(arguments, tensors[f"scores/{index}"]))
         prefix = "weights/"
         weights = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         own, shapes = (
@@ -341,7 +309,7 @@ class ImplicitFisher(FisherMatrix):
         return cls(
             None,
             weights,
-            pieces,
+            from_description(tensors, about["calls"]),
             own=own,
             shapes=shapes,
             num_examples=about["num_examples"],

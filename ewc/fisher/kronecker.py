@@ -13,9 +13,9 @@ from ewc.fisher.diagonal import DiagonalFisher
 from ewc.fisher.eigenbasis import EigenvalueCorrectedProduct
 from ewc.fisher.layer_matrix import LayerMatrix, LayerWeights, one_more
 from ewc.fisher.lookups import Lookups
-from ewc.fisher.matrix import FisherMatrix, State
+from ewc.fisher.matrix import Accumulator, FisherMatrix, State
 from ewc.fisher.outer import OuterProducts, WeightLayout
-from ewc.fisher.pullback import Accumulator, Chunk, Pullback
+from ewc.fisher.pullback import Chunk, Pullback
 from ewc.parameters import Parameters, accumulation_dtype, shapes_of
 
 

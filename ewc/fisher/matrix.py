@@ -9,7 +9,7 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -19,12 +19,38 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-from ewc.fisher.pullback import Accumulator
+from ewc.fisher.pullback import Chunk
 from ewc.parameters import Parameters, Shapes, dot, flatten, unflatten
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """A matrix as tensors by name, and a description that JSON can hold."""
+
+
+class Accumulator(ABC):
+    """What a structure keeps while the data go by.
+
+    Attributes:
+        passes: how often the data must go by.
+    """
+
+    passes: int = 1
+
+    @abstractmethod
+    def add(self, chunk: Chunk) -> None:
+        r"""Add :math:`\sum_{n,k} v_{kn} v_{kn}^\top` of one chunk."""
+
+    @abstractmethod
+    def sums(self) -> dict[str, Tensor]:
+        """What was summed so far, by a name that is the same in every process."""
+
+    @abstractmethod
+    def mean(self, num_examples: int) -> "FisherMatrix | Accumulator":
+        """The sums divided by ``num_examples``, as a matrix, or what to sum in another pass."""
+
+    def join(self, group: ProcessGroup) -> None:  # noqa: B027 - most have nothing to do
+        """Learn that the data are spread over the processes of a group."""
 
 
 Matrix = TypeVar("Matrix", bound="FisherMatrix")
@@ -266,26 +292,6 @@ class FisherMatrix(ABC):
         dense = self.to_dense()
         dense.diagonal().add_(damping)
         return dense
-
-
-def joined_states(matrices: Sequence[FisherMatrix]) -> tuple[dict[str, Tensor], list[Any]]:
-    """The tensors of several matrices, numbered, and their descriptions."""
-    tensors, about = {}, []
-    for index, matrix in enumerate(matrices):
-        inner, description = matrix.description()
-        tensors.update({f"{index}/{key}": value for key, value in inner.items()})
-        about.append(description)
-    return tensors, about
-
-
-def split_states(tensors: Mapping[str, Tensor], about: Sequence[Any]) -> list[FisherMatrix]:
-    """The matrices that :func:`joined_states` described."""
-    matrices = []
-    for index, description in enumerate(about):
-        prefix = f"{index}/"
-        inner = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        matrices.append(FisherMatrix.from_description(inner, description))
-    return matrices
 
 
 def structure_named(name: str) -> type[FisherMatrix]:

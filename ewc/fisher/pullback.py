@@ -15,17 +15,12 @@ inputs, and a structure can work on those factors.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from ewc.fisher.arguments import Arguments
 from ewc.parameters import Parameters, Shapes
-
-if TYPE_CHECKING:
-    from ewc.fisher.matrix import FisherMatrix
 
 DEFAULT_MEMORY = 2**29
 """Bytes that the intermediate results of a chunk may take (512 MiB)."""
@@ -168,28 +163,3 @@ class Chunk:
     arguments: Arguments
     scores: Tensor
     pullbacks: Callable[[], Iterator[Sequence[Pullback]]]
-
-
-class Accumulator(ABC):
-    """What a structure keeps while the data go by.
-
-    Attributes:
-        passes: how often the data must go by.
-    """
-
-    passes: int = 1
-
-    @abstractmethod
-    def add(self, chunk: Chunk) -> None:
-        r"""Add :math:`\sum_{n,k} v_{kn} v_{kn}^\top` of one chunk."""
-
-    @abstractmethod
-    def sums(self) -> dict[str, Tensor]:
-        """What was summed so far, by a name that is the same in every process."""
-
-    @abstractmethod
-    def mean(self, num_examples: int) -> "FisherMatrix | Accumulator":
-        """The sums divided by ``num_examples``, as a matrix, or what to sum in another pass."""
-
-    def join(self, group: ProcessGroup) -> None:  # noqa: B027 - most have nothing to do
-        """Learn that the data are spread over the processes of a group."""

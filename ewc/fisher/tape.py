@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from ewc.fisher.arguments import Arguments
+from ewc.fisher.convolution import Convolution
 from ewc.fisher.elementwise import Broadcast, Lookup, Normalisation
 from ewc.fisher.graph import Graph
-from ewc.fisher.layers import Convolution, MatrixProduct, Operation, Rows
+from ewc.fisher.layers import MatrixProduct, Operation, Rows
 from ewc.fisher.outer import OuterProducts
 from ewc.fisher.per_example import PerExample, quiet_about_speed
 from ewc.fisher.pullback import Pullback, Summed

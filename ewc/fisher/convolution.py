@@ -1,0 +1,173 @@
+"""The rule for convolutions, transposed ones too, in any number of dimensions."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ewc.fisher.graph import Graph, Uses
+from ewc.fisher.layers import Operation, Rows
+from ewc.fisher.outer import Factors, OuterProducts, WeightLayout
+from ewc.fisher.pullback import Pullback, Stored
+
+
+class Convolution(Operation):
+    """Convolutions, transposed ones too, in any number of dimensions."""
+
+    kinds = ("ConvolutionBackward0",)
+    input: Tensor
+    geometry: "Geometry"
+
+    @classmethod
+    def of(cls, node: Any, uses: Uses, graph: Graph) -> Self | None:
+        """The convolution, if it uses its parameters as they are."""
+        views = uses[node]
+        if 0 in views or not all(view.whole for view in views.values()):
+            return None
+        convolution = cls()
+        convolution.output, convolution.weight, convolution.bias = node, views.get(1), views.get(2)
+        if convolution.weight is not None:
+            convolution.input = node._saved_input
+            convolution.geometry = Geometry(
+                kernel=convolution.weight.shape[2:],
+                stride=tuple(node._saved_stride),
+                padding=tuple(node._saved_padding),
+                dilation=tuple(node._saved_dilation),
+                groups=node._saved_groups,
+                transposed=node._saved_transposed,
+            )
+        return convolution
+
+    def pullback(self, gradient: Tensor, rows: Rows, num_examples: int, memory: int) -> Pullback:
+        """Outer products of output gradients and inputs under the kernel."""
+        if self.weight is None:
+            assert self.bias is not None
+            summed = rows.by_example(gradient.flatten(3).sum(3), num_examples, 1).sum(2)
+            return Stored({self.bias.name: summed}, memory)
+        g = rows.by_example(gradient, num_examples, 1)
+        a = rows.by_example(self.input.to(g.dtype), num_examples)
+        shape = self.geometry
+        layout = WeightLayout(self.weight.shape, shape.groups, shape.transposed)
+        bias = self.bias.name if self.bias is not None else None
+        factors = ConvolutionFactors(a, g, shape)
+        return OuterProducts(self.weight.name, bias, layout, [factors], memory)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a kernel lies at every position of a convolution's result.
+
+    Attributes:
+        kernel: its sizes.
+        stride: of the positions.
+        padding: zeros at both ends.
+        dilation: between the kernel's entries.
+        groups: convolutions side by side.
+        transposed: whether it is a transposed convolution.
+    """
+
+    kernel: torch.Size
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool
+
+    def patches(self, x: Tensor, sizes: torch.Size) -> Tensor:
+        """What the kernel sees: ``[n, c, *x]`` as ``[n, c, *kernel, *sizes]``, a view or copy.
+
+        Args:
+            x: the input.
+            sizes: of the result.
+        """
+        pads: list[int] = []
+        stride = self.stride
+        if self.transposed:
+            # A transposed convolution is a plain one, of stride 1 and with the kernel
+            # turned round, over the input with zeros put between its entries.
+            spread = [(length - 1) * s + 1 for length, s in zip(x.shape[2:], stride, strict=True)]
+            wide = x.new_zeros(*x.shape[:2], *spread)
+            strided: tuple[Any, ...] = (..., *(slice(None, None, s) for s in stride))
+            wide[strided] = x
+            x, stride = wide, (1,) * len(stride)
+            for axis in reversed(range(len(sizes))):
+                reach = self.dilation[axis] * (self.kernel[axis] - 1)
+                left = reach - self.padding[axis]
+                pads += [left, sizes[axis] + reach - left - x.shape[2 + axis]]
+        else:
+            for axis in reversed(range(len(sizes))):
+                pads += [self.padding[axis]] * 2
+        x = functional.pad(x, pads) if any(pads) else x.contiguous()
+        steps = x.stride()[2:]
+        patches = x.as_strided(
+            (*x.shape[:2], *self.kernel, *sizes),
+            (
+                *x.stride()[:2],
+                *(s * d for s, d in zip(steps, self.dilation, strict=True)),
+                *(s * d for s, d in zip(steps, stride, strict=True)),
+            ),
+            x.storage_offset(),
+        )
+        return patches.flip(tuple(range(2, 2 + len(sizes)))) if self.transposed else patches
+
+
+@dataclass(frozen=True)
+class ConvolutionFactors(Factors):
+    """The factors of a convolution.
+
+    Attributes:
+        input: ``[n, t, c, *sizes]``, with ``t`` convolutions an example.
+        gradient: ``[k, n, t, o, *sizes]``.
+        geometry: where the kernel lies.
+    """
+
+    input: Tensor
+    gradient: Tensor
+    geometry: Geometry
+
+    @property
+    def positions(self) -> int:  # type: ignore[override]
+        """The entries of a result's channel, times the convolutions an example."""
+        return self.gradient.shape[2] * self.gradient.shape[4:].numel()
+
+    @property
+    def size(self) -> tuple[int, int, torch.dtype]:  # type: ignore[override]
+        """``k``, ``n`` and the floating-point type."""
+        return *self.gradient.shape[:2], self.gradient.dtype
+
+    def inputs(self, examples: slice) -> Tensor:
+        """The inputs under the kernel at every position, ``[n, g, t, i]``."""
+        x = self.input[examples]
+        n, t, channels = x.shape[:3]
+        patches = self.geometry.patches(x.flatten(0, 1), self.gradient.shape[4:])
+        size = channels // self.geometry.groups * self.geometry.kernel.numel()
+        flat = patches.reshape(n, t, self.geometry.groups, size, -1)
+        if t == 1:
+            return flat[:, 0].transpose(-1, -2)
+        return flat.permute(0, 2, 1, 4, 3).flatten(2, 3)
+
+    def input_rows(self, examples: slice) -> Tensor:
+        """The inputs under the kernel of all examples and positions, ``[g, r, i]``."""
+        # Columns one after the other: copied once, in the order of the product.
+        x = self.input[examples].flatten(0, 1)
+        patches = self.geometry.patches(x, self.gradient.shape[4:]).transpose(0, 1)
+        size = x.shape[1] // self.geometry.groups * self.geometry.kernel.numel()
+        last = patches.movedim(1, 1 + len(self.geometry.kernel))
+        return last.reshape(self.geometry.groups, size, -1).transpose(1, 2)
+
+    def gradient_rows(self, examples: slice) -> Tensor:
+        """The output gradients of all vectors, examples and positions, ``[g, r, o]``."""
+        g = self.gradient[:, examples].movedim(3, 0)
+        groups = self.geometry.groups
+        return g.reshape(groups, g.shape[0] // groups, -1).transpose(1, 2)
+
+    def gradients(self, examples: slice) -> Tensor:
+        """The output gradients, ``[k, n, g, t, o]``."""
+        g = self.gradient[:, examples]
+        k, n, t, channels = g.shape[:4]
+        split = g.reshape(k, n, t, self.geometry.groups, channels // self.geometry.groups, -1)
+        if t == 1:
+            return split[:, :, 0].transpose(-1, -2)
+        return split.permute(0, 1, 3, 2, 5, 4).flatten(3, 4)
