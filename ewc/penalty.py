@@ -12,6 +12,7 @@ value, whatever the sizes of tasks and batches, for a loss that is a mean over e
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -58,6 +59,7 @@ class EWCPenalty(nn.Module):
         self.num_examples = None
         self.terms: list[Quadratic] = []
         self._last_num_examples = 0
+        self._attached = True
         self._scaled: tuple[float, list[Quadratic], list[Quadratic]] | None = None
 
     @property
@@ -183,6 +185,7 @@ class EWCPenalty(nn.Module):
             )
             for term in state["terms"]
         ]
+        self._attached = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What ``.to()``, ``.double()`` and the like go through."""
@@ -198,6 +201,11 @@ class EWCPenalty(nn.Module):
 
     def _fit(self, model: nn.Module) -> Parameters:
         """The model's parameters that the terms are over; the terms follow their growth."""
+        if not self._attached:  # a matrix-free Fisher was loaded without its network
+            self.terms = [
+                replace(term, precision=term.precision.attached(model)) for term in self.terms
+            ]
+            self._attached = True
         anchor = self.terms[-1].anchor
         now: Parameters = {}
         fits = True

@@ -12,6 +12,7 @@ from avalanche.training.plugins import SupervisedPlugin
 
 from ewc.consolidation import Consolidation, Separate
 from ewc.fisher import DiagonalFisher, Estimator, Exact, FisherMatrix, fisher_information
+from ewc.fisher.matrix import Configured
 from ewc.likelihoods import Categorical, Likelihood
 from ewc.penalty import EWCPenalty
 
@@ -52,7 +53,7 @@ class EWCPlugin(SupervisedPlugin):
         *,
         likelihood: Likelihood = Categorical(),
         estimator: Estimator = Exact(),
-        structure: type[FisherMatrix] = DiagonalFisher,
+        structure: type[FisherMatrix] | Configured[Any] = DiagonalFisher,
         consolidation: Consolidation = Separate(),
     ) -> None:
         super().__init__()

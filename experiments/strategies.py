@@ -8,7 +8,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from ewc import DiagonalFisher, Exact, FisherMatrix, Online, Separate
 from ewc.consolidation import Consolidation
 from ewc.fisher import Estimator
-from ewc.fisher.matrix import check_not_negative
+from ewc.fisher.matrix import Configured, check_not_negative
 from ewc.plugin import EWCPlugin
 from experiments.loaders import InMemoryJoint, InMemoryNaive
 
@@ -23,7 +23,7 @@ class Fisher:
     """
 
     estimator: Estimator = field(default_factory=Exact)
-    structure: type[FisherMatrix] = DiagonalFisher
+    structure: type[FisherMatrix] | Configured[Any] = DiagonalFisher
 
 
 @dataclass(frozen=True)

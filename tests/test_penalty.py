@@ -9,9 +9,14 @@ import torch
 from torch import nn
 
 from ewc import (
+    BlockDiagonalFisher,
     DenseFisher,
     DiagonalFisher,
+    EigenvalueCorrectedFisher,
     EWCPenalty,
+    ImplicitFisher,
+    KroneckerFisher,
+    LowRankFisher,
     Online,
     Separate,
     fisher_information,
@@ -303,3 +308,49 @@ def test_frozen_parameters_get_no_gradient():
     penalty(model).backward()
     assert model[0].weight.grad is None
     assert float(model[2].weight.grad.abs().max()) > 0
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        BlockDiagonalFisher,
+        KroneckerFisher,
+        EigenvalueCorrectedFisher,
+        LowRankFisher.configured(rank=3),
+        DenseFisher,
+        ImplicitFisher,
+    ],
+    ids=lambda s: getattr(s, "__name__", "low_rank"),
+)
+@pytest.mark.parametrize("consolidation", [Separate(), Online(0.5)], ids=repr)
+def test_every_structure_may_weigh_the_parameters(structure, consolidation):
+    model, penalty = small_model(), EWCPenalty(3.0, consolidation)
+    tasks = []
+    for size in (9, 14):
+        move(model)
+        x, y = torch.randn(size, 3, dtype=torch.float64), torch.randint(2, (size,))
+        fisher = fisher_information(model, [(x, y)], structure=structure)
+        penalty.consolidate(fisher, model)
+        anchor = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+        tasks.append((fisher.to_dense(), anchor, size))
+        if len(tasks) == 1:
+            copied = EWCPenalty()
+            copied.load_state_dict(copy.deepcopy(penalty.state_dict()))
+    move(model)
+    flat = torch.cat([p.flatten() for p in model.parameters()])
+    (first, at_first, n1), (second, at_second, n2) = tasks
+    if isinstance(consolidation, Online):
+        first, at_first = 0.5 * first, at_second
+    expected = 1.5 * n1 / n2 * (flat - at_first) @ first @ (flat - at_first)
+    expected = expected + 1.5 * (flat - at_second) @ second @ (flat - at_second)
+    value = penalty(model)
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+    for found, wanted in zip(gradients(value, model), gradients(expected, model), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    # Saved after the first task, with the network it now meets.
+    value = copied(model)
+    alone = 1.5 * (flat - tasks[0][1]) @ tasks[0][0] @ (flat - tasks[0][1])
+    torch.testing.assert_close(value, alone, rtol=1e-10, atol=1e-12)
+    grow(model, 5)
+    copied(model).backward()
+    assert float(model[2].weight.grad[2:].abs().max()) == 0.0
