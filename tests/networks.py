@@ -312,3 +312,62 @@ LAYERS = {
 def _freeze(model):
     model[0].weight.requires_grad_(False)
     return model
+
+
+class ChangesItsGraph(CalledTwice):
+    """Uses its layers in another order for every sign of the first input of the batch."""
+
+    def forward(self, x):
+        if x[0, 0] > 0:
+            return self.head(torch.tanh(self.square(x)))
+        hidden = self.square(x.reshape(-1, 2, 3).transpose(0, 1).repeat(1, 1, 2))
+        return self.head(torch.tanh(hidden).sum(0))
+
+
+class SlopesPerChannel(nn.Module):
+    """A PReLU, whose gradient torch 2.15 vectorises wrongly, between two linear maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+        self.slopes = nn.PReLU(3)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        hidden = self.slopes(self.inner(x).unflatten(1, (3, 2)))
+        return self.head(hidden.flatten(1))
+
+
+class WrongTogether(torch.autograd.Function):
+    """An operation whose rule for vmap is wrong: it doubles what it should keep."""
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _Backward.apply(gradient)
+
+
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        return 2 * x, in_dims[0]
+
+
+class LiesToVmap(CalledTwice):
+    def forward(self, x):
+        return self.head(WrongTogether.apply(torch.tanh(self.square(x))))

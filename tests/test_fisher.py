@@ -8,11 +8,14 @@ from networks import (
     BiasOnly,
     Branching,
     CalledTwice,
+    ChangesItsGraph,
     Derivative,
     Disturbing,
     FoldedRows,
+    LiesToVmap,
     Opaque,
     Sequential2d,
+    SlopesPerChannel,
     SortedRows,
     TiedWeights,
     TimeFirst,
@@ -25,6 +28,7 @@ from networks import (
     normed,
 )
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ewc import (
     Categorical,
@@ -108,6 +112,8 @@ def test_small_chunks_change_nothing(network):
         WritesIntoItsInput,
         BiasOnly,
         Words,
+        SlopesPerChannel,
+        LiesToVmap,
     ],
 )
 @pytest.mark.parametrize("n", [1, 2, 7])
@@ -124,6 +130,28 @@ def test_any_use_of_a_layer_is_right(build, n):
     assert torch.equal(x, before)
     diagonal = fisher_information(model, examples)
     torch.testing.assert_close(flatten(diagonal.diagonal()), expected.diagonal(), **EXACT)
+
+
+def test_every_batch_may_have_a_graph_of_its_own():
+    model = ChangesItsGraph().double()
+    x, y = torch.randn(12, 6, dtype=torch.float64), torch.randint(3, (12,))
+    x[:, 0] = x[:, 0].abs() * torch.tensor([1, 1, 1, -1, -1, -1, 1, 1, 1, -1, -1, -1])
+    expected = oracle(model, x, y, Categorical(), Exact())
+    fisher = fisher_information(model, batches(x, y, 3), structure=DenseFisher)
+    torch.testing.assert_close(fisher.to_dense(), expected, **EXACT)
+
+
+def test_reentrant_checkpoints_are_refused_not_skipped():
+    model = CalledTwice()
+    forward = model.forward
+    model.forward = lambda x: checkpoint(forward, x.requires_grad_(), use_reentrant=True)
+    x, y = torch.randn(3, 6), torch.zeros(3, dtype=torch.long)
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        fisher_information(model, [(x, y)])
+    model.forward = lambda x: checkpoint(forward, x, use_reentrant=False)
+    found = fisher_information(model, [(x, y)]).diagonal()
+    model.forward = forward
+    torch.testing.assert_close(found, fisher_information(model, [(x, y)]).diagonal())
 
 
 def test_unused_parameters_have_zero_information():

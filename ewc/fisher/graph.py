@@ -65,17 +65,28 @@ class Graph:
 
     Args:
         outputs: the tensor.
+
+    Raises:
+        ValueError: a reentrant checkpoint hides a part of the graph.
     """
 
     def __init__(self, outputs: Tensor) -> None:
         self.consumers: dict[Node, list[tuple[Node, int, int]]] = defaultdict(list)
         """The nodes that take a node's results: the node, its input, the result's number."""
         self.leaves: dict[int, Node] = {}
+        self.kinds: list[str] = []
+        """The types of all nodes, in an order that follows from the graph."""
         root = outputs.grad_fn
         stack = [root] if root is not None else []
         seen: set[Node] = set(stack)
         while stack:
             node = stack.pop()
+            self.kinds.append(type(node).__name__)
+            if self.kinds[-1] == "CheckpointFunctionBackward":
+                raise ValueError(
+                    "A reentrant checkpoint hides the parameters inside from the autograd "
+                    "graph: use torch.utils.checkpoint with use_reentrant=False."
+                )
             for place, (source, number) in enumerate(node.next_functions):
                 if source is None:
                     continue

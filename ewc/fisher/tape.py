@@ -84,6 +84,7 @@ class Tape:
         self.memory = memory
         self.num_examples = outputs.shape[0]
         graph = Graph(outputs)
+        self.kinds = graph.kinds
         self.present = [name for name, p in parameters.items() if id(p) in graph.leaves]
         self.operations = operations_of(graph, parameters)
 
@@ -168,10 +169,8 @@ class Tape:
         """The rows of every operation, found out if this structure of the graph is new."""
         if self.num_examples == 1:
             return [BATCH_FIRST] * len(self.operations)
-        signature = tuple(
-            (type(operation.output).__name__, *((v.name, v.first) for v in operation.views))
-            for operation in self.operations
-        )
+        uses = [tuple((v.name, v.first) for v in o.views) for o in self.operations]
+        signature = (*self.kinds, *uses)
         if signature in self.memory.rows:
             return self.memory.rows[signature]
         rows, certain = self._probed(scores)
