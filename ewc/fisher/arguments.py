@@ -22,8 +22,9 @@ class Arguments:
     named: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, model: nn.Module) -> Any:
-        """What the model returns for them."""
-        return model(*self.positional, **self.named)
+        """What the model returns for a copy of them: it may write into its input."""
+        own = self.map(torch.clone)
+        return model(*own.positional, **own.named)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Arguments":
         """The same with ``function`` applied to every tensor."""
@@ -36,8 +37,8 @@ class Arguments:
         return Arguments(positional, {key: function(t) for key, t in self.named.items()})
 
     def __getitem__(self, examples: slice) -> "Arguments":
-        """The arguments of some examples, copied: a network may write into its input."""
-        return self.map(lambda tensor: tensor[examples].clone())
+        """The arguments of some examples, as views."""
+        return self.map(lambda tensor: tensor[examples])
 
     def __len__(self) -> int:
         """The number of examples."""

@@ -104,7 +104,8 @@ def fisher_information(
                 num_examples = joined(total, num_examples, group)
             if num_examples == 0:
                 raise ValueError("The data are empty: the Fisher information needs an example.")
-            found = total.mean(num_examples)
+            with torch.no_grad():
+                found = total.mean(num_examples)
             if isinstance(found, FisherMatrix):
                 return found  # type: ignore[return-value]
             total = found
@@ -160,7 +161,7 @@ class Network:
         for start in range(0, targets.shape[0], at_once):
             part = slice(start, start + at_once)
             some = arguments[part]
-            outputs = arguments[part](self.model)
+            outputs = some(self.model)
             scores = self._scores(outputs, targets[part], generator, index)
             if not (scores.shape[0] and outputs.requires_grad):
                 continue

@@ -159,7 +159,8 @@ class ConvolutionFactors(Factors):
 
     def gradient_rows(self, examples: slice) -> Tensor:
         """The output gradients of all vectors, examples and positions, ``[g, r, o]``."""
-        g = self.gradient[:, examples].movedim(3, 0)
+        # Columns one after the other, as for the inputs.
+        g = self.gradient[:, examples].transpose(0, 1).movedim(3, 0)
         groups = self.geometry.groups
         return g.reshape(groups, g.shape[0] // groups, -1).transpose(1, 2)
 

@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ewc.fisher.gram import add_gram
 from ewc.fisher.matrix import Accumulator, FisherMatrix, State
 from ewc.fisher.pullback import Chunk, Pullback, slices
 from ewc.parameters import (
@@ -16,9 +17,6 @@ from ewc.parameters import (
     shapes_of,
     unflatten,
 )
-
-GRAM_WIDTH = 256
-"""Columns from which it pays to make a Gram matrix in quarters."""
 
 
 class DenseFisher(FisherMatrix):
@@ -187,32 +185,3 @@ class DenseSum(Accumulator):
     def mean(self, num_examples: int) -> DenseFisher:
         """The mean matrix."""
         return DenseFisher(self.blocks.totals[""].div_(num_examples), self.shapes, num_examples)
-
-
-def add_gram(total: Tensor, rows: Tensor, alpha: float = 1.0) -> None:
-    r"""Add :math:`\alpha X^\top X` to a symmetric ``total``, in place.
-
-    The products of the halves of the columns with each other are made once and put down
-    twice, and so on within the halves: about half the operations of the full product.
-
-    Args:
-        total: ``[d, d]``, or a batch of them.
-        rows: ``[r, d]``, or a batch of them.
-        alpha: the factor.
-    """
-    if rows.dim() == 3 and rows.shape[0] == 1:
-        add_gram(total[0], rows[0], alpha)
-        return
-    width = rows.shape[-1]
-    if rows.dim() == 3:
-        total.baddbmm_(rows.transpose(1, 2), rows, alpha=alpha)
-    elif width < GRAM_WIDTH:
-        total.addmm_(rows.T, rows, alpha=alpha)
-    else:
-        half = width // 2
-        left, right = rows[:, :half], rows[:, half:]
-        across = left.T @ right
-        total[:half, half:].add_(across, alpha=alpha)
-        total[half:, :half].add_(across.T, alpha=alpha)
-        add_gram(total[:half, :half], left, alpha)
-        add_gram(total[half:, half:], right, alpha)

@@ -156,7 +156,7 @@ class ImplicitFisher(FisherMatrix):
         with plain_operations(self.model), torch.inference_mode(False):
             for piece in self.pieces:
                 with torch.enable_grad():
-                    outputs = piece.arguments.map(torch.clone)(self.model)
+                    outputs = piece.arguments(self.model)
                 if not outputs.requires_grad:
                     continue
                 with torch.no_grad():
@@ -329,7 +329,7 @@ class PieceList(Accumulator):
     def add(self, chunk: Chunk) -> None:
         """Keep one chunk; nothing is pulled back."""
         self.model = chunk.model
-        self.pieces.append(Piece(chunk.arguments, chunk.scores.detach()))
+        self.pieces.append(Piece(chunk.arguments.map(torch.clone), chunk.scores.detach()))
 
     def sums(self) -> dict[str, Tensor]:
         """Nothing is summed before a product is asked for."""

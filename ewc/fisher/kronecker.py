@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ewc.fisher.block_diagonal import BlockDiagonalFisher, by_layer
-from ewc.fisher.dense import BlockSums, DenseFisher, add_gram
+from ewc.fisher.dense import BlockSums, DenseFisher
 from ewc.fisher.diagonal import DiagonalFisher
 from ewc.fisher.eigenbasis import EigenvalueCorrectedProduct
+from ewc.fisher.gram import GramSum
 from ewc.fisher.layer_matrix import LayerMatrix, LayerWeights, one_more
 from ewc.fisher.lookups import Lookups
 from ewc.fisher.matrix import Accumulator, FisherMatrix, State
@@ -177,7 +178,7 @@ class KroneckerSum(Accumulator):
     def __init__(self, parameters: Parameters, reduce: bool = False) -> None:
         self.parameters = parameters
         self.reduce = reduce
-        self.factors: dict[str, tuple[LayerWeights, Tensor, Tensor]] = {}
+        self.layers: dict[str, LayerSums] = {}
         self.rest = BlockSums({}, next(iter(parameters.values())))
         self._kinds: dict[str, str] = {}
 
@@ -197,9 +198,8 @@ class KroneckerSum(Accumulator):
 
     def _add_outer(self, pullback: OuterProducts, *, with_inputs: bool) -> None:
         weights = LayerWeights(pullback.weight, pullback.bias, pullback.layout)
-        groups, o, i = pullback.layout.matrix_shape
-        width = i + (pullback.bias is not None)
-        _, outputs, inputs = self._layer(weights, (groups, o, o), (groups, width, width))
+        layer = self._layer(weights, pullback.memory)
+        assert isinstance(layer.inputs, GramSum)
         for part in pullback.slices():
             if self.reduce:
                 a, g = pullback.factors(part)
@@ -208,38 +208,31 @@ class KroneckerSum(Accumulator):
             else:
                 a, g = pullback.rows(part)
                 share = 1 / pullback.positions
-            add_gram(outputs, g)
+            layer.outputs.add(g)
             if with_inputs:
-                add_gram(inputs[:, :i, :i], a, share)
-                if pullback.bias is not None:
-                    sums = a.sum(1).mul_(share)
-                    inputs[:, :i, i] += sums
-                    inputs[:, i, :i] += sums
-                    inputs[:, i, i] += share * a.shape[1]
+                layer.inputs.add(a, share)
+                layer.sums += share * a.sum(1)
+                layer.count += share * a.shape[1]
 
     def _add_lookups(self, pullback: Lookups, *, with_inputs: bool) -> None:
         """An embedding is linear in one-hot inputs, whose second moments are diagonal."""
         shape = pullback.shapes[pullback.name]
         weights = LayerWeights(pullback.name, None, WeightLayout(shape, transposed=True))
-        rows, width = shape
-        _, outputs, inputs = self._layer(weights, (1, width, width), (1, rows))
-        add_gram(outputs, pullback.gradient.flatten(0, 2)[None])
+        layer = self._layer(weights, pullback.memory, lookups=True)
+        layer.outputs.add(pullback.gradient.flatten(0, 2)[None])
         if with_inputs:
-            counts = torch.bincount(pullback.indices.flatten(), minlength=rows)
+            counts = torch.bincount(pullback.indices.flatten(), minlength=shape[0])
             if pullback.padding is not None:
                 counts[pullback.padding] = 0
-            inputs[0] += counts.to(inputs) / pullback.indices.shape[1]
+            layer.sums[0] += counts.to(layer.sums) / pullback.indices.shape[1]
 
-    def _layer(
-        self, weights: LayerWeights, outputs: tuple[int, ...], inputs: tuple[int, ...]
-    ) -> tuple[LayerWeights, Tensor, Tensor]:
+    def _layer(self, weights: LayerWeights, memory: int, *, lookups: bool = False) -> "LayerSums":
         self._check_use(weights.shapes, f"a Kronecker product {weights.bias} {weights.layout}")
-        if weights.weight not in self.factors:
-            like = self.parameters[weights.weight]
-            dtype = accumulation_dtype(like.dtype)
-            zeros = [torch.zeros(s, dtype=dtype, device=like.device) for s in (outputs, inputs)]
-            self.factors[weights.weight] = (weights, zeros[0], zeros[1])
-        return self.factors[weights.weight]
+        if weights.weight not in self.layers:
+            like = self.parameters[weights.weight].detach()
+            like = like.new_empty(0, dtype=accumulation_dtype(like.dtype))
+            self.layers[weights.weight] = LayerSums(weights, like, memory, lookups=lookups)
+        return self.layers[weights.weight]
 
     def _add_rest(self, pullbacks: Sequence[Pullback]) -> None:
         present = {name for pullback in pullbacks for name in pullback.shapes}
@@ -266,18 +259,13 @@ class KroneckerSum(Accumulator):
     def sums(self) -> dict[str, Tensor]:
         """The factors by weight, and the exact blocks."""
         found = {f"block {key}": total for key, total in self.rest.totals.items()}
-        for name, (_, outputs, inputs) in self.factors.items():
-            found[f"outputs {name}"], found[f"inputs {name}"] = outputs, inputs
+        for layer in self.layers.values():
+            found |= layer.tensors()
         return found
 
     def mean(self, num_examples: int) -> KroneckerFisher:
         """The mean factors and blocks; parameters that took no part have zeros."""
-        blocks: list[FisherMatrix] = [
-            KroneckerProduct(
-                weights, outputs.div_(num_examples), inputs.div_(num_examples), num_examples
-            )
-            for weights, outputs, inputs in self.factors.values()
-        ]
+        blocks: list[FisherMatrix] = [layer.mean(num_examples) for layer in self.layers.values()]
         blocks += [
             DenseFisher(self.rest.totals[key].div_(num_examples), shapes, num_examples)
             for key, shapes in self.rest.blocks.items()
@@ -288,3 +276,49 @@ class KroneckerSum(Accumulator):
                 zeros = torch.zeros_like(parameter, dtype=accumulation_dtype(parameter.dtype))
                 blocks.append(DiagonalFisher({name: zeros.detach()}, num_examples))
         return KroneckerFisher(blocks, shapes_of(self.parameters), num_examples)
+
+
+class LayerSums:
+    """The running second moments of one layer.
+
+    Args:
+        weights: the layer's parameters.
+        like: a tensor whose device and type the sums have.
+        memory: bytes that collected rows may take.
+        lookups: whether the inputs are one-hot, with diagonal second moments.
+    """
+
+    def __init__(
+        self, weights: LayerWeights, like: Tensor, memory: int, *, lookups: bool = False
+    ) -> None:
+        groups, outputs, inputs = weights.layout.matrix_shape
+        self.weights = weights
+        self.outputs = GramSum(groups, outputs, like, memory)
+        self.inputs = None if lookups else GramSum(groups, inputs, like, memory)
+        self.sums = like.new_zeros(groups, inputs)
+        """The sums of the inputs; of one-hot inputs they are the second moments."""
+        self.count = like.new_zeros(())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All sums, by names that are the same in every process."""
+        name = self.weights.weight
+        found = {f"outputs {name}": self.outputs.flush(), f"sums {name}": self.sums}
+        found[f"count {name}"] = self.count
+        if self.inputs is not None:
+            found[f"inputs {name}"] = self.inputs.flush()
+        return found
+
+    def mean(self, num_examples: int) -> KroneckerProduct:
+        """The mean factors; the bias's input is always 1."""
+        outputs = self.outputs.flush().div_(num_examples)
+        if self.inputs is None:
+            inputs = self.sums.div_(num_examples)
+        else:
+            inputs = self.inputs.flush().div_(num_examples)
+            if self.weights.bias is not None:
+                sums = self.sums.div_(num_examples)[:, :, None]
+                inputs = torch.cat([inputs, sums], 2)
+                one = (self.count / num_examples).expand(len(sums), 1, 1)
+                last = torch.cat([sums.transpose(1, 2), one], 2)
+                inputs = torch.cat([inputs, last], 1)
+        return KroneckerProduct(self.weights, outputs, inputs, num_examples)

@@ -87,7 +87,7 @@ class Factors(ABC):
 
     def gradient_rows(self, examples: slice) -> Tensor:
         """The gradients of all vectors, examples and positions, ``[g, r, o]``."""
-        return self.gradients(examples).permute(2, 0, 1, 3, 4).flatten(1, 3)
+        return self.gradients(examples).permute(2, 1, 0, 3, 4).flatten(1, 3)
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,8 @@ class PerExample(Pullback):
             result: Parameters = gradients
             return result
 
-        tensors = arguments.tensors()
+        # Copies: a network may write into its input.
+        tensors = arguments.map(torch.clone).tensors()
         out_dims: Any = dict.fromkeys(self.shapes, 1)
         in_dims = (1,) + (0,) * len(tensors)
         result: Parameters = vmap(vectors, in_dims=in_dims, out_dims=out_dims)(scores, *tensors)

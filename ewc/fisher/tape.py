@@ -11,6 +11,7 @@ structure of the graph that comes up.  All other parameters go to
 :class:`~ewc.fisher.per_example.PerExample`.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ from ewc.fisher.elementwise import Broadcast, Lookup, Normalisation
 from ewc.fisher.graph import Graph
 from ewc.fisher.layers import MatrixProduct, Operation, Rows
 from ewc.fisher.outer import OuterProducts
-from ewc.fisher.per_example import PerExample, quiet_about_speed
+from ewc.fisher.per_example import PerExample
 from ewc.fisher.pullback import Pullback, Summed
 from ewc.parameters import Parameters, Shapes, accumulation_dtype
 
@@ -49,7 +50,7 @@ class Memory:
     Attributes:
         rows: of every structure of the graph seen so far, the rows of its operations;
             ``None`` for an operation whose rows are not the examples in order.
-        together: whether pulling several vectors back at once was seen to be right.
+        together: whether pulling several vectors back at once was seen to be right, and fast.
         vectorises: see :class:`~ewc.fisher.per_example.PerExample`.
     """
 
@@ -97,7 +98,7 @@ class Tape:
         """What the gradients of one score vector ``[n, c]`` take, by operation."""
         if not self.operations:
             return [0]
-        gradients = pull_back(self.outputs, self.edges, score[None], retain_graph=True)
+        gradients = one_by_one(self.outputs, self.edges, score[None], retain_graph=True)
         return [g.numel() * accumulation_dtype(g.dtype).itemsize for g in gradients]
 
     def pullbacks(
@@ -136,26 +137,29 @@ class Tape:
             yield merged(found)
 
     def _pulled_back(self, scores: Tensor, *, retain_graph: bool) -> list[Tensor]:
-        """Gradients with respect to the operations' results, all vectors together if right."""
-        edges = self.edges
-        if len(scores) == 1 or self.memory.together is False:
-            return one_by_one(self.outputs, edges, scores, retain_graph=retain_graph)
-        found = pull_back(
-            self.outputs, edges, scores, retain_graph=retain_graph or self.memory.together is None
+        """Gradients with respect to the operations' results, all vectors together if it pays."""
+        if len(scores) > 1 and self.memory.together is not False:
+            found = all_together(self.outputs, self.edges, scores)
+            if found is None:
+                self.memory.together = False
+            elif self.memory.together or self.num_examples == 1 or self._add_up(found, scores):
+                return found
+        return one_by_one(self.outputs, self.edges, scores, retain_graph=retain_graph)
+
+    def _add_up(self, found: Sequence[Tensor], scores: Tensor) -> bool:
+        """Whether gradients of all vectors together are right; some rules for vmap are not.
+
+        Pulling back is linear: a combination of the vectors must give theirs.
+        """
+        weights = torch.randn(len(scores), generator=torch.Generator().manual_seed(1))
+        weights = weights.to(scores)
+        score = torch.einsum("k,knc->nc", weights, scores)[None]
+        plain = one_by_one(self.outputs, self.edges, score, retain_graph=True)
+        self.memory.together = all(
+            bool((torch.tensordot(weights, g, 1) - h[0]).norm() <= 0.01 * h.norm())
+            for g, h in zip(found, plain, strict=True)
         )
-        if self.memory.together is None and self.num_examples > 1:
-            weights = torch.randn(len(scores), generator=torch.Generator().manual_seed(1))
-            weights = weights.to(scores)
-            score = torch.einsum("k,knc->nc", weights, scores)[None]
-            # Pulling back is linear; some operations have a wrong rule for vmap.
-            plain = one_by_one(self.outputs, edges, score, retain_graph=True)
-            self.memory.together = all(
-                bool((torch.tensordot(weights, g, 1) - h[0]).norm() <= 0.01 * h.norm())
-                for g, h in zip(found, plain, strict=True)
-            )
-            if not self.memory.together:
-                return one_by_one(self.outputs, edges, scores, retain_graph=retain_graph)
-        return found
+        return self.memory.together
 
     def _one_at_a_time(self, shapes: Shapes, scores: Tensor, memory: int) -> PerExample:
         seen = self.memory.vectorises
@@ -189,9 +193,9 @@ class Tape:
         # Powers of 2, which scale without rounding, and never two alike in a row.
         steps = torch.randint(1, 4, (n,), generator=generator).cumsum(0) % 4
         factors = 2.0 ** steps.to(score)
-        plain = pull_back(self.outputs, self.edges, score[None], retain_graph=True)
-        scaled = pull_back(
-            self.outputs, self.edges, (factors[:, None] * score)[None], retain_graph=True
+        plain, scaled = (
+            one_by_one(self.outputs, self.edges, some[None], retain_graph=True)
+            for some in (score, factors[:, None] * score)
         )
         rows: list[Rows | None] = []
         certain = True
@@ -277,28 +281,32 @@ def _joined(group: Sequence[Pullback]) -> Pullback:
     return Summed(group)
 
 
-def pull_back(
-    outputs: Tensor, edges: Sequence[GradientEdge], scores: Tensor, *, retain_graph: bool
-) -> list[Tensor]:
-    """Gradients of every score vector with respect to nodes' results, ``[k, ...]`` each."""
-    if scores.shape[0] > 1:
-        try:
-            # The graph is kept in any case: a failure half-way must be able to start anew.
-            with quiet_about_speed():
-                return list(
-                    torch.autograd.grad(
-                        outputs, edges, scores, retain_graph=True, is_grads_batched=True
-                    )
-                )
-        except RuntimeError:
-            pass  # An operation that vmap cannot take: the vectors one after the other.
-    return one_by_one(outputs, edges, scores, retain_graph=retain_graph)
+def all_together(
+    outputs: Tensor, edges: Sequence[GradientEdge], scores: Tensor
+) -> list[Tensor] | None:
+    """Gradients of all score vectors in one pass, ``[k, ...]`` each; the graph is kept.
+
+    Returns:
+        ``None`` where an operation cannot be vectorised, or only by a loop of its own that
+        is slower than one pass a vector.
+    """
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = torch.autograd.grad(
+                outputs, edges, scores, retain_graph=True, is_grads_batched=True
+            )
+    except RuntimeError:
+        return None
+    if any("performance drop" in str(warning.message) for warning in caught):
+        return None
+    return list(found)
 
 
 def one_by_one(
     outputs: Tensor, edges: Sequence[GradientEdge], scores: Tensor, *, retain_graph: bool
 ) -> list[Tensor]:
-    """What :func:`pull_back` returns, by one backward pass a vector."""
+    """Gradients of all score vectors, ``[k, ...]`` each, by one backward pass a vector."""
     rows = [
         torch.autograd.grad(
             outputs, edges, score, retain_graph=retain_graph or index + 1 < scores.shape[0]
@@ -307,4 +315,5 @@ def one_by_one(
     ]
     if len(rows) == 1:
         return [gradient[None] for gradient in rows[0]]
-    return [torch.stack(column) for column in zip(*rows, strict=True)]
+    # Examples first in memory: the order in which products over vectors read them.
+    return [torch.stack(column, 1).transpose(0, 1) for column in zip(*rows, strict=True)]
