@@ -13,14 +13,21 @@ set, :math:`N F`, is always written out: ``fisher.precision``.
 
 **Two choices.**  An *estimator* chooses the vectors :math:`s_{kn}`: an exact factor of
 :math:`E_y[s s^\top]`, scores of sampled targets, or the score of the observed one.  A
-*structure* chooses what of the sum is kept: the diagonal, the dense matrix, and so on.
-The two do not know of each other.
+*structure* chooses what of the sum is kept: the diagonal, Kronecker factors, the dense
+matrix, and so on.  The two do not know of each other.
 
-**How it is fast.**  The vectors are pulled back to the *outputs of the layers*, all at
-once, and never to the weights.  For a linear layer with inputs :math:`a` and output
-gradients :math:`g` the diagonal is :math:`(\sum_k g_k^2)^\top (a^2)`: one matrix product,
-with no gradient of a single example ever stored.  With ``C`` classes the exact matrix
-needs :math:`C - 1` vectors.
+**How it is fast.**  The uses of the parameters are read from the autograd graph, and the
+vectors are pulled back to the *results of these operations*, never to the weights.  For a
+linear map with inputs :math:`a` and output gradients :math:`g` at one position the diagonal
+is :math:`(\sum_k g_k^2)^\top (a^2)`: one matrix product, with no gradient of a single
+example ever stored.  With ``C`` classes the exact matrix needs :math:`C - 1` vectors.
+
+**Where things are.**  A datum goes from :mod:`~ewc.fisher.compute` (the loop over the data)
+through :mod:`~ewc.fisher.tape` (one forward pass and how vectors are pulled back through it;
+:mod:`~ewc.fisher.graph` finds the uses, :mod:`~ewc.fisher.layers`,
+:mod:`~ewc.fisher.convolution` and :mod:`~ewc.fisher.elementwise` are the rules) to
+:mod:`~ewc.fisher.pullback` (the vectors in the form their layer gives them) and into the
+accumulator of a structure.
 """
 
 from ewc.fisher.block_diagonal import BlockDiagonalFisher

@@ -3,7 +3,7 @@ r"""Sums of second moments, :math:`X^\top X`."""
 import torch
 from torch import Tensor
 
-GRAM_WIDTH = 256
+GRAM_WIDTH = 128
 """Columns from which it pays to make a Gram matrix in quarters."""
 
 

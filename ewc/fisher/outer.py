@@ -87,7 +87,10 @@ class Factors(ABC):
 
     def gradient_rows(self, examples: slice) -> Tensor:
         """The gradients of all vectors, examples and positions, ``[g, r, o]``."""
-        return self.gradients(examples).permute(2, 1, 0, 3, 4).flatten(1, 3)
+        g = self.gradients(examples)
+        # The order of the rows does not matter: the one they have in memory is free.
+        first, second = (0, 1) if g.stride(0) >= g.stride(1) else (1, 0)
+        return g.permute(2, first, second, 3, 4).flatten(1, 3)
 
 
 @dataclass(frozen=True)
