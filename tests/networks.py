@@ -255,6 +255,10 @@ def _tokens(x):
     return (x.flatten(1) * 2).long().clamp(-3, 3) + 3
 
 
+def _channels(x, count):
+    return torch.stack([(channel * x).sin() for channel in range(1, count + 1)], 1)
+
+
 def _conv(layer, shape, features):
     return nn.Sequential(
         nn.Unflatten(1, shape), layer, nn.Tanh(), nn.Flatten(), nn.Linear(features, 3)
@@ -272,6 +276,15 @@ LAYERS = {
     ),
     "conv2d_same": lambda: _conv(
         nn.Conv2d(1, 2, 2, padding="same", padding_mode="replicate", bias=False), (1, 3, 4), 24
+    ),
+    # Wide and plain: by lags and by shifts.
+    "wide_conv1d": lambda: Head(
+        nn.Conv1d(16, 2, 3, padding=2, dilation=2, groups=2),
+        lambda f, x: f(_channels(x, 16).flatten(2)).tanh().mean(2),
+        2,
+    ),
+    "wide_conv2d": lambda: Head(
+        nn.Conv2d(8, 2, (3, 2), padding=1), lambda f, x: f(_channels(x, 8)).tanh().mean((2, 3)), 2
     ),
     "conv3d": lambda: _conv(nn.Conv3d(1, 2, 2, padding=1), (1, 2, 2, 3), 72),
     "conv_transpose2d": lambda: _conv(

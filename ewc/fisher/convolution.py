@@ -1,16 +1,29 @@
 """The rule for convolutions, transposed ones too, in any number of dimensions."""
 
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ewc.fisher.gram import Block, RowBlock
 from ewc.fisher.graph import Graph, Uses
 from ewc.fisher.layers import Operation, Rows
 from ewc.fisher.outer import Factors, OuterProducts, WeightLayout
+from ewc.fisher.patches import Grid, add_patch_gram, add_patch_squares
 from ewc.fisher.pullback import Pullback, Stored
+from ewc.fisher.squares import by_pairs
+
+LAG_CHANNELS = 8
+"""Channels from which products of lags are large enough to be fast."""
+
+SHIFTED_VECTORS = 2
+"""Score vectors up to which shifted products are faster than unfolding the inputs once."""
+
+LAG_SHARE = 0.7
+"""The share of the multiplications of unfolded rows up to which they pay."""
 
 
 class Convolution(Operation):
@@ -74,6 +87,15 @@ class Geometry:
     dilation: tuple[int, ...]
     groups: int
     transposed: bool
+
+    @property
+    def plain(self) -> bool:
+        """Whether the kernel moves by single steps over the input as it is."""
+        return not self.transposed and set(self.stride) == {1}
+
+    def grid(self, sizes: torch.Size) -> Grid:
+        """Where a plain kernel lies over an input of these sizes."""
+        return Grid(self.kernel, self.padding, self.dilation, sizes)
 
     def patches(self, x: Tensor, sizes: torch.Size) -> Tensor:
         """What the kernel sees: ``[n, c, *x]`` as ``[n, c, *kernel, *sizes]``, a view or copy.
@@ -148,21 +170,32 @@ class ConvolutionFactors(Factors):
             return flat[:, 0].transpose(-1, -2)
         return flat.permute(0, 2, 1, 4, 3).flatten(2, 3)
 
-    def input_rows(self, examples: slice) -> Tensor:
-        """The inputs under the kernel of all examples and positions, ``[g, r, i]``."""
-        # Columns one after the other: copied once, in the order of the product.
-        x = self.input[examples].flatten(0, 1)
-        patches = self.geometry.patches(x, self.gradient.shape[4:]).transpose(0, 1)
-        size = x.shape[1] // self.geometry.groups * self.geometry.kernel.numel()
-        last = patches.movedim(1, 1 + len(self.geometry.kernel))
-        return last.reshape(self.geometry.groups, size, -1).transpose(1, 2)
+    def add_squares(self, examples: slice, total: Tensor) -> None:
+        """Add the squares: of few vectors by shifts, for which nothing needs to be unfolded."""
+        x, g = self.input[examples].flatten(0, 1), self.gradient[:, examples]
+        shape = self.geometry
+        wide = x.shape[1] // shape.groups >= LAG_CHANNELS
+        few = len(g) <= SHIFTED_VECTORS and not by_pairs(len(g), self.positions)
+        if not (shape.plain and wide and few and g.shape[2] == 1 and shape.kernel.numel() > 1):
+            super().add_squares(examples, total)
+            return
+        grid = shape.grid(x.shape[2:])
+        parts = x.chunk(shape.groups, 1), g[:, :, 0].chunk(shape.groups, 2)
+        for target, inputs, gradients in zip(total, *parts, strict=True):
+            add_patch_squares(target, inputs, gradients, grid)
 
-    def gradient_rows(self, examples: slice) -> Tensor:
-        """The output gradients of all vectors, examples and positions, ``[g, r, o]``."""
-        # Columns one after the other, as for the inputs.
+    def input_rows(self, examples: slice) -> Block:
+        """What the kernel sees of all examples at all positions."""
+        x = self.input[examples].detach().flatten(0, 1)
+        patches = PatchBlock(x, self.geometry, self.gradient.shape[4:])
+        return patches if patches.by_lags else RowBlock(patches.rows())
+
+    def gradient_rows(self, examples: slice) -> Block:
+        """The output gradients of all vectors, examples and positions, rows of ``o``."""
+        # Columns one after the other: copied once, in the order of the product.
         g = self.gradient[:, examples].transpose(0, 1).movedim(3, 0)
         groups = self.geometry.groups
-        return g.reshape(groups, g.shape[0] // groups, -1).transpose(1, 2)
+        return RowBlock(g.reshape(groups, g.shape[0] // groups, -1).transpose(1, 2))
 
     def gradients(self, examples: slice) -> Tensor:
         """The output gradients, ``[k, n, g, t, o]``."""
@@ -172,3 +205,58 @@ class ConvolutionFactors(Factors):
         if t == 1:
             return split[:, :, 0].transpose(-1, -2)
         return split.permute(0, 1, 3, 2, 5, 4).flatten(3, 4)
+
+
+@dataclass(frozen=True)
+class PatchBlock(Block):
+    """What the kernel sees at all positions, not unfolded.
+
+    Attributes:
+        input: ``[n, c, *x]``.
+        geometry: where the kernel lies.
+        sizes: of the result.
+    """
+
+    input: Tensor
+    geometry: Geometry
+    sizes: torch.Size
+
+    @property
+    def count(self) -> int:  # type: ignore[override]
+        """Examples times positions."""
+        return self.input.shape[0] * self.sizes.numel()
+
+    @property
+    def kind(self) -> Hashable:  # type: ignore[override]
+        """Inputs of one size go together."""
+        return self.input.shape[1:], self.geometry
+
+    @property
+    def by_lags(self) -> bool:
+        """Whether products of lags are possible, and fewer than those of unfolded rows."""
+        shape = self.geometry
+        wide = self.input.shape[1] // shape.groups >= LAG_CHANNELS
+        return shape.plain and wide and shape.grid(self.input.shape[2:]).share() < LAG_SHARE
+
+    @classmethod
+    def joined(cls, blocks: Sequence[Self]) -> Self:
+        """The inputs of all."""
+        return replace(blocks[0], input=torch.cat([block.input for block in blocks]))
+
+    def rows(self) -> Tensor:
+        """The unfolded rows, ``[g, r, i]``."""
+        # Columns one after the other: copied once, in the order of the product.
+        patches = self.geometry.patches(self.input, self.sizes).transpose(0, 1)
+        size = self.input.shape[1] // self.geometry.groups * self.geometry.kernel.numel()
+        last = patches.movedim(1, 1 + len(self.geometry.kernel))
+        return last.reshape(self.geometry.groups, size, -1).transpose(1, 2)
+
+    def add_gram(self, total: Tensor, alpha: float) -> None:
+        """Add their second moments, lag by lag."""
+        grid = self.geometry.grid(self.input.shape[2:])
+        for target, x in zip(total, self.input.chunk(self.geometry.groups, 1), strict=True):
+            add_patch_gram(target, x, grid, alpha)
+
+    def sum(self) -> Tensor:
+        """The sum over positions, of the sum over examples."""
+        return replace(self, input=self.input.sum(0, keepdim=True)).rows().sum(1)

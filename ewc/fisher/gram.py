@@ -1,10 +1,74 @@
 r"""Sums of second moments, :math:`X^\top X`."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
 import torch
 from torch import Tensor
 
 GRAM_WIDTH = 128
 """Columns from which it pays to make a Gram matrix in quarters."""
+
+
+class Block(ABC):
+    """Some rows whose second moments are wanted.
+
+    Attributes:
+        count: how many there are.
+        kind: blocks of the same kind can be put together.
+    """
+
+    count: int
+    kind: Hashable
+
+    @classmethod
+    @abstractmethod
+    def joined(cls, blocks: Sequence[Self]) -> Self:
+        """Blocks of one kind as one."""
+
+    @abstractmethod
+    def add_gram(self, total: Tensor, alpha: float) -> None:
+        """Add the second moments times ``alpha`` to ``total``, ``[g, d, d]``."""
+
+    @abstractmethod
+    def sum(self) -> Tensor:
+        """The sum of the rows, ``[g, d]``."""
+
+
+@dataclass(frozen=True)
+class RowBlock(Block):
+    """Rows as they are.
+
+    Attributes:
+        rows: ``[g, r, d]``.
+    """
+
+    rows: Tensor
+
+    @property
+    def count(self) -> int:  # type: ignore[override]
+        """``r``."""
+        return self.rows.shape[1]
+
+    @property
+    def kind(self) -> Hashable:  # type: ignore[override]
+        """Rows of one width go together, and a sum has only such."""
+        return RowBlock
+
+    @classmethod
+    def joined(cls, blocks: Sequence[Self]) -> Self:
+        """All rows, one block after the other."""
+        return cls(torch.cat([block.rows for block in blocks], 1))
+
+    def add_gram(self, total: Tensor, alpha: float) -> None:
+        """Add their products."""
+        add_gram(total, self.rows, alpha)
+
+    def sum(self) -> Tensor:
+        """The sum of the rows."""
+        return self.rows.sum(1)
 
 
 class GramSum:
@@ -23,28 +87,25 @@ class GramSum:
     def __init__(self, groups: int, width: int, like: Tensor, memory: int) -> None:
         self.matrix = like.new_zeros(groups, width, width)
         self._most = min(width, memory // (4 * max(1, width * groups) * like.element_size()))
-        self._rows: list[Tensor] = []
-        self._alpha = 1.0
+        self._blocks: list[Block] = []
+        self._of: tuple[Hashable, float] | None = None
 
-    def add(self, rows: Tensor, alpha: float = 1.0) -> None:
-        """Add the products of rows ``[g, r, d]``."""
-        rows = rows.detach()  # or collected rows would keep the graph they come from
-        if alpha != self._alpha:
+    def add(self, block: Block, alpha: float = 1.0) -> None:
+        """Add the products of some rows."""
+        if self._of != (block.kind, alpha):
             self.flush()
-            self._alpha = alpha
-        if rows.shape[1] >= self._most and not self._rows:
-            add_gram(self.matrix, rows, alpha)
-            return
-        self._rows.append(rows)
-        if sum(some.shape[1] for some in self._rows) >= self._most:
+            self._of = block.kind, alpha
+        self._blocks.append(block)
+        if sum(some.count for some in self._blocks) >= self._most:
             self.flush()
 
     def flush(self) -> Tensor:
         """Add what was collected; the sum, ``[g, d, d]``."""
-        if self._rows:
-            rows = self._rows[0] if len(self._rows) == 1 else torch.cat(self._rows, 1)
-            add_gram(self.matrix, rows, self._alpha)
-            self._rows = []
+        if self._of is not None and self._blocks:
+            one, *more = self._blocks
+            block = one.joined(self._blocks) if more else one
+            block.add_gram(self.matrix, self._of[1])
+            self._blocks = []
         return self.matrix
 
 

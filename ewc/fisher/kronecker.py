@@ -11,7 +11,7 @@ from ewc.fisher.block_diagonal import BlockDiagonalFisher, by_layer
 from ewc.fisher.dense import BlockSums, DenseFisher
 from ewc.fisher.diagonal import DiagonalFisher
 from ewc.fisher.eigenbasis import EigenvalueCorrectedProduct
-from ewc.fisher.gram import GramSum
+from ewc.fisher.gram import Block, GramSum, RowBlock
 from ewc.fisher.layer_matrix import LayerMatrix, LayerWeights, one_more
 from ewc.fisher.lookups import Lookups
 from ewc.fisher.matrix import Accumulator, FisherMatrix, State
@@ -201,25 +201,31 @@ class KroneckerSum(Accumulator):
         layer = self._layer(weights, pullback.memory)
         assert isinstance(layer.inputs, GramSum)
         for part in pullback.slices():
+            inputs: list[Block]
+            outputs: list[Block]
             if self.reduce:
                 a, g = pullback.factors(part)
-                a, g = a.mean(2).transpose(0, 1), g.sum(3).flatten(0, 1).transpose(0, 1)
+                inputs = [RowBlock(a.detach().mean(2).transpose(0, 1))]
+                outputs = [RowBlock(g.sum(3).flatten(0, 1).transpose(0, 1))]
                 share = 1.0
             else:
-                a, g = pullback.rows(part)
+                inputs = [use.input_rows(part) for use in pullback.uses if with_inputs]
+                outputs = [use.gradient_rows(part) for use in pullback.uses]
                 share = 1 / pullback.positions
-            layer.outputs.add(g)
-            if with_inputs:
-                layer.inputs.add(a, share)
-                layer.sums += share * a.sum(1)
-                layer.count += share * a.shape[1]
+            for block in outputs:
+                layer.outputs.add(block)
+            for block in inputs if with_inputs else ():
+                layer.inputs.add(block, share)
+                if pullback.bias is not None:
+                    layer.sums += share * block.sum()
+                    layer.count += share * block.count
 
     def _add_lookups(self, pullback: Lookups, *, with_inputs: bool) -> None:
         """An embedding is linear in one-hot inputs, whose second moments are diagonal."""
         shape = pullback.shapes[pullback.name]
         weights = LayerWeights(pullback.name, None, WeightLayout(shape, transposed=True))
         layer = self._layer(weights, pullback.memory, lookups=True)
-        layer.outputs.add(pullback.gradient.flatten(0, 2)[None])
+        layer.outputs.add(RowBlock(pullback.gradient.flatten(0, 2)[None]))
         if with_inputs:
             counts = torch.bincount(pullback.indices.flatten(), minlength=shape[0])
             if pullback.padding is not None:

@@ -42,12 +42,6 @@ class Rows:
         split = tensor.reshape(*before, outer, num_examples, length // outer, *after)
         return split.transpose(dim, dim + 1).flatten(dim + 1, dim + 2)
 
-    def fit(self, rows: int, num_examples: int) -> bool:
-        """Whether so many rows can be laid out in this way."""
-        fixed = (self.outer or 1) * (self.inner or 1)
-        whole = rows % (num_examples * fixed) == 0
-        return whole and (None in (self.outer, self.inner) or rows == num_examples * fixed)
-
 
 class Operation(ABC):
     """One use of parameters: a node of the graph, and what is needed from it.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ewc.fisher.gram import Block, RowBlock
 from ewc.fisher.pullback import Pullback, slices
 from ewc.fisher.squares import add_outer_squares, sum_of_squares
 from ewc.parameters import Parameters
@@ -81,16 +82,28 @@ class Factors(ABC):
     def gradients(self, examples: slice) -> Tensor:
         """Gradients with respect to what came out, ``[k, n, g, t, o]``."""
 
-    def input_rows(self, examples: slice) -> Tensor:
-        """The inputs of all examples and positions, ``[g, r, i]``."""
-        return self.inputs(examples).transpose(0, 1).flatten(1, 2)
+    def summed_gradients(self, examples: slice) -> Tensor:
+        """The gradients, summed over positions, ``[k, n, g, o]``."""
+        g = self.gradients(examples)
+        return g.sum(3) if g.shape[3] > 1 else g[:, :, :, 0]
 
-    def gradient_rows(self, examples: slice) -> Tensor:
-        """The gradients of all vectors, examples and positions, ``[g, r, o]``."""
+    def add_squares(self, examples: slice, total: Tensor) -> None:
+        r"""Add :math:`\sum_{k,n} (\sum_t g_t a_t^\top)^2` to ``total``, ``[g, o, i]``."""
+        add_outer_squares(self.inputs(examples), self.gradients(examples), total)
+
+    def input_rows(self, examples: slice) -> Block:
+        """The inputs of all examples and positions, rows of ``i``.
+
+        They may be kept: they must not hold on to the graph that they come from.
+        """
+        return RowBlock(self.inputs(examples).detach().transpose(0, 1).flatten(1, 2))
+
+    def gradient_rows(self, examples: slice) -> Block:
+        """The gradients of all vectors, examples and positions, rows of ``o``."""
         g = self.gradients(examples)
         # The order of the rows does not matter: the one they have in memory is free.
         first, second = (0, 1) if g.stride(0) >= g.stride(1) else (1, 0)
-        return g.permute(2, first, second, 3, 4).flatten(1, 3)
+        return RowBlock(g.permute(2, first, second, 3, 4).flatten(1, 3))
 
 
 @dataclass(frozen=True)
@@ -163,14 +176,6 @@ class OuterProducts(Pullback):
             return inputs[0], gradients[0]
         return torch.cat(inputs, 2), torch.cat(gradients, 3)
 
-    def rows(self, examples: slice) -> tuple[Tensor, Tensor]:
-        """The factors without regard to which example they are of: ``[g, r, i]``, ``[g, r, o]``."""
-        inputs = [use.input_rows(examples) for use in self.uses]
-        gradients = [use.gradient_rows(examples) for use in self.uses]
-        if len(self.uses) == 1:
-            return inputs[0], gradients[0]
-        return torch.cat(inputs, 1), torch.cat(gradients, 1)
-
     def slices(self, bytes_per_example: int = 0) -> list[slice]:
         """The examples in parts whose factors, and so many bytes besides, fit into memory."""
         width = self.inputs + self.num_vectors * self.outputs
@@ -201,11 +206,14 @@ class OuterProducts(Pullback):
         if not in_place:
             squares = torch.zeros_like(squares)
         for part in self.slices():
-            a, g = self.factors(part)
             if self.bias is not None:
-                summed = g.sum(3) if g.shape[3] > 1 else g[:, :, :, 0]
+                first, *others = (use.summed_gradients(part) for use in self.uses)
+                summed = sum(others, start=first)
                 total[self.bias] += sum_of_squares(summed.flatten(2)).sum(0)
-            add_outer_squares(a, g, squares)
+            if len(self.uses) == 1:
+                self.uses[0].add_squares(part, squares)
+            else:
+                add_outer_squares(*self.factors(part), squares)
         if not in_place:
             weight += self.layout.to_parameter(squares)
 

@@ -34,11 +34,15 @@ def add_outer_squares(a: Tensor, g: Tensor, total: Tensor) -> None:
         g: ``[k, n, g, t, o]``.
         total: ``[g, o, i]``, changed in place.
     """
-    positions = a.shape[2]
-    if positions * (positions + 1) // 2 <= g.shape[0] * (positions + SQUARE_COST):
+    if by_pairs(g.shape[0], a.shape[2]):
         add_squares_by_pairs(a, g, total)
     else:
         add_squares_by_vectors(a, g, total)
+
+
+def by_pairs(vectors: int, positions: int) -> bool:
+    """Whether products of pairs of positions are fewer than those of the vectors."""
+    return positions * (positions + 1) // 2 <= vectors * (positions + SQUARE_COST)
 
 
 def add_squares_by_pairs(a: Tensor, g: Tensor, total: Tensor) -> None:

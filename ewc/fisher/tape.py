@@ -14,6 +14,7 @@ structure of the graph that comes up.  All other parameters go to
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -39,6 +40,9 @@ RULES: dict[str, type[Operation]] = {
 
 BATCH_FIRST = Rows(outer=1, inner=None)
 TIME_FIRST = Rows(outer=None, inner=1)
+
+FEW = 4
+"""Examples on which a graph is tried out."""
 
 Signature = tuple[Any, ...]
 
@@ -85,9 +89,12 @@ class Tape:
         self.memory = memory
         self.num_examples = outputs.shape[0]
         graph = Graph(outputs)
-        self.kinds = graph.kinds
         self.present = [name for name, p in parameters.items() if id(p) in graph.leaves]
         self.operations = operations_of(graph, parameters)
+        uses = [tuple((v.name, v.first) for v in o.views) for o in self.operations]
+        shapes = [operation.output._input_metadata[0].shape for operation in self.operations]
+        per_example = [prod(shape) / self.num_examples for shape in shapes]
+        self.signature: Signature = (*graph.kinds, *uses, *per_example)
 
     @property
     def edges(self) -> list[GradientEdge]:
@@ -138,28 +145,46 @@ class Tape:
 
     def _pulled_back(self, scores: Tensor, *, retain_graph: bool) -> list[Tensor]:
         """Gradients with respect to the operations' results, all vectors together if it pays."""
-        if len(scores) > 1 and self.memory.together is not False:
-            found = all_together(self.outputs, self.edges, scores)
-            if found is None:
-                self.memory.together = False
-            elif self.memory.together or self.num_examples == 1 or self._add_up(found, scores):
-                return found
+        if len(scores) > 1:
+            if self.memory.together is None:
+                self.memory.together = self._few().go_together(scores)
+            if self.memory.together:
+                found = all_together(self.outputs, self.edges, scores)
+                if found is not None:
+                    return found
         return one_by_one(self.outputs, self.edges, scores, retain_graph=retain_graph)
 
-    def _add_up(self, found: Sequence[Tensor], scores: Tensor) -> bool:
-        """Whether gradients of all vectors together are right; some rules for vmap are not.
+    # --- what is tried out on a few examples ----------------------------------------------
+
+    def _few(self) -> "Tape":
+        """The tape of some of the examples, if its graph is the same; else this one."""
+        if self.num_examples <= FEW:
+            return self
+        some = self.arguments[:FEW]
+        with torch.enable_grad():
+            outputs = some(self.model)
+        if not isinstance(outputs, Tensor) or outputs.shape != self.outputs[:FEW].shape:
+            return self
+        tape = Tape(self.model, self.parameters, some, outputs, self.memory)
+        return tape if tape.signature == self.signature else self
+
+    def go_together(self, scores: Tensor) -> bool:
+        """Whether all vectors can be pulled back together; some rules for vmap are wrong.
 
         Pulling back is linear: a combination of the vectors must give theirs.
         """
+        scores = scores[:, : self.num_examples]
+        found = all_together(self.outputs, self.edges, scores)
+        if found is None:
+            return False
         weights = torch.randn(len(scores), generator=torch.Generator().manual_seed(1))
         weights = weights.to(scores)
         score = torch.einsum("k,knc->nc", weights, scores)[None]
         plain = one_by_one(self.outputs, self.edges, score, retain_graph=True)
-        self.memory.together = all(
+        return all(
             bool((torch.tensordot(weights, g, 1) - h[0]).norm() <= 0.01 * h.norm())
             for g, h in zip(found, plain, strict=True)
         )
-        return self.memory.together
 
     def _one_at_a_time(self, shapes: Shapes, scores: Tensor, memory: int) -> PerExample:
         seen = self.memory.vectorises
@@ -173,20 +198,22 @@ class Tape:
         """The rows of every operation, found out if this structure of the graph is new."""
         if self.num_examples == 1:
             return [BATCH_FIRST] * len(self.operations)
-        uses = [tuple((v.name, v.first) for v in o.views) for o in self.operations]
-        signature = (*self.kinds, *uses)
-        if signature in self.memory.rows:
-            return self.memory.rows[signature]
-        rows, certain = self._probed(scores)
+        if self.signature in self.memory.rows:
+            return self.memory.rows[self.signature]
+        few = self._few()
+        rows, certain = few.probed(scores)
+        if not certain and few is not self:
+            rows, certain = self.probed(scores)
         if certain:
-            self.memory.rows[signature] = rows
+            self.memory.rows[self.signature] = rows
         return rows
 
-    def _probed(self, scores: Tensor) -> tuple[list[Rows | None], bool]:
+    def probed(self, scores: Tensor) -> tuple[list[Rows | None], bool]:
         """The rows of every operation, and whether all of them can be told from this batch."""
         if not self.operations:
             return [], True
         n = self.num_examples
+        scores = scores[:, :n]
         generator = torch.Generator().manual_seed(0)
         weights = torch.randn(len(scores), generator=generator).to(scores)
         score = torch.einsum("k,knc->nc", weights, scores)
@@ -205,8 +232,6 @@ class Tape:
             certain = certain and bool(before.any())
             rows.append(matching_rows(before, after, factors))
         return rows, certain
-
-    # --- from gradients to pullbacks ----------------------------------------------------
 
 
 def operations_of(graph: Graph, parameters: Parameters) -> list[Operation]:
