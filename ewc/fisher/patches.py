@@ -18,6 +18,7 @@ from functools import lru_cache
 from itertools import product
 from math import prod
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -154,7 +155,7 @@ def add_patch_gram(total: Tensor, x: Tensor, grid: Grid, alpha: float) -> None:
     rows = cells.view(-1, channels)
     strides = [prod(grid.stored[axis + 1 :]) * n for axis in range(dims)]
     entries = prod(grid.kernel)
-    blocks = x.new_empty(entries, entries, channels, channels)
+    blocks: dict[tuple[int, int], Tensor] = {}
     offsets = grid.offsets()
     for lag, pairs in grid.lags().items():
         shift = sum(step * stride for step, stride in zip(lag, strides, strict=True))
@@ -170,9 +171,12 @@ def add_patch_gram(total: Tensor, x: Tensor, grid: Grid, alpha: float) -> None:
                 if prefix not in found:
                     found[prefix] = _restricted(found[prefix[:-1]], cells, grid, lag, prefix)
             blocks[i, j] = found[offsets[i]]
-            if i != j:
-                blocks[j, i] = found[offsets[i]].T
-    total += alpha * blocks.permute(2, 0, 3, 1).reshape(total.shape)
+            blocks[j, i] = blocks[i, j].T
+    # The channels come first, so entries lie in between: made for whole rows at a time.
+    rows_of = total.view(channels, entries, channels * entries)
+    for i in range(entries):
+        row = torch.stack([blocks[i, j] for j in range(entries)], -1)
+        rows_of[:, i].add_(row.flatten(1), alpha=alpha)
 
 
 def _restricted(
