@@ -48,7 +48,8 @@ def selected_parameters(model: nn.Module, selection: Sequence[Selection] | None)
         selection: names, patterns, modules or parameters; ``None`` for all.
 
     Raises:
-        ValueError: there is no trainable parameter, or an item selects none.
+        ValueError: there is no trainable parameter, the selection is empty, or an item
+            selects none.
         TypeError: an item is something else.
     """
     parameters = trainable_parameters(model)
@@ -56,18 +57,23 @@ def selected_parameters(model: nn.Module, selection: Sequence[Selection] | None)
         return parameters
     if isinstance(selection, str | nn.Module | nn.Parameter):
         selection = [selection]
+    if not selection:
+        raise ValueError(
+            "The selection of parameters is empty: it must name one or more, or be None for all."
+        )
     chosen: set[str] = set()
     for item in selection:
         if isinstance(item, str):
-            found = {name for name in parameters if name == item or fnmatchcase(name, item)}
+            every = model.named_parameters(remove_duplicate=False)
+            places = {id(p) for name, p in every if name == item or fnmatchcase(name, item)}
         elif isinstance(item, nn.Module | nn.Parameter):
             own = [item] if isinstance(item, nn.Parameter) else item.parameters()
             places = {id(parameter) for parameter in own}
-            found = {name for name, parameter in parameters.items() if id(parameter) in places}
         else:
             raise TypeError(
                 f"{item!r} selects no parameters: a name, a pattern, a module or a parameter does."
             )
+        found = {name for name, parameter in parameters.items() if id(parameter) in places}
         if not found:
             what = repr(item) if isinstance(item, str) else f"The {type(item).__name__}"
             raise ValueError(

@@ -125,7 +125,7 @@ def test_the_memory_cap_holds():
 
 def test_memory_must_be_positive():
     model, x, y = body_and_head()
-    with pytest.raises(ValueError, match="memory is 0: it must be a number of bytes above 0"):
+    with pytest.raises(ValueError, match="memory is 0: it must be a whole number of bytes above 0"):
         fisher_information(model, [(x, y)], memory=0)
 
 
@@ -325,6 +325,13 @@ for structure in (DiagonalFisher, BlockDiagonalFisher, KroneckerFisher,
     v = v or {n: torch.randn(s, dtype=torch.float64) for n, s in found.shapes.items()}
     torch.testing.assert_close(found.matvec(v), expected.matvec(v), rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(found.diagonal(), expected.diagonal(), rtol=1e-9, atol=1e-11)
+try:
+    found.save("never")
+except ValueError as error:
+    assert "this process has a part of them only" in str(error), error
+else:
+    raise SystemExit("half of the data were saved")
+assert not os.path.exists("never")
 traces = [fisher_information(model, [(x, y)], estimator=MonteCarlo(1)).trace()]
 joint = fisher_information(model, [(x, y)], estimator=MonteCarlo(1), group=distributed.group.WORLD)
 assert joint.num_examples == 22 and abs(joint.trace() - traces[0]) > 1e-6  # other draws

@@ -203,10 +203,18 @@ def one_hot(module):
 
 
 def patches(module):
+    """The rows of every group, one after the other along the columns."""
+
     def positions(a, g):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         padded = functional.pad(a[None], module._reversed_padding_repeated_twice, mode=mode)
-        a = functional.unfold(padded, module.kernel_size, module.dilation, 0, module.stride)
+        options = module.kernel_size, module.dilation, (0,), module.stride
+        if a.dim() == 2:  # unfold takes images
+            padded = padded[:, :, None]
+            options = [((0,) if i == 2 else (1,)) + o for i, o in enumerate(options)]
+        else:
+            options = [o if len(o) == 2 else o * 2 for o in options]
+        a = functional.unfold(padded, *options)
         return a[0].T, g.flatten(1).T
 
     return positions
@@ -220,6 +228,9 @@ def patches(module):
         ("sequence", lambda m: m.layer, rows),
         ("conv2d", lambda m: m[1], patches),
         ("conv2d_same", lambda m: m[1], patches),
+        ("conv1d", lambda m: m[1], patches),
+        ("wide_conv1d", lambda m: m.layer, patches),
+        ("wide_conv2d", lambda m: m.layer, patches),
         ("embedding", lambda m: m.layer, one_hot),
     ],
 )
@@ -233,10 +244,19 @@ def test_kronecker_factors_equal_brute_force(layer, find, positions, reduce):
     name = next(n for n, p in model.named_parameters() if p is module.weight)
     (block,) = (b for b in fisher.blocks if name in b.shapes)
     assert isinstance(block, KroneckerProduct)
-    matrix = block.weights.to_matrix({n: model.get_parameter(n).detach() for n in block.shapes})
-    expected = block.weights.to_parameters((g @ matrix[0] @ a)[None])
-    found = block.matvec({n: model.get_parameter(n).detach() for n in block.shapes})
-    torch.testing.assert_close(found, expected, **CLOSE)
+    groups = getattr(module, "groups", 1)
+    bias = int(getattr(module, "bias", None) is not None)
+    v = {n: torch.randn(s, dtype=torch.float64) for n, s in block.shapes.items()}
+    matrix = block.weights.to_matrix(v)
+    # Of all groups together the factors' diagonal blocks are the groups' own.
+    inputs, outputs = (len(a) - bias) // groups, len(g) // groups
+    products = []
+    for group in range(groups):
+        columns = [*range(group * inputs, (group + 1) * inputs), *[len(a) - 1] * bias]
+        rows_of = slice(group * outputs, (group + 1) * outputs)
+        products.append(g[rows_of, rows_of] @ matrix[group] @ a[columns][:, columns])
+    expected = block.weights.to_parameters(torch.stack(products))
+    torch.testing.assert_close(block.matvec(v), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("structure", [KroneckerFisher, EigenvalueCorrectedFisher])
@@ -276,6 +296,19 @@ def test_reduce_is_exact_for_a_linear_network_that_averages(reduce):
     blocks = fisher_information(model, data, Gaussian(), structure=BlockDiagonalFisher).to_dense()
     gap = float((found - blocks).norm() / blocks.norm())
     assert gap < 1e-12 if reduce else gap > 0.01
+
+
+@pytest.mark.parametrize("reduce", [False, True])
+def test_the_corrected_eigenvectors_are_those_of_the_chosen_form(reduce):
+    of_factors, corrected = (
+        computed("sequence", "categorical", Exact(), kind.configured(reduce=reduce))
+        for kind in (KroneckerFisher, EigenvalueCorrectedFisher)
+    )
+    for product, block in zip(of_factors.blocks, corrected.blocks, strict=True):
+        rotated = block.inputs.transpose(1, 2) @ product.inputs @ block.inputs
+        torch.testing.assert_close(
+            rotated, torch.diag_embed(rotated.diagonal(dim1=1, dim2=2)), **CLOSE
+        )
 
 
 @pytest.mark.parametrize("rank", [1, 5, 20])

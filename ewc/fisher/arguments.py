@@ -1,6 +1,6 @@
 """What a network is called with: tensors, or dicts of tensors, a row an example."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
 from typing import Any
@@ -72,17 +72,26 @@ class Caller:
         inner: Any = model.module if wrapped else model
         self.name = type(model).__name__
         self.device = device
-        parameters = signature(inner.forward).parameters.values()
+        parameters = list(signature(inner.forward).parameters.values())
         self.names = {p.name for p in parameters if p.kind is not Parameter.VAR_KEYWORD}
+        self.any_name = any(p.kind is Parameter.VAR_KEYWORD for p in parameters)
+        named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+        self.required = {p.name for p in parameters if p.kind in named and p.default is p.empty}
         positional = [
-            p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+            p
+            for p in parameters
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)
         ]
+        # Arguments of which nothing is known: whatever the batch has goes in.
+        anything = bool(positional) and positional[0].kind is Parameter.VAR_POSITIONAL
         second = positional[1] if len(positional) > 1 else None
         # A second argument without a default: task labels, as in Avalanche's models. With
         # a dict, arguments without a default are its own.
         self.with_task = second is not None and (
-            second.default is Parameter.empty or second.name == "task_labels"
+            (second.default is Parameter.empty and second.kind is not Parameter.VAR_POSITIONAL)
+            or second.name == "task_labels"
         )
+        self.may_have_task = anything
 
     def arguments(self, batch: Any, index: int) -> tuple[Arguments, Tensor]:
         """The model's arguments and the targets of a batch, on the model's device.
@@ -107,7 +116,7 @@ class Caller:
                 f"Batch {index} has tensors of shapes {[list(t.shape) for t in tensors]}: "
                 "their first dimensions, the examples, must be equal."
             )
-        by_name = "" not in inputs and inputs.keys() <= self.names
+        by_name = "" not in inputs and self._takes(inputs.keys())
         with_task = self.with_task and not by_name
         if with_task and len(others) == 1:
             raise ValueError(
@@ -119,11 +128,19 @@ class Caller:
         if by_name:
             return Arguments((), inputs), y
         first = inputs.get("", inputs)
+        with_task = with_task or self.may_have_task
         return Arguments((first, *task) if with_task else (first,)), y
+
+    def _takes(self, names: Set[str]) -> bool:
+        """Whether the model's arguments have these names."""
+        return names <= self.names or (self.any_name and self.required <= names)
 
     @staticmethod
     def _no_batch(batch: Any, index: int) -> str:
+        found = type(batch).__name__
+        if isinstance(batch, list | tuple):
+            found += f" ({', '.join(type(item).__name__ for item in batch)})"
         return (
-            f"Batch {index} is a {type(batch).__name__}: the data must be batches of "
-            "tensors (x, y) or (x, y, task), where x may be a dict of tensors."
+            f"Batch {index} is a {found}: the data must be batches of tensors (x, y) or "
+            "(x, y, task), where x may be a dict of tensors."
         )

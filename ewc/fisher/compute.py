@@ -86,16 +86,21 @@ def fisher_information(
     for value, kind in ((likelihood, Likelihood), (estimator, Estimator)):
         if not isinstance(value, kind):
             raise TypeError(f"{value!r} is no {kind.__name__}: an instance of one is needed.")
-    if memory < 1:
-        raise ValueError(f"memory is {memory}: it must be a number of bytes above 0.")
-    chosen = selected_parameters(model, parameters)
-    total = structure.accumulator(chosen)
-    if total.passes > 1 and iter(data) is data:
-        raise ValueError(
-            f"The data are a {type(data).__name__}, which can be read once: this structure "
-            f"needs {total.passes} passes, so give a list of batches or a DataLoader."
+    if not isinstance(structure, type | Configured) or not hasattr(structure, "accumulator"):
+        raise TypeError(
+            f"{structure!r} is no structure: a class such as DiagonalFisher is needed, or "
+            "LowRankFisher.configured(rank=50)."
         )
-    with undisturbed(model), plain_operations(model), torch.inference_mode(False):
+    if not isinstance(memory, int) or memory < 1:
+        raise ValueError(f"memory is {memory}: it must be a whole number of bytes above 0.")
+    chosen = selected_parameters(model, parameters)
+    with undisturbed(model), plain_operations(model):
+        total = structure.accumulator(chosen)
+        if total.passes > 1 and iter(data) is data:
+            raise ValueError(
+                f"The data are a {type(data).__name__}, which can be read once: this structure "
+                f"needs {total.passes} passes, so give a list of batches or a DataLoader."
+            )
         while True:
             with torch.enable_grad():
                 network = Network(model, chosen, likelihood, estimator, memory)
@@ -105,6 +110,7 @@ def fisher_information(
             if num_examples == 0:
                 raise ValueError("The data are empty: the Fisher information needs an example.")
             with torch.no_grad():
+                check_finite(total.sums())
                 found = total.mean(num_examples)
             if isinstance(found, FisherMatrix):
                 return found  # type: ignore[return-value]
@@ -129,8 +135,8 @@ class Network:
         self.memory = memory
         self.caller = Caller(model, next(iter(parameters.values())).device)
         self.seen = Memory()
-        self.examples_at_once: int | None = None
-        self.vectors_at_once = 1
+        self.fitting: dict[tuple[torch.Size, ...], tuple[int, int]] = {}
+        """How many examples and score vectors fit into memory at once, by the inputs' shapes."""
 
     def summed_up(self, data: Iterable[Any], total: Accumulator, rank: int) -> int:
         """Add all the data to ``total``; returns the number of examples."""
@@ -151,10 +157,12 @@ class Network:
         """One batch in chunks that fit into memory, with their score vectors."""
         if targets.shape[0] == 0:
             return
-        if self.examples_at_once is None:
-            self.examples_at_once = self._fitting(arguments[:1], targets[:1])
-        at_once = self.examples_at_once
-        order = self._by_effort(arguments)
+        one = arguments[:1]
+        key = tuple(tensor.shape for tensor in one.tensors())
+        if key not in self.fitting:
+            self.fitting[key] = self._fitting(one, targets[:1])
+        at_once, vectors_at_once = self.fitting[key]
+        order = self._by_effort(arguments, at_once)
         if order is not None:
             arguments, targets = arguments.map(lambda t: t[order]), targets[order]
             at_once = min(at_once, SORTED_AT_ONCE)
@@ -164,26 +172,23 @@ class Network:
             outputs = some(self.model)
             scores = self._scores(outputs, targets[part], generator, index)
             if not (scores.shape[0] and outputs.requires_grad):
+                yield Chunk(self.model, some, scores, lambda: iter(()))
                 continue
             with torch.no_grad():
                 tape = Tape(self.model, self.parameters, some, outputs, self.seen)
-            yield Chunk(self.model, some, scores, self._pullbacks_of(tape, scores))
+            pullbacks = partial(tape.pullbacks, scores, vectors_at_once, self.memory // 2)
+            yield Chunk(self.model, some, scores, pullbacks)
 
-    def _by_effort(self, arguments: Arguments) -> Tensor | None:
+    def _by_effort(self, arguments: Arguments, at_once: int) -> Tensor | None:
         """The examples by how many vectors they need, so that few get more than that."""
         if not self.estimator.varies:
             return None
-        assert self.examples_at_once is not None
         needed = []
         with torch.no_grad():
-            for start in range(0, len(arguments), self.examples_at_once):
-                outputs = arguments[start : start + self.examples_at_once](self.model)
+            for start in range(0, len(arguments), at_once):
+                outputs = arguments[start : start + at_once](self.model)
                 needed.append(self.estimator.vectors_needed(self.likelihood, outputs))
         return torch.cat(needed).argsort()
-
-    def _pullbacks_of(self, tape: Tape, scores: Tensor) -> Any:
-        """The pulled-back vectors, to be asked for: not every structure needs them."""
-        return partial(tape.pullbacks, scores, self.vectors_at_once, self.memory // 2)
 
     def _scores(
         self, outputs: Any, targets: Tensor, generator: torch.Generator, index: int
@@ -202,8 +207,8 @@ class Network:
             )
         return scores
 
-    def _fitting(self, one: Arguments, target: Tensor) -> int:
-        """How many examples fit into memory at once, seen from one of them."""
+    def _fitting(self, one: Arguments, target: Tensor) -> tuple[int, int]:
+        """How many examples and vectors fit into memory at once, seen from one example."""
         saved, outputs = saved_bytes(lambda: one(self.model), self.parameters)
         scores = self._scores(outputs, target, torch.Generator(), 0)
         gradients = [0]
@@ -217,10 +222,24 @@ class Network:
         # The other half is for what is made of the gradients.
         room = self.memory // 2
         examples = room // max(1, saved + k * vector)
-        self.vectors_at_once = k if examples else max(1, (room - saved) // vector)
+        vectors = k if examples else max(1, (room - saved) // vector)
         if outputs.device.type == "cpu":
             examples = min(examples, CACHE // max(1, k * max(gradients)))
-        return int(max(1, min(EXAMPLES_AT_ONCE, examples)))
+        return int(max(1, min(EXAMPLES_AT_ONCE, examples))), int(vectors)
+
+
+def check_finite(sums: dict[str, Tensor]) -> None:
+    """Check that every sum is a finite number.
+
+    Raises:
+        FloatingPointError: one is not: a derivative of the network does not exist there.
+    """
+    for name, total in sums.items():
+        if not bool(total.isfinite().all()):
+            raise FloatingPointError(
+                f"The Fisher information of {name} is not finite: a derivative of the network "
+                "is infinite or undefined for some example, or too large for its type."
+            )
 
 
 def check_outputs(outputs: Any, num_examples: int) -> None:

@@ -51,8 +51,8 @@ class DiagonalFisher(FisherMatrix):
         return dict(zip(self._diagonal, products, strict=True))
 
     def diagonal(self) -> Parameters:
-        """The entries, by parameter."""
-        return dict(self._diagonal)
+        """The entries, by parameter: a copy."""
+        return {name: entries.clone() for name, entries in self._diagonal.items()}
 
     def to_dense(self) -> Tensor:
         """The entries on the diagonal of a ``[p, p]`` matrix."""

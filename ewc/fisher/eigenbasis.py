@@ -60,7 +60,9 @@ class EigenvalueCorrectedProduct(LayerMatrix):
         """
         check_not_negative(damping, "damping")
         damped = self.spectrum + damping
-        if not bool((damped > 0).all()):
+        # Without damping, eigenvalues that are nothing but rounding have no inverse.
+        noise = torch.finfo(damped.dtype).eps * self.spectrum.max() if damping == 0 else 0.0
+        if not bool((damped > noise).all()):
             raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
                 f"The Fisher matrix of {', '.join(self.shapes)} is singular: "
                 "solve takes a damping above 0 there."

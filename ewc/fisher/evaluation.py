@@ -1,13 +1,16 @@
 """The state a network is in while its Fisher information is taken."""
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from ewc.parameters import Parameters
 
 
 @contextmanager
@@ -39,22 +42,57 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for module, mode in modes.items():
                 module.training = mode
             with torch.no_grad():
-                for module, name, buffer, copy in buffers:
-                    if buffer is not None and copy is not None and not torch.equal(buffer, copy):
-                        buffer.copy_(copy)
+                for module, name, buffer, was in buffers:
+                    if buffer is not None and was is not None and not torch.equal(buffer, was):
+                        buffer.copy_(was)
                     module._buffers[name] = buffer
+
+
+def copied(model: nn.Module, weights: Parameters | None = None) -> nn.Module:
+    """A copy of a network in evaluation mode.
+
+    Args:
+        model: the network.
+        weights: the parameters and buffers that the copy has instead of the network's own.
+
+    Raises:
+        RuntimeError: the weights are not those of such a network.
+    """
+    # What hooks compute from parameters (weight normalisation) is no leaf and cannot be
+    # copied; they compute it anew.
+    computed = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and value.grad_fn is not None
+    }
+    own = copy.deepcopy(model, computed).eval()
+    if weights is not None:
+        # A tied weight is one parameter under several names, and stays one.
+        tied: dict[int, nn.Parameter] = {}
+        values: dict[str, Tensor] = dict(weights)
+        for name, old in own.named_parameters(remove_duplicate=False):
+            if name in weights:
+                new = nn.Parameter(weights[name], requires_grad=old.requires_grad)
+                values[name] = tied.setdefault(id(old), new)
+        own.load_state_dict(values, assign=True)
+    return own
 
 
 @contextmanager
 def plain_operations(model: nn.Module) -> Iterator[None]:
-    """Attention and recurrence as operations of their own, not as one fused kernel.
+    """Attention and recurrence as operations of their own, in the parameters' own precision.
 
     A fused kernel hides the uses of weights inside, or has no derivative for several
-    vectors at once.
+    vectors at once.  Autocast around the caller would round the sums; one in the network's
+    own ``forward`` holds.
     """
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.inference_mode(False))
+        for kind in {parameter.device.type for parameter in model.parameters()}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
         if recurrent:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             with warnings.catch_warnings():

@@ -1,8 +1,8 @@
 r"""The Fisher information without a matrix: products through the network itself."""
 
-import copy
+import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.func import functional_call, jvp, vjp
 
 from ewc.fisher.diagonal import DiagonalSum
-from ewc.fisher.evaluation import plain_operations
+from ewc.fisher.evaluation import copied, plain_operations
 from ewc.fisher.krylov import (
     Estimate,
     conjugate_gradients,
@@ -20,17 +20,20 @@ from ewc.fisher.krylov import (
 )
 from ewc.fisher.matrix import Accumulator, FisherMatrix, State, check_not_negative
 from ewc.fisher.pieces import Piece, described, from_description
-from ewc.fisher.pullback import DEFAULT_MEMORY, Chunk
+from ewc.fisher.pullback import DEFAULT_MEMORY, Chunk, Pullback
 from ewc.fisher.tape import Memory, Tape
 from ewc.parameters import (
     Parameters,
     Shapes,
+    accumulation_dtype,
     check_same_shapes,
     flatten,
     padded,
     shapes_of,
     unflatten,
 )
+
+_log = logging.getLogger(__name__)
 
 
 class ImplicitFisher(FisherMatrix):
@@ -77,6 +80,8 @@ class ImplicitFisher(FisherMatrix):
         self.num_examples = num_examples
         self.factor = factor
         self.group = group
+        self._seen = Memory()
+        self._differentiates = True
 
     @classmethod
     def accumulator(cls, parameters: Parameters) -> Accumulator:
@@ -93,16 +98,17 @@ class ImplicitFisher(FisherMatrix):
             RuntimeError: the matrix was loaded without its network.
         """
         check_same_shapes(shapes_of(v), self.shapes, "The vector")
-        parameters = {name: self.weights[name] for name in self.own}
-        direction = {
-            name: v[name][: shape[0]].to(self.weights[name]) if shape else v[name]
-            for name, shape in self.own.items()
-        }
-        total = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
         with plain_operations(self.model):
+            total = {
+                name: torch.zeros(shape, dtype=self.dtype, device=self.device)
+                for name, shape in self.own.items()
+            }
+            direction = {
+                name: v[name][: shape[0]].clone() if shape else v[name].clone()
+                for name, shape in self.own.items()
+            }
             for piece in self.pieces:
-                product = self._product(piece, parameters, direction)
-                for name, tensor in product.items():
+                for name, tensor in self._product(piece, direction).items():
                     total[name] += tensor
         if self.group is not None:
             flat = flatten(total)
@@ -111,7 +117,41 @@ class ImplicitFisher(FisherMatrix):
         scale = self.factor / self.num_examples
         return padded({name: scale * tensor for name, tensor in total.items()}, self.shapes)
 
-    def _product(self, piece: Piece, parameters: Parameters, direction: Parameters) -> Parameters:
+    def _product(self, piece: Piece, direction: Parameters) -> Parameters:
+        if self._differentiates and len(piece.scores):
+            try:
+                return self._derivative(piece, direction)
+            except (NotImplementedError, RuntimeError) as error:
+                # Custom autograd functions, in-place writes and the like. A fault of the
+                # network itself shows again below.
+                _log.info("products by pulled-back vectors: %s", error)
+                self._differentiates = False
+        return self._combination(piece, direction)
+
+    def _combination(self, piece: Piece, direction: Parameters) -> Parameters:
+        """The product from the pulled-back vectors: one pass for every score vector."""
+        total = {name: torch.zeros_like(d, dtype=self.dtype)[None] for name, d in direction.items()}
+        directions = {name: d[None].to(self.dtype) for name, d in direction.items()}
+        for pullbacks in self._pullbacks(piece):
+            along = sum(pullback.project(directions) for pullback in pullbacks)
+            if isinstance(along, Tensor):
+                for pullback in pullbacks:
+                    pullback.add_combinations(along, total)
+        return {name: tensor[0] for name, tensor in total.items()}
+
+    def _pullbacks(self, piece: Piece) -> Iterator[Sequence[Pullback]]:
+        with torch.enable_grad():
+            outputs = piece.arguments(self.model)
+        if outputs.requires_grad and len(piece.scores):
+            parameters: Parameters = {n: self.model.get_parameter(n) for n in self.own}
+            with torch.no_grad():
+                tape = Tape(self.model, parameters, piece.arguments, outputs, self._seen)
+                yield from tape.pullbacks(piece.scores, len(piece.scores), DEFAULT_MEMORY)
+
+    def _derivative(self, piece: Piece, direction: Parameters) -> Parameters:
+        parameters = {name: self.weights[name] for name in self.own}
+        direction = {name: d.to(self.weights[name]) for name, d in direction.items()}
+
         def outputs(values: Parameters) -> Tensor:
             # A copy: a network may write into its input.
             arguments = piece.arguments.map(torch.clone)
@@ -151,19 +191,12 @@ class ImplicitFisher(FisherMatrix):
     def diagonal(self) -> Parameters:
         """The exact diagonal, by parameter: one pass with all score vectors."""
         parameters: Parameters = {n: self.model.get_parameter(n) for n in self.own}
-        total = DiagonalSum(parameters)
-        seen = Memory()
-        with plain_operations(self.model), torch.inference_mode(False):
+        with plain_operations(self.model), torch.no_grad():
+            total = DiagonalSum(parameters)
             for piece in self.pieces:
-                with torch.enable_grad():
-                    outputs = piece.arguments(self.model)
-                if not outputs.requires_grad:
-                    continue
-                with torch.no_grad():
-                    tape = Tape(self.model, parameters, piece.arguments, outputs, seen)
-                    for found in tape.pullbacks(piece.scores, len(piece.scores), DEFAULT_MEMORY):
-                        for pullback in found:
-                            pullback.add_squares(total.total)
+                for pullbacks in self._pullbacks(piece):
+                    for pullback in pullbacks:
+                        pullback.add_squares(total.total)
         flat = flatten(total.total)
         if self.group is not None:
             distributed.all_reduce(flat, group=self.group)
@@ -239,8 +272,8 @@ class ImplicitFisher(FisherMatrix):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point type of the parameters."""
-        return self.weights[next(iter(self.own))].dtype
+        """The floating-point type of the products: single precision at least."""
+        return accumulation_dtype(self.weights[next(iter(self.own))].dtype)
 
     def attached(self, model: nn.Module) -> "ImplicitFisher":
         """The matrix with a copy of a network, which takes this matrix's parameters.
@@ -248,9 +281,8 @@ class ImplicitFisher(FisherMatrix):
         Raises:
             ValueError: the network has other parameters.
         """
-        own = copy.deepcopy(model).eval()
         try:
-            own.load_state_dict(self.weights, assign=True)
+            own = copied(model, self.weights)
         except RuntimeError as error:
             raise ValueError(
                 f"{type(model).__name__} does not fit the saved Fisher matrix: {error}"
@@ -284,6 +316,19 @@ class ImplicitFisher(FisherMatrix):
             "group": self.group,
         }
         return ImplicitFisher(**(now | changes))
+
+    def description(self) -> State:
+        """What :meth:`state` returns, and the name of the structure with it.
+
+        Raises:
+            ValueError: the data are spread over several processes.
+        """
+        if self.group is not None:
+            raise ValueError(
+                "A matrix-free Fisher whose data are spread over processes cannot be saved: "
+                "this process has a part of them only; compute it without a group."
+            )
+        return super().description()
 
     def state(self) -> State:
         """The network's parameters and buffers, and the data."""
@@ -347,7 +392,7 @@ class PieceList(Accumulator):
         """
         if self.model is None:
             raise ValueError("A matrix-free Fisher needs an example in every process.")
-        model = copy.deepcopy(self.model).eval()
+        model = copied(self.model)
         weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         return ImplicitFisher(
             model,

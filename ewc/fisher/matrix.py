@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ewc.fisher.pullback import Chunk
-from ewc.parameters import Parameters, Shapes, dot, flatten, unflatten
+from ewc.parameters import (
+    Parameters,
+    Shapes,
+    check_same_shapes,
+    dot,
+    flatten,
+    shapes_of,
+    unflatten,
+)
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """A matrix as tensors by name, and a description that JSON can hold."""
@@ -151,11 +159,13 @@ class FisherMatrix(ABC):
         r"""The solution of :math:`(F + \delta I) u = v`, ``damping`` being :math:`\delta`.
 
         Raises:
-            ValueError: ``damping`` is negative or not finite.
+            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
             torch.linalg.LinAlgError: the damped matrix is not positive definite.
         """
+        check_same_shapes(shapes_of(v), self.shapes, "The right-hand side")
         factor = torch.linalg.cholesky(self._damped(damping))
-        return unflatten(torch.cholesky_solve(flatten(v)[:, None], factor)[:, 0], self.shapes)
+        flat = flatten({name: v[name] for name in self.shapes})
+        return unflatten(torch.cholesky_solve(flat[:, None], factor)[:, 0], self.shapes)
 
     def logdet(self, damping: float) -> Tensor:
         r""":math:`\log \det (F + \delta I)`, a scalar; ``-inf`` where it is singular.
@@ -192,6 +202,10 @@ class FisherMatrix(ABC):
         return self.scaled(factor)
 
     __rmul__ = __mul__
+
+    def __radd__(self, nothing: int) -> "FisherMatrix":
+        """The matrix itself behind ``0``, with which ``sum(matrices)`` starts."""
+        return self if nothing == 0 else NotImplemented
 
     # --- what all structures share ----------------------------------------------------
 

@@ -16,7 +16,7 @@ from torch.func import functional_call, vjp, vmap
 
 from ewc.fisher.arguments import Arguments
 from ewc.fisher.pullback import Pullback
-from ewc.parameters import Parameters, Shapes
+from ewc.parameters import Parameters, Shapes, accumulation_dtype
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class PerExample(Pullback):
         self.arguments = arguments
         self.scores = scores
         self.num_vectors, self.num_examples = scores.shape[:2]
-        self.dtype = scores.dtype
+        self.dtype = accumulation_dtype(model.get_parameter(next(iter(shapes))).dtype)
         self.memory = memory
         self.vectorises = vectorises
 
@@ -68,6 +68,10 @@ class PerExample(Pullback):
 
     def per_example(self, examples: slice) -> Parameters:
         """All examples at once where the network allows it, else one after the other."""
+        vectors = self._gradients(examples)
+        return {name: tensor.to(self.dtype) for name, tensor in vectors.items()}
+
+    def _gradients(self, examples: slice) -> Parameters:
         arguments, scores = self.arguments[examples], self.scores[:, examples]
         key = tuple(self.shapes)
         if self.vectorises.get(key, True):

@@ -3,13 +3,16 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from ewc.fisher.compute import fisher_information
 from ewc.fisher.diagonal import DiagonalFisher
 from ewc.fisher.estimators import MonteCarlo
 from ewc.fisher.krylov import Estimate
 from ewc.fisher.matrix import Configured, FisherMatrix
+from ewc.fisher.pullback import DEFAULT_MEMORY
 from ewc.likelihoods import Categorical, Likelihood
 from ewc.parameters import Selection
 
@@ -23,6 +26,8 @@ def sampled_fisher(
     seed: int = 0,
     structure: type[FisherMatrix] | Configured[Any] = DiagonalFisher,
     parameters: Sequence[Selection] | None = None,
+    memory: int = DEFAULT_MEMORY,
+    group: ProcessGroup | None = None,
 ) -> tuple[FisherMatrix, Estimate]:
     r"""A Monte Carlo Fisher matrix, and its trace with a standard error.
 
@@ -36,9 +41,11 @@ def sampled_fisher(
         data: batches, read ``num_samples`` times.
         likelihood: what the outputs mean.
         num_samples: ``S``, two or more.
-        seed: of the first matrix; the others count on.
+        seed: of the draws; other seeds give independent ones.
         structure: what of the matrix to keep.
         parameters: restricts the matrix to some parameters.
+        memory: see :func:`~ewc.fisher.compute.fisher_information`.
+        group: likewise.
 
     Returns:
         The matrix, and the estimate of its trace in nats per squared unit.
@@ -55,14 +62,17 @@ def sampled_fisher(
         )
     total: FisherMatrix | None = None
     traces = []
-    for number in range(num_samples):
+    generator = torch.Generator().manual_seed(seed)
+    for draws in torch.randint(2**40, (num_samples,), generator=generator).tolist():
         fisher = fisher_information(
             model,
             data,
             likelihood,
-            estimator=MonteCarlo(1, seed + number),
+            estimator=MonteCarlo(1, draws),
             structure=structure,
             parameters=parameters,
+            memory=memory,
+            group=group,
         )
         traces.append(float(fisher.trace()))
         total = fisher if total is None else total + fisher

@@ -27,19 +27,21 @@ class SumFisher(FisherMatrix):
 
     Args:
         terms: matrices over the same parameters; a sum among them is taken apart.
+        num_examples: the examples behind the mean; those of all terms together if ``None``.
 
     Raises:
         ValueError: the parameters of the terms differ.
     """
 
-    def __init__(self, terms: Sequence[FisherMatrix]) -> None:
+    def __init__(self, terms: Sequence[FisherMatrix], num_examples: int | None = None) -> None:
         self.terms: list[FisherMatrix] = []
         for term in terms:
             self.terms.extend(term.terms if isinstance(term, SumFisher) else [term])
         self.shapes = self.terms[0].shapes
         for term in self.terms[1:]:
             check_same_shapes(term.shapes, self.shapes, "The other Fisher matrix")
-        self.num_examples = sum(term.num_examples for term in self.terms)
+        together = sum(term.num_examples for term in terms)
+        self.num_examples = together if num_examples is None else num_examples
 
     @classmethod
     def accumulator(cls, _parameters: Parameters) -> NoReturn:
@@ -74,15 +76,15 @@ class SumFisher(FisherMatrix):
 
     def scaled(self, factor: float) -> "SumFisher":
         """Every term times ``factor``."""
-        return SumFisher([term.scaled(factor) for term in self.terms])
+        return SumFisher([term.scaled(factor) for term in self.terms], self.num_examples)
 
     def embedded(self, shapes: Shapes) -> "SumFisher":
         """Every term over more parameters."""
-        return SumFisher([term.embedded(shapes) for term in self.terms])
+        return SumFisher([term.embedded(shapes) for term in self.terms], self.num_examples)
 
     def attached(self, model: nn.Module) -> "SumFisher":
         """The terms with the network that matrix-free ones among them need."""
-        return SumFisher([term.attached(model) for term in self.terms])
+        return SumFisher([term.attached(model) for term in self.terms], self.num_examples)
 
     def solve(self, v: Mapping[str, Tensor], damping: float) -> Parameters:
         r"""The solution of :math:`(\sum_t F_t + \delta I) u = v`.
@@ -103,9 +105,9 @@ class SumFisher(FisherMatrix):
     def state(self) -> State:
         """The tensors of all terms, numbered; a description a term."""
         tensors, about = joined_states(self.terms)
-        return tensors, {"terms": about}
+        return tensors, {"terms": about, "num_examples": self.num_examples}
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
         """The sum of the terms described."""
-        return cls(split_states(tensors, about["terms"]))
+        return cls(split_states(tensors, about["terms"]), about["num_examples"])

@@ -11,6 +11,7 @@ structure of the graph that comes up.  All other parameters go to
 :class:`~ewc.fisher.per_example.PerExample`.
 """
 
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,11 @@ RULES: dict[str, type[Operation]] = {
 
 BATCH_FIRST = Rows(outer=1, inner=None)
 TIME_FIRST = Rows(outer=None, inner=1)
+
+MOVES_ROWS = re.compile(
+    "^(Index|Gather|Scatter|Take|Masked(Select|Scatter)|Sort|Cpp|_?Pack)|Backward$"
+)
+"""Nodes that may put rows elsewhere for every batch; one's own functions end so, unnumbered."""
 
 FEW = 4
 """Examples on which a graph is tried out."""
@@ -95,6 +101,7 @@ class Tape:
         shapes = [operation.output._input_metadata[0].shape for operation in self.operations]
         per_example = [prod(shape) / self.num_examples for shape in shapes]
         self.signature: Signature = (*graph.kinds, *uses, *per_example)
+        self.lasting = not any(MOVES_ROWS.search(kind) for kind in graph.kinds)
 
     @property
     def edges(self) -> list[GradientEdge]:
@@ -135,7 +142,8 @@ class Tape:
             if self.operations:
                 gradients = self._pulled_back(part, retain_graph=not last)
                 for operation, gradient in zip(self.operations, gradients, strict=True):
-                    g = operation.rows_of(gradient.to(accumulation_dtype(gradient.dtype)))
+                    dtype = self.parameters[operation.views[0].name].dtype
+                    g = operation.rows_of(gradient.to(accumulation_dtype(dtype)))
                     rows = layouts[id(operation)]
                     assert rows is not None
                     found.append(operation.pullback(g, rows, self.num_examples, memory))
@@ -153,6 +161,12 @@ class Tape:
                 if found is not None:
                     return found
         return one_by_one(self.outputs, self.edges, scores, retain_graph=retain_graph)
+
+    def _one_at_a_time(self, shapes: Shapes, scores: Tensor, memory: int) -> PerExample:
+        seen = self.memory.vectorises
+        return PerExample(
+            self.model, shapes, self.arguments, scores, memory=memory, vectorises=seen
+        )
 
     # --- what is tried out on a few examples ----------------------------------------------
 
@@ -181,16 +195,11 @@ class Tape:
         weights = weights.to(scores)
         score = torch.einsum("k,knc->nc", weights, scores)[None]
         plain = one_by_one(self.outputs, self.edges, score, retain_graph=True)
-        return all(
-            bool((torch.tensordot(weights, g, 1) - h[0]).norm() <= 0.01 * h.norm())
-            for g, h in zip(found, plain, strict=True)
-        )
-
-    def _one_at_a_time(self, shapes: Shapes, scores: Tensor, memory: int) -> PerExample:
-        seen = self.memory.vectorises
-        return PerExample(
-            self.model, shapes, self.arguments, scores, memory=memory, vectorises=seen
-        )
+        for g, h in zip(found, plain, strict=True):
+            gap = torch.tensordot(weights.to(g.dtype), g, 1) - h[0]
+            if not bool(gap.norm() <= max(0.01, 16 * torch.finfo(g.dtype).eps) * h.norm()):
+                return False
+        return True
 
     # --- which example a row belongs to -------------------------------------------------
 
@@ -200,6 +209,8 @@ class Tape:
             return [BATCH_FIRST] * len(self.operations)
         if self.signature in self.memory.rows:
             return self.memory.rows[self.signature]
+        if not self.lasting:
+            return self.probed(scores)[0]
         few = self._few()
         rows, certain = few.probed(scores)
         if not certain and few is not self:
@@ -209,7 +220,10 @@ class Tape:
         return rows
 
     def probed(self, scores: Tensor) -> tuple[list[Rows | None], bool]:
-        """The rows of every operation, and whether all of them can be told from this batch."""
+        """The rows of every operation, and whether they are the same for other batches.
+
+        They are if there is no other way to read the gradients of this one.
+        """
         if not self.operations:
             return [], True
         n = self.num_examples
@@ -229,8 +243,9 @@ class Tape:
         for operation, one, other in zip(self.operations, plain, scaled, strict=True):
             before, after = operation.rows_of(one)[0], operation.rows_of(other)[0]
             before, after = (g.reshape(len(g), -1) for g in (before, after))
-            certain = certain and bool(before.any())
-            rows.append(matching_rows(before, after, factors))
+            found = matching_rows(before, after, factors)
+            certain = certain and len(found) < 2 and bool(before.any())
+            rows.append(found[0] if found else None)
         return rows, certain
 
 
@@ -260,8 +275,8 @@ def restricted(operations: Sequence[Operation], unknown: set[str]) -> list[Opera
     return [operation for operation in operations if operation.views]
 
 
-def matching_rows(before: Tensor, after: Tensor, factors: Tensor) -> Rows | None:
-    """The layout by which rows were scaled by their example's factor, ``None`` if there is none.
+def matching_rows(before: Tensor, after: Tensor, factors: Tensor) -> list[Rows]:
+    """The layouts by which rows may have been scaled by their example's factor.
 
     Args:
         before: gradients, ``[rows, ...]``.
@@ -270,17 +285,19 @@ def matching_rows(before: Tensor, after: Tensor, factors: Tensor) -> Rows | None
     """
     n, rows = len(factors), before.shape[0]
     if rows % n:
-        return None
+        return []
     length = rows // n
-    layouts = [BATCH_FIRST, TIME_FIRST]
+    layouts = [BATCH_FIRST, TIME_FIRST] if length > 1 else [BATCH_FIRST]
     layouts += [Rows(d, length // d) for d in range(2, length) if length % d == 0]
+    factors = factors.to(before.dtype)
+    found = []
     for layout in layouts:
         outer = length // (layout.inner or 1) if layout.outer is None else layout.outer
         scale = factors.repeat_interleave(length // outer).repeat(outer)
         # Far from rounding, which is exact here, and from a factor of 2.
         if torch.allclose((before.T * scale).T, after, rtol=0.1, atol=0.0):
-            return layout
-    return None
+            found.append(layout)
+    return found
 
 
 def merged(pullbacks: Sequence[Pullback]) -> list[Pullback]:

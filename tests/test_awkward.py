@@ -1,0 +1,404 @@
+"""Networks, data and surroundings in which a careless Fisher matrix would be silently wrong."""
+
+import logging
+
+import pytest
+import reference
+import torch
+from networks import Derivative, LiesToVmap, Opaque, TiedWeights, TwoHeads
+from torch import nn
+from torch.nn import functional
+
+from ewc import (
+    BlockDiagonalFisher,
+    DenseFisher,
+    DiagonalFisher,
+    EigenvalueCorrectedFisher,
+    Exact,
+    FisherMatrix,
+    ImplicitFisher,
+    KroneckerFisher,
+    LowRankFisher,
+    fisher_information,
+    sampled_fisher,
+)
+from ewc.fisher import compute, sampling
+from ewc.parameters import flatten
+
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+STRUCTURES = [
+    DiagonalFisher,
+    BlockDiagonalFisher,
+    KroneckerFisher,
+    EigenvalueCorrectedFisher,
+    DenseFisher,
+    LowRankFisher,
+    ImplicitFisher,
+]
+every_structure = pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: s.__name__)
+
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 4)
+        self.head = nn.Linear(4, 3)
+
+
+class SumOverTime(Body):
+    """Rows go time first; how many there are depends on the batch."""
+
+    def forward(self, x, lengths):
+        return self.head(torch.tanh(self.inner(x.transpose(0, 1))).sum((0, 2)))
+
+
+class LastToken(Body):
+    """Only one row of an example has a gradient; which one depends on the data."""
+
+    def forward(self, x, lengths):
+        hidden = torch.tanh(self.inner(x.transpose(0, 1)[:, :, 0]))
+        return self.head(hidden[lengths - 1, torch.arange(len(lengths))])
+
+
+class Sorted(Body):
+    """Rows in an order that the data decide; in the first batch it is the examples' own."""
+
+    def forward(self, x, lengths):
+        order = x[:, 0, 0, 0].argsort()
+        return self.head(torch.tanh(self.inner(x[order, 0, 0]))[order.argsort()])
+
+
+class Unpadded(Body):
+    """As many rows as there are tokens; in the first batch as many for every example."""
+
+    def forward(self, x, lengths):
+        mask = torch.arange(x.shape[1]) < lengths[:, None]
+        hidden = x.new_zeros(*x.shape[:2], 4)
+        hidden[mask] = torch.tanh(self.inner(x[mask][:, 0]))
+        return self.head(hidden.sum(1))
+
+
+class Swaps(torch.autograd.Function):
+    """Sorts rows by their first entry, behind autograd's back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.order = x[:, 0].argsort()
+        return x[ctx.order]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient[ctx.order.argsort()]
+
+
+class SortedByFunction(Body):
+    def forward(self, x, lengths):
+        order = x[:, 0, 0, 0].argsort().argsort()
+        return self.head(torch.tanh(self.inner(Swaps.apply(x[:, 0, 0]))))[order]
+
+
+@pytest.mark.parametrize("build", [SumOverTime, LastToken, Sorted, Unpadded, SortedByFunction])
+def test_what_one_batch_shows_is_not_taken_for_granted(build):
+    torch.manual_seed(0)
+    model = build().double()
+    data, examples = [], []
+    for length, lengths in [(2, [2, 2]), (4, [1, 3]), (8, [1, 8]), (8, [3, 2]), (2, [1, 1])]:
+        x = torch.randn(2, length, 3, 3, dtype=torch.float64)
+        if not data:
+            x = x[x[:, 0, 0, 0].argsort()]
+        data.append(({"x": x, "lengths": torch.tensor(lengths)}, torch.zeros(2, dtype=torch.long)))
+        examples += zip(x, torch.tensor(lengths), strict=True)
+    expected = reference.categorical_fisher(model, examples)
+    for order in (data, data[::-1]):
+        found = fisher_information(model, order, structure=DenseFisher)
+        torch.testing.assert_close(found.to_dense(), expected, **EXACT)
+
+
+class CastAround(nn.Module):
+    """Computes in another type than the parameters', and than the outputs'."""
+
+    def __init__(self, parameters, inside, outside):
+        super().__init__()
+        self.first = nn.Linear(4, 5).to(parameters)
+        self.last = nn.Linear(5, 3).to(parameters)
+        self.types = inside, outside
+
+    def forward(self, x):
+        inside, outside = self.types
+        x = x.to(inside)
+        for layer in (self.first, self.last):
+            x = functional.linear(x, layer.weight.to(inside), layer.bias.to(inside)).tanh()
+        return x.to(outside)
+
+
+@every_structure
+@pytest.mark.parametrize(
+    ("types", "tolerance"),
+    [
+        ((torch.float64, torch.float32, torch.float32), 1e-5),
+        ((torch.float32, torch.float64, torch.float64), 1e-5),
+        ((torch.float32, torch.float32, torch.float64), 1e-5),
+        ((torch.bfloat16, torch.bfloat16, torch.float32), 0.05),
+        ((torch.float32, torch.bfloat16, torch.float32), 0.05),
+    ],
+)
+def test_types_may_change_inside_a_network(structure, types, tolerance):
+    torch.manual_seed(0)
+    model = CastAround(*types)
+    x, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    wide = CastAround(*[torch.float64] * 3)
+    wide.load_state_dict(model.state_dict())
+    fisher = fisher_information(model, [(x, y)], structure=structure)
+    expected = fisher_information(wide, [(x.double(), y)], structure=structure)
+    v = {n: torch.randn(s, dtype=torch.float64) for n, s in fisher.shapes.items()}
+    narrow = {n: t.to(fisher.dtype) for n, t in v.items()}
+    for verb in ("matvec", "quadratic_form"):
+        found, right = getattr(fisher, verb)(narrow), getattr(expected, verb)(v)
+        if isinstance(found, dict):
+            found, right = flatten(found), flatten(right)
+        assert float((found - right).norm()) <= tolerance * float(right.norm())
+    assert float(fisher.trace()) == pytest.approx(float(expected.trace()), rel=tolerance)
+    solved = flatten(fisher.solve(narrow, 0.1)).double()
+    right = flatten(expected.solve(v, 0.1))
+    assert float((solved - right).norm()) <= 2 * tolerance * float(right.norm())
+    assert fisher.eigenvalues().shape == (fisher.num_parameters,)
+
+
+@every_structure
+def test_surroundings_change_nothing(structure):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    expected = fisher_information(model, [(x, y)], structure=structure)
+    v = {n: torch.randn(s) for n, s in expected.shapes.items()}
+    product = expected.matvec(v)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fisher_information(model, [(x, y)], structure=structure)
+    torch.testing.assert_close(found.matvec(v), product)
+    with torch.inference_mode():
+        data = [(x + 0, y + 0)]
+        inside = fisher_information(model, data, structure=structure)
+        torch.testing.assert_close(inside.matvec({n: t + 0 for n, t in v.items()}), product)
+        torch.testing.assert_close(inside.diagonal(), expected.diagonal())
+    torch.testing.assert_close(inside.matvec(v), product)
+    torch.testing.assert_close(
+        fisher_information(model, data, structure=structure).matvec(v), product
+    )
+
+
+@every_structure
+def test_vectors_go_by_name_not_by_order(structure):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    data = [(torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2]))]
+    one = fisher_information(model, data, structure=structure)
+    v = {n: torch.randn(s, dtype=torch.float64) for n, s in one.shapes.items()}
+    turned = dict(reversed(v.items()))
+    for fisher in (one, sum([one, one])):
+        for verb, options in (("matvec", ()), ("quadratic_form", ()), ("solve", (0.1,))):
+            found, same = (getattr(fisher, verb)(u, *options) for u in (v, turned))
+            if isinstance(found, dict):
+                assert found.keys() == same.keys()
+            torch.testing.assert_close(found, same, rtol=1e-8, atol=1e-10)
+        with pytest.raises(ValueError, match=r"lacks parameter '0\.weight'"):
+            fisher.solve({n: t for n, t in v.items() if n != "0.weight"}, 0.1)
+    before = float(one.trace())
+    for entries in one.diagonal().values():
+        entries.zero_()
+    assert float(one.trace()) == before
+
+
+@pytest.mark.parametrize("build", [Opaque, Derivative, LiesToVmap])
+def test_products_without_a_matrix_of_any_network(build, caplog):
+    torch.manual_seed(0)
+    model = build().double()
+    width = next(p.shape[1] for p in model.parameters() if p.dim() == 2)
+    data = [(torch.randn(5, width, dtype=torch.float64), torch.zeros(5, dtype=torch.long))]
+    expected = fisher_information(model, data, structure=DenseFisher).to_dense()
+    with caplog.at_level(logging.INFO):
+        found = fisher_information(model, data, structure=ImplicitFisher).to_dense()
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_matrix_free_copies_keep_ties_factors_and_hooks(tmp_path):
+    torch.manual_seed(0)
+    tied = TiedWeights().double()
+    hooked = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(hooked[0])
+    for model in (tied, hooked):
+        width = next(p.shape[1] for p in model.parameters() if p.dim() == 2 and p.shape[1] > 1)
+        x = torch.randn(5, width, dtype=torch.float64)
+        model(x)
+        data = [(x, torch.zeros(5, dtype=torch.long))]
+        expected = 3.0 * fisher_information(model, data, structure=DenseFisher).to_dense()
+        fisher = 3.0 * fisher_information(model, data, structure=ImplicitFisher)
+        fisher.save(tmp_path / "fisher")
+        bare = FisherMatrix.load(tmp_path / "fisher")
+        for copy in (fisher, bare.attached(model), fisher.to(dtype=torch.float64)):
+            torch.testing.assert_close(copy.to_dense(), expected, rtol=1e-8, atol=1e-10)
+
+
+@every_structure
+def test_nothing_to_learn_is_a_matrix_of_zeros(structure):
+    data = [(torch.randn(5, 4), torch.zeros(5, dtype=torch.long))]
+    fisher = fisher_information(nn.Linear(4, 1), data, structure=structure)
+    assert float(fisher.trace()) == 0.0
+    v = {n: torch.ones(s) for n, s in fisher.shapes.items()}
+    torch.testing.assert_close(fisher.solve(v, 0.5), {n: 2.0 * t for n, t in v.items()})
+
+
+def test_memory_is_shared_out_anew_for_every_shape(monkeypatch):
+    torch.manual_seed(0)
+    sizes = {}
+
+    class Watched(compute.Tape):
+        def __init__(self, model, parameters, arguments, outputs, memory):
+            super().__init__(model, parameters, arguments, outputs, memory)
+            (x,) = arguments.tensors()
+            sizes[x.shape[1]] = max(sizes.get(x.shape[1], 0), x.shape[0])
+
+    monkeypatch.setattr(compute, "Tape", Watched)
+    layer = nn.Linear(3, 8)
+    model = nn.Sequential(layer, nn.Tanh(), nn.Flatten(1, 1), nn.Linear(8, 8))
+    model.forward = lambda x: model[1](layer(x)).mean(1)
+    data = [
+        (torch.randn(400, length, 3), torch.zeros(400, dtype=torch.long)) for length in (4, 256)
+    ]
+    fisher_information(model, data, memory=2_000_000)
+    assert sizes[256] * 16 < sizes[4]
+
+
+def test_a_derivative_that_does_not_exist_is_named():
+    model = nn.Linear(3, 2)
+    model.forward = lambda x: (model.weight @ x.T).T.square().sqrt()
+    data = [(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))]
+    with pytest.raises(FloatingPointError, match="The Fisher information of weight is not finite"):
+        fisher_information(model, data)
+
+
+def test_sampled_matrices_know_their_examples_and_draw_apart(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    data = [(torch.randn(10, 4), torch.zeros(10, dtype=torch.long))]
+    fisher, _ = sampled_fisher(model, data, num_samples=4, structure=LowRankFisher)
+    fisher.save(tmp_path / "fisher")
+    for copy in (fisher, 2.0 * fisher, FisherMatrix.load(tmp_path / "fisher")):
+        assert copy.num_examples == 10
+    # Seeds next to each other share no draw.
+    draws = []
+    kind = sampling.MonteCarlo
+    monkeypatch.setattr(sampling, "MonteCarlo", lambda *a: draws.append(a[1]) or kind(*a))
+    for seed in range(5):
+        sampled_fisher(model, data, num_samples=10, seed=seed)
+    assert len(set(draws)) == 50
+
+
+class Shift(nn.Module):
+    """Outputs that are moved by the parameters: the Jacobian is the identity."""
+
+    def __init__(self):
+        super().__init__()
+        self.by = nn.Parameter(torch.zeros(10, dtype=torch.float64))
+
+    def forward(self, x):
+        return x + self.by
+
+
+@pytest.mark.parametrize("tolerance", [0.3, 0.1, 0.01])
+def test_tolerance_bounds_the_share_of_every_example(tolerance):
+    torch.manual_seed(0)
+    missing = []
+    for x in 3 * torch.randn(40, 1, 10, dtype=torch.float64):
+        data = [(x, torch.tensor([0]))]
+        exact = fisher_information(Shift(), data).trace()
+        found = fisher_information(Shift(), data, estimator=Exact(tolerance)).trace()
+        missing.append(float(1 - found / exact))
+    assert max(missing) <= tolerance
+    assert max(missing) > 0.5 * tolerance  # and it is made use of
+
+
+def test_kronecker_factors_over_batches_of_different_lengths():
+    torch.manual_seed(0)
+    model = SumOverTime().double()
+    batches = [
+        (
+            {"x": torch.randn(2, t, 3, 3, dtype=torch.float64), "lengths": torch.tensor([1, 1])},
+            torch.zeros(2, dtype=torch.long),
+        )
+        for t in (2, 5)
+    ]
+    both, *single = (
+        fisher_information(model, data, structure=KroneckerFisher)
+        for data in (batches, batches[:1], batches[1:])
+    )
+    for block, first, second in zip(both.blocks, *(s.blocks for s in single), strict=True):
+        torch.testing.assert_close(block.inputs, (first.inputs + second.inputs) / 2, **EXACT)
+        torch.testing.assert_close(block.outputs, (first.outputs + second.outputs) / 2, **EXACT)
+
+
+def test_a_layer_that_some_examples_skip():
+    torch.manual_seed(0)
+    model = TwoHeads().double()
+    width = next(p.shape[1] for p in model.parameters() if p.dim() == 2)
+    data = [
+        (
+            torch.randn(n, width, dtype=torch.float64),
+            torch.zeros(n, dtype=torch.long),
+            torch.full((n,), t),
+        )
+        for n, t in ((2, 0), (6, 1))
+    ]
+    fisher = fisher_information(model, data, structure=KroneckerFisher)
+    shares = {
+        name: float(block.inputs[0, -1, -1]) for block in fisher.blocks for name in block.shapes
+    }
+    heads = sorted(share for name, share in shares.items() if "head" in name and "bias" in name)
+    assert heads == pytest.approx([0.25, 0.75])
+
+
+class AnyArguments(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x, scale):
+        return self.layer(x) * scale[:, None]
+
+
+def test_wrappers_pass_on_what_a_batch_has():
+    torch.manual_seed(0)
+    model, y = Scaled(), torch.zeros(5, dtype=torch.long)
+    x, scale = torch.randn(5, 4), torch.rand(5)
+    expected = fisher_information(model, [(x, y, scale)]).diagonal()
+    for batch in ((x, y, scale), ({"x": x, "scale": scale}, y)):
+        found = fisher_information(AnyArguments(model), [batch]).diagonal()
+        torch.testing.assert_close(list(found.values()), list(expected.values()))
+
+
+def test_mistakes_in_the_arguments_are_named():
+    tied = TiedWeights()
+    width = next(p.shape[1] for p in tied.parameters() if p.dim() == 2)
+    data = [(torch.randn(5, width), torch.zeros(5, dtype=torch.long))]
+    names = [n for n, _ in tied.named_parameters(remove_duplicate=False)]
+    second = next(n for n in names if n not in dict(tied.named_parameters()))
+    (only,) = fisher_information(tied, data, parameters=[second]).shapes
+    assert tied.get_parameter(only) is tied.get_parameter(second)
+    with pytest.raises(ValueError, match="The selection of parameters is empty"):
+        fisher_information(tied, data, parameters=[])
+    with pytest.raises(TypeError, match="'diagonal' is no structure: a class such as"):
+        fisher_information(tied, data, structure="diagonal")
+    for memory in (1e6, None):
+        with pytest.raises(ValueError, match="it must be a whole number of bytes above 0"):
+            fisher_information(tied, data, memory=memory)
+    with pytest.raises(ValueError, match=r"Batch 0 is a tuple \(ndarray, Tensor\): the data must"):
+        fisher_information(tied, [(data[0][0].numpy(), data[0][1])])
