@@ -12,7 +12,7 @@ from avalanche.training.plugins import SupervisedPlugin
 
 from ewc.consolidation import Consolidation, Separate
 from ewc.fisher import DiagonalFisher, Estimator, Exact, FisherMatrix, fisher_information
-from ewc.fisher.matrix import Configured
+from ewc.fisher.accumulator import Configured
 from ewc.likelihoods import Categorical, Likelihood
 from ewc.penalty import EWCPenalty
 

@@ -8,7 +8,8 @@ from avalanche.training.plugins import SupervisedPlugin
 from ewc import DiagonalFisher, Exact, FisherMatrix, Online, Separate
 from ewc.consolidation import Consolidation
 from ewc.fisher import Estimator
-from ewc.fisher.matrix import Configured, check_not_negative
+from ewc.fisher.accumulator import Configured
+from ewc.fisher.matrix import check_not_negative
 from ewc.plugin import EWCPlugin
 from experiments.loaders import InMemoryJoint, InMemoryNaive
 

@@ -235,6 +235,7 @@ def test_matrix_free_copies_keep_ties_factors_and_hooks(tmp_path):
         fisher = 3.0 * fisher_information(model, data, structure=ImplicitFisher)
         fisher.save(tmp_path / "fisher")
         bare = FisherMatrix.load(tmp_path / "fisher")
+        assert repr(bare).endswith("without its network)")
         for copy in (fisher, bare.attached(model), fisher.to(dtype=torch.float64)):
             torch.testing.assert_close(copy.to_dense(), expected, rtol=1e-8, atol=1e-10)
 

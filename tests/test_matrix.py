@@ -150,7 +150,7 @@ def test_saved_matrices_come_back_the_same(fisher, tmp_path):
     if isinstance(fisher, ImplicitFisher):
         with pytest.raises(RuntimeError, match="loaded without its network"):
             loaded.trace()
-        loaded = FisherMatrix.load(path, fisher.model)
+        loaded = FisherMatrix.load(path, fisher.products.model)
     assert type(loaded) is type(fisher)
     assert loaded.num_examples == fisher.num_examples
     assert list(loaded.shapes.items()) == list(fisher.shapes.items())

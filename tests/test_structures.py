@@ -28,7 +28,7 @@ from ewc import (
     fisher_information,
 )
 from ewc.fisher.eigenbasis import EigenvalueCorrectedProduct
-from ewc.fisher.kronecker import KroneckerProduct
+from ewc.fisher.kronecker_product import KroneckerProduct
 from ewc.parameters import flatten, unflatten
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}

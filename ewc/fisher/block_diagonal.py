@@ -6,10 +6,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from ewc.fisher.accumulator import Accumulator
 from ewc.fisher.composite import joined_states, split_states
 from ewc.fisher.dense import BlockSums, DenseFisher
 from ewc.fisher.diagonal import DiagonalFisher
-from ewc.fisher.matrix import Accumulator, FisherMatrix, State
+from ewc.fisher.matrix import FisherMatrix, State
 from ewc.fisher.pullback import Chunk
 from ewc.parameters import Parameters, Shapes, check_same_shapes, shapes_of
 

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from ewc.fisher.accumulator import Accumulator, Configured
 from ewc.fisher.arguments import Arguments, Caller
 from ewc.fisher.diagonal import DiagonalFisher
 from ewc.fisher.distributed import joined, rank_in
 from ewc.fisher.estimators import Estimator, Exact
 from ewc.fisher.evaluation import plain_operations, undisturbed
-from ewc.fisher.matrix import Accumulator, Configured, FisherMatrix
+from ewc.fisher.matrix import FisherMatrix
 from ewc.fisher.pullback import DEFAULT_MEMORY, Chunk
 from ewc.fisher.tape import Memory, Tape
 from ewc.likelihoods import Categorical, Likelihood

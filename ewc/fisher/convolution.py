@@ -10,10 +10,11 @@ from torch.nn import functional
 
 from ewc.fisher.gram import Block, RowBlock
 from ewc.fisher.graph import Graph, Uses
-from ewc.fisher.layers import Operation, Rows
+from ewc.fisher.layers import Operation
 from ewc.fisher.outer import Factors, OuterProducts, WeightLayout
 from ewc.fisher.patches import Grid, add_patch_gram, add_patch_squares
 from ewc.fisher.pullback import Pullback, Stored
+from ewc.fisher.rows import Rows
 from ewc.fisher.squares import by_pairs
 
 LAG_CHANNELS = 8

@@ -6,8 +6,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ewc.fisher.accumulator import Accumulator
 from ewc.fisher.gram import add_gram
-from ewc.fisher.matrix import Accumulator, FisherMatrix, State
+from ewc.fisher.matrix import FisherMatrix, State
 from ewc.fisher.pullback import Chunk, Pullback, slices
 from ewc.parameters import (
     Parameters,

@@ -6,7 +6,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ewc.fisher.matrix import Accumulator, FisherMatrix, State, check_not_negative
+from ewc.fisher.accumulator import Accumulator
+from ewc.fisher.matrix import FisherMatrix, State, check_not_negative
 from ewc.fisher.pullback import Chunk
 from ewc.parameters import (
     Parameters,

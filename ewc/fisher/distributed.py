@@ -4,7 +4,7 @@ import torch
 from torch import distributed
 from torch.distributed import ProcessGroup
 
-from ewc.fisher.matrix import Accumulator
+from ewc.fisher.accumulator import Accumulator
 
 _DIGIT = 2**20
 """Counts travel with the sums as two digits that single precision holds exactly."""

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ewc.fisher.accumulator import Accumulator
 from ewc.fisher.block_diagonal import BlockDiagonalFisher
 from ewc.fisher.eigenbasis import EigenvalueCorrectedProduct
-from ewc.fisher.kronecker import KroneckerProduct, KroneckerSum
+from ewc.fisher.kronecker import KroneckerSum
+from ewc.fisher.kronecker_product import KroneckerProduct
 from ewc.fisher.lookups import Lookups
-from ewc.fisher.matrix import Accumulator, FisherMatrix
+from ewc.fisher.matrix import FisherMatrix
 from ewc.fisher.outer import OuterProducts
 from ewc.fisher.pullback import Chunk
 from ewc.fisher.squares import add_outer_squares

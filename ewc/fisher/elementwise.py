@@ -9,9 +9,10 @@ from typing import Any, Self
 from torch import Tensor
 
 from ewc.fisher.graph import Graph, Uses
-from ewc.fisher.layers import Operation, Rows
+from ewc.fisher.layers import Operation
 from ewc.fisher.lookups import Lookups
 from ewc.fisher.pullback import Pullback, Stored
+from ewc.fisher.rows import Rows
 
 
 class Normalisation(Operation):

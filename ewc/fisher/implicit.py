@@ -1,15 +1,14 @@
 r"""The Fisher information without a matrix: products through the network itself."""
 
 import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
-from torch.func import functional_call, jvp, vjp
 
+from ewc.fisher.accumulator import Accumulator
 from ewc.fisher.diagonal import DiagonalSum
 from ewc.fisher.evaluation import copied, plain_operations
 from ewc.fisher.krylov import (
@@ -18,10 +17,10 @@ from ewc.fisher.krylov import (
     hutchinson_trace,
     lanczos_quadrature,
 )
-from ewc.fisher.matrix import Accumulator, FisherMatrix, State, check_not_negative
+from ewc.fisher.matrix import FisherMatrix, State, check_not_negative
+from ewc.fisher.network_product import NetworkProduct
 from ewc.fisher.pieces import Piece, described, from_description
-from ewc.fisher.pullback import DEFAULT_MEMORY, Chunk, Pullback
-from ewc.fisher.tape import Memory, Tape
+from ewc.fisher.pullback import Chunk
 from ewc.parameters import (
     Parameters,
     Shapes,
@@ -80,8 +79,7 @@ class ImplicitFisher(FisherMatrix):
         self.num_examples = num_examples
         self.factor = factor
         self.group = group
-        self._seen = Memory()
-        self._differentiates = True
+        self._products = None if model is None else NetworkProduct(model, list(own))
 
     @classmethod
     def accumulator(cls, parameters: Parameters) -> Accumulator:
@@ -98,7 +96,8 @@ class ImplicitFisher(FisherMatrix):
             RuntimeError: the matrix was loaded without its network.
         """
         check_same_shapes(shapes_of(v), self.shapes, "The vector")
-        with plain_operations(self.model):
+        products = self.products
+        with plain_operations(products.model):
             total = {
                 name: torch.zeros(shape, dtype=self.dtype, device=self.device)
                 for name, shape in self.own.items()
@@ -108,7 +107,7 @@ class ImplicitFisher(FisherMatrix):
                 for name, shape in self.own.items()
             }
             for piece in self.pieces:
-                for name, tensor in self._product(piece, direction).items():
+                for name, tensor in products.product(piece, direction).items():
                     total[name] += tensor
         if self.group is not None:
             flat = flatten(total)
@@ -116,66 +115,6 @@ class ImplicitFisher(FisherMatrix):
             total = unflatten(flat, self.own)
         scale = self.factor / self.num_examples
         return padded({name: scale * tensor for name, tensor in total.items()}, self.shapes)
-
-    def _product(self, piece: Piece, direction: Parameters) -> Parameters:
-        if self._differentiates and len(piece.scores):
-            try:
-                return self._derivative(piece, direction)
-            except (NotImplementedError, RuntimeError) as error:
-                # Custom autograd functions, in-place writes and the like. A fault of the
-                # network itself shows again below.
-                _log.info("products by pulled-back vectors: %s", error)
-                self._differentiates = False
-        return self._combination(piece, direction)
-
-    def _combination(self, piece: Piece, direction: Parameters) -> Parameters:
-        """The product from the pulled-back vectors: one pass for every score vector."""
-        total = {name: torch.zeros_like(d, dtype=self.dtype)[None] for name, d in direction.items()}
-        directions = {name: d[None].to(self.dtype) for name, d in direction.items()}
-        for pullbacks in self._pullbacks(piece):
-            along = sum(pullback.project(directions) for pullback in pullbacks)
-            if isinstance(along, Tensor):
-                for pullback in pullbacks:
-                    pullback.add_combinations(along, total)
-        return {name: tensor[0] for name, tensor in total.items()}
-
-    def _pullbacks(self, piece: Piece) -> Iterator[Sequence[Pullback]]:
-        with torch.enable_grad():
-            outputs = piece.arguments(self.model)
-        if outputs.requires_grad and len(piece.scores):
-            parameters: Parameters = {n: self.model.get_parameter(n) for n in self.own}
-            with torch.no_grad():
-                tape = Tape(self.model, parameters, piece.arguments, outputs, self._seen)
-                yield from tape.pullbacks(piece.scores, len(piece.scores), DEFAULT_MEMORY)
-
-    def _derivative(self, piece: Piece, direction: Parameters) -> Parameters:
-        parameters = {name: self.weights[name] for name in self.own}
-        direction = {name: d.to(self.weights[name]) for name, d in direction.items()}
-
-        def outputs(values: Parameters) -> Tensor:
-            # A copy: a network may write into its input.
-            arguments = piece.arguments.map(torch.clone)
-            found: Tensor = functional_call(
-                self.model, values, arguments.positional, arguments.named
-            )
-            return found
-
-        _, pull, *_ = vjp(outputs, parameters)
-        try:
-            # Pulling back is linear in the score: its own derivative is the product with
-            # the same Jacobian, which torch's forward derivatives are not everywhere (they
-            # move an embedding's padding).
-            _, push, *_ = vjp(pull, torch.zeros_like(piece.scores[0]))
-            (moved,) = push((direction,))
-        except (NotImplementedError, RuntimeError):
-            with warnings.catch_warnings():
-                # torch's own rules for forward derivatives use what it has deprecated.
-                warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)
-                _, moved, *_ = jvp(outputs, (parameters,), (direction,))
-        along = torch.einsum("knc,nc->kn", piece.scores, moved)
-        (product,) = pull(torch.einsum("kn,knc->nc", along, piece.scores))
-        result: Parameters = product
-        return result
 
     def solve(self, v: Mapping[str, Tensor], damping: float) -> Parameters:
         r"""The solution of :math:`(F + \delta I) u = v`, by conjugate gradients.
@@ -190,11 +129,11 @@ class ImplicitFisher(FisherMatrix):
 
     def diagonal(self) -> Parameters:
         """The exact diagonal, by parameter: one pass with all score vectors."""
-        parameters: Parameters = {n: self.model.get_parameter(n) for n in self.own}
-        with plain_operations(self.model), torch.no_grad():
-            total = DiagonalSum(parameters)
+        products = self.products
+        with plain_operations(products.model), torch.no_grad():
+            total = DiagonalSum(products.parameters)
             for piece in self.pieces:
-                for pullbacks in self._pullbacks(piece):
+                for pullbacks in products.pullbacks(piece):
                     for pullback in pullbacks:
                         pullback.add_squares(total.total)
         flat = flatten(total.total)
@@ -257,18 +196,18 @@ class ImplicitFisher(FisherMatrix):
     # --- copies ---------------------------------------------------------------------------
 
     @property
-    def model(self) -> nn.Module:
-        """The network.
+    def products(self) -> NetworkProduct:
+        """What takes products with the network.
 
         Raises:
             RuntimeError: the matrix was loaded without it.
         """
-        if self._model is None:
+        if self._products is None:
             raise RuntimeError(
                 "This matrix-free Fisher was loaded without its network: give one to "
                 "FisherMatrix.load(path, model), or to attached(model)."
             )
-        return self._model
+        return self._products
 
     @property
     def dtype(self) -> torch.dtype:
@@ -288,6 +227,12 @@ class ImplicitFisher(FisherMatrix):
                 f"{type(model).__name__} does not fit the saved Fisher matrix: {error}"
             ) from error
         return self._with(model=own)
+
+    def __repr__(self) -> str:
+        """As of every matrix; without its network the trace is not known."""
+        if self._model is not None:
+            return super().__repr__()
+        return f"ImplicitFisher(parameters={self.num_parameters}, without its network)"
 
     def scaled(self, factor: float) -> "ImplicitFisher":
         """The same products times ``factor``."""

@@ -1,135 +1,23 @@
 r"""The Kronecker-factored Fisher information (K-FAC)."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ewc.fisher.accumulator import Accumulator
 from ewc.fisher.block_diagonal import BlockDiagonalFisher, by_layer
 from ewc.fisher.dense import BlockSums, DenseFisher
 from ewc.fisher.diagonal import DiagonalFisher
-from ewc.fisher.eigenbasis import EigenvalueCorrectedProduct
 from ewc.fisher.gram import Block, GramSum, RowBlock
-from ewc.fisher.layer_matrix import LayerMatrix, LayerWeights, one_more
+from ewc.fisher.kronecker_product import KroneckerProduct
+from ewc.fisher.layer_matrix import LayerWeights
 from ewc.fisher.lookups import Lookups
-from ewc.fisher.matrix import Accumulator, FisherMatrix, State
+from ewc.fisher.matrix import FisherMatrix
 from ewc.fisher.outer import OuterProducts, WeightLayout
 from ewc.fisher.pullback import Chunk, Pullback
 from ewc.parameters import Parameters, accumulation_dtype, shapes_of
-
-
-class KroneckerProduct(LayerMatrix):
-    r"""One layer's :math:`G \otimes A`: ``kron(G, A)`` for the row-major weight ``[o, i]``.
-
-    ``g`` groups, ``o`` outputs, ``i`` inputs, the last of them 1 for the bias if there is one.
-
-    Args:
-        weights: the parameters.
-        outputs: :math:`G`, the second moments of the output gradients, ``[g, o, o]``.
-        inputs: :math:`A`, those of the inputs, ``[g, i, i]``, or ``[g, i]`` if diagonal.
-        num_examples: the examples behind the mean.
-    """
-
-    def __init__(
-        self, weights: LayerWeights, outputs: Tensor, inputs: Tensor, num_examples: int
-    ) -> None:
-        super().__init__(weights, num_examples)
-        self.outputs = outputs
-        self.inputs = inputs
-
-    def times(self, matrix: Tensor) -> Tensor:
-        """The product :math:`G X A`."""
-        left = self.outputs @ matrix
-        return left * self.inputs[:, None] if self.inputs.dim() == 2 else left @ self.inputs
-
-    @cached_property
-    def eigen(self) -> EigenvalueCorrectedProduct:
-        """The same matrix by its eigenvectors and eigenvalues."""
-        values, vectors = torch.linalg.eigh(self.outputs)
-        if self.inputs.dim() == 2:
-            input_values, input_vectors = self.inputs, None
-        else:
-            input_values, input_vectors = torch.linalg.eigh(self.inputs)
-            input_values = input_values.clamp_min(0.0)
-        spectrum = values.clamp_min(0.0)[:, :, None] * input_values[:, None, :]
-        return EigenvalueCorrectedProduct(
-            self.weights, vectors, input_vectors, spectrum, self.num_examples
-        )
-
-    def to_dense(self) -> Tensor:
-        """The Kronecker products of the groups at their places, ``[p, p]``."""
-        places = self.weights.places(self.device)
-        size = self.num_parameters
-        dense = torch.zeros(size, size, dtype=self.dtype, device=self.device)
-        inputs = torch.diag_embed(self.inputs) if self.inputs.dim() == 2 else self.inputs
-        for place, left, right in zip(places, self.outputs, inputs, strict=True):
-            flat = place.flatten()
-            dense[flat[:, None], flat[None, :]] = torch.kron(left, right)
-        return dense
-
-    def diagonal(self) -> Parameters:
-        """The products of the factors' diagonals."""
-        left = self.outputs.diagonal(dim1=1, dim2=2)
-        return self.weights.to_parameters(left[:, :, None] * self._input_diagonal[:, None, :])
-
-    def trace(self) -> Tensor:
-        """The product of the factors' traces, summed over groups."""
-        left = self.outputs.diagonal(dim1=1, dim2=2).sum(1)
-        return (left * self._input_diagonal.sum(1)).sum()
-
-    def solve(self, v: Mapping[str, Tensor], damping: float) -> Parameters:
-        r"""The solution of :math:`(G \otimes A + \delta I) u = v`: the damping is exact.
-
-        Raises:
-            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
-            torch.linalg.LinAlgError: the damped matrix is singular.
-        """
-        return self.eigen.solve(v, damping)
-
-    def logdet(self, damping: float) -> Tensor:
-        r""":math:`\log \det (G \otimes A + \delta I)`.
-
-        Raises:
-            ValueError: ``damping`` is negative or not finite.
-        """
-        return self.eigen.logdet(damping)
-
-    def eigenvalues(self) -> Tensor:
-        """The products of the factors' eigenvalues, in ascending order."""
-        return self.eigen.eigenvalues()
-
-    def scaled(self, factor: float) -> "KroneckerProduct":
-        """The first factor times ``factor``."""
-        return KroneckerProduct(self.weights, factor * self.outputs, self.inputs, self.num_examples)
-
-    def enlarged(self, weights: LayerWeights) -> "KroneckerProduct":
-        """The same over a weight with more rows, of which nothing is known."""
-        outputs = one_more(self.outputs, weights.new_outputs(self.weights), identity=False)
-        more = weights.new_inputs(self.weights)
-        if self.inputs.dim() == 2:
-            inputs = torch.nn.functional.pad(self.inputs, (0, more))
-        else:
-            bias = self.weights.bias is not None
-            inputs = one_more(self.inputs, more, identity=False, keep_last=bias)
-        return KroneckerProduct(weights, outputs, inputs, self.num_examples)
-
-    def state(self) -> State:
-        """The factors; what layer they are of."""
-        about = {**self.weights.description(), "num_examples": self.num_examples}
-        return {"outputs": self.outputs, "inputs": self.inputs}, about
-
-    @classmethod
-    def from_state(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
-        """The matrix of these factors."""
-        weights = LayerWeights.from_description(about)
-        return cls(weights, tensors["outputs"], tensors["inputs"], about["num_examples"])
-
-    @property
-    def _input_diagonal(self) -> Tensor:
-        diagonal = self.inputs.dim() == 2
-        return self.inputs if diagonal else self.inputs.diagonal(dim1=1, dim2=2)
 
 
 class KroneckerFisher(BlockDiagonalFisher):

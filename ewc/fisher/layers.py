@@ -7,11 +7,10 @@ functional call and the steps of a recurrence alike; whatever has no rule goes t
 :mod:`ewc.fisher.per_example`.
 
 The leading dimensions of a node's result are its *rows*.  Each must belong to one example;
-:class:`Rows` says which (:mod:`ewc.fisher.tape` finds it out).
+:class:`~ewc.fisher.rows.Rows` says which (:mod:`ewc.fisher.tape` finds it out).
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
@@ -20,27 +19,7 @@ from torch.autograd.graph import Node
 from ewc.fisher.graph import Graph, Uses, View
 from ewc.fisher.outer import OuterProducts, TensorFactors, WeightLayout
 from ewc.fisher.pullback import Pullback, Stored
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Which example a row belongs to: rows are ``[outer, n, inner]``, in this order.
-
-    Attributes:
-        outer: the positions before the example; ``None`` if the other number tells.
-        inner: the positions behind it; ``None`` if the other number tells.
-    """
-
-    outer: int | None
-    inner: int | None
-
-    def by_example(self, tensor: Tensor, num_examples: int, dim: int = 0) -> Tensor:
-        """Dimension ``dim``, the rows, as two dimensions ``[n, t]``."""
-        length = tensor.shape[dim] // num_examples
-        outer = length // self.inner if self.outer is None else self.outer  # type: ignore[operator]
-        before, after = tensor.shape[:dim], tensor.shape[dim + 1 :]
-        split = tensor.reshape(*before, outer, num_examples, length // outer, *after)
-        return split.transpose(dim, dim + 1).flatten(dim + 1, dim + 2)
+from ewc.fisher.rows import Rows
 
 
 class Operation(ABC):

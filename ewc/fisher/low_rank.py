@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ewc.fisher.accumulator import Accumulator
 from ewc.fisher.diagonal import DiagonalSum
-from ewc.fisher.matrix import Accumulator, FisherMatrix, State, check_not_negative
+from ewc.fisher.matrix import FisherMatrix, State, check_not_negative
 from ewc.fisher.pullback import Chunk
 from ewc.parameters import (
     Parameters,

@@ -10,18 +10,16 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
-from ewc.fisher.pullback import Chunk
+from ewc.fisher.accumulator import Accumulator, Configured
 from ewc.parameters import (
     Parameters,
     Shapes,
@@ -34,51 +32,6 @@ from ewc.parameters import (
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """A matrix as tensors by name, and a description that JSON can hold."""
-
-
-class Accumulator(ABC):
-    """What a structure keeps while the data go by.
-
-    Attributes:
-        passes: how often the data must go by.
-    """
-
-    passes: int = 1
-
-    @abstractmethod
-    def add(self, chunk: Chunk) -> None:
-        r"""Add :math:`\sum_{n,k} v_{kn} v_{kn}^\top` of one chunk."""
-
-    @abstractmethod
-    def sums(self) -> dict[str, Tensor]:
-        """What was summed so far, by a name that is the same in every process."""
-
-    @abstractmethod
-    def mean(self, num_examples: int) -> "FisherMatrix | Accumulator":
-        """The sums divided by ``num_examples``, as a matrix, or what to sum in another pass."""
-
-    def join(self, group: ProcessGroup) -> None:  # noqa: B027 - most have nothing to do
-        """Learn that the data are spread over the processes of a group."""
-
-
-Matrix = TypeVar("Matrix", bound="FisherMatrix")
-
-
-@dataclass(frozen=True)
-class Configured(Generic[Matrix]):
-    """A structure with options; see :meth:`FisherMatrix.configured`.
-
-    Attributes:
-        structure: the class.
-        options: arguments of its ``accumulator`` besides the parameters.
-    """
-
-    structure: type[Matrix]
-    options: Mapping[str, Any]
-
-    def accumulator(self, parameters: Parameters) -> Accumulator:
-        """An empty sum over these parameters, for the pass over the data."""
-        return self.structure.accumulator(parameters, **self.options)
 
 
 class FisherMatrix(ABC):

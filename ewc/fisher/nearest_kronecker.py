@@ -6,7 +6,8 @@ import torch
 
 from ewc.fisher.block_diagonal import BlockDiagonalFisher
 from ewc.fisher.eigenbasis import EigenvalueCorrectedProduct
-from ewc.fisher.kronecker import KroneckerFisher, KroneckerProduct
+from ewc.fisher.kronecker import KroneckerFisher
+from ewc.fisher.kronecker_product import KroneckerProduct
 from ewc.fisher.matrix import FisherMatrix
 from ewc.fisher.sum import SumFisher
 

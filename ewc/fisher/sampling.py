@@ -7,11 +7,12 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from ewc.fisher.accumulator import Configured
 from ewc.fisher.compute import fisher_information
 from ewc.fisher.diagonal import DiagonalFisher
 from ewc.fisher.estimators import MonteCarlo
 from ewc.fisher.krylov import Estimate
-from ewc.fisher.matrix import Configured, FisherMatrix
+from ewc.fisher.matrix import FisherMatrix
 from ewc.fisher.pullback import DEFAULT_MEMORY
 from ewc.likelihoods import Categorical, Likelihood
 from ewc.parameters import Selection

@@ -12,7 +12,6 @@ structure of the graph that comes up.  All other parameters go to
 """
 
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -23,13 +22,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from ewc.fisher.arguments import Arguments
+from ewc.fisher.backward import all_together, one_by_one
 from ewc.fisher.convolution import Convolution
 from ewc.fisher.elementwise import Broadcast, Lookup, Normalisation
 from ewc.fisher.graph import Graph
-from ewc.fisher.layers import MatrixProduct, Operation, Rows
+from ewc.fisher.layers import MatrixProduct, Operation
 from ewc.fisher.outer import OuterProducts
 from ewc.fisher.per_example import PerExample
 from ewc.fisher.pullback import Pullback, Summed
+from ewc.fisher.rows import BATCH_FIRST, Rows, matching_rows
 from ewc.parameters import Parameters, Shapes, accumulation_dtype
 
 RULES: dict[str, type[Operation]] = {
@@ -38,9 +39,6 @@ RULES: dict[str, type[Operation]] = {
     for kind in rule.kinds
 }
 """The rule of each kind of node."""
-
-BATCH_FIRST = Rows(outer=1, inner=None)
-TIME_FIRST = Rows(outer=None, inner=1)
 
 MOVES_ROWS = re.compile(
     "^(Index|Gather|Scatter|Take|Masked(Select|Scatter)|Sort|Cpp|_?Pack)|Backward$"
@@ -275,31 +273,6 @@ def restricted(operations: Sequence[Operation], unknown: set[str]) -> list[Opera
     return [operation for operation in operations if operation.views]
 
 
-def matching_rows(before: Tensor, after: Tensor, factors: Tensor) -> list[Rows]:
-    """The layouts by which rows may have been scaled by their example's factor.
-
-    Args:
-        before: gradients, ``[rows, ...]``.
-        after: the same with the scores of each example scaled.
-        factors: by what, ``[n]``.
-    """
-    n, rows = len(factors), before.shape[0]
-    if rows % n:
-        return []
-    length = rows // n
-    layouts = [BATCH_FIRST, TIME_FIRST] if length > 1 else [BATCH_FIRST]
-    layouts += [Rows(d, length // d) for d in range(2, length) if length % d == 0]
-    factors = factors.to(before.dtype)
-    found = []
-    for layout in layouts:
-        outer = length // (layout.inner or 1) if layout.outer is None else layout.outer
-        scale = factors.repeat_interleave(length // outer).repeat(outer)
-        # Far from rounding, which is exact here, and from a factor of 2.
-        if torch.allclose((before.T * scale).T, after, rtol=0.1, atol=0.0):
-            found.append(layout)
-    return found
-
-
 def merged(pullbacks: Sequence[Pullback]) -> list[Pullback]:
     """The same pullbacks, with all that share a parameter put into one."""
     groups: list[list[Pullback]] = []
@@ -321,41 +294,3 @@ def _joined(group: Sequence[Pullback]) -> Pullback:
             uses = [use for p in same for use in p.uses]
             return OuterProducts(*key, uses, first.memory)
     return Summed(group)
-
-
-def all_together(
-    outputs: Tensor, edges: Sequence[GradientEdge], scores: Tensor
-) -> list[Tensor] | None:
-    """Gradients of all score vectors in one pass, ``[k, ...]`` each; the graph is kept.
-
-    Returns:
-        ``None`` where an operation cannot be vectorised, or only by a loop of its own that
-        is slower than one pass a vector.
-    """
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            found = torch.autograd.grad(
-                outputs, edges, scores, retain_graph=True, is_grads_batched=True
-            )
-    except RuntimeError:
-        return None
-    if any("performance drop" in str(warning.message) for warning in caught):
-        return None
-    return list(found)
-
-
-def one_by_one(
-    outputs: Tensor, edges: Sequence[GradientEdge], scores: Tensor, *, retain_graph: bool
-) -> list[Tensor]:
-    """Gradients of all score vectors, ``[k, ...]`` each, by one backward pass a vector."""
-    rows = [
-        torch.autograd.grad(
-            outputs, edges, score, retain_graph=retain_graph or index + 1 < scores.shape[0]
-        )
-        for index, score in enumerate(scores)
-    ]
-    if len(rows) == 1:
-        return [gradient[None] for gradient in rows[0]]
-    # Examples first in memory: the order in which products over vectors read them.
-    return [torch.stack(column, 1).transpose(0, 1) for column in zip(*rows, strict=True)]

@@ -1,0 +1,98 @@
+r"""Products with the Fisher information of a network, by differentiating it."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vjp
+
+from ewc.fisher.pieces import Piece
+from ewc.fisher.pullback import DEFAULT_MEMORY, Pullback
+from ewc.fisher.tape import Memory, Tape
+from ewc.parameters import Parameters, accumulation_dtype
+
+_log = logging.getLogger(__name__)
+
+
+class NetworkProduct:
+    """What a matrix-free Fisher does to a direction, one piece of the data at a time.
+
+    Args:
+        model: the network, in evaluation mode.
+        names: the parameters that the products are over.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        self.model = model
+        self.parameters: Parameters = {name: model.get_parameter(name) for name in names}
+        self.dtype = accumulation_dtype(self.parameters[names[0]].dtype)
+        self._seen = Memory()
+        self._differentiates = True
+
+    def product(self, piece: Piece, direction: Parameters) -> Parameters:
+        r"""The product :math:`\sum_n J_n^\top \sum_k s_{kn} (s_{kn}^\top J_n v)` over one piece.
+
+        Args:
+            piece: the examples.
+            direction: ``v``.
+        """
+        if self._differentiates and len(piece.scores):
+            try:
+                return self._derivative(piece, direction)
+            except (NotImplementedError, RuntimeError) as error:
+                # Custom autograd functions, in-place writes and the like. A fault of the
+                # network itself shows again below.
+                _log.info("products by pulled-back vectors: %s", error)
+                self._differentiates = False
+        return self._combination(piece, direction)
+
+    def _combination(self, piece: Piece, direction: Parameters) -> Parameters:
+        """The product from the pulled-back vectors: one pass for every score vector."""
+        total = {name: torch.zeros_like(d, dtype=self.dtype)[None] for name, d in direction.items()}
+        directions = {name: d[None].to(self.dtype) for name, d in direction.items()}
+        for pullbacks in self.pullbacks(piece):
+            along = sum(pullback.project(directions) for pullback in pullbacks)
+            if isinstance(along, Tensor):
+                for pullback in pullbacks:
+                    pullback.add_combinations(along, total)
+        return {name: tensor[0] for name, tensor in total.items()}
+
+    def pullbacks(self, piece: Piece) -> Iterator[Sequence[Pullback]]:
+        """The score vectors of one piece pulled back, with every parameter once in each part."""
+        with torch.enable_grad():
+            outputs = piece.arguments(self.model)
+        if outputs.requires_grad and len(piece.scores):
+            with torch.no_grad():
+                tape = Tape(self.model, self.parameters, piece.arguments, outputs, self._seen)
+                yield from tape.pullbacks(piece.scores, len(piece.scores), DEFAULT_MEMORY)
+
+    def _derivative(self, piece: Piece, direction: Parameters) -> Parameters:
+        parameters = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        direction = {name: d.to(parameters[name]) for name, d in direction.items()}
+
+        def outputs(values: Parameters) -> Tensor:
+            # A copy: a network may write into its input.
+            arguments = piece.arguments.map(torch.clone)
+            found: Tensor = functional_call(
+                self.model, values, arguments.positional, arguments.named
+            )
+            return found
+
+        _, pull, *_ = vjp(outputs, parameters)
+        try:
+            # Pulling back is linear in the score: its own derivative is the product with
+            # the same Jacobian, which torch's forward derivatives are not everywhere (they
+            # move an embedding's padding).
+            _, push, *_ = vjp(pull, torch.zeros_like(piece.scores[0]))
+            (moved,) = push((direction,))
+        except (NotImplementedError, RuntimeError):
+            with warnings.catch_warnings():
+                # torch's own rules for forward derivatives use what it has deprecated.
+                warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)
+                _, moved, *_ = jvp(outputs, (parameters,), (direction,))
+        along = torch.einsum("knc,nc->kn", piece.scores, moved)
+        (product,) = pull(torch.einsum("kn,knc->nc", along, piece.scores))
+        result: Parameters = product
+        return result
