@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ewc.fisher.gram import Block, RowBlock
+from ewc.fisher.gram import Block, ColumnBlock, RowBlock
 from ewc.fisher.graph import Graph, Uses
 from ewc.fisher.layers import Operation
 from ewc.fisher.outer import Factors, OuterProducts, WeightLayout
@@ -193,9 +193,15 @@ class ConvolutionFactors(Factors):
 
     def gradient_rows(self, examples: slice) -> Block:
         """The output gradients of all vectors, examples and positions, rows of ``o``."""
-        # Columns one after the other: copied once, in the order of the product.
-        g = self.gradient[:, examples].transpose(0, 1).movedim(3, 0)
+        g = self.gradient[:, examples]
         groups = self.geometry.groups
+        positions, width = g.shape[4:].numel(), g.shape[3] // groups
+        if positions >= width:
+            # In the order that they have in memory.
+            whole = (g.transpose(0, 1) if g.stride(0) < g.stride(1) else g).flatten(0, 2)
+            return ColumnBlock(whole.reshape(-1, groups, width, positions))
+        # Columns one after the other: copied once, in the order of the product.
+        g = g.transpose(0, 1).movedim(3, 0)
         return RowBlock(g.reshape(groups, g.shape[0] // groups, -1).transpose(1, 2))
 
     def gradients(self, examples: slice) -> Tensor:

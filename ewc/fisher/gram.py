@@ -8,6 +8,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+TILE = 2**18
+"""Entries of products that stay in a core's cache until they are added up."""
+
 GRAM_WIDTH = 128
 """Columns from which it pays to make a Gram matrix in quarters."""
 
@@ -69,6 +72,43 @@ class RowBlock(Block):
     def sum(self) -> Tensor:
         """The sum of the rows."""
         return self.rows.sum(1)
+
+
+@dataclass(frozen=True)
+class ColumnBlock(Block):
+    """Rows that lie in memory as columns, many short matrices of them; not copied.
+
+    Attributes:
+        columns: ``[b, g, d, t]``, the ``b t`` rows of every group.
+    """
+
+    columns: Tensor
+
+    @property
+    def count(self) -> int:  # type: ignore[override]
+        """``b t``."""
+        return self.columns.shape[0] * self.columns.shape[3]
+
+    @property
+    def kind(self) -> Hashable:  # type: ignore[override]
+        """Columns of one length go together."""
+        return ColumnBlock, self.columns.shape[3]
+
+    @classmethod
+    def joined(cls, blocks: Sequence[Self]) -> Self:
+        """All matrices."""
+        return cls(torch.cat([block.columns for block in blocks]))
+
+    def add_gram(self, total: Tensor, alpha: float) -> None:
+        """Add the products of every matrix with itself."""
+        for group, target in enumerate(total):
+            columns = self.columns[:, group]
+            for part in torch.split(columns, max(1, TILE // target.numel())):
+                target.add_((part @ part.transpose(1, 2)).sum(0), alpha=alpha)
+
+    def sum(self) -> Tensor:
+        """The sum of the columns."""
+        return self.columns.sum((0, 3))
 
 
 class GramSum:
