@@ -277,6 +277,7 @@ LAYERS = {
     "conv2d_same": lambda: _conv(
         nn.Conv2d(1, 2, 2, padding="same", padding_mode="replicate", bias=False), (1, 3, 4), 24
     ),
+    "conv1d_outputs": lambda: _conv(nn.Conv1d(4, 12, 2, groups=2), (4, 3), 24),
     # Wide and plain: by lags and by shifts.
     "wide_conv1d": lambda: Head(
         nn.Conv1d(16, 2, 3, padding=2, dilation=2, groups=2),

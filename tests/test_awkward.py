@@ -60,6 +60,15 @@ class LastToken(Body):
         return self.head(hidden[lengths - 1, torch.arange(len(lengths))])
 
 
+class MaskedToken(Body):
+    """The same by a product with zeros and ones: nothing in the graph says so."""
+
+    def forward(self, x, lengths):
+        hidden = torch.tanh(self.inner(x.transpose(0, 1)[:, :, 0]))
+        mask = torch.arange(len(hidden))[:, None] == lengths - 1
+        return self.head((hidden * mask[:, :, None]).sum(0))
+
+
 class Sorted(Body):
     """Rows in an order that the data decide; in the first batch it is the examples' own."""
 
@@ -97,7 +106,9 @@ class SortedByFunction(Body):
         return self.head(torch.tanh(self.inner(Swaps.apply(x[:, 0, 0]))))[order]
 
 
-@pytest.mark.parametrize("build", [SumOverTime, LastToken, Sorted, Unpadded, SortedByFunction])
+@pytest.mark.parametrize(
+    "build", [SumOverTime, LastToken, MaskedToken, Sorted, Unpadded, SortedByFunction]
+)
 def test_what_one_batch_shows_is_not_taken_for_granted(build):
     torch.manual_seed(0)
     model = build().double()
@@ -109,7 +120,8 @@ def test_what_one_batch_shows_is_not_taken_for_granted(build):
         data.append(({"x": x, "lengths": torch.tensor(lengths)}, torch.zeros(2, dtype=torch.long)))
         examples += zip(x, torch.tensor(lengths), strict=True)
     expected = reference.categorical_fisher(model, examples)
-    for order in (data, data[::-1]):
+    # What comes first decides what is remembered.
+    for order in (data, data[::-1], [data[2], *data[:2], *data[3:]]):
         found = fisher_information(model, order, structure=DenseFisher)
         torch.testing.assert_close(found.to_dense(), expected, **EXACT)
 

@@ -229,6 +229,7 @@ def patches(module):
         ("conv2d", lambda m: m[1], patches),
         ("conv2d_same", lambda m: m[1], patches),
         ("conv1d", lambda m: m[1], patches),
+        ("conv1d_outputs", lambda m: m[1], patches),
         ("wide_conv1d", lambda m: m.layer, patches),
         ("wide_conv2d", lambda m: m.layer, patches),
         ("embedding", lambda m: m.layer, one_hot),
