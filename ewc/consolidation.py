@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ewc.fisher.diagonal import DiagonalFisher
+from ewc.fisher.kronecker import KroneckerFisher
 from ewc.fisher.matrix import FisherMatrix
+from ewc.fisher.nearest_kronecker import nearest_kronecker
 from ewc.parameters import Parameters, Shapes, padded
 
 
@@ -82,16 +84,21 @@ class Online:
     r"""One quadratic around the last anchor, :math:`P \leftarrow \gamma P + N_t F_t`.
 
     Schwarz et al. 2018, arXiv:1805.06370, section 3: the decay multiplies the old sum and
-    the anchor moves to the latest parameters.
+    the anchor moves to the latest parameters.  A sum of Kronecker matrices is projected to
+    the nearest Kronecker matrix, so that time and memory do not grow with the tasks
+    (:func:`~ewc.fisher.nearest_kronecker.nearest_kronecker`); of other structures without a
+    sum of their own kind all terms are kept.
 
     Attributes:
         decay: :math:`\gamma`, from 0 (only the last task counts) to 1 (all count fully).
+        exact: keep sums of Kronecker matrices term by term.
 
     Raises:
         ValueError: ``decay`` is outside [0, 1].
     """
 
     decay: float = 1.0
+    exact: bool = False
 
     def __post_init__(self) -> None:
         """Check the decay."""
@@ -103,6 +110,8 @@ class Online:
         precision = new.precision
         for old in terms:
             precision = self.decay * old.precision + precision
+        if terms and isinstance(new.precision, KroneckerFisher) and not self.exact:
+            precision, _ = nearest_kronecker(precision)
         return [Quadratic(precision, new.anchor)]
 
 

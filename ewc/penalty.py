@@ -12,11 +12,12 @@ value, whatever the sizes of tasks and batches, for a loss that is a mean over e
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ewc.consolidation import Consolidation, Online, Quadratic, Separate
 from ewc.fisher.matrix import FisherMatrix, check_not_negative
@@ -28,6 +29,7 @@ from ewc.parameters import (
     grown_shapes,
     shapes_of,
 )
+from ewc.proximal import implicit_step
 
 
 class EWCPenalty(nn.Module):
@@ -137,6 +139,27 @@ class EWCPenalty(nn.Module):
         value: Tensor = _QuadraticForm.apply(terms, list(parameters), *parameters.values())
         return value
 
+    def implicit_step(self, model: nn.Module, optimizer: Optimizer, num_steps: int = 1) -> None:
+        """Move the model as the penalty would have in the last steps of an optimizer.
+
+        In place of the penalty in the loss, and cheaper where it is called every so many
+        steps; stable for any strength.  See :mod:`ewc.proximal`.
+
+        Args:
+            model: the model, changed in place.
+            optimizer: which has taken the steps on the loss alone.
+            num_steps: how many since the last call.
+
+        Raises:
+            ValueError: as in :meth:`forward`, or ``num_steps`` is below 1.
+        """
+        if num_steps < 1:
+            raise ValueError(f"num_steps is {num_steps}: it must be 1 or more.")
+        if self.terms:
+            parameters = self._fit(model)
+            scale = self.strength / (self.num_examples or self._last_num_examples)
+            implicit_step(self._scaled_terms(scale), parameters, optimizer, num_steps)
+
     @property
     def fisher_trace(self) -> float:
         """The trace of the summed precision that the penalty holds, 0 before any task."""
@@ -161,10 +184,10 @@ class EWCPenalty(nn.Module):
                     "constant": term.constant,
                 }
             )
-        decay = self.consolidation.decay if isinstance(self.consolidation, Online) else None
+        online = self.consolidation if isinstance(self.consolidation, Online) else None
         return {
             "strength": self.strength,
-            "decay": decay,
+            "online": None if online is None else asdict(online),
             "num_examples": self.num_examples,
             "last_num_examples": self._last_num_examples,
             "terms": terms,
@@ -173,8 +196,8 @@ class EWCPenalty(nn.Module):
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`get_extra_state`; called by ``load_state_dict``."""
         self.strength = state["strength"]
-        decay = state["decay"]
-        self.consolidation = Separate() if decay is None else Online(decay)
+        online = state["online"]
+        self.consolidation = Separate() if online is None else Online(**online)
         self.num_examples = state["num_examples"]
         self._last_num_examples = state["last_num_examples"]
         self.terms = [

@@ -16,6 +16,9 @@ from ewc.fisher.accumulator import Configured
 from ewc.likelihoods import Categorical, Likelihood
 from ewc.penalty import EWCPenalty
 
+VALUED_EVERY = 10
+"""Implicit steps after one of which the penalty is evaluated, for records."""
+
 
 class EWCPlugin(SupervisedPlugin):
     r"""EWC for any supervised strategy of Avalanche.
@@ -36,15 +39,20 @@ class EWCPlugin(SupervisedPlugin):
         estimator: how the expectation over targets is taken.
         structure: what of the Fisher matrix is kept.
         consolidation: how tasks are put together.
+        implicit_every: take the penalty's share by an implicit step after so many iterations
+            (:mod:`ewc.proximal`): stable for any strength, and for matrices whose products
+            cost more than a training step cheaper by that factor.  ``None`` adds the penalty
+            to the loss.
 
     Attributes:
         penalty: the penalty; its ``state_dict()`` holds all that the plugin remembers.
         fisher: the mean Fisher information of the last task, ``None`` before the first.
         last_penalty: the penalty's value in the current iteration, a tensor without
-            gradient; 0 before the first task.
+            gradient; 0 before the first task; with implicit steps, after one of the last
+            ten of them.
 
     Raises:
-        ValueError: the strength is negative or not finite.
+        ValueError: the strength is negative or not finite, or ``implicit_every`` below 1.
     """
 
     def __init__(
@@ -55,8 +63,13 @@ class EWCPlugin(SupervisedPlugin):
         estimator: Estimator = Exact(),
         structure: type[FisherMatrix] | Configured[Any] = DiagonalFisher,
         consolidation: Consolidation = Separate(),
+        implicit_every: int | None = None,
     ) -> None:
         super().__init__()
+        if implicit_every is not None and implicit_every < 1:
+            raise ValueError(f"implicit_every is {implicit_every}: it must be 1 or more, or None.")
+        self.implicit_every = implicit_every
+        self._since = self._taken = 0
         self.penalty = EWCPenalty(strength, consolidation)
         self.likelihood = likelihood
         self.estimator = estimator
@@ -75,11 +88,27 @@ class EWCPlugin(SupervisedPlugin):
             FloatingPointError: the loss is not finite; the message names the task and
                 the step.
         """
-        if self.penalty.terms:
+        if self.penalty.terms and self.implicit_every is None:
             value = self.penalty(strategy.model)
             self.last_penalty = value.detach()
             strategy.loss = strategy.loss + value
         check_finite_loss(strategy)
+
+    def after_update(self, strategy: Any, **_: Any) -> None:
+        """Take the implicit step when it is due."""
+        if self.implicit_every is not None and self.penalty.terms:
+            self._since += 1
+            if self._since == self.implicit_every:
+                self._take_implicit_step(strategy)
+
+    def _take_implicit_step(self, strategy: Any) -> None:
+        if self._since:
+            self.penalty.implicit_step(strategy.model, strategy.optimizer, self._since)
+            self._since = 0
+            self._taken += 1
+            if self._taken % VALUED_EVERY == 1:  # the value costs half as much as the step
+                with torch.no_grad():
+                    self.last_penalty = self.penalty(strategy.model)
 
     def after_training_exp(self, strategy: Any, **_: Any) -> None:
         """Compute the task's Fisher information and remember it.
@@ -89,6 +118,7 @@ class EWCPlugin(SupervisedPlugin):
             FloatingPointError: the outputs or the Fisher information are not finite; the
                 message names the task.  In either case the penalty is as it was.
         """
+        self._take_implicit_step(strategy)
         try:
             fisher = fisher_information(
                 strategy.model,

@@ -125,15 +125,40 @@ class BlockDiagonalFisher(FisherMatrix):
         return type(self)(blocks, self.shapes, self.num_examples)
 
     def __add__(self, other: FisherMatrix) -> FisherMatrix:
-        """The sum; where the other matrix has the same blocks, block by block."""
+        """The sum; where the other matrix has the same blocks, block by block.
+
+        A layer that took no part in one of the two is zero there, and its block that of
+        the other.
+        """
         if not (isinstance(other, BlockDiagonalFisher) and other.shapes == self.shapes):
             return super().__add__(other)
-        owners = {tuple(block.shapes): block for block in other.blocks}
-        if owners.keys() != {tuple(block.shapes) for block in self.blocks}:
-            return super().__add__(other)
-        sums = [block + owners[tuple(block.shapes)] for block in self.blocks]
+        (mine, idle), (theirs, others_idle) = self._parts(), other._parts()
+        sums: list[FisherMatrix] = []
+        for names in {**mine, **theirs}:
+            if names in mine and names in theirs:
+                sums.append(mine[names] + theirs[names])
+            elif names in mine and others_idle.keys() >= set(names):
+                sums.append(mine[names])
+            elif names in theirs and idle.keys() >= set(names):
+                sums.append(theirs[names])
+            else:
+                return super().__add__(other)
+        present = {name for block in sums for name in block.shapes}
+        sums += [zero for name, zero in idle.items() if name not in present]
         examples = self.num_examples + other.num_examples
         return BlockDiagonalFisher(sums, self.shapes, examples)
+
+    def _parts(self) -> tuple[dict[tuple[str, ...], FisherMatrix], dict[str, FisherMatrix]]:
+        """The blocks by their parameters, and apart the zero ones, by parameter."""
+        blocks: dict[tuple[str, ...], FisherMatrix] = {}
+        zeros: dict[str, FisherMatrix] = {}
+        for block in self.blocks:
+            if isinstance(block, DiagonalFisher) and float(block.trace()) == 0.0:
+                for name, entries in block.diagonal().items():
+                    zeros[name] = DiagonalFisher({name: entries}, block.num_examples)
+            else:
+                blocks[tuple(block.shapes)] = block
+        return blocks, zeros
 
     def embedded(self, shapes: Shapes) -> Self:
         """The blocks over more parameters; new parameters are blocks of zeros."""
