@@ -1,6 +1,7 @@
 """The networks of the experiments."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from avalanche.models import MultiTaskModule
@@ -53,9 +54,14 @@ class MultiHead(MultiTaskModule):
         self.body = body
         self.heads = nn.ModuleList(nn.Linear(num_features, num_outputs) for _ in range(num_heads))
 
-    def forward(self, x: Tensor, task_labels: Tensor) -> Tensor:
-        """The outputs ``[n, num_outputs]`` of each example's own head."""
+    def forward(self, x: Tensor, task_labels: Tensor | None) -> Any:
+        """The outputs ``[n, num_outputs]`` of each example's own head.
+
+        Without task labels those of every head, by task, as Avalanche's distillation asks.
+        """
         features = self.body(x)
+        if task_labels is None:
+            return {task: head(features) for task, head in enumerate(self.heads)}
         tasks = torch.unique(task_labels).tolist()
         if len(tasks) == 1:
             alone: Tensor = self.heads[tasks[0]](features)

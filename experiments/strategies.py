@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from avalanche.training.plugins import SupervisedPlugin
+from avalanche.training.plugins import LwFPlugin, SupervisedPlugin
 
 from ewc import DiagonalFisher, Exact, FisherMatrix, Online, Separate
 from ewc.consolidation import Consolidation
@@ -11,6 +11,8 @@ from ewc.fisher import Estimator
 from ewc.fisher.accumulator import Configured
 from ewc.fisher.matrix import check_not_negative
 from ewc.plugin import EWCPlugin
+from experiments.distillation import Distillation
+from experiments.importance import SynapticIntelligencePlugin, l2, memory_aware_synapses
 from experiments.loaders import InMemoryJoint, InMemoryNaive
 
 
@@ -60,16 +62,19 @@ class EWC(Strategy):
 
     Attributes:
         strength: :math:`\lambda`; 1 is the Bayes value.
+        implicit_every: take implicit steps after so many iterations; ``None`` adds the
+            penalty to the loss.
 
     Raises:
-        ValueError: the strength is negative or not finite.
+        ValueError: the strength is negative or not finite, or ``implicit_every`` below 1.
     """
 
     strength: float = 1.0
+    implicit_every: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the strength."""
-        check_not_negative(self.strength, "strength")
+        """Check the numbers."""
+        EWCPlugin(self.strength, implicit_every=self.implicit_every)
 
     def consolidation(self) -> Consolidation:
         """How tasks are put together."""
@@ -82,6 +87,7 @@ class EWC(Strategy):
             estimator=fisher.estimator,
             structure=fisher.structure,
             consolidation=self.consolidation(),
+            implicit_every=self.implicit_every,
         )
         return [plugin]
 
@@ -92,19 +98,121 @@ class OnlineEWC(EWC):
 
     Attributes:
         strength: :math:`\lambda`; 1 is the Bayes value.
+        implicit_every: as of :class:`EWC`.
         decay: :math:`\gamma`, what is left of the old sum at each new task.
+        exact: keep sums of Kronecker matrices term by term, not projected to one.
 
     Raises:
-        ValueError: the strength is negative or not finite, or the decay outside [0, 1].
+        ValueError: a number is out of range.
     """
 
     decay: float = 1.0
+    exact: bool = False
 
     def __post_init__(self) -> None:
-        """Check strength and decay."""
+        """Check the numbers."""
         super().__post_init__()
         Online(self.decay)
 
     def consolidation(self) -> Consolidation:
         """How tasks are put together."""
-        return Online(self.decay)
+        return Online(self.decay, self.exact)
+
+
+@dataclass(frozen=True)
+class SI(Strategy):
+    r"""Synaptic Intelligence: importance from the path of the training (Zenke et al. 2017).
+
+    Attributes:
+        strength: :math:`\lambda`, twice the paper's ``c``.
+        damping: :math:`\xi`.
+
+    Raises:
+        ValueError: the strength is negative or not finite, or the damping not above 0.
+    """
+
+    strength: float = 1.0
+    damping: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        check_not_negative(self.strength, "strength")
+        check_not_negative(self.damping, "damping")
+        if self.damping == 0:
+            raise ValueError("damping is 0: it must be above 0.")
+
+    def plugins(self, fisher: Fisher) -> list[SupervisedPlugin]:
+        """The plugin that follows the path."""
+        return [SynapticIntelligencePlugin(self.strength, self.damping)]
+
+
+@dataclass(frozen=True)
+class MAS(Strategy):
+    r"""Memory Aware Synapses: gradients of the squared output norm (Aljundi et al. 2018).
+
+    Attributes:
+        strength: :math:`\lambda`.
+
+    Raises:
+        ValueError: the strength is negative or not finite.
+    """
+
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the strength."""
+        check_not_negative(self.strength, "strength")
+
+    def plugins(self, fisher: Fisher) -> list[SupervisedPlugin]:
+        """EWC's plugin with this importance."""
+        return [memory_aware_synapses(self.strength)]
+
+
+@dataclass(frozen=True)
+class L2(Strategy):
+    r"""All parameters held alike at their last values.
+
+    Attributes:
+        strength: :math:`\lambda`.
+
+    Raises:
+        ValueError: the strength is negative or not finite.
+    """
+
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the strength."""
+        check_not_negative(self.strength, "strength")
+
+    def plugins(self, fisher: Fisher) -> list[SupervisedPlugin]:
+        """EWC's plugin with an importance of 1."""
+        return [l2(self.strength)]
+
+
+@dataclass(frozen=True)
+class LwF(Strategy):
+    """Learning without Forgetting, by Avalanche: the old outputs on the new images are kept.
+
+    Attributes:
+        alpha: the weight of the distillation.
+        temperature: of its softmax.
+
+    Raises:
+        ValueError: a number is not above 0.
+    """
+
+    alpha: float = 1.0
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name in ("alpha", "temperature"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0.")
+
+    def plugins(self, fisher: Fisher) -> list[SupervisedPlugin]:
+        """Avalanche's plugin, told of the classes by our experiences."""
+        plugin = LwFPlugin(self.alpha, self.temperature)
+        plugin.lwf = Distillation(self.alpha, self.temperature)
+        return [plugin]

@@ -30,7 +30,9 @@ def test_every_shipped_configuration_builds(option):
     assert isinstance(build(compose(option)), Experiment)
 
 
-@pytest.mark.parametrize("strategy", ["naive", "joint", "ewc", "online_ewc"])
+@pytest.mark.parametrize(
+    "strategy", ["naive", "joint", "ewc", "online_ewc", "si", "mas", "l2", "lwf"]
+)
 @pytest.mark.parametrize("experiment", ["permuted_mnist", "split_mnist"])
 def test_every_recipe_takes_every_strategy(experiment, strategy):
     built = build(compose(f"experiment={experiment}", f"strategy={strategy}"))
