@@ -27,6 +27,15 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
     part.replace(path)
 
 
+def read_results(directory: Path) -> dict[str, Any] | None:
+    """What :func:`write_results` wrote into a run's folder, ``None`` if there is nothing."""
+    path = directory / "results.json"
+    if not path.exists():
+        return None
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return results
+
+
 # --- one run ------------------------------------------------------------------------------
 
 
@@ -123,19 +132,33 @@ def draw_learning_curves(
 
 
 class SweepReport(Callback):
-    """When a sweep has ended: ``report.md`` over its jobs, also printed."""
+    """When a sweep has ended: ``report.md`` over its jobs, also printed.
+
+    Args:
+        published: accuracies in per cent that were published for some rows, by the row's
+            settings as on the command line: ``strategy=ewc`` or
+            ``benchmark.scenario=task,strategy=ewc``.
+    """
+
+    def __init__(self, published: Mapping[str, str] | None = None) -> None:
+        self.published = dict(published or {})
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Put together what the jobs left."""
-        report_sweep(Path(config.hydra.sweep.dir))
+        report_sweep(Path(config.hydra.sweep.dir), self.published)
 
 
-def report_sweep(folder: Path) -> None:
-    """Write ``report.md`` over the finished jobs of a sweep, and print it."""
+def report_sweep(folder: Path, published: Mapping[str, str] | None = None) -> None:
+    """Write ``report.md`` over the finished jobs of a sweep, and print it.
+
+    Args:
+        folder: of the sweep.
+        published: see :class:`SweepReport`.
+    """
     jobs = read_jobs(folder)
     if not jobs:
         return
-    columns, rows = sweep_table(jobs)
+    columns, rows = sweep_table(jobs, published)
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     text = "Accuracy and forgetting in %, mean ± standard error over the jobs of a row.\n\n"
@@ -154,8 +177,14 @@ def read_jobs(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
-def sweep_table(jobs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def sweep_table(
+    jobs: Sequence[Mapping[str, Any]], published: Mapping[str, str] | None = None
+) -> tuple[list[str], list[list[str]]]:
     """A row for each setting that was swept, over its seeds.
+
+    Args:
+        jobs: the results of the jobs.
+        published: see :class:`SweepReport`.
 
     Returns:
         The names of the columns and the rows, as text.
@@ -180,9 +209,20 @@ def sweep_table(jobs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list
                 _mean_and_error(accuracies),
                 _mean_and_error(drops),
                 f"{total:.1f}",
+                *([_published(values, published)] if published else []),
             ]
         )
-    return [*varied, "seeds", "average accuracy", "forgetting", "seconds"], rows
+    columns = [*varied, "seeds", "average accuracy", "forgetting", "seconds"]
+    return columns + ["published"] * bool(published), rows
+
+
+def _published(values: Mapping[str, str], published: Mapping[str, str]) -> str:
+    """The figure whose settings are all among a row's."""
+    for setting, figure in published.items():
+        pairs = (pair.split("=", 1) for pair in setting.split(","))
+        if all(values.get(name) == value for name, value in pairs):
+            return str(figure)
+    return ""
 
 
 def _mean_and_error(values: Sequence[float]) -> str:

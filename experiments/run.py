@@ -46,6 +46,10 @@ def _run(config: dict[str, Any], directory: Path) -> float:
     from experiments.experiment import Experiment
     from experiments.tracking import Recorder
 
+    if (done := report.read_results(directory)) and done["config"] == config:
+        # A sweep into the same folder goes on where it stopped.
+        _log.info("already done: %s", os.path.relpath(directory))
+        return float(done["average_accuracy"])
     experiment = build(config)
     assert isinstance(experiment, Experiment)
     try:

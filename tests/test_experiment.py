@@ -40,7 +40,10 @@ def run(directory, *overrides):
         return prepared.run(recorder, Console(quiet=True), Silent())
 
 
-@pytest.mark.parametrize("strategy", ["naive", "joint", "ewc", "online_ewc"])
+STRATEGIES = ["naive", "joint", "ewc", "online_ewc", "kfac_ewc", "si", "mas", "l2", "lwf"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("benchmark", ["split_digits", "permuted_digits"])
 @pytest.mark.parametrize("scenario", ["task", "domain", "class"])
 def test_every_strategy_runs_on_every_scenario(tmp_path, strategy, benchmark, scenario):
@@ -56,7 +59,7 @@ def test_every_strategy_runs_on_every_scenario(tmp_path, strategy, benchmark, sc
     # Four epochs are enough to learn a task far beyond chance.
     assert matrix[0, 0] > 0.8
     assert set(results["seconds"]) == {"train", "fisher", "eval", "total"}
-    assert (results["seconds"]["fisher"] > 0) == ("ewc" in strategy)
+    assert (results["seconds"]["fisher"] > 0) == (strategy not in {"naive", "joint", "lwf"})
 
 
 def test_a_seed_decides_everything(tmp_path):
@@ -137,6 +140,39 @@ def test_reports_of_sweeps_average_over_seeds():
         ["ewc", "2", "85.00 ± 5.00", "10.00 ± 0.00", "2.0"],
         ["naive", "1", "50.00", "10.00", "2.0"],
     ]
+
+
+def test_published_figures_stand_beside_their_rows():
+    jobs = [
+        {
+            "overrides": [f"benchmark.scenario={scenario}", f"strategy={name}", "seed=0"],
+            "average_accuracy": 0.5,
+            "forgetting": 0.1,
+            "seconds": {"total": 2.0},
+        }
+        for scenario in ("task", "class")
+        for name in ("ewc", "naive")
+    ]
+    published = {"benchmark.scenario=task,strategy=ewc": "98.6", "strategy=naive": "19.9"}
+    columns, rows = report.sweep_table(jobs, published)
+    assert columns[-1] == "published"
+    assert [(row[0], row[1], row[-1]) for row in rows] == [
+        ("task", "ewc", "98.6"),
+        ("task", "naive", "19.9"),
+        ("class", "ewc", ""),
+        ("class", "naive", "19.9"),
+    ]
+
+
+def test_kronecker_ewc_forgets_less_than_the_diagonal(tmp_path):
+    options = ("benchmark=split_digits", "benchmark.num_tasks=5", "benchmark.scenario=task")
+    accuracy = {
+        name: run(tmp_path / name, *options, "training.epochs=20", f"strategy={name}")[
+            "average_accuracy"
+        ]
+        for name in ("naive", "ewc", "kfac_ewc")
+    }
+    assert accuracy["naive"] < accuracy["ewc"] < accuracy["kfac_ewc"]
 
 
 # --- the command line ---------------------------------------------------------------------
@@ -249,6 +285,34 @@ def test_a_sweep_runs_its_jobs_in_parallel_and_reports(tmp_path):
     text = (tmp_path / "sweep" / "report.md").read_text()
     assert "| strategy | seeds | average accuracy |" in text
     assert "| ewc | 2 |" in text
+
+
+def test_a_sweep_goes_on_where_it_stopped_and_its_page_is_rebuilt(tmp_path):
+    arguments = ["-m", "experiment=split_digits_strategies", "strategy=naive,kfac_ewc", "seed=0"]
+    arguments += SMALL
+    first = command(tmp_path, *arguments)
+    assert first.returncode == 0, first.stderr
+    (job, *_) = sorted((tmp_path / "sweep").glob("*/results.json"))
+    written = job.stat().st_mtime_ns
+    again = command(tmp_path, *arguments)
+    assert again.returncode == 0, again.stderr
+    assert job.stat().st_mtime_ns == written
+    assert "already done" in again.stdout + again.stderr
+    (tmp_path / "results").mkdir()
+    (tmp_path / "sweep").rename(tmp_path / "results" / "split_digits_strategies")
+    page = subprocess.run(
+        [sys.executable, "-m", "experiments.results"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "1 tables" in page.stdout
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "## split_digits_strategies" in text
+    assert "| kfac_ewc | 1 |" in text
+    assert (tmp_path / "results" / "split_digits_strategies.png").exists()
 
 
 def test_a_wrong_option_removes_nothing_that_was_there(tmp_path):
