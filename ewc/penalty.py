@@ -134,9 +134,8 @@ class EWCPenalty(nn.Module):
             like = next(model.parameters(), torch.zeros(()))
             return torch.zeros((), device=like.device, dtype=like.dtype)
         parameters = self._fit(model)
-        scale = self.strength / (self.num_examples or self._last_num_examples)
-        terms = self._scaled_terms(scale)
-        value: Tensor = _QuadraticForm.apply(terms, list(parameters), *parameters.values())
+        names, terms = list(parameters), self._scaled_terms()
+        value: Tensor = _QuadraticForm.apply(terms, names, *parameters.values())
         return value
 
     def implicit_step(self, model: nn.Module, optimizer: Optimizer, num_steps: int = 1) -> None:
@@ -157,8 +156,7 @@ class EWCPenalty(nn.Module):
             raise ValueError(f"num_steps is {num_steps}: it must be 1 or more.")
         if self.terms:
             parameters = self._fit(model)
-            scale = self.strength / (self.num_examples or self._last_num_examples)
-            implicit_step(self._scaled_terms(scale), parameters, optimizer, num_steps)
+            implicit_step(self._scaled_terms(), parameters, optimizer, num_steps)
 
     @property
     def fisher_trace(self) -> float:
@@ -248,8 +246,9 @@ class EWCPenalty(nn.Module):
             self.terms[index] = self._on_device_of(term, now)
         return now
 
-    def _scaled_terms(self, scale: float) -> list[Quadratic]:
-        """The terms times ``scale``, made once a task: every step reads them."""
+    def _scaled_terms(self) -> list[Quadratic]:
+        """The terms in the units of the loss, made once a task: every step reads them."""
+        scale = self.strength / (self.num_examples or self._last_num_examples)
         if self._scaled is None or self._scaled[:2] != (scale, self.terms):
             scaled = [
                 Quadratic(scale * term.precision, term.anchor, scale * term.constant)

@@ -57,7 +57,25 @@ class Joint(Strategy):
 
 
 @dataclass(frozen=True)
-class EWC(Strategy):
+class Penalised(Strategy):
+    r"""A quadratic penalty around the parameters of the tasks before.
+
+    Attributes:
+        strength: :math:`\lambda`.
+
+    Raises:
+        ValueError: the strength is negative or not finite.
+    """
+
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the strength."""
+        check_not_negative(self.strength, "strength")
+
+
+@dataclass(frozen=True)
+class EWC(Penalised):
     r"""One quadratic a task (Kirkpatrick et al. 2017).
 
     Attributes:
@@ -69,7 +87,6 @@ class EWC(Strategy):
         ValueError: the strength is negative or not finite, or ``implicit_every`` below 1.
     """
 
-    strength: float = 1.0
     implicit_every: int | None = None
 
     def __post_init__(self) -> None:
@@ -120,7 +137,7 @@ class OnlineEWC(EWC):
 
 
 @dataclass(frozen=True)
-class SI(Strategy):
+class SI(Penalised):
     r"""Synaptic Intelligence: importance from the path of the training (Zenke et al. 2017).
 
     Attributes:
@@ -131,12 +148,11 @@ class SI(Strategy):
         ValueError: the strength is negative or not finite, or the damping not above 0.
     """
 
-    strength: float = 1.0
     damping: float = 0.1
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        check_not_negative(self.strength, "strength")
+        super().__post_init__()
         check_not_negative(self.damping, "damping")
         if self.damping == 0:
             raise ValueError("damping is 0: it must be above 0.")
@@ -147,21 +163,8 @@ class SI(Strategy):
 
 
 @dataclass(frozen=True)
-class MAS(Strategy):
-    r"""Memory Aware Synapses: gradients of the squared output norm (Aljundi et al. 2018).
-
-    Attributes:
-        strength: :math:`\lambda`.
-
-    Raises:
-        ValueError: the strength is negative or not finite.
-    """
-
-    strength: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Check the strength."""
-        check_not_negative(self.strength, "strength")
+class MAS(Penalised):
+    """Memory Aware Synapses: gradients of the squared output norm (Aljundi et al. 2018)."""
 
     def plugins(self, fisher: Fisher) -> list[SupervisedPlugin]:
         """EWC's plugin with this importance."""
@@ -169,21 +172,8 @@ class MAS(Strategy):
 
 
 @dataclass(frozen=True)
-class L2(Strategy):
-    r"""All parameters held alike at their last values.
-
-    Attributes:
-        strength: :math:`\lambda`.
-
-    Raises:
-        ValueError: the strength is negative or not finite.
-    """
-
-    strength: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Check the strength."""
-        check_not_negative(self.strength, "strength")
+class L2(Penalised):
+    """All parameters held alike at their last values."""
 
     def plugins(self, fisher: Fisher) -> list[SupervisedPlugin]:
         """EWC's plugin with an importance of 1."""

@@ -8,8 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-TILE = 2**18
-"""Entries of products that stay in a core's cache until they are added up."""
+from ewc.fisher.squares import TILE
 
 GRAM_WIDTH = 128
 """Columns from which it pays to make a Gram matrix in quarters."""

@@ -1,6 +1,5 @@
 r"""The Fisher information without a matrix: products through the network itself."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -32,8 +31,6 @@ from ewc.parameters import (
     unflatten,
 )
 
-_log = logging.getLogger(__name__)
-
 
 class ImplicitFisher(FisherMatrix):
     r"""The matrix as :math:`v \mapsto \frac1N \sum_n J_n^\top \sum_k s_{kn} (s_{kn}^\top J_n v)`.
@@ -49,7 +46,7 @@ class ImplicitFisher(FisherMatrix):
     to run them with.
 
     Args:
-        model: a network of its own, in evaluation mode; ``None`` until :meth:`attached`.
+        products: takes them with a network of its own; ``None`` until :meth:`attached`.
         weights: its parameters and buffers.
         pieces: the data.
         own: the parameters that the products are over.
@@ -61,7 +58,7 @@ class ImplicitFisher(FisherMatrix):
 
     def __init__(
         self,
-        model: nn.Module | None,
+        products: NetworkProduct | None,
         weights: Parameters,
         pieces: Sequence[Piece],
         *,
@@ -71,7 +68,7 @@ class ImplicitFisher(FisherMatrix):
         factor: float = 1.0,
         group: ProcessGroup | None = None,
     ) -> None:
-        self._model = model
+        self._products = products
         self.weights = weights
         self.pieces = list(pieces)
         self.own = dict(own)
@@ -79,7 +76,6 @@ class ImplicitFisher(FisherMatrix):
         self.num_examples = num_examples
         self.factor = factor
         self.group = group
-        self._products = None if model is None else NetworkProduct(model, list(own))
 
     @classmethod
     def accumulator(cls, parameters: Parameters) -> Accumulator:
@@ -226,11 +222,11 @@ class ImplicitFisher(FisherMatrix):
             raise ValueError(
                 f"{type(model).__name__} does not fit the saved Fisher matrix: {error}"
             ) from error
-        return self._with(model=own)
+        return self._with(products=NetworkProduct(own, list(self.own)))
 
     def __repr__(self) -> str:
         """As of every matrix; without its network the trace is not known."""
-        if self._model is not None:
+        if self._products is not None:
             return super().__repr__()
         return f"ImplicitFisher(parameters={self.num_parameters}, without its network)"
 
@@ -247,11 +243,11 @@ class ImplicitFisher(FisherMatrix):
         tensors, about = self.state()
         changed = {key: function(value) for key, value in tensors.items()}
         result = ImplicitFisher.from_state(changed, about)._with(group=self.group)
-        return result if self._model is None else result.attached(self._model)
+        return result if self._products is None else result.attached(self._products.model)
 
     def _with(self, **changes: Any) -> "ImplicitFisher":
         now: dict[str, Any] = {
-            "model": self._model,
+            "products": self._products,
             "weights": self.weights,
             "pieces": self.pieces,
             "own": self.own,
@@ -340,7 +336,7 @@ class PieceList(Accumulator):
         model = copied(self.model)
         weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         return ImplicitFisher(
-            model,
+            NetworkProduct(model, list(self.shapes)),
             weights,
             self.pieces,
             own=self.shapes,

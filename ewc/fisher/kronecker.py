@@ -93,16 +93,17 @@ class KroneckerSum(Accumulator):
             outputs: list[Block]
             if self.reduce:
                 a, g = pullback.factors(part)
-                inputs = [RowBlock(a.detach().mean(2).transpose(0, 1))]
+                mean = RowBlock(a.detach().mean(2).transpose(0, 1))
+                inputs = [mean] if with_inputs else []
                 outputs = [RowBlock(g.sum(3).flatten(0, 1).transpose(0, 1))]
                 share = 1.0
             else:
-                inputs = [use.input_rows(part) for use in pullback.uses if with_inputs]
+                inputs = [use.input_rows(part) for use in pullback.uses] if with_inputs else []
                 outputs = [use.gradient_rows(part) for use in pullback.uses]
                 share = 1 / pullback.positions
             for block in outputs:
                 layer.outputs.add(block)
-            for block in inputs if with_inputs else ():
+            for block in inputs:
                 layer.inputs.add(block, share)
                 if pullback.bias is not None:
                     layer.sums += share * block.sum()

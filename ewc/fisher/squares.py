@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 TILE = 2**18
-"""Entries of a product that stay in a core's cache until they are squared."""
+"""Entries of a product that stay in a core's cache until they are squared or added up."""
 
 SQUARE_COST = 40
 """Multiplications of a matrix product that cost what squaring and adding one entry does."""
