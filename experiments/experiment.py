@@ -16,8 +16,10 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 
+from ewc import FisherMatrix
 from ewc.parameters import flatten, trainable_parameters
 from ewc.plugin import EWCPlugin
+from ewc.statistics import fisher_overlap_by_layer
 from experiments.benchmarks import Benchmark, Tasks
 from experiments.data import default_data_root
 from experiments.metrics import average_accuracy, backward_transfer, forgetting
@@ -156,7 +158,9 @@ class Prepared:
             log: a logger for one line a task.
 
         Returns:
-            The results, as ``results.json`` holds them, without configuration.
+            The results, as ``results.json`` holds them, without configuration. Beside the
+            accuracies: ``fisher_overlap``, for every task the overlap of its Fisher
+            information with that of the first task, by layer.
 
         Raises:
             FloatingPointError: the loss became infinite or NaN.
@@ -183,6 +187,8 @@ class Prepared:
             evaluator=EvaluationPlugin(loggers=[]),
         )
         matrix: list[list[float]] = []
+        first: FisherMatrix | None = None
+        overlaps: list[dict[str, float]] = []
         seconds = {"train": 0.0, "fisher": 0.0, "eval": 0.0}
         try:
             for number, experience in enumerate(train_stream):
@@ -196,6 +202,10 @@ class Prepared:
                 matrix.append(meter.accuracies)
                 after = flatten(dict(self.model.named_parameters())).detach()
                 record = _task_record(number, matrix, ewc, float((after - before).norm()))
+                if ewc and ewc.fisher is not None:
+                    first = first or ewc.fisher
+                    overlaps.append(fisher_overlap_by_layer(first, ewc.fisher))
+                    record |= {f"fisher/overlap/{k}": v for k, v in overlaps[-1].items()}
                 recorder.log(record)
                 log.info(
                     "task %d/%d: accuracy on it %.2f %%, on all tasks so far %.2f %%",
@@ -214,6 +224,7 @@ class Prepared:
             "forgetting": forgetting(matrix),
             "backward_transfer": backward_transfer(matrix),
             "accuracy_matrix": matrix,
+            "fisher_overlap": overlaps,
             "seconds": {key: round(value, 3) for key, value in seconds.items()},
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "seed": experiment.seed,

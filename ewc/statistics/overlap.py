@@ -1,0 +1,82 @@
+r"""Do two tasks use the same parameters?  The overlap of their Fisher matrices.
+
+Kirkpatrick et al. 2017 (arXiv:1612.00796, section 4.3 of the supplement) scale both matrices
+to unit trace and take one minus their Frechet distance,
+
+.. math:: d^2(\hat F_1, \hat F_2) = \tfrac12 \operatorname{tr} \big( \hat F_1 + \hat F_2
+          - 2 (\hat F_1 \hat F_2)^{1/2} \big) ,
+
+so that 0 says that the tasks rely on different parameters and 1 that they rely on the same
+ones alike.
+"""
+
+import torch
+from torch import Tensor
+
+from ewc.fisher.block_diagonal import by_layer
+from ewc.fisher.diagonal import DiagonalFisher
+from ewc.fisher.matrix import FisherMatrix
+from ewc.parameters import Parameters, check_same_shapes, flatten
+
+
+def fisher_overlap(first: FisherMatrix, second: FisherMatrix) -> float:
+    r"""The overlap :math:`1 - d^2 = \operatorname{tr} (\hat F_1 \hat F_2)^{1/2}`, from 0 to 1.
+
+    Of two diagonal matrices in ``p`` operations; of others by their dense matrices.
+
+    Args:
+        first: the Fisher information of one task.
+        second: that of another, over the same parameters.
+
+    Raises:
+        ValueError: the matrices are over different parameters, or one is zero.
+    """
+    check_same_shapes(second.shapes, first.shapes, "The second matrix")
+    if isinstance(first, DiagonalFisher) and isinstance(second, DiagonalFisher):
+        one, two = (flatten(m.diagonal()).double() for m in (first, second))
+        return _normalised((one * two).sqrt().sum(), one.sum(), two.sum())
+    one, two = (m.to_dense().double() for m in (first, second))
+    # tr (A B)^(1/2) is the sum of the singular values of A^(1/2) B^(1/2).
+    values = torch.linalg.svdvals(_root(one) @ _root(two))
+    return _normalised(values.sum(), one.trace(), two.trace())
+
+
+def fisher_overlap_by_layer(first: FisherMatrix, second: FisherMatrix) -> dict[str, float]:
+    """The overlap of the diagonals within every layer, by the layer's name.
+
+    A layer is a module with parameters of its own; each is scaled to unit trace by itself
+    (figure 2C of the paper).  A layer whose information is zero for a task has no overlap
+    and is left out.
+
+    Args:
+        first: the Fisher information of one task.
+        second: that of another, over the same parameters.
+
+    Raises:
+        ValueError: the matrices are over different parameters.
+    """
+    check_same_shapes(second.shapes, first.shapes, "The second matrix")
+    diagonals = first.diagonal(), second.diagonal()
+    found: dict[str, float] = {}
+    for layer, shapes in by_layer(first.shapes).items():
+        parts = [_part(diagonal, list(shapes)) for diagonal in diagonals]
+        if all(float(part.trace()) > 0 for part in parts):
+            found[layer] = fisher_overlap(*parts)
+    return found
+
+
+def _part(diagonal: Parameters, names: list[str]) -> DiagonalFisher:
+    return DiagonalFisher({name: diagonal[name] for name in names}, num_examples=1)
+
+
+def _normalised(product: Tensor, first: Tensor, second: Tensor) -> float:
+    """The trace of the root, had both matrices unit trace."""
+    if not (float(first) > 0 and float(second) > 0):
+        raise ValueError("A Fisher matrix is zero: there is no overlap with nothing.")
+    return float(product / (first * second).sqrt())
+
+
+def _root(matrix: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    root: Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    return root
