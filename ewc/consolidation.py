@@ -1,46 +1,17 @@
 r"""How the quadratics of several tasks are put together: separate or online.
 
 The log-posterior of each task is, in the Laplace approximation, a quadratic around the
-parameters found for it.  This file holds such a quadratic, and the two rules by which a
-new one joins the old.
+parameters found for it; these are the two rules by which a new one joins the old.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ewc.fisher.diagonal import DiagonalFisher
 from ewc.fisher.kronecker import KroneckerFisher
-from ewc.fisher.matrix import FisherMatrix
 from ewc.fisher.nearest_kronecker import nearest_kronecker
-from ewc.parameters import Parameters, Shapes, padded
-
-
-@dataclass(frozen=True, eq=False)
-class Quadratic:
-    r"""The function :math:`\frac12 (\theta - a)^\top P (\theta - a) + c`.
-
-    Attributes:
-        precision: :math:`P`, a Fisher matrix times its number of examples.
-        anchor: :math:`a`.
-        constant: :math:`c`, in nats.
-    """
-
-    precision: FisherMatrix
-    anchor: Parameters
-    constant: float = 0.0
-
-    def embedded(self, shapes: Shapes) -> "Quadratic":
-        """The same function over more parameters, flat in the new ones."""
-        anchor = padded(self.anchor, shapes)
-        return Quadratic(self.precision.embedded(shapes), anchor, self.constant)
-
-    def mapped(self, function: Callable[[Tensor], Tensor]) -> "Quadratic":
-        """The function with ``function`` applied to every tensor (a move, a cast)."""
-        anchor = {name: function(tensor) for name, tensor in self.anchor.items()}
-        return Quadratic(self.precision.mapped(function), anchor, self.constant)
+from ewc.quadratic import Quadratic
 
 
 def completed_square(first: Quadratic, second: Quadratic) -> Quadratic:

@@ -12,24 +12,25 @@ value, whatever the sizes of tasks and batches, for a loss that is a mean over e
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ewc.consolidation import Consolidation, Online, Quadratic, Separate
+from ewc.consolidation import Consolidation, Online, Separate
 from ewc.fisher.matrix import FisherMatrix, check_not_negative
+from ewc.pacing import Paced
 from ewc.parameters import (
     Parameters,
     accumulation_dtype,
     check_same_shapes,
-    dot,
     grown_shapes,
     shapes_of,
 )
 from ewc.proximal import implicit_step
+from ewc.quadratic import Quadratic, QuadraticForm
 
 
 class EWCPenalty(nn.Module):
@@ -45,24 +46,40 @@ class EWCPenalty(nn.Module):
     Args:
         strength: :math:`\lambda`; 1 is the Bayes value.
         consolidation: how tasks are put together, :class:`Separate` or :class:`Online`.
+        eigenvector_share: of Kronecker matrices a gradient takes so many of the
+            eigenvectors, on average, the stiff ones more often (:mod:`ewc.pacing`); 1 takes
+            all, for several times the cost of a training step.  Where gradients are on, the
+            value is then an estimate, exact on average over ``ewc.pacing.PERIOD`` calls.
 
     Attributes:
         num_examples: :math:`N`, the size of the task in training.  ``None`` stands for the
             size of the last consolidated task, so that tasks of one size weigh 1.
 
     Raises:
-        ValueError: the strength is negative or not finite.
+        ValueError: the strength is negative or not finite, or the share not in (0, 1].
     """
 
-    def __init__(self, strength: float = 1.0, consolidation: Consolidation = Separate()) -> None:
+    def __init__(
+        self,
+        strength: float = 1.0,
+        consolidation: Consolidation = Separate(),
+        *,
+        eigenvector_share: float = 1.0,
+    ) -> None:
         super().__init__()
+        if not 0 < eigenvector_share <= 1:
+            raise ValueError(
+                f"eigenvector_share is {eigenvector_share}: it must be above 0 and at most 1."
+            )
+        self.eigenvector_share = eigenvector_share
         self.strength = strength
         self.consolidation = consolidation
         self.num_examples = None
         self.terms: list[Quadratic] = []
         self._last_num_examples = 0
         self._attached = True
-        self._scaled: tuple[float, list[Quadratic], list[Quadratic]] | None = None
+        self._scaled: _Scaled | None = None
+        self._step = 0
 
     @property
     def strength(self) -> float:
@@ -134,8 +151,13 @@ class EWCPenalty(nn.Module):
             like = next(model.parameters(), torch.zeros(()))
             return torch.zeros((), device=like.device, dtype=like.dtype)
         parameters = self._fit(model)
-        names, terms = list(parameters), self._scaled_terms()
-        value: Tensor = _QuadraticForm.apply(terms, names, *parameters.values())
+        scaled = self._scaled_terms()
+        terms = scaled.terms
+        if self.eigenvector_share < 1 and torch.is_grad_enabled():
+            scaled.paced = scaled.paced or Paced(terms, self.eigenvector_share)
+            terms = scaled.paced.at(self._step)
+            self._step += 1
+        value: Tensor = QuadraticForm.apply(terms, list(parameters), *parameters.values())
         return value
 
     def implicit_step(self, model: nn.Module, optimizer: Optimizer, num_steps: int = 1) -> None:
@@ -156,7 +178,7 @@ class EWCPenalty(nn.Module):
             raise ValueError(f"num_steps is {num_steps}: it must be 1 or more.")
         if self.terms:
             parameters = self._fit(model)
-            implicit_step(self._scaled_terms(), parameters, optimizer, num_steps)
+            implicit_step(self._scaled_terms().terms, parameters, optimizer, num_steps)
 
     @property
     def fisher_trace(self) -> float:
@@ -185,6 +207,7 @@ class EWCPenalty(nn.Module):
         online = self.consolidation if isinstance(self.consolidation, Online) else None
         return {
             "strength": self.strength,
+            "eigenvector_share": self.eigenvector_share,
             "online": None if online is None else asdict(online),
             "num_examples": self.num_examples,
             "last_num_examples": self._last_num_examples,
@@ -194,6 +217,7 @@ class EWCPenalty(nn.Module):
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`get_extra_state`; called by ``load_state_dict``."""
         self.strength = state["strength"]
+        self.eigenvector_share = state["eigenvector_share"]
         online = state["online"]
         self.consolidation = Separate() if online is None else Online(**online)
         self.num_examples = state["num_examples"]
@@ -246,16 +270,16 @@ class EWCPenalty(nn.Module):
             self.terms[index] = self._on_device_of(term, now)
         return now
 
-    def _scaled_terms(self) -> list[Quadratic]:
+    def _scaled_terms(self) -> "_Scaled":
         """The terms in the units of the loss, made once a task: every step reads them."""
         scale = self.strength / (self.num_examples or self._last_num_examples)
-        if self._scaled is None or self._scaled[:2] != (scale, self.terms):
-            scaled = [
+        if self._scaled is None or (self._scaled.scale, self._scaled.of) != (scale, self.terms):
+            terms = [
                 Quadratic(scale * term.precision, term.anchor, scale * term.constant)
                 for term in self.terms
             ]
-            self._scaled = scale, list(self.terms), scaled
-        return self._scaled[2]
+            self._scaled = _Scaled(scale, list(self.terms), terms)
+        return self._scaled
 
     @staticmethod
     def _on_device_of(term: Quadratic, parameters: Parameters) -> Quadratic:
@@ -269,6 +293,16 @@ class EWCPenalty(nn.Module):
         return term.mapped(lambda tensor: tensor.to(here.device, dtype))
 
 
+@dataclass
+class _Scaled:
+    """Terms times a number, and the terms and the number they are of."""
+
+    scale: float
+    of: list[Quadratic]
+    terms: list[Quadratic]
+    paced: Paced | None = None
+
+
 def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
     """The parameter of that full name, ``None`` if there is none."""
     module: nn.Module | None = model
@@ -276,51 +310,3 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
     for part in path:
         module = module._modules.get(part) if module is not None else None
     return module._parameters.get(leaf) if module is not None else None
-
-
-class _QuadraticForm(torch.autograd.Function):
-    """The sum of quadratics, with its gradient written down instead of traced.
-
-    The gradient is made along with the value, in one sweep over the parameters; autograd
-    would keep three tensors a parameter and sweep twice.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, terms: list[Quadratic], names: list[str], *parameters: Tensor) -> Tensor:
-        ctx.terms, ctx.names = terms, names
-        ctx.save_for_backward(*parameters)
-        value, ctx.gradient = _value_and_gradient(terms, dict(zip(names, parameters, strict=True)))
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        (factor,) = outer
-        if torch.is_grad_enabled() or ctx.gradient is None:
-            # A second derivative is wanted, or a second backward pass of the same value.
-            here = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-            _, gradient = _value_and_gradient(ctx.terms, here)
-            gradient = [factor * tensor for tensor in gradient]
-        else:
-            gradient, ctx.gradient = ctx.gradient, None
-            # Most losses just add the penalty. Reading the factor costs nothing on a CPU,
-            # where a sweep over the parameters does; on a device it is the other way round.
-            if factor.device.type != "cpu" or factor.item() != 1.0:
-                torch._foreach_mul_(gradient, factor)
-        cast = (g.to(p.dtype) for g, p in zip(gradient, ctx.saved_tensors, strict=True))
-        return (None, None, *cast)
-
-
-def _value_and_gradient(terms: list[Quadratic], here: Parameters) -> tuple[Tensor, list[Tensor]]:
-    """The sum of the quadratics at ``here``, and its gradient in the order of ``here``."""
-    value: Tensor | float = 0.0
-    gradient: Parameters = {}
-    for term in terms:
-        differences = torch._foreach_sub(list(here.values()), [term.anchor[n] for n in here])
-        step = dict(zip(here, differences, strict=True))
-        product = term.precision.matvec(step)
-        value = value + 0.5 * dot(step, product) + term.constant
-        if gradient:
-            product = {name: gradient[name] + tensor for name, tensor in product.items()}
-        gradient = product
-    assert isinstance(value, Tensor)
-    return value, [gradient[name] for name in here]

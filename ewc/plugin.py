@@ -39,6 +39,8 @@ class EWCPlugin(SupervisedPlugin):
         estimator: how the expectation over targets is taken.
         structure: what of the Fisher matrix is kept.
         consolidation: how tasks are put together.
+        eigenvector_share: of Kronecker matrices a step takes so many of the eigenvectors,
+            on average (:mod:`ewc.pacing`); 1 takes all.
         implicit_every: take the penalty's share by an implicit step after so many iterations
             (:mod:`ewc.proximal`): stable for any strength, and for matrices whose products
             cost more than a training step cheaper by that factor.  ``None`` adds the penalty
@@ -52,7 +54,8 @@ class EWCPlugin(SupervisedPlugin):
             ten of them.
 
     Raises:
-        ValueError: the strength is negative or not finite, or ``implicit_every`` below 1.
+        ValueError: the strength is negative or not finite, the share of eigenvectors not in
+            (0, 1], or ``implicit_every`` below 1.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class EWCPlugin(SupervisedPlugin):
         estimator: Estimator = Exact(),
         structure: type[FisherMatrix] | Configured[Any] = DiagonalFisher,
         consolidation: Consolidation = Separate(),
+        eigenvector_share: float = 1.0,
         implicit_every: int | None = None,
     ) -> None:
         super().__init__()
@@ -70,7 +74,7 @@ class EWCPlugin(SupervisedPlugin):
             raise ValueError(f"implicit_every is {implicit_every}: it must be 1 or more, or None.")
         self.implicit_every = implicit_every
         self._since = self._taken = 0
-        self.penalty = EWCPenalty(strength, consolidation)
+        self.penalty = EWCPenalty(strength, consolidation, eigenvector_share=eigenvector_share)
         self.likelihood = likelihood
         self.estimator = estimator
         self.structure = structure

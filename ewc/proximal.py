@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ewc.consolidation import Quadratic
 from ewc.fisher.block_diagonal import BlockDiagonalFisher
 from ewc.fisher.diagonal import DiagonalFisher
 from ewc.fisher.matrix import FisherMatrix
 from ewc.parameters import Parameters
+from ewc.quadratic import Quadratic
 
 SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
 """Where optimizers keep the mean squared gradient: Adam and its family, RMSprop."""

@@ -1,0 +1,154 @@
+"""Kronecker penalties by paced eigenvectors: exact over a period, cheap and reproducible."""
+
+import pytest
+import torch
+from torch import nn
+
+from ewc import EWCPenalty, FisherMatrix, KroneckerFisher, Online, Separate, fisher_information
+from ewc.fisher.kronecker_product import KroneckerProduct
+from ewc.fisher.truncated_product import TruncatedProduct
+from ewc.pacing import PERIOD, paces, turns
+
+EXACT = {"rtol": 1e-9, "atol": 1e-11}
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 2), nn.Flatten(), nn.Linear(27, 12, bias=False), nn.Tanh(), nn.Linear(12, 3)
+    ).double()
+
+
+def information(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(40, 1, 4, 4, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (40,), generator=generator)
+    return fisher_information(model, [(x, y)], structure=KroneckerFisher)
+
+
+def remembered(share, consolidation, tasks=2):
+    """A penalty over some tasks, and the model away from the anchors."""
+    model = network()
+    penalty = EWCPenalty(3.0, consolidation, eigenvector_share=share)
+    for seed in range(tasks):
+        penalty.consolidate(information(model, seed), model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return penalty, model
+
+
+def gradients(penalty, model, steps):
+    """Value and gradient of some steps, one after the other."""
+    found = []
+    for _ in range(steps):
+        value = penalty(model)
+        gradient = torch.autograd.grad(value, list(model.parameters()))
+        found.append((value.item(), torch.cat([g.flatten() for g in gradient])))
+    return found
+
+
+@pytest.mark.parametrize("consolidation", [Online(), Separate(), Online(exact=True)])
+@pytest.mark.parametrize("share", [0.05, 0.3])
+def test_over_a_period_value_and_gradient_are_exact(share, consolidation):
+    penalty, model = remembered(share, consolidation)
+    whole, _ = remembered(1.0, consolidation)
+    steps = gradients(penalty, model, PERIOD)
+    ((value, gradient),) = gradients(whole, model, 1)
+    assert sum(v for v, _ in steps) / PERIOD == pytest.approx(value, rel=1e-9)
+    torch.testing.assert_close(sum(g for _, g in steps) / PERIOD, gradient, **EXACT)
+    # Each step by itself is something else: that is what makes it cheap.
+    assert max(float((g - gradient).norm()) for _, g in steps) > 0.05 * float(gradient.norm())
+
+
+def test_without_gradients_the_value_is_exact():
+    penalty, model = remembered(0.1, Online())
+    whole, _ = remembered(1.0, Online())
+    with torch.no_grad():
+        for _ in range(2):
+            assert penalty(model).item() == pytest.approx(whole(model).item(), rel=1e-12)
+
+
+def test_the_gradient_is_that_of_the_value():
+    penalty, model = remembered(0.2, Online())
+    parameter = next(model.parameters())
+    direction = torch.randn_like(parameter)
+    (_, gradient), *_ = gradients(penalty, model, 1)
+    penalty._step = 0
+    here = penalty(model)
+    with torch.no_grad():
+        parameter.add_(1e-6 * direction)
+    penalty._step = 0
+    slope = (penalty(model).item() - here.item()) / 1e-6
+    expected = float((gradient[: parameter.numel()] * direction.flatten()).sum())
+    assert slope == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("budget", [5.0, 20.0, 80.0])
+def test_stiff_eigenvectors_come_more_often_within_the_budget(budget):
+    values = torch.logspace(-4, 2, 100, dtype=torch.float64)
+    pace = paces(values, budget)
+    assert float((2.0**-pace).sum()) <= budget
+    assert float((2.0**-pace).sum()) > 0.7 * budget  # powers of two come in steps
+    assert bool((pace[1:] <= pace[:-1]).all())
+    slow = (pace > pace.min()) & (pace < pace.max())
+    # One step of two for every factor of four in the eigenvalue.
+    expected = 0.5 * (values.max().log2() - values[slow].log2())
+    assert float((pace[slow] - expected).max() - (pace[slow] - expected).min()) <= 1.0
+
+
+def test_turns_share_the_vectors_out_evenly():
+    pace = torch.tensor([0] * 3 + [1] * 10 + [3] * 16 + [6] * 64)
+    steps = turns(pace)
+    counts = torch.bincount(torch.cat(steps), minlength=len(pace))
+    assert counts.tolist() == (PERIOD // 2**pace).tolist()
+    sizes = [len(step) for step in steps]
+    assert set(sizes) == {3 + 5 + 2 + 1}
+
+
+def test_a_truncated_product_is_the_kronecker_product_of_its_factor(tmp_path):
+    model = network()
+    (block,) = (b for b in information(model, 0).blocks if "4.weight" in b.shapes)
+    assert isinstance(block, KroneckerProduct)
+    values, vectors = torch.linalg.eigh(block.inputs[0])
+    few = TruncatedProduct(block.weights, block.outputs, vectors.T[-4:], values[-4:], 40)
+    inputs = vectors[:, -4:] @ torch.diag(values[-4:]) @ vectors[:, -4:].T
+    # The order of the parameters is that of the weight's rows, then the bias.
+    outputs = block.outputs[0]
+    expected = torch.einsum("ab,ij->aibj", outputs, inputs)
+    v = {name: torch.randn(shape, dtype=torch.float64) for name, shape in block.shapes.items()}
+    matrix = torch.cat([v["4.weight"], v["4.bias"][:, None]], 1)
+    product = torch.einsum("aibj,bj->ai", expected, matrix)
+    for one in (few, 2 * (0.5 * few)):
+        found = one.matvec(v)
+        torch.testing.assert_close(found["4.weight"], product[:, :-1], **EXACT)
+        torch.testing.assert_close(found["4.bias"], product[:, -1], **EXACT)
+    torch.testing.assert_close(few.times(matrix[None])[0], product, **EXACT)
+    torch.testing.assert_close(few.trace(), outputs.trace() * inputs.trace(), **EXACT)
+    few.save(tmp_path / "few.safetensors")
+    loaded = FisherMatrix.load(tmp_path / "few.safetensors")
+    assert isinstance(loaded, TruncatedProduct)
+    torch.testing.assert_close(loaded.matvec(v), few.matvec(v), rtol=0, atol=0)
+
+
+def test_a_head_that_grows_is_paced_as_well():
+    penalty, model = remembered(0.2, Online(), tasks=1)
+    head = model[-1]
+    larger = nn.Linear(12, 5).double()
+    with torch.no_grad():
+        larger.weight[:3], larger.bias[:3] = head.weight, head.bias
+    model[-1] = larger
+    steps = gradients(penalty, model, PERIOD)
+    penalty.eigenvector_share = 1.0
+    ((_, gradient),) = gradients(penalty, model, 1)
+    torch.testing.assert_close(sum(g for _, g in steps) / PERIOD, gradient, **EXACT)
+
+
+def test_the_share_is_kept_and_checked():
+    penalty, _ = remembered(0.2, Online())
+    loaded = EWCPenalty()
+    loaded.load_state_dict(penalty.state_dict())
+    assert loaded.eigenvector_share == 0.2
+    for share in (0.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"eigenvector_share is .* above 0 and at most 1"):
+            EWCPenalty(eigenvector_share=share)
