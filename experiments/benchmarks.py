@@ -4,6 +4,7 @@ A task keeps its images as an index and a permutation of shared tensors, so ten 
 tasks take the memory of one; a batch is two indexing operations.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,7 +214,29 @@ class Split(Benchmark):
 
 @dataclass(frozen=True)
 class Permuted(Benchmark):
-    """Every task shuffles the pixels in its own way; the first keeps their order."""
+    """Every task shuffles the pixels in its own way; the first keeps their order.
+
+    Attributes:
+        square: the side of the square in the middle of the image within which pixels are
+            shuffled, an even number of pixels from the image's own; ``None`` for the whole
+            image.
+
+    Raises:
+        ValueError: the square does not lie in the middle of the image.
+    """
+
+    square: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the square lies in the middle."""
+        super().__post_init__()
+        side = math.isqrt(self.images.num_pixels)
+        allowed = list(range(side, 0, -2))
+        if self.square is not None and self.square not in allowed:
+            raise ValueError(
+                f"square is {self.square}: in the middle of {side}x{side} pixels lie squares "
+                f"of {', '.join(map(str, reversed(allowed)))}."
+            )
 
     @property
     def classes_per_task(self) -> int:
@@ -223,8 +246,16 @@ class Permuted(Benchmark):
     def plan(self, generator: torch.Generator) -> list[tuple[list[int], Tensor | None]]:
         """All classes under a random permutation each."""
         classes = list(range(self.images.num_classes))
-        shuffled = [
-            torch.randperm(self.images.num_pixels, generator=generator)
-            for _ in range(self.num_tasks - 1)
-        ]
+        pixels = torch.arange(self.images.num_pixels)
+        side = math.isqrt(len(pixels))
+        inside = pixels.view(side, side) if self.square is not None else pixels
+        if self.square is not None:
+            edge = (side - self.square) // 2
+            inside = inside[edge : side - edge, edge : side - edge]
+        inside = inside.flatten()
+        shuffled = []
+        for _ in range(self.num_tasks - 1):
+            permutation = pixels.clone()
+            permutation[inside] = inside[torch.randperm(len(inside), generator=generator)]
+            shuffled.append(permutation)
         return [(classes, permutation) for permutation in (None, *shuffled)]

@@ -14,23 +14,31 @@ class MLP:
 
     Attributes:
         hidden: the widths of the hidden layers.
+        dropout: the share of hidden units that is dropped in training.
+        input_dropout: the share of pixels that is dropped in training.
 
     Raises:
-        ValueError: a width is below 1.
+        ValueError: a width is below 1, or a share not from 0 to below 1.
     """
 
     hidden: list[int] = field(default_factory=lambda: [400, 400])
+    dropout: float = 0.0
+    input_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the widths."""
+        """Check the numbers."""
         if any(width < 1 for width in self.hidden):
             raise ValueError(f"hidden is {self.hidden}: every width must be 1 or more.")
+        for name in ("dropout", "input_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must lie in [0, 1).")
 
     def build(self, num_inputs: int, num_outputs: int, num_heads: int | None) -> nn.Module:
         """The network, with one head or, for told tasks, with ``num_heads``."""
-        layers: list[nn.Module] = []
+        layers: list[nn.Module] = [nn.Dropout(self.input_dropout)] if self.input_dropout else []
         for width in self.hidden:
             layers += [nn.Linear(num_inputs, width), nn.ReLU()]
+            layers += [nn.Dropout(self.dropout)] if self.dropout else []
             num_inputs = width
         if num_heads is None:
             return nn.Sequential(*layers, nn.Linear(num_inputs, num_outputs))

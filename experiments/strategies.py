@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from avalanche.training.plugins import EWCPlugin as AvalanchePlugin
 from avalanche.training.plugins import LwFPlugin, SupervisedPlugin
 
 from ewc import DiagonalFisher, Exact, FisherMatrix, Online, Separate
@@ -80,18 +81,21 @@ class EWC(Penalised):
 
     Attributes:
         strength: :math:`\lambda`; 1 is the Bayes value.
+        eigenvector_share: of Kronecker matrices a step takes so many of the eigenvectors,
+            on average.
         implicit_every: take implicit steps after so many iterations; ``None`` adds the
             penalty to the loss.
 
     Raises:
-        ValueError: the strength is negative or not finite, or ``implicit_every`` below 1.
+        ValueError: a number is out of range.
     """
 
+    eigenvector_share: float = 1.0
     implicit_every: int | None = None
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        EWCPlugin(self.strength, implicit_every=self.implicit_every)
+        self.plugins(Fisher())
 
     def consolidation(self) -> Consolidation:
         """How tasks are put together."""
@@ -104,6 +108,7 @@ class EWC(Penalised):
             estimator=fisher.estimator,
             structure=fisher.structure,
             consolidation=self.consolidation(),
+            eigenvector_share=self.eigenvector_share,
             implicit_every=self.implicit_every,
         )
         return [plugin]
@@ -115,6 +120,7 @@ class OnlineEWC(EWC):
 
     Attributes:
         strength: :math:`\lambda`; 1 is the Bayes value.
+        eigenvector_share: as of :class:`EWC`.
         implicit_every: as of :class:`EWC`.
         decay: :math:`\gamma`, what is left of the old sum at each new task.
         exact: keep sums of Kronecker matrices term by term, not projected to one.
@@ -126,14 +132,25 @@ class OnlineEWC(EWC):
     decay: float = 1.0
     exact: bool = False
 
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        super().__post_init__()
-        Online(self.decay)
-
     def consolidation(self) -> Consolidation:
         """How tasks are put together."""
         return Online(self.decay, self.exact)
+
+
+@dataclass(frozen=True)
+class AvalancheEWC(Penalised):
+    r"""Avalanche's own plugin, for comparison: batch-mean gradients, :math:`\lambda F d^2`.
+
+    Attributes:
+        strength: its ``ewc_lambda``; without the half of the other strategies.
+
+    Raises:
+        ValueError: the strength is negative or not finite.
+    """
+
+    def plugins(self, fisher: Fisher) -> list[SupervisedPlugin]:
+        """The plugin, which does not look at how the Fisher information is to be taken."""
+        return [AvalanchePlugin(self.strength, mode="separate")]
 
 
 @dataclass(frozen=True)

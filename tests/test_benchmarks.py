@@ -72,6 +72,24 @@ def test_permuted_shuffles_pixels_alike_in_training_and_test(scenario, outputs):
     assert train[1].images.pixels.data_ptr() == train[2].images.pixels.data_ptr()
 
 
+def test_only_the_middle_square_is_shuffled():
+    train = data_of(Permuted(Digits(), 3, square=4).build(NOWHERE, 0, CPU))
+    pixels = torch.arange(64).view(8, 8)
+    for part in train[1:]:
+        order = part.permutation.view(8, 8)
+        moved = order != pixels
+        assert not moved[[0, 1, 6, 7]].any()
+        assert not moved[:, [0, 1, 6, 7]].any()
+        assert moved[2:6, 2:6].sum() > 8
+        assert sorted(order[2:6, 2:6].flatten().tolist()) == pixels[2:6, 2:6].flatten().tolist()
+
+
+@pytest.mark.parametrize("square", [0, 3, 10])
+def test_impossible_squares_say_what_is_possible(square):
+    with pytest.raises(ValueError, match=rf"square is {square}: .*squares of 2, 4, 6, 8"):
+        Permuted(Digits(), 3, square=square)
+
+
 def test_what_a_loader_of_avalanche_reads_is_what_a_batch_holds():
     tasks = Split(Digits(), 5, "task").build(NOWHERE, 0, CPU)
     experience = tasks.scenario.streams["train"][3]
@@ -146,6 +164,15 @@ def test_mnist_is_read_as_it_is(mnist_root, mnist):
     assert torch.bincount(test.labels).tolist() == [
         980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009,
     ]  # fmt: skip
+
+
+def test_standardized_pixels_have_the_mean_and_variance_of_the_training_images(mnist_root):
+    plain, standard = MNIST().load(mnist_root), MNIST(standardize=True).load(mnist_root)
+    for before, after in zip(plain, standard, strict=True):
+        # The constants that torchvision's users write down.
+        expected = (before.pixels - 0.1307) / 0.3081
+        torch.testing.assert_close(after.pixels, expected, rtol=0, atol=2e-3)
+    assert float(standard[0].pixels.double().mean()) == pytest.approx(0, abs=1e-5)
 
 
 def test_missing_mnist_says_where_to_put_it(tmp_path, monkeypatch):

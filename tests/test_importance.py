@@ -12,6 +12,7 @@ from ewc import Empirical, fisher_information
 from ewc.parameters import flatten
 from experiments.importance import (
     AbsoluteGradients,
+    BatchMeanGradients,
     SquaredNorm,
     SynapticIntelligencePlugin,
     l2,
@@ -122,3 +123,21 @@ def test_l2_holds_all_parameters_alike():
             parameter.add_(0.1)
     count = sum(p.numel() for p in model.parameters())
     assert float(plugin.penalty(model).detach()) == pytest.approx(1.5 * 0.01 * count, rel=1e-4)
+
+
+def test_batch_mean_gradients_are_squared_after_the_mean():
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)).double()
+    x, y = torch.randn(11, 6, dtype=torch.float64), torch.randint(4, (11,))
+    batches = [(x[:4], y[:4]), (x[4:8], y[4:8]), (x[8:], y[8:])]
+    found = fisher_information(
+        model, batches, estimator=Empirical(), structure=BatchMeanGradients
+    ).diagonal()
+    expected = 0
+    for inputs, targets in batches:
+        loss = nn.functional.cross_entropy(model(inputs), targets)
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, model.parameters())])
+        expected = expected + len(targets) / 11 * gradient**2
+    torch.testing.assert_close(flatten(found), expected)
+    single = fisher_information(model, batches, estimator=Empirical()).trace()
+    assert float(expected.sum()) < 0.9 * float(single)
