@@ -11,8 +11,12 @@ Matrix = Sequence[Sequence[float]]
 
 def average_accuracy(matrix: Matrix) -> float:
     r""":math:`\frac1T \sum_j R_{Tj}`: the mean over all tasks seen so far, after the last."""
-    seen = matrix[-1][: len(matrix)]
-    return sum(seen) / len(seen)
+    return average_accuracies(matrix)[-1]
+
+
+def average_accuracies(matrix: Matrix) -> list[float]:
+    r""":math:`\frac{1}{i} \sum_{j \le i} R_{ij}` after every task: over those seen so far."""
+    return [sum(row[: i + 1]) / (i + 1) for i, row in enumerate(matrix)]
 
 
 def forgetting(matrix: Matrix) -> float:

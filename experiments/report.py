@@ -17,6 +17,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from experiments.metrics import average_accuracies
+
 _log = logging.getLogger(__name__)
 
 
@@ -102,7 +104,7 @@ def draw_learning_curves(
     for task in range(size):
         after = range(task + 1, size + 1)
         left.plot(after, [100 * matrix[i - 1][task] for i in after], marker=".", lw=1, alpha=0.6)
-    mean = [100 * statistics.fmean(matrix[i][: i + 1]) for i in range(size)]
+    mean = [100 * accuracy for accuracy in average_accuracies(matrix)]
     left.plot(range(1, size + 1), mean, color="black", lw=2.5, label="mean over tasks so far")
     left.set(xlabel="tasks learnt", ylabel="test accuracy in %", title=title)
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -138,10 +140,14 @@ class SweepReport(Callback):
         published: accuracies in per cent that were published for some rows, by the row's
             settings as on the command line: ``strategy=ewc`` or
             ``benchmark.scenario=task,strategy=ewc``.
+        pictures: for RESULTS.md, names of functions in :mod:`experiments.pictures`.
     """
 
-    def __init__(self, published: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, published: Mapping[str, str] | None = None, pictures: Sequence[str] = ()
+    ) -> None:
         self.published = dict(published or {})
+        self.pictures = list(pictures)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Put together what the jobs left."""
@@ -159,10 +165,9 @@ def report_sweep(folder: Path, published: Mapping[str, str] | None = None) -> No
     if not jobs:
         return
     columns, rows = sweep_table(jobs, published)
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    text = "Accuracy and forgetting in %, mean ± standard error over the jobs of a row.\n\n"
-    (folder / "report.md").write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
+    text = "Accuracy and forgetting in %, mean ± standard error over the jobs of a row."
+    lines = [text, "", *markdown(columns, rows), ""]
+    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
     table = Table(title=f"{len(jobs)} jobs: {os.path.relpath(folder)}")
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -171,10 +176,18 @@ def report_sweep(folder: Path, published: Mapping[str, str] | None = None) -> No
     Console().print(table)
 
 
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
 def read_jobs(folder: Path) -> list[dict[str, Any]]:
     """The results of every finished job of a sweep, in the order of the jobs."""
-    paths = sorted(folder.glob("*/results.json"), key=lambda p: (len(p.parent.name), p))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    folders = sorted(
+        (path.parent for path in folder.glob("*/results.json")), key=lambda f: (len(f.name), f)
+    )
+    return [results for folder in folders if (results := read_results(folder))]
 
 
 def sweep_table(

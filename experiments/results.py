@@ -1,20 +1,23 @@
 """RESULTS.md from kept results: ``python -m experiments.results``.
 
 Every recipe leaves a folder of jobs under ``results/``; of each job ``results.json`` is kept.
-This rebuilds the page and its pictures from them, and nothing on it is written by hand but the
-texts of :data:`RECIPES`.
+This rebuilds the page and its pictures from them.  Figures are never written by hand; the
+titles and published values are those of the recipes, the bars and what is said of them
+those of ``results/bars.yaml``.
 """
 
 import argparse
-import re
-from collections.abc import Mapping, Sequence
+import math
+import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+import hydra
 from omegaconf import OmegaConf
 
-from experiments.report import read_jobs, sweep_table
+from experiments.pictures import Jobs
+from experiments.report import markdown, read_jobs, sweep_table
 from experiments.run import CONFIGS
 
 INTRODUCTION = """\
@@ -24,15 +27,14 @@ Average test accuracy over all tasks after the last one, and forgetting, in per 
 standard error over the seeds. Published figures stand in the last column; they are of other
 seeds, and where said of other settings. Written by `python -m experiments.results` from the
 `results.json` of every job under `results/`; to run a table again, use the command above it
-(`EWC_DATA` names the folder of MNIST).
-"""
+(`EWC_DATA` names the folder of MNIST)."""
 
 
-def published_of(recipe: Path) -> dict[str, str]:
-    """The published figures that a recipe's configuration holds."""
+def report_of(recipe: Path) -> dict[str, Any]:
+    """What a recipe says of its report: published figures and pictures."""
     config: Any = OmegaConf.to_container(OmegaConf.load(recipe), resolve=False)
-    report = config.get("hydra", {}).get("callbacks", {}).get("report", {})
-    return {str(key): str(value) for key, value in report.get("published", {}).items()}
+    found: dict[str, Any] = config.get("hydra", {}).get("callbacks", {}).get("report", {})
+    return found
 
 
 def title_of(recipe: Path) -> str:
@@ -43,53 +45,81 @@ def title_of(recipe: Path) -> str:
     )
 
 
-def section(folder: Path, recipe: Path, pictures: Path) -> str:
+def section(jobs: Jobs, recipe: Path, pictures: Path) -> str:
     """The heading, the command, the table and the pictures of one recipe."""
-    jobs = read_jobs(folder)
-    columns, rows = sweep_table(jobs, published_of(recipe))
+    report = report_of(recipe)
     lines = [
-        f"## {folder.name}",
+        f"## {recipe.stem}",
         "",
         title_of(recipe),
         "",
-        f"```\npython -m experiments.run experiment={folder.name}\n```",
+        f"```\npython -m experiments.run experiment={recipe.stem}\n```",
         "",
-        "| " + " | ".join(columns) + " |",
-        "|" + " --- |" * len(columns),
-        *("| " + " | ".join(row) + " |" for row in rows),
+        *markdown(*sweep_table(jobs, report.get("published"))),
     ]
-    if picture := draw_over_tasks(jobs, folder.name, pictures):
-        lines += ["", f"![accuracy over tasks]({picture.parent.name}/{picture.name})"]
+    for name in report.get("pictures", ["over_tasks"]):
+        figure = hydra.utils.get_method(f"experiments.pictures.{name}")(jobs, recipe.stem)
+        path = pictures / f"{recipe.stem}_{name}.png"
+        figure.savefig(path, dpi=110)
+        lines += ["", f"![{name.replace('_', ' ')}]({pictures.name}/{path.name})"]
     versions = jobs[0]["versions"]
     lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in versions.items()) + "."]
     return "\n".join(lines)
 
 
-def draw_over_tasks(jobs: Sequence[Mapping[str, Any]], name: str, folder: Path) -> Path | None:
-    """Average accuracy over the tasks so far, a line for every setting."""
-    lines: dict[str, list[list[float]]] = {}
-    for job in jobs:
-        settings = [o for o in job["overrides"] if re.match(r"(strategy|fisher|benchmark)", o)]
-        label = ", ".join(o.partition("=")[2] for o in settings if not o.startswith("seed"))
-        matrix = job["accuracy_matrix"]
-        lines.setdefault(label, []).append(
-            [100 * sum(row[: i + 1]) / (i + 1) for i, row in enumerate(matrix)]
+def bars_table(bars: list[dict[str, Any]], jobs: Mapping[str, Jobs]) -> list[str]:
+    """The bars, what was measured for each, and whether it is met.
+
+    Args:
+        bars: ``name``, ``published``, ``bar``, ``recipe``, ``settings`` of the jobs that count,
+            optionally ``decades: true`` and a ``remark`` each; without a ``bar`` the value
+            is only shown.
+        jobs: the results by recipe.
+    """
+    rows = []
+    for bar in bars:
+        members = [job for job in jobs.get(bar["recipe"], []) if _fits(job, bar["settings"])]
+        if not members:
+            value, shown = None, "not run"
+        elif bar.get("decades"):
+            value = decades_within(members, 1.0)
+            shown = f"{value:g} (strengths in steps of ten)"
+        else:
+            accuracies = [100 * job["average_accuracy"] for job in members]
+            value = statistics.fmean(accuracies)
+            shown = f"{value:.2f} ({len(members)} seed{'s' * (len(members) > 1)})"
+        verdict = "" if value is None or "bar" not in bar else "no"
+        if value is not None and "bar" in bar and value >= bar["bar"]:
+            verdict = "yes"
+        remark = bar.get("remark", "")
+        rows.append(
+            [bar["name"], str(bar["published"]), str(bar.get("bar", "")), shown, verdict, remark]
         )
-    if not lines:
-        return None
-    figure = Figure(figsize=(8, 4.5))
-    axes = figure.add_subplot()
-    for label, runs in lines.items():
-        mean = [sum(values) / len(values) for values in zip(*runs, strict=True)]
-        axes.plot(range(1, len(mean) + 1), mean, marker=".", label=label)
-    axes.set(xlabel="tasks learnt", ylabel="average accuracy in %", title=name)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="x-small", ncols=2)
-    figure.tight_layout()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.png"
-    figure.savefig(path, dpi=110)
-    return path
+    return markdown(["benchmark", "published", "bar", "measured", "met", "remark"], rows)
+
+
+def decades_within(jobs: Jobs, points: float) -> float:
+    """The longest run of strengths, in decades, whose mean is within ``points`` of the best."""
+    found: dict[float, list[float]] = {}
+    for job in jobs:
+        strength = float(job["config"]["strategy"]["strength"])
+        found.setdefault(strength, []).append(100 * job["average_accuracy"])
+    means = {strength: statistics.fmean(found[strength]) for strength in sorted(found)}
+    best = max(means.values())
+    longest, first = 0.0, None
+    for strength, mean in means.items():
+        if mean < best - points:
+            first = None
+            continue
+        first = first or strength
+        longest = max(longest, math.log10(strength / first))
+    return round(longest, 1)
+
+
+def _fits(job: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether a job was run with these options."""
+    own = dict(o.split("=", 1) for o in job["overrides"])
+    return all(own.get(name) == str(value) for name, value in settings.items())
 
 
 def main() -> None:
@@ -98,13 +128,16 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--page", type=Path, default=Path("RESULTS.md"))
     arguments = parser.parse_args()
-    sections = [INTRODUCTION]
-    for recipe in sorted((Path(CONFIGS) / "experiment").glob("*.yaml")):
-        folder = arguments.results / recipe.stem
-        if read_jobs(folder):
-            sections.append(section(folder, recipe, arguments.results))
-    arguments.page.write_text("\n\n".join(sections).rstrip() + "\n", encoding="utf-8")
-    print(f"{arguments.page}: {len(sections) - 1} tables")
+    recipes = sorted((Path(CONFIGS) / "experiment").glob("*.yaml"))
+    jobs = {recipe.stem: read_jobs(arguments.results / recipe.stem) for recipe in recipes}
+    parts = [INTRODUCTION]
+    if (path := arguments.results / "bars.yaml").exists():
+        bars: Any = OmegaConf.to_container(OmegaConf.load(path))
+        parts.append("\n".join(bars_table(bars, jobs)))
+    run = [recipe for recipe in recipes if jobs[recipe.stem]]
+    parts += [section(jobs[recipe.stem], recipe, arguments.results) for recipe in run]
+    arguments.page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    print(f"{arguments.page}: {len(run)} tables")
 
 
 if __name__ == "__main__":

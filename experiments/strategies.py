@@ -6,7 +6,7 @@ from typing import Any
 from avalanche.training.plugins import EWCPlugin as AvalanchePlugin
 from avalanche.training.plugins import LwFPlugin, SupervisedPlugin
 
-from ewc import DiagonalFisher, Exact, FisherMatrix, Online, Separate
+from ewc import Categorical, DiagonalFisher, Exact, FisherMatrix, Likelihood, Online, Separate
 from ewc.consolidation import Consolidation
 from ewc.fisher import Estimator
 from ewc.fisher.accumulator import Configured
@@ -22,10 +22,12 @@ class Fisher:
     """How the Fisher information is taken, for the strategies that use it.
 
     Attributes:
+        likelihood: what the network's outputs mean.
         estimator: how the expectation over labels is taken.
         structure: what of the matrix is kept.
     """
 
+    likelihood: Likelihood = field(default_factory=Categorical)
     estimator: Estimator = field(default_factory=Exact)
     structure: type[FisherMatrix] | Configured[Any] = DiagonalFisher
 
@@ -105,6 +107,7 @@ class EWC(Penalised):
         """The EWC plugin."""
         plugin = EWCPlugin(
             self.strength,
+            likelihood=fisher.likelihood,
             estimator=fisher.estimator,
             structure=fisher.structure,
             consolidation=self.consolidation(),

@@ -1,0 +1,107 @@
+"""Pictures over the jobs of a recipe, for RESULTS.md; a recipe names the ones it wants."""
+
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from experiments.metrics import average_accuracies
+
+Jobs = Sequence[Mapping[str, Any]]
+
+
+def over_tasks(jobs: Jobs, title: str) -> Figure:
+    """Average accuracy over the tasks so far, a line for every setting."""
+    figure, axes = _axes(title, "tasks learnt", "average accuracy in %")
+    for label, members in by_setting(jobs).items():
+        runs = [average_accuracies(job["accuracy_matrix"]) for job in members]
+        mean = [100 * statistics.fmean(values) for values in zip(*runs, strict=True)]
+        axes.plot(range(1, len(mean) + 1), mean, marker=".", label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _finished(figure, axes)
+
+
+def over_single_tasks(jobs: Jobs, title: str) -> Figure:
+    """The accuracy on every task by itself from when it was learnt, a panel a task."""
+    settings = by_setting(jobs)
+    size = len(jobs[0]["accuracy_matrix"])
+    figure = Figure(figsize=(9, 3.6))
+    panels = figure.subplots(1, size, sharey=True, squeeze=False)[0]
+    for task, axes in enumerate(panels):
+        for label, members in settings.items():
+            columns = [[row[task] for row in job["accuracy_matrix"][task:]] for job in members]
+            mean = [100 * statistics.fmean(values) for values in zip(*columns, strict=True)]
+            axes.plot(range(task + 1, size + 1), mean, marker="o", label=label)
+        axes.set(xlabel="tasks learnt", title=f"task {task + 1}", xlim=(0.8, size + 0.2))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("test accuracy in %")
+    panels[0].legend(fontsize="x-small")
+    figure.suptitle(title)
+    figure.tight_layout()
+    return figure
+
+
+def over_strength(jobs: Jobs, title: str) -> Figure:
+    """Average accuracy against the strength, a line for every other setting."""
+    figure, axes = _axes(title, "strength (1 is the Bayes value)", "average accuracy in %")
+    for label, members in by_setting(jobs, but=("strategy.strength",)).items():
+        found: dict[float, list[float]] = {}
+        for job in members:
+            strength = float(job["config"]["strategy"]["strength"])
+            found.setdefault(strength, []).append(100 * job["average_accuracy"])
+        strengths = sorted(found)
+        means = [statistics.fmean(found[strength]) for strength in strengths]
+        axes.plot(strengths, means, marker=".", label=label)
+    axes.set_xscale("log")
+    return _finished(figure, axes)
+
+
+def overlap_by_layer(jobs: Jobs, title: str) -> Figure:
+    """The overlap of the last task's Fisher information with the first's, layer by layer."""
+    figure, axes = _axes(title, "layer, from the input", "Fisher overlap of the two tasks")
+    for label, members in by_setting(jobs).items():
+        runs = [list(job["fisher_overlap"][-1].values()) for job in members]
+        layers = [list(values) for values in zip(*runs, strict=True)]
+        means = [statistics.fmean(values) for values in layers]
+        errors = [
+            statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+            for values in layers
+        ]
+        axes.errorbar(range(1, len(means) + 1), means, errors, marker="o", capsize=3, label=label)
+    axes.set_ylim(0, 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _finished(figure, axes)
+
+
+def by_setting(jobs: Jobs, but: Sequence[str] = ()) -> dict[str, list[Mapping[str, Any]]]:
+    """The jobs by what was swept besides the seed, written as on the command line."""
+    swept: dict[str, list[Mapping[str, Any]]] = {}
+    settings = [{o.partition("=")[0]: o for o in job["overrides"]} for job in jobs]
+    for job, own in zip(jobs, settings, strict=True):
+        varied = [
+            option
+            for name, option in own.items()
+            if name not in ("seed", *but) and len({other.get(name) for other in settings}) > 1
+        ]
+        label = ", ".join(re.sub(r"^(strategy|fisher)=", "", option) for option in varied)
+        swept.setdefault(label or "all seeds", []).append(job)
+    return swept
+
+
+def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8, 4.5))
+    axes = figure.add_subplot()
+    axes.set(xlabel=x, ylabel=y, title=title)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _finished(figure: Figure, axes: Axes) -> Figure:
+    axes.legend(fontsize="x-small", ncols=2)
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,130 @@
+"""RESULTS.md: its table of bars, and pictures that show the numbers of the jobs."""
+
+import math
+
+import pytest
+
+from experiments import pictures
+from experiments.metrics import average_accuracies, average_accuracy
+from experiments.report import markdown
+from experiments.results import bars_table, decades_within
+
+
+def job(accuracy, **settings):
+    """A finished job; ``strength`` and ``square`` stand for the options of that name."""
+    names = {"strength": "strategy.strength", "square": "benchmark.square"}
+    options = [f"{names.get(name, name)}={value}" for name, value in settings.items()]
+    return {
+        "overrides": options,
+        "average_accuracy": accuracy,
+        "forgetting": 0.0,
+        "seconds": {"total": 1.0},
+        "config": {"strategy": {"strength": float(settings.get("strength", 1))}},
+        "accuracy_matrix": [[0.9, 0.1], [accuracy - 0.1, accuracy + 0.1]],
+        "fisher_overlap": [{"0": 1.0, "2": 1.0}, {"0": accuracy, "2": 1.0}],
+    }
+
+
+def curve(values, **settings):
+    return [job(v / 100, strength=f"1e{k}", seed=0, **settings) for k, v in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "decades"),
+    [
+        ([80, 98.5, 99.4, 99.3, 98.6, 97], 3),  # 1e1 to 1e4
+        ([80, 90, 99, 80], 0),
+        ([99, 80, 99.5, 98.6, 99], 2),  # the longest run, without gaps
+        ([99, 99, 99], 2),
+    ],
+)
+def test_decades_are_the_longest_run_of_strengths_near_the_best(accuracies, decades):
+    assert decades_within(curve(accuracies), 1.0) == decades
+
+
+def test_bars_are_compared_with_the_mean_of_their_jobs():
+    jobs = {
+        "recipe": [
+            job(0.95, strategy="ewc", seed=0),
+            job(0.97, strategy="ewc", seed=1),
+            job(0.10, strategy="naive", seed=0),
+        ],
+        "curve": curve([80, 98.5, 99.4]),
+    }
+    row = {"name": "a", "published": 94, "recipe": "recipe", "settings": {"strategy": "ewc"}}
+    bars = [
+        row | {"bar": 96.0},
+        row | {"bar": 96.1, "remark": "because"},
+        row,
+        row | {"bar": 1, "recipe": "absent"},
+        row | {"bar": 1, "recipe": "curve", "settings": {}, "decades": True},
+    ]
+    lines = bars_table(bars, jobs)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert [row[2:] for row in cells] == [
+        ["96.0", "96.00 (2 seeds)", "yes", ""],
+        ["96.1", "96.00 (2 seeds)", "no", "because"],
+        ["", "96.00 (2 seeds)", "", ""],
+        ["1", "not run", "", ""],
+        ["1", "1 (strengths in steps of ten)", "yes", ""],
+    ]
+
+
+def test_a_table_has_its_columns_and_rows():
+    assert markdown(["a", "b"], [["1", "2"]]) == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
+
+
+def test_averages_so_far_end_with_the_average():
+    matrix = [[0.9, 0.2, 0.3], [0.5, 0.7, 0.1], [0.3, 0.6, 0.9]]
+    assert average_accuracies(matrix) == pytest.approx([0.9, 0.6, 0.6])
+    assert average_accuracy(matrix) == average_accuracies(matrix)[-1]
+
+
+def drawn(figure):
+    """The lines of all panels: label, x and y."""
+    return [
+        (line.get_label(), list(line.get_xdata()), pytest.approx(list(line.get_ydata())))
+        for axes in figure.axes
+        for line in axes.lines
+    ]
+
+
+TWO = [job(a, strategy=s, seed=k) for s, k, a in [("ewc", 0, 0.6), ("ewc", 1, 0.8), ("l2", 0, 0.5)]]
+
+
+def test_accuracy_is_drawn_over_tasks():
+    assert drawn(pictures.over_tasks(TWO, "t")) == [
+        ("ewc", [1, 2], [90, 70]),
+        ("l2", [1, 2], [90, 50]),
+    ]
+
+
+def test_accuracy_is_drawn_for_single_tasks():
+    assert drawn(pictures.over_single_tasks(TWO, "t")) == [
+        ("ewc", [1, 2], [90, 60]),
+        ("l2", [1, 2], [90, 40]),
+        ("ewc", [2], [80]),
+        ("l2", [2], [60]),
+    ]
+
+
+def test_accuracy_is_drawn_over_strength():
+    jobs = curve([80, 90], fisher="exact_diagonal") + curve([70, 60], fisher="empirical_diagonal")
+    figure = pictures.over_strength(jobs, "t")
+    assert drawn(figure) == [
+        ("exact_diagonal", [1, 10], [80, 90]),
+        ("empirical_diagonal", [1, 10], [70, 60]),
+    ]
+    assert figure.axes[0].get_xscale() == "log"
+
+
+def test_overlap_is_drawn_by_layer():
+    jobs = [job(a, square=s, seed=k) for s, k, a in [(8, 0, 0.4), (8, 1, 0.6), (26, 0, 0.1)]]
+    figure = pictures.overlap_by_layer(jobs, "t")
+    containers = figure.axes[0].containers
+    assert [c.get_label() for c in containers] == ["benchmark.square=8", "benchmark.square=26"]
+    assert list(containers[0].lines[0].get_ydata()) == pytest.approx([0.5, 1.0])
+    (segments,) = containers[0].lines[2]
+    low, high = (point[1] for point in segments.get_segments()[0])
+    assert high - low == pytest.approx(2 * 0.1)  # a standard error up and down
+    assert math.isclose(containers[1].lines[0].get_ydata()[0], 0.1)
