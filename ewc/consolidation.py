@@ -10,6 +10,7 @@ import torch
 
 from ewc.fisher.diagonal import DiagonalFisher
 from ewc.fisher.kronecker import KroneckerFisher
+from ewc.fisher.matrix import check_share
 from ewc.fisher.nearest_kronecker import nearest_kronecker
 from ewc.quadratic import Quadratic
 
@@ -73,8 +74,7 @@ class Online:
 
     def __post_init__(self) -> None:
         """Check the decay."""
-        if not 0 <= self.decay <= 1:
-            raise ValueError(f"decay is {self.decay}: it must lie in [0, 1].")
+        check_share(self.decay, "decay")
 
     def consolidated(self, terms: list[Quadratic], new: Quadratic) -> list[Quadratic]:
         """The one term after a task whose own term is ``new``."""

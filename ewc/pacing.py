@@ -53,6 +53,7 @@ class Paced:
 
     def __init__(self, terms: Sequence[Quadratic], share: float) -> None:
         self.terms = list(terms)
+        self.share = share
         self._paces = [_Pace.of(term.precision, share) for term in terms]
 
     def at(self, step: int) -> list[Quadratic]:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ewc.consolidation import Consolidation, Online, Separate
-from ewc.fisher.matrix import FisherMatrix, check_not_negative
+from ewc.fisher.matrix import FisherMatrix, check_not_negative, check_share
+from ewc.fisher.shrinkage import shrunk
 from ewc.pacing import Paced
 from ewc.parameters import (
     Parameters,
@@ -46,6 +47,9 @@ class EWCPenalty(nn.Module):
     Args:
         strength: :math:`\lambda`; 1 is the Bayes value.
         consolidation: how tasks are put together, :class:`Separate` or :class:`Online`.
+        shrinkage: the share of the information that every layer's units have alike
+            (:mod:`ewc.fisher.shrinkage`), so that units that no example of the old tasks
+            excites are not free; 0 takes the Fisher matrix as it is.
         eigenvector_share: of Kronecker matrices a gradient takes so many of the
             eigenvectors, on average, the stiff ones more often (:mod:`ewc.pacing`); 1 takes
             all, for several times the cost of a training step.  Where gradients are on, the
@@ -56,7 +60,8 @@ class EWCPenalty(nn.Module):
             size of the last consolidated task, so that tasks of one size weigh 1.
 
     Raises:
-        ValueError: the strength is negative or not finite, or the share not in (0, 1].
+        ValueError: the strength is negative or not finite, the shrinkage not in [0, 1], or
+            the share not in (0, 1].
     """
 
     def __init__(
@@ -64,13 +69,16 @@ class EWCPenalty(nn.Module):
         strength: float = 1.0,
         consolidation: Consolidation = Separate(),
         *,
+        shrinkage: float = 0.0,
         eigenvector_share: float = 1.0,
     ) -> None:
         super().__init__()
+        check_share(shrinkage, "shrinkage")
         if not 0 < eigenvector_share <= 1:
             raise ValueError(
                 f"eigenvector_share is {eigenvector_share}: it must be above 0 and at most 1."
             )
+        self.shrinkage = shrinkage
         self.eigenvector_share = eigenvector_share
         self.strength = strength
         self.consolidation = consolidation
@@ -111,6 +119,7 @@ class EWCPenalty(nn.Module):
 
         Raises:
             ValueError: the names or shapes of ``fisher`` do not fit the model.
+            TypeError: the structure cannot be shrunk.
             FloatingPointError: an entry is not finite, or overflows times the number of
                 examples.  In either case the penalty is as it was.
         """
@@ -124,7 +133,7 @@ class EWCPenalty(nn.Module):
             shapes = term.precision.shapes
             still = {n: parameters[n].shape for n in shapes if n in parameters}
             union = grown_shapes(shapes, still) | union
-        precision = fisher.precision
+        precision = shrunk(fisher, self.shrinkage).precision
         for name, entries in precision.diagonal().items():
             if not bool(entries.isfinite().all()):
                 raise FloatingPointError(
@@ -154,7 +163,8 @@ class EWCPenalty(nn.Module):
         scaled = self._scaled_terms()
         terms = scaled.terms
         if self.eigenvector_share < 1 and torch.is_grad_enabled():
-            scaled.paced = scaled.paced or Paced(terms, self.eigenvector_share)
+            if scaled.paced is None or scaled.paced.share != self.eigenvector_share:
+                scaled.paced = Paced(terms, self.eigenvector_share)
             terms = scaled.paced.at(self._step)
             self._step += 1
         value: Tensor = QuadraticForm.apply(terms, list(parameters), *parameters.values())
@@ -207,6 +217,7 @@ class EWCPenalty(nn.Module):
         online = self.consolidation if isinstance(self.consolidation, Online) else None
         return {
             "strength": self.strength,
+            "shrinkage": self.shrinkage,
             "eigenvector_share": self.eigenvector_share,
             "online": None if online is None else asdict(online),
             "num_examples": self.num_examples,
@@ -217,6 +228,7 @@ class EWCPenalty(nn.Module):
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`get_extra_state`; called by ``load_state_dict``."""
         self.strength = state["strength"]
+        self.shrinkage = state["shrinkage"]
         self.eigenvector_share = state["eigenvector_share"]
         online = state["online"]
         self.consolidation = Separate() if online is None else Online(**online)

@@ -39,6 +39,8 @@ class EWCPlugin(SupervisedPlugin):
         estimator: how the expectation over targets is taken.
         structure: what of the Fisher matrix is kept.
         consolidation: how tasks are put together.
+        shrinkage: the share of the information that a layer's units have alike
+            (:mod:`ewc.fisher.shrinkage`); 0 takes the Fisher matrix as it is.
         eigenvector_share: of Kronecker matrices a step takes so many of the eigenvectors,
             on average (:mod:`ewc.pacing`); 1 takes all.
         implicit_every: take the penalty's share by an implicit step after so many iterations
@@ -54,8 +56,8 @@ class EWCPlugin(SupervisedPlugin):
             ten of them.
 
     Raises:
-        ValueError: the strength is negative or not finite, the share of eigenvectors not in
-            (0, 1], or ``implicit_every`` below 1.
+        ValueError: the strength is negative or not finite, the shrinkage not in [0, 1], the
+            share of eigenvectors not in (0, 1], or ``implicit_every`` below 1.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class EWCPlugin(SupervisedPlugin):
         estimator: Estimator = Exact(),
         structure: type[FisherMatrix] | Configured[Any] = DiagonalFisher,
         consolidation: Consolidation = Separate(),
+        shrinkage: float = 0.0,
         eigenvector_share: float = 1.0,
         implicit_every: int | None = None,
     ) -> None:
@@ -74,7 +77,9 @@ class EWCPlugin(SupervisedPlugin):
             raise ValueError(f"implicit_every is {implicit_every}: it must be 1 or more, or None.")
         self.implicit_every = implicit_every
         self._since = self._taken = 0
-        self.penalty = EWCPenalty(strength, consolidation, eigenvector_share=eigenvector_share)
+        self.penalty = EWCPenalty(
+            strength, consolidation, shrinkage=shrinkage, eigenvector_share=eigenvector_share
+        )
         self.likelihood = likelihood
         self.estimator = estimator
         self.structure = structure

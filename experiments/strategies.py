@@ -83,6 +83,7 @@ class EWC(Penalised):
 
     Attributes:
         strength: :math:`\lambda`; 1 is the Bayes value.
+        shrinkage: the share of the information that a layer's units have alike.
         eigenvector_share: of Kronecker matrices a step takes so many of the eigenvectors,
             on average.
         implicit_every: take implicit steps after so many iterations; ``None`` adds the
@@ -92,6 +93,7 @@ class EWC(Penalised):
         ValueError: a number is out of range.
     """
 
+    shrinkage: float = 0.0
     eigenvector_share: float = 1.0
     implicit_every: int | None = None
 
@@ -111,6 +113,7 @@ class EWC(Penalised):
             estimator=fisher.estimator,
             structure=fisher.structure,
             consolidation=self.consolidation(),
+            shrinkage=self.shrinkage,
             eigenvector_share=self.eigenvector_share,
             implicit_every=self.implicit_every,
         )
@@ -123,6 +126,7 @@ class OnlineEWC(EWC):
 
     Attributes:
         strength: :math:`\lambda`; 1 is the Bayes value.
+        shrinkage: as of :class:`EWC`.
         eigenvector_share: as of :class:`EWC`.
         implicit_every: as of :class:`EWC`.
         decay: :math:`\gamma`, what is left of the old sum at each new task.

@@ -1,12 +1,14 @@
 """The cost of a training step with a Kronecker penalty beside a naive one.
 
 ``python scripts/bench_step.py [--width 1000] [--threads 2]``: MLP 784-w-w-10, ReLU, batches of
-128, Adam; the penalty in the loss, and by implicit steps, after two and after fifty tasks.
+128, Adam; the penalty in the loss, whole and by paced eigenvectors, and by implicit steps, after
+two and after fifty tasks.
 """
 
 import argparse
 import statistics
 import time
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -36,8 +38,20 @@ def penalty_after(tasks: int, model: nn.Module) -> EWCPenalty:
     return penalty
 
 
-def milliseconds(model: nn.Module, penalty: EWCPenalty | None, every: int | None) -> float:
-    """One step, the mean over some; implicit after ``every`` of them, else in the loss."""
+@dataclass(frozen=True)
+class Way:
+    """How the penalty takes its part: in the loss, or by an implicit step every so often."""
+
+    penalty: EWCPenalty | None = None
+    share: float = 1.0
+    every: int | None = None
+
+
+def milliseconds(model: nn.Module, way: Way) -> float:
+    """One step, the mean over some."""
+    penalty, every = way.penalty, way.every
+    if penalty is not None:
+        penalty.eigenvector_share = way.share
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     x, y = torch.rand(128, 784), torch.randint(10, (128,))
     start = time.perf_counter()
@@ -63,20 +77,22 @@ def main() -> None:
     torch.set_flush_denormal(True)
     model = network(arguments.width)
     few, many = penalty_after(2, model), penalty_after(50, model)
-    ways: dict[str, tuple[EWCPenalty | None, int | None]] = {
-        "naive": (None, None),
-        "K-FAC in the loss, 2 tasks": (few, None),
-        "K-FAC in the loss, 50 tasks": (many, None),
-        "K-FAC implicit every 10, 2 tasks": (few, 10),
-        "K-FAC implicit every 10, 50 tasks": (many, 10),
-        "K-FAC implicit every 20, 50 tasks": (many, 20),
+    ways = {
+        "naive": Way(),
+        "K-FAC in the loss, 2 tasks": Way(few),
+        "K-FAC in the loss, 50 tasks": Way(many),
+        "K-FAC, a tenth a step, 2 tasks": Way(few, share=0.1),
+        "K-FAC, a twentieth a step, 2 tasks": Way(few, share=0.05),
+        "K-FAC, a twentieth a step, 50 tasks": Way(many, share=0.05),
+        "K-FAC implicit every 10, 2 tasks": Way(few, every=10),
+        "K-FAC implicit every 10, 50 tasks": Way(many, every=10),
     }
+    for way in ways.values():  # the eigenvectors, once a task
+        milliseconds(model, way)
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(ROUNDS + 1):
-        for name, (penalty, every) in ways.items():
-            found = milliseconds(model, penalty, every)
-            if turn:  # the first makes the eigenvectors
-                times[name].append(found)
+    for _ in range(ROUNDS):
+        for name, way in ways.items():
+            times[name].append(milliseconds(model, way))
     naive = statistics.median(times["naive"])
     print(f"torch {torch.__version__}, {arguments.threads} threads, width {arguments.width}")
     for name, values in times.items():

@@ -280,6 +280,16 @@ def _subclasses(structure: Any) -> list[type[FisherMatrix]]:
     return [*direct, *(below for child in direct for below in _subclasses(child))]
 
 
+def check_share(value: float, name: str) -> None:
+    """Check that a number is a share.
+
+    Raises:
+        ValueError: it is outside [0, 1].
+    """
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}: it must lie in [0, 1].")
+
+
 def check_not_negative(value: float, name: str) -> None:
     """Check for a finite number that is not negative.
 

@@ -1,0 +1,83 @@
+r"""Shrinkage of the Fisher information over the units of a layer.
+
+The Fisher information of a unit that no example excites is zero, and the quadratic that EWC
+makes of it leaves the unit free, although it may become active within a few steps on another
+task and then change the outputs for the old one.  Shrinkage gives every output unit ``o`` of a
+layer a part of what its units have on average,
+
+.. math:: F \leftarrow (1 - \alpha) F
+          + \alpha \, \tfrac1O I_O \otimes \operatorname{tr}_O F ,
+
+with the partial trace over the ``O`` output units: the inputs that matter for the layer matter
+for all of its units.  The trace stays.  Of a Kronecker product :math:`G \otimes A` it is
+:math:`G \leftarrow (1 - \alpha) G + \alpha \frac{\operatorname{tr} G}{O} I`, the linear
+shrinkage of a covariance matrix (Ledoit and Wolf 2004, doi:10.1016/S0047-259X(03)00096-4).
+"""
+
+import torch
+from torch import Tensor
+
+from ewc.fisher.block_diagonal import BlockDiagonalFisher
+from ewc.fisher.diagonal import DiagonalFisher
+from ewc.fisher.eigenbasis import EigenvalueCorrectedProduct
+from ewc.fisher.kronecker_product import KroneckerProduct
+from ewc.fisher.matrix import FisherMatrix, check_share
+
+
+def shrunk(matrix: FisherMatrix, amount: float) -> FisherMatrix:
+    r"""The matrix with the share :math:`\alpha` spread evenly over the units of each layer.
+
+    Diagonal matrices take the first dimension of every parameter as its output units.  Of
+    block-diagonal matrices the diagonal, Kronecker and eigenvalue-corrected blocks are
+    shrunk; others (the dense blocks of scales and norms) stay as they are.
+
+    Args:
+        matrix: a diagonal, Kronecker or eigenvalue-corrected Fisher matrix.
+        amount: :math:`\alpha`, from 0 (nothing) to 1 (all units alike).
+
+    Raises:
+        ValueError: ``amount`` is outside [0, 1].
+        TypeError: the structure has no layers with output units.
+    """
+    check_share(amount, "shrinkage")
+    if amount == 0:
+        return matrix
+    if isinstance(matrix, BlockDiagonalFisher):
+        blocks = [
+            shrunk(block, amount) if isinstance(block, _SHRINKABLE) else block
+            for block in matrix.blocks
+        ]
+        return type(matrix)(blocks, matrix.shapes, matrix.num_examples)
+    if isinstance(matrix, DiagonalFisher):
+        entries = {
+            name: _mixed(tensor, tensor.mean(0, keepdim=True), amount) if tensor.dim() else tensor
+            for name, tensor in matrix.diagonal().items()
+        }
+        return DiagonalFisher(entries, matrix.num_examples)
+    if isinstance(matrix, KroneckerProduct):
+        outputs = matrix.outputs
+        mean = outputs.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        eye = torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device)
+        return KroneckerProduct(
+            matrix.weights, _mixed(outputs, mean * eye, amount), matrix.inputs, matrix.num_examples
+        )
+    if isinstance(matrix, EigenvalueCorrectedProduct):
+        average = matrix.spectrum.mean(1, keepdim=True)
+        return EigenvalueCorrectedProduct(
+            matrix.weights,
+            matrix.outputs,
+            matrix.inputs,
+            _mixed(matrix.spectrum, average, amount),
+            matrix.num_examples,
+        )
+    raise TypeError(
+        "shrinkage takes a diagonal, Kronecker or eigenvalue-corrected Fisher matrix, "
+        f"not a {type(matrix).__name__}."
+    )
+
+
+def _mixed(own: Tensor, average: Tensor, amount: float) -> Tensor:
+    return (1 - amount) * own + amount * average
+
+
+_SHRINKABLE = (DiagonalFisher, KroneckerProduct, EigenvalueCorrectedProduct)

@@ -1,0 +1,114 @@
+"""Shrinkage over the units of a layer, against the partial trace of dense matrices."""
+
+import pytest
+import torch
+from torch import nn
+
+from ewc import (
+    BlockDiagonalFisher,
+    DenseFisher,
+    DiagonalFisher,
+    EigenvalueCorrectedFisher,
+    EWCPenalty,
+    KroneckerFisher,
+    Online,
+    fisher_information,
+)
+from ewc.fisher.shrinkage import shrunk
+from ewc.parameters import flatten
+
+EXACT = {"rtol": 1e-9, "atol": 1e-12}
+SIZES = ((4, 5), (5, 3))
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+
+
+def data():
+    torch.manual_seed(1)
+    return [(torch.randn(30, 4, dtype=torch.float64), torch.randint(3, (30,)))]
+
+
+def spread(dense, amount):
+    """The definition, layer by layer, with the bias as one more input."""
+    result, start = dense.clone(), 0
+    for inputs, outputs in SIZES:
+        size = outputs * (inputs + 1)
+        weight = start + torch.arange(outputs * inputs).view(outputs, inputs)
+        bias = start + outputs * inputs + torch.arange(outputs)[:, None]
+        places = torch.cat([weight, bias], 1).flatten()
+        block = dense[places[:, None], places].view(outputs, inputs + 1, outputs, inputs + 1)
+        average = torch.einsum("oiok->ik", block) / outputs
+        everywhere = torch.einsum("op,ik->oipk", torch.eye(outputs).double(), average)
+        mixed = (1 - amount) * block + amount * everywhere
+        result[places[:, None], places] = mixed.reshape(size, size)
+        start += size
+    return result
+
+
+@pytest.mark.parametrize("structure", [KroneckerFisher, EigenvalueCorrectedFisher])
+@pytest.mark.parametrize("amount", [0.0, 0.3, 1.0])
+def test_shrinkage_is_a_partial_trace(structure, amount):
+    fisher = fisher_information(network(), data(), structure=structure)
+    found = shrunk(fisher, amount)
+    assert type(found) is structure
+    torch.testing.assert_close(found.to_dense(), spread(fisher.to_dense(), amount), **EXACT)
+    torch.testing.assert_close(found.trace(), fisher.trace(), **EXACT)
+
+
+@pytest.mark.parametrize("amount", [0.3, 1.0])
+def test_shrinkage_of_a_diagonal_is_the_diagonal_of_the_shrunk_matrix(amount):
+    full = fisher_information(network(), data(), structure=DenseFisher).to_dense()
+    diagonal = fisher_information(network(), data(), structure=DiagonalFisher)
+    found = flatten(shrunk(diagonal, amount).diagonal())
+    torch.testing.assert_close(found, spread(full, amount).diagonal(), **EXACT)
+
+
+def test_blocks_without_units_stay_as_they_are():
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)).double()
+    fisher = fisher_information(model, data(), structure=KroneckerFisher)
+    found = shrunk(fisher, 0.5)
+    for before, after in zip(fisher.blocks, found.blocks, strict=True):
+        same = torch.equal(before.to_dense(), after.to_dense())
+        assert same == isinstance(before, DenseFisher)
+    assert any(isinstance(block, DenseFisher) for block in fisher.blocks)
+
+
+def test_a_unit_that_nothing_excites_is_free_no_longer():
+    model = network()
+    with torch.no_grad():
+        model[0].bias[2] = -100.0
+    anchor = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    values = []
+    for shrinkage in (0.0, 0.5):
+        penalty = EWCPenalty(1.0, Online(), shrinkage=shrinkage)
+        penalty.consolidate(fisher_information(model, data(), structure=KroneckerFisher), model)
+        with torch.no_grad():
+            model[0].weight[2] += 1.0
+            values.append(penalty(model).item())
+        model.load_state_dict(anchor)
+        again = EWCPenalty()
+        again.load_state_dict(penalty.state_dict())
+        assert again.shrinkage == shrinkage
+    assert values[0] == pytest.approx(0, abs=1e-12)
+    assert values[1] > 1e-3
+
+
+@pytest.mark.parametrize("amount", [-0.1, 1.1, float("nan")])
+def test_impossible_shares_are_refused(amount):
+    with pytest.raises(ValueError, match=r"shrinkage is .*: it must lie in \[0, 1\]"):
+        EWCPenalty(shrinkage=amount)
+
+
+@pytest.mark.parametrize("structure", [DenseFisher])
+def test_other_structures_are_refused_and_nothing_is_kept(structure):
+    model, penalty = network(), EWCPenalty(shrinkage=0.1)
+    fisher = fisher_information(model, data(), structure=structure)
+    with pytest.raises(TypeError, match="not a DenseFisher"):
+        penalty.consolidate(fisher, model)
+    assert penalty.terms == []
+    blocks = fisher_information(model, data(), structure=BlockDiagonalFisher)
+    assert torch.equal(shrunk(blocks, 0.5).to_dense(), blocks.to_dense())
