@@ -102,7 +102,8 @@ class BatchMeanGradients(DiagonalFisher):
 
     What Avalanche's ``EWCPlugin`` and many others take for the empirical Fisher; it shrinks
     like :math:`1/B`.  To be used with :class:`~ewc.Empirical`.  A batch is one of the pass
-    over the data (``training.eval_batch_size``).
+    over the data (``training.eval_batch_size``), or a part of one that had to be cut to fit
+    into memory.
     """
 
     @classmethod
