@@ -119,10 +119,10 @@ def test_a_truncated_product_is_the_kronecker_product_of_its_factor(tmp_path):
     v = {name: torch.randn(shape, dtype=torch.float64) for name, shape in block.shapes.items()}
     matrix = torch.cat([v["4.weight"], v["4.bias"][:, None]], 1)
     product = torch.einsum("aibj,bj->ai", expected, matrix)
-    for one in (few, 2 * (0.5 * few)):
-        found = one.matvec(v)
-        torch.testing.assert_close(found["4.weight"], product[:, :-1], **EXACT)
-        torch.testing.assert_close(found["4.bias"], product[:, -1], **EXACT)
+    for factor in (1.0, 0.25):
+        found = (factor * few).matvec(v)
+        torch.testing.assert_close(found["4.weight"], factor * product[:, :-1], **EXACT)
+        torch.testing.assert_close(found["4.bias"], factor * product[:, -1], **EXACT)
     torch.testing.assert_close(few.times(matrix[None])[0], product, **EXACT)
     torch.testing.assert_close(few.trace(), outputs.trace() * inputs.trace(), **EXACT)
     few.save(tmp_path / "few.safetensors")
