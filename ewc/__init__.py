@@ -8,7 +8,8 @@
   :class:`LowRankFisher`, :class:`DenseFisher`, :class:`ImplicitFisher`, each a
   :class:`FisherMatrix`; :func:`nearest_kronecker` projects sums of Kronecker matrices
 - what a network's outputs mean: :class:`Categorical`, :class:`Bernoulli`,
-  :class:`Gaussian`, :class:`Poisson`, each a :class:`Likelihood`
+  :class:`Gaussian`, :class:`Poisson`, each a :class:`Likelihood`; :class:`SmoothedCategorical`
+  for the information of networks that are sure of everything
 - Elastic Weight Consolidation: :class:`EWCPenalty`, with :class:`Separate` or
   :class:`Online`; the Avalanche plugin is :class:`ewc.plugin.EWCPlugin`
 
@@ -35,6 +36,7 @@ from ewc.fisher import (
 from ewc.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from ewc.parameters import Parameters
 from ewc.penalty import EWCPenalty
+from ewc.smoothed_categorical import SmoothedCategorical
 
 __all__ = [
     "Bernoulli",
@@ -57,6 +59,7 @@ __all__ = [
     "Parameters",
     "Poisson",
     "Separate",
+    "SmoothedCategorical",
     "fisher_information",
     "nearest_kronecker",
     "sampled_fisher",

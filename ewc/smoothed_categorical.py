@@ -1,0 +1,60 @@
+r"""Classes, with a Fisher information that does not vanish where the network is sure."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ewc.fisher.matrix import check_share
+from ewc.likelihoods import Categorical
+
+
+@dataclass(frozen=True)
+class SmoothedCategorical(Categorical):
+    r"""One of ``c`` classes, the information taken at less sure probabilities.
+
+    A network that has fitted its training data gives nearly every example's label a probability
+    of nearly 1, and the Fisher information of the logits, :math:`\mathrm{diag}(p) - p p^\top`,
+    nearly vanishes: by how much says how long it was trained, not how much the outputs matter,
+    and a quadratic that small holds nothing.  Here :math:`p` is replaced by
+
+    .. math:: \tilde p = (1 - \epsilon) \, p + \epsilon / c
+
+    in the information of the logits, :math:`\mathrm{diag}(\tilde p) - \tilde p \tilde p^\top`,
+    which is that of a network whose labels are smoothed (Szegedy et al. 2016,
+    arXiv:1512.00567, section 7).  The densities are those of :class:`~ewc.Categorical`.
+
+    Attributes:
+        smoothing: :math:`\epsilon`, from 0 (the Fisher information itself) to 1.
+
+    Raises:
+        ValueError: ``smoothing`` is outside [0, 1].
+    """
+
+    smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Check the smoothing."""
+        check_share(self.smoothing, "smoothing")
+
+    def smoothed(self, outputs: Tensor) -> Tensor:
+        r"""Logits of :math:`\tilde p`, ``[n, c]``."""
+        uniform = torch.full_like(outputs, self.smoothing / outputs.shape[1]).log()
+        remaining = torch.tensor(1 - self.smoothing, dtype=outputs.dtype).log()
+        return torch.logaddexp(outputs.log_softmax(1) + remaining.to(outputs.device), uniform)
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        r""":math:`e_{y_n} - \tilde p_n`, shape ``[n, c]``."""
+        return super().score(self.smoothed(outputs), targets)
+
+    def fisher_factor(self, outputs: Tensor) -> Tensor:
+        r"""The exact factor of :math:`\mathrm{diag}(\tilde p) - \tilde p \tilde p^\top`.
+
+        Returns:
+            Shape ``[c - 1, n, c]``.
+        """
+        return super().fisher_factor(self.smoothed(outputs))
+
+    def sample(self, outputs: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
+        r"""Class indices drawn from :math:`\tilde p`, ``[num_samples, n]``."""
+        return super().sample(self.smoothed(outputs), num_samples, generator)
