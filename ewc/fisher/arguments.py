@@ -82,8 +82,8 @@ class Caller:
             for p in parameters
             if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)
         ]
-        # Arguments of which nothing is known: whatever the batch has goes in.
-        anything = bool(positional) and positional[0].kind is Parameter.VAR_POSITIONAL
+        # Of such arguments nothing is known: whatever the batch has goes in.
+        self.may_have_task = bool(positional) and positional[0].kind is Parameter.VAR_POSITIONAL
         second = positional[1] if len(positional) > 1 else None
         # A second argument without a default: task labels, as in Avalanche's models. With
         # a dict, arguments without a default are its own.
@@ -91,7 +91,6 @@ class Caller:
             (second.default is Parameter.empty and second.kind is not Parameter.VAR_POSITIONAL)
             or second.name == "task_labels"
         )
-        self.may_have_task = anything
 
     def arguments(self, batch: Any, index: int) -> tuple[Arguments, Tensor]:
         """The model's arguments and the targets of a batch, on the model's device.

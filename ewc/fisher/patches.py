@@ -94,10 +94,9 @@ class Grid:
     def share(self) -> float:
         """The multiplications, as a share of those of unfolded rows."""
         total = 0.0
-        stored = prod(self.stored)
+        stored, offsets = prod(self.stored), self.offsets()
         for lag, pairs in self.lags().items():
             total += (self.sizes[0] - lag[0]) * prod(self.stored[1:])
-            offsets = self.offsets()
             prefixes = {offsets[i][:axis] for i, _ in pairs for axis in range(1, len(lag) + 1)}
             for prefix in prefixes:
                 axis = len(prefix) - 1
