@@ -41,7 +41,7 @@ def run(directory, *overrides):
 
 
 STRATEGIES = ["naive", "joint", "ewc", "online_ewc", "kfac_ewc", "si", "mas", "l2", "lwf"]
-STRATEGIES += ["avalanche_ewc"]
+STRATEGIES += ["smoothed_ewc", "avalanche_ewc"]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
