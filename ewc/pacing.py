@@ -64,6 +64,32 @@ class Paced:
         ]
 
 
+class ScaledTerms:
+    """Quadratics times a number, made once for the many steps that read them.
+
+    Args:
+        scale: the number.
+        of: the quadratics.
+
+    Attributes:
+        terms: the scaled quadratics.
+    """
+
+    def __init__(self, scale: float, of: Sequence[Quadratic]) -> None:
+        self.scale = scale
+        self.of = list(of)
+        self.terms = [
+            Quadratic(scale * term.precision, term.anchor, scale * term.constant) for term in of
+        ]
+        self._paced: Paced | None = None
+
+    def paced(self, share: float) -> Paced:
+        """The scaled terms by paced eigenvectors, made once for a share."""
+        if self._paced is None or self._paced.share != share:
+            self._paced = Paced(self.terms, share)
+        return self._paced
+
+
 class _Pace:
     """A matrix that is the same in every step."""
 

@@ -178,3 +178,12 @@ def padded(parameters: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -
         else:
             result[name] = old
     return result
+
+
+def parameter_of(model: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter of that full name, ``None`` if there is none."""
+    module: nn.Module | None = model
+    *path, leaf = name.split(".")
+    for part in path:
+        module = module._modules.get(part) if module is not None else None
+    return module._parameters.get(leaf) if module is not None else None

@@ -12,7 +12,7 @@ value, whatever the sizes of tasks and batches, for a loss that is a mean over e
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, Self
 
 import torch
@@ -22,12 +22,13 @@ from torch.optim import Optimizer
 from ewc.consolidation import Consolidation, Online, Separate
 from ewc.fisher.matrix import FisherMatrix, check_not_negative, check_share
 from ewc.fisher.shrinkage import shrunk
-from ewc.pacing import Paced
+from ewc.pacing import ScaledTerms
 from ewc.parameters import (
     Parameters,
     accumulation_dtype,
     check_same_shapes,
     grown_shapes,
+    parameter_of,
     shapes_of,
 )
 from ewc.proximal import implicit_step
@@ -86,7 +87,7 @@ class EWCPenalty(nn.Module):
         self.terms: list[Quadratic] = []
         self._last_num_examples = 0
         self._attached = True
-        self._scaled: _Scaled | None = None
+        self._scaled: ScaledTerms | None = None
         self._step = 0
 
     @property
@@ -160,12 +161,9 @@ class EWCPenalty(nn.Module):
             like = next(model.parameters(), torch.zeros(()))
             return torch.zeros((), device=like.device, dtype=like.dtype)
         parameters = self._fit(model)
-        scaled = self._scaled_terms()
-        terms = scaled.terms
+        terms = self._scaled_terms().terms
         if self.eigenvector_share < 1 and torch.is_grad_enabled():
-            if scaled.paced is None or scaled.paced.share != self.eigenvector_share:
-                scaled.paced = Paced(terms, self.eigenvector_share)
-            terms = scaled.paced.at(self._step)
+            terms = self._scaled_terms().paced(self.eigenvector_share).at(self._step)
             self._step += 1
         value: Tensor = QuadraticForm.apply(terms, list(parameters), *parameters.values())
         return value
@@ -268,7 +266,7 @@ class EWCPenalty(nn.Module):
         fits = True
         for name, tensor in anchor.items():
             # Every step comes by here: named_parameters() would walk the whole network.
-            parameter = _parameter(model, name)
+            parameter = parameter_of(model, name)
             if parameter is None:
                 raise ValueError(
                     f"{type(model).__name__} has no parameter {name!r}, which the penalty "
@@ -282,15 +280,11 @@ class EWCPenalty(nn.Module):
             self.terms[index] = self._on_device_of(term, now)
         return now
 
-    def _scaled_terms(self) -> "_Scaled":
+    def _scaled_terms(self) -> ScaledTerms:
         """The terms in the units of the loss, made once a task: every step reads them."""
         scale = self.strength / (self.num_examples or self._last_num_examples)
         if self._scaled is None or (self._scaled.scale, self._scaled.of) != (scale, self.terms):
-            terms = [
-                Quadratic(scale * term.precision, term.anchor, scale * term.constant)
-                for term in self.terms
-            ]
-            self._scaled = _Scaled(scale, list(self.terms), terms)
+            self._scaled = ScaledTerms(scale, self.terms)
         return self._scaled
 
     @staticmethod
@@ -303,22 +297,3 @@ class EWCPenalty(nn.Module):
         if (here.device, dtype) == (anchor.device, anchor.dtype):
             return term
         return term.mapped(lambda tensor: tensor.to(here.device, dtype))
-
-
-@dataclass
-class _Scaled:
-    """Terms times a number, and the terms and the number they are of."""
-
-    scale: float
-    of: list[Quadratic]
-    terms: list[Quadratic]
-    paced: Paced | None = None
-
-
-def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
-    """The parameter of that full name, ``None`` if there is none."""
-    module: nn.Module | None = model
-    *path, leaf = name.split(".")
-    for part in path:
-        module = module._modules.get(part) if module is not None else None
-    return module._parameters.get(leaf) if module is not None else None
