@@ -173,8 +173,12 @@ def paces(values: Tensor, budget: float) -> Tensor:
             than there are is the least possible.
     """
 
+    if not len(values):
+        return torch.zeros(0, dtype=torch.long, device=values.device)
+    relative = (values / values.max()).sqrt()
+
     def found(scale: float) -> Tensor:
-        share = (math.exp(scale) * (values / values.max()).sqrt()).clamp(max=1.0)
+        share = (math.exp(scale) * relative).clamp(max=1.0)
         return (-share.log2()).round().clamp(0, SLOWEST).long()
 
     low, high = -20.0, 20.0

@@ -144,6 +144,22 @@ def test_a_head_that_grows_is_paced_as_well():
     torch.testing.assert_close(sum(g for _, g in steps) / PERIOD, gradient, **EXACT)
 
 
+def test_a_layer_without_information_is_no_obstacle():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 3)).double()
+    data = [(torch.zeros(5, 4, dtype=torch.float64), torch.randint(3, (5,)))]
+    penalty = EWCPenalty(1.0, Online(), eigenvector_share=0.1)
+    penalty.consolidate(fisher_information(model, data, structure=KroneckerFisher), model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+        whole = penalty(model).item()
+    assert whole > 0.01  # the last bias
+    steps = gradients(penalty, model, PERIOD)
+    assert sum(v for v, _ in steps) / PERIOD == pytest.approx(whole)
+    assert all(not g[:24].any() for _, g in steps)
+
+
 def test_the_share_is_kept_and_checked():
     penalty, _ = remembered(0.2, Online())
     loaded = EWCPenalty()
