@@ -172,7 +172,6 @@ def paces(values: Tensor, budget: float) -> Tensor:
         budget: how many shall take part in a step, on average; :data:`PERIOD` times fewer
             than there are is the least possible.
     """
-
     if not len(values):
         return torch.zeros(0, dtype=torch.long, device=values.device)
     relative = (values / values.max()).sqrt()
