@@ -6,18 +6,18 @@ small batch.  Along the eigenvectors :math:`A = \sum_j a_j u_j u_j^\top` it is a
 
 .. math:: G D A = \sum_j a_j \, (G D u_j) \, u_j^\top ,
 
-and few of its terms need to be taken in every step.  The pull along :math:`u_j` changes as
-fast as the weights move there, which is the slower the smaller :math:`a_j`.  So every
-eigenvector has a pace: it takes part in one step of :math:`2^l`, with :math:`2^l` times its
-eigenvalue, and the vectors of a pace are spread over the steps between.  Over
-:data:`PERIOD` steps the matrices add up to that many times the exact one; this is the
-multiple time stepping of molecular dynamics (Tuckerman, Berne and Martyna 1992,
-doi:10.1063/1.463137), by stiffness.
+and few of its terms need to be taken in every step: the smaller :math:`a_j`, the longer the
+weights take to follow the pull along :math:`u_j`.  So every eigenvector has a pace: it takes part
+in one step of :math:`2^l`, with :math:`2^l` times its eigenvalue, and the vectors of a pace are
+spread over the steps between.  Over :data:`PERIOD` steps the matrices add up to that many times
+the exact one; this is the multiple time stepping of molecular dynamics (Tuckerman, Berne and
+Martyna 1992, doi:10.1063/1.463137), by stiffness.
 
-The share of steps is proportional to :math:`\sqrt{a_j}`, as far as powers of two allow.
-That is the choice of least variance for a given cost where the gradient that the loss and
-the penalty balance has variance :math:`a_j` along :math:`u_j`, as that of a layer whose
-inputs have second moments ``A`` does.
+The share of steps is proportional to :math:`\sqrt{a_j}`, as far as powers of two allow, and the
+stiffest vector takes part in all.  That is the choice of least variance for a given cost where the
+gradient that the loss and the penalty balance has variance :math:`a_j` along :math:`u_j`, as that
+of a layer whose inputs have second moments ``A`` does; and as :math:`2^l a_j` never exceeds the
+largest eigenvalue, gradient descent is stable wherever it is with the whole matrix.
 """
 
 import math
@@ -37,18 +37,20 @@ SLOWEST = 6
 """The slowest pace: one step of ``2**SLOWEST``."""
 
 PERIOD = 2**SLOWEST
-"""Steps after which every eigenvector has had its turn."""
+"""Steps after which every eigenvector has had its turn, and inputs up to which a layer is whole."""
 
 
 class Paced:
     """Quadratics whose Kronecker products take some of their eigenvectors in each step.
 
-    Products with dense factors and without groups are paced, within block-diagonal matrices
-    and sums too; all other matrices are taken whole in every step.
+    Products with dense factors, without groups and of more than :data:`PERIOD` inputs are
+    paced, within block-diagonal matrices and sums too; all other matrices are taken whole in
+    every step.
 
     Args:
         terms: the quadratics.
-        share: the eigenvectors of a step, on average, as a share of all, from above 0 to 1.
+        share: the eigenvectors of a step, on average, as a share of all, from above 0 to 1;
+            more where so few would take the stiffest too seldom.
     """
 
     def __init__(self, terms: Sequence[Quadratic], share: float) -> None:
@@ -57,9 +59,17 @@ class Paced:
         self._paces = [_Pace.of(term.precision, share) for term in terms]
 
     def at(self, step: int) -> list[Quadratic]:
-        """The quadratics of one step; their mean over :data:`PERIOD` steps is exact."""
+        """The quadratics of one step; their mean over :data:`PERIOD` steps is exact.
+
+        The turns of every period come in an order of their own, so that callers who use one
+        step of two or four still see all of them in the long run.
+        """
+        period, place = divmod(step, PERIOD)
+        # Within aligned blocks of 2**l steps, exclusive or keeps one turn of each kind.
+        generator = torch.Generator().manual_seed(period)
+        turn = place ^ int(torch.randint(PERIOD, (), generator=generator))
         return [
-            Quadratic(pace.at(step), term.anchor, term.constant)
+            Quadratic(pace.at(turn), term.anchor, term.constant)
             for term, pace in zip(self.terms, self._paces, strict=True)
         ]
 
@@ -103,12 +113,14 @@ class _Pace:
             return _Blocks(matrix, share)
         if isinstance(matrix, SumFisher):
             return _Terms(matrix, share)
-        if isinstance(matrix, KroneckerProduct) and matrix.inputs.shape[:-2] == (1,):
-            return _Eigenvectors(matrix, share)
+        if isinstance(matrix, KroneckerProduct):
+            dense = matrix.inputs.dim() == 3 and len(matrix.inputs) == 1
+            if dense and matrix.inputs.shape[1] > PERIOD:
+                return _Eigenvectors(matrix, share)
         return _Pace(matrix)
 
-    def at(self, step: int) -> FisherMatrix:
-        """The matrix of one step."""
+    def at(self, turn: int) -> FisherMatrix:
+        """The matrix of one turn, from 0 to ``PERIOD - 1``."""
         return self.matrix
 
 
@@ -119,9 +131,9 @@ class _Blocks(_Pace):
         super().__init__(matrix)
         self._blocks = [_Pace.of(block, share) for block in matrix.blocks]
 
-    def at(self, step: int) -> FisherMatrix:
-        """The blocks of one step."""
-        blocks = [block.at(step) for block in self._blocks]
+    def at(self, turn: int) -> FisherMatrix:
+        """The blocks of one turn."""
+        blocks = [block.at(turn) for block in self._blocks]
         return BlockDiagonalFisher(blocks, self.matrix.shapes, self.matrix.num_examples)
 
 
@@ -132,9 +144,9 @@ class _Terms(_Pace):
         super().__init__(matrix)
         self._terms = [_Pace.of(term, share) for term in matrix.terms]
 
-    def at(self, step: int) -> FisherMatrix:
-        """The sum of one step."""
-        return SumFisher([term.at(step) for term in self._terms], self.matrix.num_examples)
+    def at(self, turn: int) -> FisherMatrix:
+        """The sum of one turn."""
+        return SumFisher([term.at(turn) for term in self._terms], self.matrix.num_examples)
 
 
 class _Eigenvectors(_Pace):
@@ -145,15 +157,15 @@ class _Eigenvectors(_Pace):
         self._product = matrix
         values, vectors = torch.linalg.eigh(matrix.inputs[0].double())
         # Rounding leaves the eigenvalues of a singular factor near 0, on either side.
-        kept = values > len(values) * torch.finfo(matrix.dtype).eps * values[-1]
+        kept = values > torch.finfo(matrix.dtype).eps * values[-1]
         pace = paces(values[kept], share * len(values))
         self._vectors = vectors[:, kept].T.to(matrix.dtype).contiguous()
         self._values = (values[kept] * 2.0**pace).to(matrix.dtype)
         self._turns = turns(pace)
 
-    def at(self, step: int) -> FisherMatrix:
-        """The product with the eigenvectors of one step."""
-        chosen = self._turns[step % PERIOD]
+    def at(self, turn: int) -> FisherMatrix:
+        """The product with the eigenvectors of one turn."""
+        chosen = self._turns[turn]
         product = self._product
         return TruncatedProduct(
             product.weights,
@@ -169,8 +181,8 @@ def paces(values: Tensor, budget: float) -> Tensor:
 
     Args:
         values: the eigenvalues, above 0, ``[n]``.
-        budget: how many shall take part in a step, on average; :data:`PERIOD` times fewer
-            than there are is the least possible.
+        budget: how many shall take part in a step, on average.  More do where the largest
+            eigenvalue would else not take part in all.
     """
     if not len(values):
         return torch.zeros(0, dtype=torch.long, device=values.device)
@@ -180,7 +192,7 @@ def paces(values: Tensor, budget: float) -> Tensor:
         share = (math.exp(scale) * relative).clamp(max=1.0)
         return (-share.log2()).round().clamp(0, SLOWEST).long()
 
-    low, high = -20.0, 20.0
+    low, high = 0.0, 20.0
     for _ in range(50):
         middle = (low + high) / 2
         if float((2.0 ** -found(middle).double()).sum()) > budget:

@@ -15,13 +15,17 @@ EXACT = {"rtol": 1e-9, "atol": 1e-11}
 def network():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(1, 3, 2), nn.Flatten(), nn.Linear(27, 12, bias=False), nn.Tanh(), nn.Linear(12, 3)
+        nn.Conv2d(1, 3, 2),
+        nn.Flatten(),
+        nn.Linear(108, 70, bias=False),
+        nn.Tanh(),
+        nn.Linear(70, 3),
     ).double()
 
 
 def information(model, seed):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(40, 1, 4, 4, generator=generator, dtype=torch.float64)
+    x = torch.randn(40, 1, 7, 7, generator=generator, dtype=torch.float64)
     y = torch.randint(3, (40,), generator=generator)
     return fisher_information(model, [(x, y)], structure=KroneckerFisher)
 
@@ -58,7 +62,7 @@ def test_over_a_period_value_and_gradient_are_exact(share, consolidation):
     assert sum(v for v, _ in steps) / PERIOD == pytest.approx(value, rel=1e-9)
     torch.testing.assert_close(sum(g for _, g in steps) / PERIOD, gradient, **EXACT)
     # Each step by itself is something else: that is what makes it cheap.
-    assert max(float((g - gradient).norm()) for _, g in steps) > 0.05 * float(gradient.norm())
+    assert max(float((g - gradient).norm()) for _, g in steps) > 0.02 * float(gradient.norm())
 
 
 def test_without_gradients_the_value_is_exact():
@@ -84,12 +88,67 @@ def test_the_gradient_is_that_of_the_value():
     assert slope == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("budget", [5.0, 20.0, 80.0])
+def test_in_single_precision_no_direction_is_lost():
+    """Inputs with a large mean: one eigenvalue stands far above all others."""
+    torch.manual_seed(0)
+    model = nn.Linear(400, 4)
+    x = 1 + 0.1 * torch.randn(2000, 400)
+    fisher = fisher_information(
+        model, [(x, torch.zeros(2000, dtype=torch.long))], structure=KroneckerFisher
+    )
+    penalty = EWCPenalty(1.0, Online(), eigenvector_share=0.2)
+    penalty.consolidate(fisher, model)
+    with torch.no_grad():
+        step = torch.randn_like(model.weight)
+        model.weight.add_(step - step.mean(1, keepdim=True))
+        whole = penalty(model).item()
+    values = [v for v, _ in gradients(penalty, model, PERIOD)]
+    assert sum(values) / PERIOD == pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.parametrize("every", [2, 8])
+def test_whoever_uses_one_value_of_several_is_not_misled_for_long(every):
+    """Records of every second step, or a second call in every step."""
+    penalty, model = remembered(0.1, Online())
+    periods = 200
+    steps = gradients(penalty, model, PERIOD * periods)[::every]
+    penalty.eigenvector_share = 1.0
+    ((_, gradient),) = gradients(penalty, model, 1)
+    error = sum(g for _, g in steps) / len(steps) - gradient
+    single = sum(float((g - gradient).norm()) for _, g in steps) / len(steps)
+    # A mean over fixed turns would keep an error of the size of a single step's.
+    assert float(error.norm()) < 0.15 * single
+
+
+def test_gradient_descent_is_stable_where_it_is_with_the_whole_matrix():
+    torch.manual_seed(0)
+    model = nn.Linear(100, 2).double()
+    x = torch.randn(300, 100, dtype=torch.float64) * torch.logspace(0, -1, 100).double()
+    data = [(x, torch.zeros(300, dtype=torch.long))]
+    penalty = EWCPenalty(1.0, Online(), eigenvector_share=0.02)
+    fisher = fisher_information(model, data, structure=KroneckerFisher)
+    penalty.consolidate(fisher, model)
+    with torch.no_grad():
+        model.weight.add_(torch.randn_like(model.weight))
+        start = penalty(model).item()
+    rate = 1.9 / float(fisher.eigenvalues()[-1])
+    for _ in range(10 * PERIOD):
+        model.zero_grad()
+        penalty(model).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(rate * parameter.grad)
+    with torch.no_grad():
+        assert penalty(model).item() < 1e-3 * start
+
+
+@pytest.mark.parametrize("budget", [1.0, 20.0, 80.0])
 def test_stiff_eigenvectors_come_more_often_within_the_budget(budget):
     values = torch.logspace(-4, 2, 100, dtype=torch.float64)
     pace = paces(values, budget)
-    assert float((2.0**-pace).sum()) <= budget
-    assert float((2.0**-pace).sum()) > 0.7 * budget  # powers of two come in steps
+    assert int(pace[-1]) == 0  # the stiffest is never late, whatever the budget
+    taken = float((2.0**-pace).sum())
+    assert 0.7 * budget < taken <= budget if budget > 1 else 5 < taken < 20
     assert bool((pace[1:] <= pace[:-1]).all())
     slow = (pace > pace.min()) & (pace < pace.max())
     # One step of two for every factor of four in the eigenvalue.
@@ -134,7 +193,7 @@ def test_a_truncated_product_is_the_kronecker_product_of_its_factor(tmp_path):
 def test_a_head_that_grows_is_paced_as_well():
     penalty, model = remembered(0.2, Online(), tasks=1)
     head = model[-1]
-    larger = nn.Linear(12, 5).double()
+    larger = nn.Linear(70, 5).double()
     with torch.no_grad():
         larger.weight[:3], larger.bias[:3] = head.weight, head.bias
     model[-1] = larger
@@ -142,12 +201,13 @@ def test_a_head_that_grows_is_paced_as_well():
     penalty.eigenvector_share = 1.0
     ((_, gradient),) = gradients(penalty, model, 1)
     torch.testing.assert_close(sum(g for _, g in steps) / PERIOD, gradient, **EXACT)
+    assert max(float((g - gradient).norm()) for _, g in steps) > 0.02 * float(gradient.norm())
 
 
 def test_a_layer_without_information_is_no_obstacle():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 3)).double()
-    data = [(torch.zeros(5, 4, dtype=torch.float64), torch.randint(3, (5,)))]
+    model = nn.Sequential(nn.Linear(80, 70, bias=False), nn.ReLU(), nn.Linear(70, 3)).double()
+    data = [(torch.zeros(5, 80, dtype=torch.float64), torch.randint(3, (5,)))]
     penalty = EWCPenalty(1.0, Online(), eigenvector_share=0.1)
     penalty.consolidate(fisher_information(model, data, structure=KroneckerFisher), model)
     with torch.no_grad():
@@ -157,7 +217,7 @@ def test_a_layer_without_information_is_no_obstacle():
     assert whole > 0.01  # the last bias
     steps = gradients(penalty, model, PERIOD)
     assert sum(v for v, _ in steps) / PERIOD == pytest.approx(whole)
-    assert all(not g[:24].any() for _, g in steps)
+    assert all(not g[:5600].any() for _, g in steps)
 
 
 def test_the_share_is_kept_and_checked():
