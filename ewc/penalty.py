@@ -54,7 +54,8 @@ class EWCPenalty(nn.Module):
         eigenvector_share: of Kronecker matrices a gradient takes so many of the
             eigenvectors, on average, the stiff ones more often (:mod:`ewc.pacing`); 1 takes
             all, for several times the cost of a training step.  Where gradients are on, the
-            value is then an estimate, exact on average over ``ewc.pacing.PERIOD`` calls.
+            value is then an estimate, which for parameters held still is exact on average
+            over ``ewc.pacing.PERIOD`` calls; :meth:`implicit_step` takes all.
 
     Attributes:
         num_examples: :math:`N`, the size of the task in training.  ``None`` stands for the
@@ -74,11 +75,6 @@ class EWCPenalty(nn.Module):
         eigenvector_share: float = 1.0,
     ) -> None:
         super().__init__()
-        check_share(shrinkage, "shrinkage")
-        if not 0 < eigenvector_share <= 1:
-            raise ValueError(
-                f"eigenvector_share is {eigenvector_share}: it must be above 0 and at most 1."
-            )
         self.shrinkage = shrinkage
         self.eigenvector_share = eigenvector_share
         self.strength = strength
@@ -99,6 +95,27 @@ class EWCPenalty(nn.Module):
     def strength(self, value: float) -> None:
         check_not_negative(value, "strength")
         self._strength = float(value)
+
+    @property
+    def shrinkage(self) -> float:
+        r""":math:`\alpha`, of tasks that are consolidated from now on; in [0, 1]."""
+        return self._shrinkage
+
+    @shrinkage.setter
+    def shrinkage(self, value: float) -> None:
+        check_share(value, "shrinkage")
+        self._shrinkage = float(value)
+
+    @property
+    def eigenvector_share(self) -> float:
+        """What a step takes of the eigenvectors of Kronecker matrices; in (0, 1]."""
+        return self._eigenvector_share
+
+    @eigenvector_share.setter
+    def eigenvector_share(self, value: float) -> None:
+        if not 0 < value <= 1:
+            raise ValueError(f"eigenvector_share is {value}: it must be above 0 and at most 1.")
+        self._eigenvector_share = float(value)
 
     @property
     def num_examples(self) -> int | None:
@@ -158,8 +175,7 @@ class EWCPenalty(nn.Module):
                 in another way than by new rows.
         """
         if not self.terms:
-            like = next(model.parameters(), torch.zeros(()))
-            return torch.zeros((), device=like.device, dtype=like.dtype)
+            return next(model.parameters(), torch.zeros(())).new_zeros(())
         parameters = self._fit(model)
         terms = self._scaled_terms().terms
         if self.eigenvector_share < 1 and torch.is_grad_enabled():
@@ -195,51 +211,37 @@ class EWCPenalty(nn.Module):
 
     def extra_repr(self) -> str:
         """The strength and the consolidation, for printing."""
-        return f"strength={self.strength:g}, consolidation={self.consolidation}"
+        names = ("strength", "consolidation", "shrinkage", "eigenvector_share")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     # --- moving and saving ------------------------------------------------------------
 
     def get_extra_state(self) -> dict[str, Any]:
         """Everything, as tensors and plain values: what ``state_dict()`` holds."""
-        terms = []
-        for term in self.terms:
-            tensors, about = term.precision.description()
-            terms.append(
-                {
-                    "precision": tensors,
-                    "about": about,
-                    "anchor": term.anchor,
-                    "constant": term.constant,
-                }
-            )
         online = self.consolidation if isinstance(self.consolidation, Online) else None
         return {
             "strength": self.strength,
             "shrinkage": self.shrinkage,
             "eigenvector_share": self.eigenvector_share,
+            "step": self._step,
             "online": None if online is None else asdict(online),
             "num_examples": self.num_examples,
             "last_num_examples": self._last_num_examples,
-            "terms": terms,
+            "terms": [term.state() for term in self.terms],
         }
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`get_extra_state`; called by ``load_state_dict``."""
         self.strength = state["strength"]
-        self.shrinkage = state["shrinkage"]
-        self.eigenvector_share = state["eigenvector_share"]
+        # Penalties that were saved before there were these options have none of them.
+        self.shrinkage = state.get("shrinkage", 0.0)
+        self.eigenvector_share = state.get("eigenvector_share", 1.0)
+        self._step = state.get("step", 0)
         online = state["online"]
         self.consolidation = Separate() if online is None else Online(**online)
         self.num_examples = state["num_examples"]
         self._last_num_examples = state["last_num_examples"]
-        self.terms = [
-            Quadratic(
-                FisherMatrix.from_description(term["precision"], term["about"]),
-                dict(term["anchor"]),
-                term["constant"],
-            )
-            for term in state["terms"]
-        ]
+        self.terms = [Quadratic.from_state(term) for term in state["terms"]]
         self._attached = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

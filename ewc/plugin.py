@@ -13,6 +13,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from ewc.consolidation import Consolidation, Separate
 from ewc.fisher import DiagonalFisher, Estimator, Exact, FisherMatrix, fisher_information
 from ewc.fisher.accumulator import Configured
+from ewc.fisher.shrinkage import can_shrink
 from ewc.likelihoods import Categorical, Likelihood
 from ewc.penalty import EWCPenalty
 
@@ -42,7 +43,7 @@ class EWCPlugin(SupervisedPlugin):
         shrinkage: the share of the information that a layer's units have alike
             (:mod:`ewc.fisher.shrinkage`); 0 takes the Fisher matrix as it is.
         eigenvector_share: of Kronecker matrices a step takes so many of the eigenvectors,
-            on average (:mod:`ewc.pacing`); 1 takes all.
+            on average (:mod:`ewc.pacing`); 1 takes all, and so do implicit steps.
         implicit_every: take the penalty's share by an implicit step after so many iterations
             (:mod:`ewc.proximal`): stable for any strength, and for matrices whose products
             cost more than a training step cheaper by that factor.  ``None`` adds the penalty
@@ -52,12 +53,13 @@ class EWCPlugin(SupervisedPlugin):
         penalty: the penalty; its ``state_dict()`` holds all that the plugin remembers.
         fisher: the mean Fisher information of the last task, ``None`` before the first.
         last_penalty: the penalty's value in the current iteration, a tensor without
-            gradient; 0 before the first task; with implicit steps, after one of the last
-            ten of them.
+            gradient, an estimate where a step does not take all eigenvectors; 0 before
+            the first task; with implicit steps, after one of the last ten of them.
 
     Raises:
         ValueError: the strength is negative or not finite, the shrinkage not in [0, 1], the
-            share of eigenvectors not in (0, 1], or ``implicit_every`` below 1.
+            share of eigenvectors not in (0, 1], the structure one that cannot be shrunk, or
+            ``implicit_every`` below 1.
     """
 
     def __init__(
@@ -75,6 +77,12 @@ class EWCPlugin(SupervisedPlugin):
         super().__init__()
         if implicit_every is not None and implicit_every < 1:
             raise ValueError(f"implicit_every is {implicit_every}: it must be 1 or more, or None.")
+        if shrinkage and not can_shrink(structure):
+            name = getattr(structure, "__name__", str(structure))
+            raise ValueError(
+                f"shrinkage is {shrinkage}: with {name} it must be 0; diagonal, Kronecker and "
+                "eigenvalue-corrected Fisher matrices can be shrunk."
+            )
         self.implicit_every = implicit_every
         self._since = self._taken = 0
         self.penalty = EWCPenalty(

@@ -1,6 +1,6 @@
 r"""Quadratics around anchors, and their sum as a differentiable value."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,22 @@ class Quadratic:
         anchor = {name: function(tensor) for name, tensor in self.anchor.items()}
         return Quadratic(self.precision.mapped(function), anchor, self.constant)
 
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values, for a ``state_dict``."""
+        tensors, about = self.precision.description()
+        return {
+            "precision": tensors,
+            "about": about,
+            "anchor": self.anchor,
+            "constant": self.constant,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Quadratic":
+        """The quadratic of what :meth:`state` returned."""
+        precision = FisherMatrix.from_description(state["precision"], state["about"])
+        return cls(precision, dict(state["anchor"]), state["constant"])
+
 
 class QuadraticForm(torch.autograd.Function):
     """The sum of quadratics, with its gradient written down instead of traced.
@@ -48,7 +64,8 @@ class QuadraticForm(torch.autograd.Function):
         """The value, its gradient kept for later."""
         ctx.terms, ctx.names = terms, names
         ctx.save_for_backward(*parameters)
-        value, ctx.gradient = value_and_gradient(terms, dict(zip(names, parameters, strict=True)))
+        here = dict(zip(names, parameters, strict=True))
+        value, ctx.gradient = value_and_gradient(terms, here)
         return value
 
     @staticmethod
@@ -77,7 +94,9 @@ def value_and_gradient(terms: list[Quadratic], here: Parameters) -> tuple[Tensor
     for term in terms:
         differences = torch._foreach_sub(list(here.values()), [term.anchor[n] for n in here])
         step = dict(zip(here, differences, strict=True))
-        product = term.precision.matvec(step)
+        # Under autocast products would come in half precision, which cannot hold N F.
+        with torch.autocast(differences[0].device.type, enabled=False):
+            product = term.precision.matvec(step)
         value = value + 0.5 * dot(step, product) + term.constant
         if gradient:
             product = {name: gradient[name] + tensor for name, tensor in product.items()}

@@ -22,7 +22,10 @@ class SmoothedCategorical(Categorical):
 
     in the information of the logits, :math:`\mathrm{diag}(\tilde p) - \tilde p \tilde p^\top`,
     which is that of a network whose labels are smoothed (Szegedy et al. 2016,
-    arXiv:1512.00567, section 7).  The densities are those of :class:`~ewc.Categorical`.
+    arXiv:1512.00567, section 7).  The densities are those of :class:`~ewc.Categorical`; the
+    score is :math:`e_y - \tilde p`, whose covariance under :math:`\tilde p` this is, and no
+    longer their gradient.  With :class:`~ewc.Empirical`, which takes the observed labels, the
+    information of a sure network shrinks to the order of :math:`\epsilon^2` only.
 
     Attributes:
         smoothing: :math:`\epsilon`, from 0 (the Fisher information itself) to 1.

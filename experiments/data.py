@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Images:
-    """Flat images with pixels in 0..1, ``[n, pixels]``, and labels ``[n]``."""
+    """Flat images with pixels in 0..1 unless standardised, ``[n, pixels]``, and labels ``[n]``."""
 
     pixels: Tensor
     labels: Tensor

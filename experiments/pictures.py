@@ -1,6 +1,5 @@
 """Pictures over the jobs of a recipe, for RESULTS.md; a recipe names the ones it wants."""
 
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from experiments.metrics import average_accuracies
+from experiments.report import options_of
 
 Jobs = Sequence[Mapping[str, Any]]
 
@@ -65,8 +65,10 @@ def overlap_by_layer(jobs: Jobs, title: str) -> Figure:
     """The overlap of the last task's Fisher information with the first's, layer by layer."""
     figure, axes = _axes(title, "layer, from the input", "Fisher overlap of the two tasks")
     for label, members in by_setting(jobs).items():
-        runs = [list(job["fisher_overlap"][-1].values()) for job in members]
-        layers = [list(values) for values in zip(*runs, strict=True)]
+        runs = [job["fisher_overlap"][-1] for job in members]
+        # A layer that has no information in one run has no overlap there.
+        names = [name for name in runs[0] if all(name in run for run in runs)]
+        layers = [[run[name] for run in runs] for name in names]
         means = [statistics.fmean(values) for values in layers]
         errors = [
             statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
@@ -81,14 +83,14 @@ def overlap_by_layer(jobs: Jobs, title: str) -> Figure:
 def by_setting(jobs: Jobs, but: Sequence[str] = ()) -> dict[str, list[Mapping[str, Any]]]:
     """The jobs by what was swept besides the seed, written as on the command line."""
     swept: dict[str, list[Mapping[str, Any]]] = {}
-    settings = [{o.partition("=")[0]: o for o in job["overrides"]} for job in jobs]
+    settings = [options_of(job) for job in jobs]
     for job, own in zip(jobs, settings, strict=True):
         varied = [
-            option
-            for name, option in own.items()
+            value if name in ("strategy", "fisher") else f"{name}={value}"
+            for name, value in own.items()
             if name not in ("seed", *but) and len({other.get(name) for other in settings}) > 1
         ]
-        label = ", ".join(re.sub(r"^(strategy|fisher)=", "", option) for option in varied)
+        label = ", ".join(varied)
         swept.setdefault(label or "all seeds", []).append(job)
     return swept
 

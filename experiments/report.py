@@ -204,8 +204,7 @@ def sweep_table(
     """
     groups: dict[tuple[tuple[str, str], ...], list[Mapping[str, Any]]] = defaultdict(list)
     for job in jobs:
-        setting = [o.partition("=") for o in job["overrides"]]
-        key = tuple((name.lstrip("+"), value) for name, _, value in setting if name != "seed")
+        key = tuple(pair for pair in options_of(job).items() if pair[0] != "seed")
         groups[key].append(job)
     names = list(dict.fromkeys(name for key in groups for name, _ in key))
     varied = [n for n in names if len({dict(key).get(n) for key in groups}) > 1] or names[:1]
@@ -229,11 +228,31 @@ def sweep_table(
     return columns + ["published"] * bool(published), rows
 
 
+def options_of(job: Mapping[str, Any]) -> dict[str, str]:
+    """The options that a job was given on the command line, by name."""
+    pairs = (override.lstrip("+~").partition("=") for override in job["overrides"])
+    return {name: value for name, _, value in pairs}
+
+
+def has_options(options: Mapping[str, str], wanted: Mapping[str, Any]) -> bool:
+    """Whether all ``wanted`` are among the options; ``1e-3`` is ``0.001``, as for Hydra."""
+    return all(
+        name in options and _value(options[name]) == _value(str(value))
+        for name, value in wanted.items()
+    )
+
+
+def _value(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def _published(values: Mapping[str, str], published: Mapping[str, str]) -> str:
     """The figure whose settings are all among a row's."""
     for setting, figure in published.items():
-        pairs = (pair.split("=", 1) for pair in setting.split(","))
-        if all(values.get(name) == value for name, value in pairs):
+        if has_options(values, dict(pair.split("=", 1) for pair in setting.split(","))):
             return str(figure)
     return ""
 

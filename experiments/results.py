@@ -17,7 +17,7 @@ import hydra
 from omegaconf import OmegaConf
 
 from experiments.pictures import Jobs
-from experiments.report import markdown, read_jobs, sweep_table
+from experiments.report import has_options, markdown, options_of, read_jobs, sweep_table
 from experiments.run import CONFIGS
 
 INTRODUCTION = """\
@@ -26,8 +26,8 @@ INTRODUCTION = """\
 Average test accuracy over all tasks after the last one, and forgetting, in per cent: mean ±
 standard error over the seeds. Published figures stand in the last column; they are of other
 seeds, and where said of other settings. Written by `python -m experiments.results` from the
-`results.json` of every job under `results/`; to run a table again, use the command above it
-(`EWC_DATA` names the folder of MNIST)."""
+`results.json` of every job under `results/`. The command above a table runs what is missing of
+it (`EWC_DATA` names the folder of MNIST); to run all of it again, remove its folder first."""
 
 
 def report_of(recipe: Path) -> dict[str, Any]:
@@ -78,7 +78,11 @@ def bars_table(bars: list[dict[str, Any]], jobs: Mapping[str, Jobs]) -> list[str
     """
     rows = []
     for bar in bars:
-        members = [job for job in jobs.get(bar["recipe"], []) if _fits(job, bar["settings"])]
+        members = [
+            job
+            for job in jobs.get(bar["recipe"], [])
+            if has_options(options_of(job), bar["settings"])
+        ]
         if not members:
             value, shown = None, "not run"
         elif bar.get("decades"):
@@ -99,27 +103,47 @@ def bars_table(bars: list[dict[str, Any]], jobs: Mapping[str, Jobs]) -> list[str
 
 
 def decades_within(jobs: Jobs, points: float) -> float:
-    """The longest run of strengths, in decades, whose mean is within ``points`` of the best."""
+    """The longest run of strengths, in decades, whose mean is within ``points`` of the best.
+
+    A strength without result, a factor of more than ten from its neighbours, ends a run.
+    """
     found: dict[float, list[float]] = {}
     for job in jobs:
         strength = float(job["config"]["strategy"]["strength"])
         found.setdefault(strength, []).append(100 * job["average_accuracy"])
     means = {strength: statistics.fmean(found[strength]) for strength in sorted(found)}
     best = max(means.values())
-    longest, first = 0.0, None
+    longest, first, last = 0.0, 0.0, 0.0
     for strength, mean in means.items():
         if mean < best - points:
-            first = None
+            last = 0.0
             continue
-        first = first or strength
+        if strength > 10.001 * last:
+            first = strength
+        last = strength
         longest = max(longest, math.log10(strength / first))
     return round(longest, 1)
 
 
-def _fits(job: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    """Whether a job was run with these options."""
-    own = dict(o.split("=", 1) for o in job["overrides"])
-    return all(own.get(name) == str(value) for name, value in settings.items())
+def of_recipe(jobs: Jobs, recipe: Path) -> Jobs:
+    """The jobs that the recipe itself asks for: its options and seeds, and no others."""
+    config: Any = OmegaConf.to_container(OmegaConf.load(recipe), resolve=False)
+    swept = config.get("hydra", {}).get("sweeper", {}).get("params", {})
+    allowed = {name: str(values).split(",") for name, values in swept.items()}
+    return [
+        job
+        for job in jobs
+        if (own := {k: v for k, v in options_of(job).items() if k not in kept_apart()}).keys()
+        == allowed.keys()
+        and all(any(has_options(own, {name: v}) for v in allowed[name]) for name in own)
+    ]
+
+
+def kept_apart() -> list[str]:
+    """The options that say where and how a job runs, not what it is."""
+    config: Any = OmegaConf.load(Path(CONFIGS) / "sweep" / "kept.yaml")
+    names: list[str] = list(config.hydra.job.config.override_dirname.exclude_keys)
+    return names
 
 
 def main() -> None:
@@ -129,7 +153,10 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=Path("RESULTS.md"))
     arguments = parser.parse_args()
     recipes = sorted((Path(CONFIGS) / "experiment").glob("*.yaml"))
-    jobs = {recipe.stem: read_jobs(arguments.results / recipe.stem) for recipe in recipes}
+    jobs = {
+        recipe.stem: of_recipe(read_jobs(arguments.results / recipe.stem), recipe)
+        for recipe in recipes
+    }
     parts = [INTRODUCTION]
     if (path := arguments.results / "bars.yaml").exists():
         bars: Any = OmegaConf.to_container(OmegaConf.load(path))

@@ -292,7 +292,7 @@ def test_a_sweep_runs_its_jobs_in_parallel_and_reports(tmp_path):
 
 def test_a_sweep_goes_on_where_it_stopped_and_its_page_is_rebuilt(tmp_path):
     arguments = ["-m", "experiment=split_digits_strategies", "strategy=naive,kfac_ewc", "seed=0"]
-    arguments += SMALL
+    arguments += ["wandb.mode=disabled"]
     first = command(tmp_path, *arguments)
     assert first.returncode == 0, first.stderr
     (job, *_) = sorted((tmp_path / "sweep").glob("*/results.json"))

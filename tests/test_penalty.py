@@ -354,3 +354,21 @@ def test_every_structure_may_weigh_the_parameters(structure, consolidation):
     grow(model, 5)
     copied(model).backward()
     assert float(model[2].weight.grad[2:].abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("structure", [DiagonalFisher, KroneckerFisher])
+def test_under_autocast_value_and_gradient_keep_their_precision(structure):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    data = [(torch.randn(20, 6), torch.randint(3, (20,)))]
+    penalty = EWCPenalty(1.0)
+    penalty.consolidate(fisher_information(model, data, structure=structure), model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(penalty(model), parameters)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(penalty(model), parameters)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)

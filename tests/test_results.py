@@ -1,13 +1,18 @@
 """RESULTS.md: its table of bars, and pictures that show the numbers of the jobs."""
 
 import math
+from pathlib import Path
 
 import pytest
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from experiments import pictures
 from experiments.metrics import average_accuracies, average_accuracy
-from experiments.report import markdown
-from experiments.results import bars_table, decades_within
+from experiments.report import has_options, markdown, options_of
+from experiments.results import bars_table, decades_within, of_recipe, report_of
+from experiments.run import CONFIGS
 
 
 def job(accuracy, **settings):
@@ -26,7 +31,12 @@ def job(accuracy, **settings):
 
 
 def curve(values, **settings):
-    return [job(v / 100, strength=f"1e{k}", seed=0, **settings) for k, v in enumerate(values)]
+    """Strengths of 1, 10, 100, ..., as Hydra writes them; ``None`` diverged."""
+    return [
+        job(v / 100, strength=float(10**k), seed=0, **settings)
+        for k, v in enumerate(values)
+        if v is not None
+    ]
 
 
 @pytest.mark.parametrize(
@@ -36,6 +46,7 @@ def curve(values, **settings):
         ([80, 90, 99, 80], 0),
         ([99, 80, 99.5, 98.6, 99], 2),  # the longest run, without gaps
         ([99, 99, 99], 2),
+        ([99, 99, None, 99, 99, 99], 2),  # what diverged is no bridge
     ],
 )
 def test_decades_are_the_longest_run_of_strengths_near_the_best(accuracies, decades):
@@ -128,3 +139,42 @@ def test_overlap_is_drawn_by_layer():
     low, high = (point[1] for point in segments.get_segments()[0])
     assert high - low == pytest.approx(2 * 0.1)  # a standard error up and down
     assert math.isclose(containers[1].lines[0].get_ydata()[0], 0.1)
+
+
+RECIPES = sorted((Path(CONFIGS) / "experiment").glob("*.yaml"))
+
+
+def sweep_of(recipe):
+    """The overrides of all jobs of a recipe, as Hydra's own sweeper makes them."""
+    params = OmegaConf.load(recipe).get("hydra", {}).get("sweeper", {}).get("params", {})
+    overrides = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in params.items()])
+    return [
+        {"overrides": job}
+        for batch in BasicSweeper.split_arguments(overrides, None)
+        for job in batch
+    ]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_published_figures_and_bars_are_of_jobs_that_a_recipe_runs(recipe):
+    jobs = sweep_of(recipe)
+    assert list(of_recipe(jobs, recipe)) == jobs
+    for setting in report_of(recipe).get("published", {}):
+        wanted = dict(pair.split("=") for pair in setting.split(","))
+        assert any(has_options(options_of(job), wanted) for job in jobs), setting
+    for bar in OmegaConf.load(Path(CONFIGS).parent / "results" / "bars.yaml"):
+        if bar["recipe"] == recipe.stem:
+            wanted = bar["settings"]
+            assert any(has_options(options_of(job), wanted) for job in jobs), bar["name"]
+
+
+def test_other_seeds_and_options_are_no_jobs_of_a_recipe():
+    recipe = Path(CONFIGS) / "experiment" / "split_digits_strategies.yaml"
+    own = {"overrides": ["strategy=ewc", "seed=1", "data_root=somewhere"]}
+    others = [
+        {"overrides": ["strategy=ewc", "seed=100"]},
+        {"overrides": ["strategy=ewc", "seed=1", "training.epochs=1"]},
+        {"overrides": ["strategy=ewc", "seed=1", "~wandb"]},
+        {"overrides": ["seed=1"]},
+    ]
+    assert of_recipe([own, *others], recipe) == [own]

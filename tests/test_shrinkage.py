@@ -11,11 +11,14 @@ from ewc import (
     EigenvalueCorrectedFisher,
     EWCPenalty,
     KroneckerFisher,
+    LowRankFisher,
     Online,
     fisher_information,
 )
 from ewc.fisher.shrinkage import shrunk
 from ewc.parameters import flatten
+from ewc.plugin import EWCPlugin
+from experiments.strategies import Fisher, OnlineEWC
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 SIZES = ((4, 5), (5, 3))
@@ -97,18 +100,54 @@ def test_a_unit_that_nothing_excites_is_free_no_longer():
     assert values[1] > 1e-3
 
 
+@pytest.mark.parametrize("structure", [KroneckerFisher, EigenvalueCorrectedFisher])
+def test_the_terms_of_a_sum_are_shrunk(structure):
+    fisher = fisher_information(network(), data(), structure=structure)
+    found = shrunk(fisher + 2 * fisher, 0.3).to_dense()
+    torch.testing.assert_close(found, 3 * spread(fisher.to_dense(), 0.3), **EXACT)
+
+
+def test_the_plugin_hands_the_options_on_and_refuses_what_cannot_be_shrunk():
+    plugin = EWCPlugin(structure=KroneckerFisher, shrinkage=0.2, eigenvector_share=0.05)
+    assert plugin.penalty.shrinkage == 0.2
+    assert plugin.penalty.eigenvector_share == 0.05
+    strategy = OnlineEWC(shrinkage=0.3, eigenvector_share=0.4)
+    (plugin,) = strategy.plugins(Fisher())
+    assert (plugin.penalty.shrinkage, plugin.penalty.eigenvector_share) == (0.3, 0.4)
+    with pytest.raises(ValueError, match="with LowRankFisher it must be 0"):
+        EWCPlugin(structure=LowRankFisher, shrinkage=0.2)
+
+
+def test_options_that_are_set_later_are_checked_too():
+    penalty = EWCPenalty()
+    with pytest.raises(ValueError, match="shrinkage is -3"):
+        penalty.shrinkage = -3
+    with pytest.raises(ValueError, match="eigenvector_share is 0"):
+        penalty.eigenvector_share = 0
+    assert "shrinkage=0.0, eigenvector_share=1.0" in repr(penalty)
+
+
+def test_a_penalty_saved_before_there_was_shrinkage_has_none():
+    model, penalty = network(), EWCPenalty(2.0)
+    penalty.consolidate(fisher_information(model, data()), model)
+    state = penalty.state_dict()
+    for key in ("shrinkage", "eigenvector_share", "step"):
+        del state["_extra_state"][key]
+    loaded = EWCPenalty(shrinkage=0.5, eigenvector_share=0.5)
+    loaded.load_state_dict(state)
+    assert (loaded.shrinkage, loaded.eigenvector_share, loaded.strength) == (0.0, 1.0, 2.0)
+
+
 @pytest.mark.parametrize("amount", [-0.1, 1.1, float("nan")])
 def test_impossible_shares_are_refused(amount):
     with pytest.raises(ValueError, match=r"shrinkage is .*: it must lie in \[0, 1\]"):
         EWCPenalty(shrinkage=amount)
 
 
-@pytest.mark.parametrize("structure", [DenseFisher])
+@pytest.mark.parametrize("structure", [DenseFisher, BlockDiagonalFisher, LowRankFisher])
 def test_other_structures_are_refused_and_nothing_is_kept(structure):
     model, penalty = network(), EWCPenalty(shrinkage=0.1)
     fisher = fisher_information(model, data(), structure=structure)
-    with pytest.raises(TypeError, match="not a DenseFisher"):
+    with pytest.raises(TypeError, match=f"not a {structure.__name__}"):
         penalty.consolidate(fisher, model)
     assert penalty.terms == []
-    blocks = fisher_information(model, data(), structure=BlockDiagonalFisher)
-    assert torch.equal(shrunk(blocks, 0.5).to_dense(), blocks.to_dense())

@@ -17,22 +17,28 @@ shrinkage of a covariance matrix (Ledoit and Wolf 2004, doi:10.1016/S0047-259X(0
 import torch
 from torch import Tensor
 
+from ewc.fisher.accumulator import Configured
 from ewc.fisher.block_diagonal import BlockDiagonalFisher
 from ewc.fisher.diagonal import DiagonalFisher
 from ewc.fisher.eigenbasis import EigenvalueCorrectedProduct
+from ewc.fisher.eigenvalue_corrected import EigenvalueCorrectedFisher
+from ewc.fisher.kronecker import KroneckerFisher
 from ewc.fisher.kronecker_product import KroneckerProduct
 from ewc.fisher.matrix import FisherMatrix, check_share
+from ewc.fisher.sum import SumFisher
 
 
 def shrunk(matrix: FisherMatrix, amount: float) -> FisherMatrix:
     r"""The matrix with the share :math:`\alpha` spread evenly over the units of each layer.
 
-    Diagonal matrices take the first dimension of every parameter as its output units.  Of
-    block-diagonal matrices the diagonal, Kronecker and eigenvalue-corrected blocks are
-    shrunk; others (the dense blocks of scales and norms) stay as they are.
+    Diagonal matrices take the first dimension of every parameter as its output units: right
+    for linear layers and convolutions without groups; embeddings, transposed and grouped
+    convolutions want a Kronecker matrix, which knows its layers.  Of Kronecker and
+    eigenvalue-corrected matrices the blocks that are no products (scales and norms) stay as
+    they are.  Of sums every term is shrunk.
 
     Args:
-        matrix: a diagonal, Kronecker or eigenvalue-corrected Fisher matrix.
+        matrix: a diagonal, Kronecker or eigenvalue-corrected Fisher matrix, or a sum of such.
         amount: :math:`\alpha`, from 0 (nothing) to 1 (all units alike).
 
     Raises:
@@ -42,11 +48,10 @@ def shrunk(matrix: FisherMatrix, amount: float) -> FisherMatrix:
     check_share(amount, "shrinkage")
     if amount == 0:
         return matrix
-    if isinstance(matrix, BlockDiagonalFisher):
-        blocks = [
-            shrunk(block, amount) if isinstance(block, _SHRINKABLE) else block
-            for block in matrix.blocks
-        ]
+    if isinstance(matrix, SumFisher):
+        return SumFisher([shrunk(term, amount) for term in matrix.terms], matrix.num_examples)
+    if isinstance(matrix, BlockDiagonalFisher) and any(map(_has_units, matrix.blocks)):
+        blocks = [shrunk(b, amount) if _has_units(b) else b for b in matrix.blocks]
         return type(matrix)(blocks, matrix.shapes, matrix.num_examples)
     if isinstance(matrix, DiagonalFisher):
         entries = {
@@ -76,8 +81,17 @@ def shrunk(matrix: FisherMatrix, amount: float) -> FisherMatrix:
     )
 
 
+def can_shrink(structure: type[FisherMatrix] | Configured[FisherMatrix]) -> bool:
+    """Whether matrices of this structure have layers with output units."""
+    kind = structure.structure if isinstance(structure, Configured) else structure
+    return issubclass(kind, DiagonalFisher | KroneckerFisher | EigenvalueCorrectedFisher)
+
+
+def _has_units(block: FisherMatrix) -> bool:
+    if isinstance(block, SumFisher):
+        return all(map(_has_units, block.terms))
+    return isinstance(block, DiagonalFisher | KroneckerProduct | EigenvalueCorrectedProduct)
+
+
 def _mixed(own: Tensor, average: Tensor, amount: float) -> Tensor:
     return (1 - amount) * own + amount * average
-
-
-_SHRINKABLE = (DiagonalFisher, KroneckerProduct, EigenvalueCorrectedProduct)
