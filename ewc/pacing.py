@@ -154,8 +154,8 @@ class _Eigenvectors(_Pace):
 
     def __init__(self, matrix: KroneckerProduct, share: float) -> None:
         super().__init__(matrix)
-        self._product = matrix
-        values, vectors = torch.linalg.eigh(matrix.inputs[0].double())
+        self.product = matrix
+        values, vectors = (tensor[0] for tensor in matrix.input_eigen)
         # Rounding leaves the eigenvalues of a singular factor near 0, on either side.
         kept = values > torch.finfo(matrix.dtype).eps * values[-1]
         pace = paces(values[kept], share * len(values))
@@ -166,7 +166,7 @@ class _Eigenvectors(_Pace):
     def at(self, turn: int) -> FisherMatrix:
         """The product with the eigenvectors of one turn."""
         chosen = self._turns[turn]
-        product = self._product
+        product = self.product
         return TruncatedProduct(
             product.weights,
             product.outputs,

@@ -211,8 +211,8 @@ class EWCPenalty(nn.Module):
 
     def extra_repr(self) -> str:
         """The strength and the consolidation, for printing."""
-        names = ("strength", "consolidation", "shrinkage", "eigenvector_share")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        options = ("strength", "consolidation", "shrinkage", "eigenvector_share")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in options)
 
     # --- moving and saving ------------------------------------------------------------
 

@@ -220,6 +220,20 @@ def test_a_layer_without_information_is_no_obstacle():
     assert all(not g[:5600].any() for _, g in steps)
 
 
+def test_eigenvectors_are_made_once_a_task(monkeypatch):
+    penalty, model = remembered(0.1, Separate())
+    made = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda a: made.append(a) or eigh(a))
+    for strength in (1.0, 2.0, 3.0):  # annealed
+        penalty.strength = strength
+        gradients(penalty, model, 2)
+    assert len(made) == 4  # two tasks, two layers of more than PERIOD inputs
+    penalty.consolidate(information(model, 2), model)
+    gradients(penalty, model, 2)
+    assert len(made) == 6
+
+
 def test_the_share_is_kept_and_checked():
     penalty, _ = remembered(0.2, Online())
     loaded = EWCPenalty()

@@ -31,11 +31,20 @@ class KroneckerProduct(LayerMatrix):
         super().__init__(weights, num_examples)
         self.outputs = outputs
         self.inputs = inputs
+        self._bases: dict[str, tuple[Tensor, Tensor]] = {}
 
     def times(self, matrix: Tensor) -> Tensor:
         """The product :math:`G X A`."""
         left = self.outputs @ matrix
         return left * self.inputs[:, None] if self.inputs.dim() == 2 else left @ self.inputs
+
+    @property
+    def input_eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues and -vectors of ``A``, in double precision; multiples share them."""
+        if "inputs" not in self._bases:
+            values, vectors = torch.linalg.eigh(self.inputs.double())
+            self._bases["inputs"] = values, vectors
+        return self._bases["inputs"]
 
     @cached_property
     def eigen(self) -> EigenvalueCorrectedProduct:
@@ -95,7 +104,10 @@ class KroneckerProduct(LayerMatrix):
 
     def scaled(self, factor: float) -> "KroneckerProduct":
         """The first factor times ``factor``."""
-        return KroneckerProduct(self.weights, factor * self.outputs, self.inputs, self.num_examples)
+        outputs = factor * self.outputs
+        result = KroneckerProduct(self.weights, outputs, self.inputs, self.num_examples)
+        result._bases = self._bases
+        return result
 
     def enlarged(self, weights: LayerWeights) -> "KroneckerProduct":
         """The same over a weight with more rows, of which nothing is known."""
