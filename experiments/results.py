@@ -55,7 +55,7 @@ def section(jobs: Jobs, recipe: Path, pictures: Path) -> str:
         "",
         f"```\npython -m experiments.run experiment={recipe.stem}\n```",
         "",
-        *markdown(*sweep_table(jobs, report.get("published"))),
+        *markdown(*sweep_table(jobs, report.get("published"), list(swept_by(recipe)))),
     ]
     for name in report.get("pictures", ["over_tasks"]):
         figure = hydra.utils.get_method(f"experiments.pictures.{name}")(jobs, recipe.stem)
@@ -127,9 +127,7 @@ def decades_within(jobs: Jobs, points: float) -> float:
 
 def of_recipe(jobs: Jobs, recipe: Path) -> Jobs:
     """The jobs that the recipe itself asks for: its options and seeds, and no others."""
-    config: Any = OmegaConf.to_container(OmegaConf.load(recipe), resolve=False)
-    swept = config.get("hydra", {}).get("sweeper", {}).get("params", {})
-    allowed = {name: str(values).split(",") for name, values in swept.items()}
+    allowed = swept_by(recipe)
     return [
         job
         for job in jobs
@@ -137,6 +135,13 @@ def of_recipe(jobs: Jobs, recipe: Path) -> Jobs:
         == allowed.keys()
         and all(any(has_options(own, {name: v}) for v in allowed[name]) for name in own)
     ]
+
+
+def swept_by(recipe: Path) -> dict[str, list[str]]:
+    """The options that a recipe varies, and their values; none if it is a single run."""
+    config: Any = OmegaConf.to_container(OmegaConf.load(recipe), resolve=False)
+    swept = config.get("hydra", {}).get("sweeper", {}).get("params", {})
+    return {name: str(values).split(",") for name, values in swept.items()}
 
 
 def kept_apart() -> list[str]:
