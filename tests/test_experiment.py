@@ -334,7 +334,7 @@ def test_a_wrong_option_removes_nothing_that_was_there(tmp_path):
         (["optimizer=sgd", "optimizer.lr=1e38", "training.iterations=1"], "in task 1"),
         (
             ["strategy.strengh=3"],
-            "Unknown option 'strategy.strengh': allowed are strategy.strength, strategy.eige",
+            "Unknown option 'strategy.strengh': allowed are strategy.strength, strategy.shri",
         ),
         (["sed=3"], "Unknown option 'sed': allowed are benchmark, model, "),
         (
