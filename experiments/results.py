@@ -127,11 +127,11 @@ def decades_within(jobs: Jobs, points: float) -> float:
 
 def of_recipe(jobs: Jobs, recipe: Path) -> Jobs:
     """The jobs that the recipe itself asks for: its options and seeds, and no others."""
-    allowed = swept_by(recipe)
+    allowed, apart = swept_by(recipe), kept_apart()
     return [
         job
         for job in jobs
-        if (own := {k: v for k, v in options_of(job).items() if k not in kept_apart()}).keys()
+        if (own := {k: v for k, v in options_of(job).items() if k not in apart}).keys()
         == allowed.keys()
         and all(any(has_options(own, {name: v}) for v in allowed[name]) for name in own)
     ]
