@@ -64,9 +64,10 @@ def _nearest(terms: Sequence[KroneckerProduct]) -> tuple[KroneckerProduct, float
     left, right = (torch.einsum("sg...,tg...->gst", x, x).double() for x in (outputs, inputs))
     # The leading pair u = sum_t x_t G_t, v = sum_t y_t A_t of sum_t vec(G_t) vec(A_t)'
     # has x proportional to right y and y to left x.
-    values, vectors = torch.linalg.eigh(_root(left) @ right @ _root(left))
+    root = symmetric_root(left)
+    values, vectors = torch.linalg.eigh(root @ right @ root)
     lead = vectors[..., -1:]
-    y = (_root(left) @ lead)[..., 0].abs()
+    y = (root @ lead)[..., 0].abs()
     x = (right @ y[..., None])[..., 0]
     norm = torch.einsum("gs,gst,gt->g", y, right, y).clamp_min(torch.finfo(y.dtype).tiny)
     # With v of norm 1 the best u is the sum applied to v.
@@ -81,7 +82,7 @@ def _nearest(terms: Sequence[KroneckerProduct]) -> tuple[KroneckerProduct, float
     return nearest, float(missing.sum()), float(squared.sum())
 
 
-def _root(matrix: torch.Tensor) -> torch.Tensor:
+def symmetric_root(matrix: torch.Tensor) -> torch.Tensor:
     """The symmetric square root of a batch of positive semi-definite matrices."""
     values, vectors = torch.linalg.eigh(matrix)
     root: torch.Tensor = vectors * values.clamp_min(0.0).sqrt()[..., None, :] @ vectors.mT

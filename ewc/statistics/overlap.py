@@ -16,6 +16,7 @@ from torch import Tensor
 from ewc.fisher.block_diagonal import by_layer
 from ewc.fisher.diagonal import DiagonalFisher
 from ewc.fisher.matrix import FisherMatrix
+from ewc.fisher.nearest_kronecker import symmetric_root
 from ewc.parameters import Parameters, check_same_shapes, flatten
 
 
@@ -37,7 +38,7 @@ def fisher_overlap(first: FisherMatrix, second: FisherMatrix) -> float:
         return _normalised((one * two).sqrt().sum(), one.sum(), two.sum())
     one, two = (m.to_dense().double() for m in (first, second))
     # tr (A B)^(1/2) is the sum of the singular values of A^(1/2) B^(1/2).
-    values = torch.linalg.svdvals(_root(one) @ _root(two))
+    values = torch.linalg.svdvals(symmetric_root(one) @ symmetric_root(two))
     return _normalised(values.sum(), one.trace(), two.trace())
 
 
@@ -74,9 +75,3 @@ def _normalised(product: Tensor, first: Tensor, second: Tensor) -> float:
     if not (float(first) > 0 and float(second) > 0):
         raise ValueError("A Fisher matrix is zero: there is no overlap with nothing.")
     return float(product / (first * second).sqrt())
-
-
-def _root(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
-    root: Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    return root
