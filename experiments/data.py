@@ -36,7 +36,11 @@ class ImageSource(ABC):
     """Where images come from."""
 
     num_classes: int
-    num_pixels: int
+
+    @property
+    @abstractmethod
+    def num_pixels(self) -> int:
+        """The pixels of an image."""
 
     @abstractmethod
     def load(self, data_root: Path) -> tuple[Images, Images]:
@@ -59,12 +63,16 @@ class Digits(ImageSource):
 
     test_fraction: float = 0.2
     num_classes = 10
-    num_pixels = 64
 
     def __post_init__(self) -> None:
         """Check the share."""
         if not 0 < self.test_fraction < 1:
             raise ValueError(f"test_fraction is {self.test_fraction}: it must lie between 0 and 1.")
+
+    @property
+    def num_pixels(self) -> int:
+        """The pixels of an image, 64."""
+        return 64
 
     def load(self, data_root: Path) -> tuple[Images, Images]:
         """A split of every class, the same for every seed."""
@@ -90,11 +98,26 @@ class MNIST(ImageSource):
     Attributes:
         standardize: subtract the mean of the training pixels (0.1307 of the largest value)
             and divide by their standard deviation (0.3081).
+        padding: black pixels to add at every edge, before all else; 2 makes the 32x32 pixels
+            of van de Ven and Tolias (arXiv:1904.07734).
+
+    Raises:
+        ValueError: the padding is negative.
     """
 
     standardize: bool = False
+    padding: int = 0
     num_classes = 10
-    num_pixels = 784
+
+    def __post_init__(self) -> None:
+        """Check the padding."""
+        if self.padding < 0:
+            raise ValueError(f"padding is {self.padding}: it must be 0 or more.")
+
+    @property
+    def num_pixels(self) -> int:
+        """The pixels of an image, 784 and what is added."""
+        return (28 + 2 * self.padding) ** 2
 
     def load(self, data_root: Path) -> tuple[Images, Images]:
         """60,000 training and 10,000 test images.
@@ -107,7 +130,9 @@ class MNIST(ImageSource):
         if not all(_find(raw, stem) for stem in _STEMS):
             _download(data_root)
         train_x, train_y, test_x, test_y = (_read_idx(_find(raw, stem)) for stem in _STEMS)
-        train, test = _images(train_x, train_y), _images(test_x, test_y)
+        edges = ((0, 0), (self.padding, self.padding), (self.padding, self.padding))
+        train = _images(np.pad(train_x, edges), train_y)
+        test = _images(np.pad(test_x, edges), test_y)
         if self.standardize:
             deviation, mean = torch.std_mean(train.pixels, correction=0)
             for images in (train, test):

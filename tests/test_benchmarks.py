@@ -175,6 +175,23 @@ def test_standardized_pixels_have_the_mean_and_variance_of_the_training_images(m
     assert float(standard[0].pixels.double().mean()) == pytest.approx(0, abs=1e-5)
 
 
+def test_padding_adds_black_edges_before_all_else(mnist_root):
+    plain, padded = MNIST().load(mnist_root), MNIST(padding=2).load(mnist_root)
+    assert MNIST(padding=2).num_pixels == 1024
+    for before, after in zip(plain, padded, strict=True):
+        framed = torch.zeros(len(before), 32, 32)
+        framed[:, 2:-2, 2:-2] = before.pixels.view(-1, 28, 28)
+        assert torch.equal(after.pixels, framed.flatten(1))
+    standard = MNIST(standardize=True, padding=2).load(mnist_root)[0].pixels
+    assert float(standard.double().mean()) == pytest.approx(0, abs=1e-5)
+    assert float(standard.double().std(correction=0)) == pytest.approx(1, abs=1e-5)
+
+
+def test_negative_padding_is_refused():
+    with pytest.raises(ValueError, match="padding is -1: it must be 0 or more"):
+        MNIST(padding=-1)
+
+
 def test_missing_mnist_says_where_to_put_it(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("no network")
