@@ -22,10 +22,10 @@ from torch.optim import Optimizer
 from ewc.consolidation import Consolidation, Online, Separate
 from ewc.fisher.matrix import FisherMatrix, check_not_negative, check_share
 from ewc.fisher.shrinkage import shrunk
+from ewc.fisher.truncation import check_rank, truncated
 from ewc.pacing import ScaledTerms
 from ewc.parameters import (
     Parameters,
-    accumulation_dtype,
     check_same_shapes,
     grown_shapes,
     parameter_of,
@@ -56,14 +56,17 @@ class EWCPenalty(nn.Module):
             all, for several times the cost of a training step.  Where gradients are on, the
             value is then an estimate, which for parameters held still is exact on average
             over ``ewc.pacing.PERIOD`` calls; :meth:`implicit_step` takes all.
+        rank: of Kronecker matrices so many leading eigenvectors of every layer's input
+            factor are remembered (:mod:`ewc.fisher.truncation`): for networks whose factors
+            do not fit into memory; ``None`` for all.
 
     Attributes:
         num_examples: :math:`N`, the size of the task in training.  ``None`` stands for the
             size of the last consolidated task, so that tasks of one size weigh 1.
 
     Raises:
-        ValueError: the strength is negative or not finite, the shrinkage not in [0, 1], or
-            the share not in (0, 1].
+        ValueError: the strength is negative or not finite, the shrinkage not in [0, 1],
+            the share not in (0, 1], or the rank below 1.
     """
 
     def __init__(
@@ -73,10 +76,12 @@ class EWCPenalty(nn.Module):
         *,
         shrinkage: float = 0.0,
         eigenvector_share: float = 1.0,
+        rank: int | None = None,
     ) -> None:
         super().__init__()
         self.shrinkage = shrinkage
         self.eigenvector_share = eigenvector_share
+        self.rank = rank
         self.strength = strength
         self.consolidation = consolidation
         self.num_examples = None
@@ -116,6 +121,16 @@ class EWCPenalty(nn.Module):
         if not 0 < value <= 1:
             raise ValueError(f"eigenvector_share is {value}: it must be above 0 and at most 1.")
         self._eigenvector_share = float(value)
+
+    @property
+    def rank(self) -> int | None:
+        """Eigenvectors of input factors, of tasks that are consolidated from now on."""
+        return self._rank
+
+    @rank.setter
+    def rank(self, value: int | None) -> None:
+        check_rank(value)
+        self._rank = value
 
     @property
     def num_examples(self) -> int | None:
@@ -162,9 +177,12 @@ class EWCPenalty(nn.Module):
             precision = precision.embedded(union)
         values = {n: t for term in self.terms for n, t in term.anchor.items()} | parameters
         anchor = {n: values[n].detach().to(precision.dtype, copy=True) for n in union}
-        old = [self._on_device_of(term, anchor) for term in self.terms]
+        old = [term.beside(anchor) for term in self.terms]
         old = [term if term.precision.shapes == union else term.embedded(union) for term in old]
-        self.terms = self.consolidation.consolidated(old, Quadratic(precision, anchor))
+        terms = self.consolidation.consolidated(old, Quadratic(precision, anchor))
+        if self.rank is not None:
+            terms = [replace(t, precision=truncated(t.precision, self.rank)) for t in terms]
+        self.terms = terms
         self._last_num_examples = fisher.num_examples
 
     def forward(self, model: nn.Module) -> Tensor:
@@ -211,7 +229,7 @@ class EWCPenalty(nn.Module):
 
     def extra_repr(self) -> str:
         """The strength and the consolidation, for printing."""
-        options = ("strength", "consolidation", "shrinkage", "eigenvector_share")
+        options = ("strength", "consolidation", "shrinkage", "eigenvector_share", "rank")
         return ", ".join(f"{name}={getattr(self, name)}" for name in options)
 
     # --- moving and saving ------------------------------------------------------------
@@ -223,6 +241,7 @@ class EWCPenalty(nn.Module):
             "strength": self.strength,
             "shrinkage": self.shrinkage,
             "eigenvector_share": self.eigenvector_share,
+            "rank": self.rank,
             "step": self._step,
             "online": None if online is None else asdict(online),
             "num_examples": self.num_examples,
@@ -236,6 +255,7 @@ class EWCPenalty(nn.Module):
         # Penalties that were saved before there were these options have none of them.
         self.shrinkage = state.get("shrinkage", 0.0)
         self.eigenvector_share = state.get("eigenvector_share", 1.0)
+        self.rank = state.get("rank")
         self._step = state.get("step", 0)
         online = state["online"]
         self.consolidation = Separate() if online is None else Online(**online)
@@ -279,7 +299,7 @@ class EWCPenalty(nn.Module):
         for index, term in enumerate(self.terms):
             if not fits:
                 term = term.embedded(grown_shapes(shapes_of(term.anchor), shapes_of(now)))  # noqa: PLW2901
-            self.terms[index] = self._on_device_of(term, now)
+            self.terms[index] = term.beside(now)
         return now
 
     def _scaled_terms(self) -> ScaledTerms:
@@ -288,14 +308,3 @@ class EWCPenalty(nn.Module):
         if self._scaled is None or (self._scaled.scale, self._scaled.of) != (scale, self.terms):
             self._scaled = ScaledTerms(scale, self.terms)
         return self._scaled
-
-    @staticmethod
-    def _on_device_of(term: Quadratic, parameters: Parameters) -> Quadratic:
-        """``term`` where the parameters are, in their type or in single precision."""
-        name, anchor = next(iter(term.anchor.items()))
-        here = parameters.get(name, next(iter(parameters.values())))
-        # Half precision cannot hold N F: sums over a data set overflow it.
-        dtype = accumulation_dtype(here.dtype)
-        if (here.device, dtype) == (anchor.device, anchor.dtype):
-            return term
-        return term.mapped(lambda tensor: tensor.to(here.device, dtype))

@@ -44,6 +44,8 @@ class EWCPlugin(SupervisedPlugin):
             (:mod:`ewc.fisher.shrinkage`); 0 takes the Fisher matrix as it is.
         eigenvector_share: of Kronecker matrices a step takes so many of the eigenvectors,
             on average (:mod:`ewc.pacing`); 1 takes all, and so do implicit steps.
+        rank: of Kronecker matrices so many eigenvectors of every input factor are remembered
+            (:mod:`ewc.fisher.truncation`); ``None`` for all.
         implicit_every: take the penalty's share by an implicit step after so many iterations
             (:mod:`ewc.proximal`): stable for any strength, and for matrices whose products
             cost more than a training step cheaper by that factor.  ``None`` adds the penalty
@@ -59,7 +61,7 @@ class EWCPlugin(SupervisedPlugin):
     Raises:
         ValueError: the strength is negative or not finite, the shrinkage not in [0, 1], the
             share of eigenvectors not in (0, 1], the structure one that cannot be shrunk, or
-            ``implicit_every`` below 1.
+            ``rank`` or ``implicit_every`` below 1.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class EWCPlugin(SupervisedPlugin):
         consolidation: Consolidation = Separate(),
         shrinkage: float = 0.0,
         eigenvector_share: float = 1.0,
+        rank: int | None = None,
         implicit_every: int | None = None,
     ) -> None:
         super().__init__()
@@ -86,7 +89,11 @@ class EWCPlugin(SupervisedPlugin):
         self.implicit_every = implicit_every
         self._since = self._taken = 0
         self.penalty = EWCPenalty(
-            strength, consolidation, shrinkage=shrinkage, eigenvector_share=eigenvector_share
+            strength,
+            consolidation,
+            shrinkage=shrinkage,
+            eigenvector_share=eigenvector_share,
+            rank=rank,
         )
         self.likelihood = likelihood
         self.estimator = estimator

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ewc.fisher.matrix import FisherMatrix
-from ewc.parameters import Parameters, Shapes, dot, padded
+from ewc.parameters import Parameters, Shapes, accumulation_dtype, dot, padded
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,16 @@ class Quadratic:
         """The function with ``function`` applied to every tensor (a move, a cast)."""
         anchor = {name: function(tensor) for name, tensor in self.anchor.items()}
         return Quadratic(self.precision.mapped(function), anchor, self.constant)
+
+    def beside(self, parameters: Parameters) -> "Quadratic":
+        """The function where the parameters are, in their type or in single precision."""
+        name, anchor = next(iter(self.anchor.items()))
+        here = parameters.get(name, next(iter(parameters.values())))
+        # Half precision cannot hold N F: sums over a data set overflow it.
+        dtype = accumulation_dtype(here.dtype)
+        if (here.device, dtype) == (anchor.device, anchor.dtype):
+            return self
+        return self.mapped(lambda tensor: tensor.to(here.device, dtype))
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values, for a ``state_dict``."""

@@ -17,6 +17,7 @@ from ewc.fisher.lookups import Lookups
 from ewc.fisher.matrix import FisherMatrix
 from ewc.fisher.outer import OuterProducts, WeightLayout
 from ewc.fisher.pullback import Chunk, Pullback
+from ewc.fisher.truncated_product import TruncatedProduct
 from ewc.parameters import Parameters, accumulation_dtype, shapes_of
 
 
@@ -42,7 +43,7 @@ class KroneckerFisher(BlockDiagonalFisher):
     :func:`~ewc.fisher.nearest_kronecker.nearest_kronecker` makes one product of it.
     """
 
-    form = KroneckerProduct
+    form = KroneckerProduct | TruncatedProduct
 
     @classmethod
     def accumulator(cls, parameters: Parameters, reduce: bool = False) -> Accumulator:

@@ -17,8 +17,8 @@ class TruncatedProduct(LayerMatrix):
     r"""One layer's :math:`G \otimes \sum_j a_j u_j u_j^\top` with ``k`` of the ``i`` vectors.
 
     A product takes ``2 o k (o + 2 i)`` operations instead of ``2 o i (o + i)``; the other
-    verbs are those of the Kronecker product with the second factor as a matrix, or its
-    dense matrix.  Of a layer without groups.
+    verbs are those of the Kronecker product with the second factor as a matrix.  Of a layer
+    without groups.
 
     Args:
         weights: the parameters.
@@ -67,6 +67,31 @@ class TruncatedProduct(LayerMatrix):
         along = self.outputs[0] @ along * self.values
         product = layout.to_parameter((along @ vectors)[None])
         return {self.weights.weight: product, bias: along @ last}
+
+    def solve(self, v: Mapping[str, Tensor], damping: float) -> Parameters:
+        r"""The solution of :math:`(F + \delta I) u = v`.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
+            torch.linalg.LinAlgError: the damped matrix is singular.
+        """
+        return self.whole.solve(v, damping)
+
+    def logdet(self, damping: float) -> Tensor:
+        r""":math:`\log \det (F + \delta I)`.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite.
+        """
+        return self.whole.logdet(damping)
+
+    def eigenvalues(self) -> Tensor:
+        """The products of the factors' eigenvalues, in ascending order."""
+        return self.whole.eigenvalues()
+
+    def trace(self) -> Tensor:
+        """The trace of the first factor times the sum of the values."""
+        return self.outputs.diagonal(dim1=1, dim2=2).sum() * self.values.sum()
 
     def to_dense(self) -> Tensor:
         """The Kronecker product, ``[p, p]``."""
