@@ -25,6 +25,7 @@ from experiments.data import default_data_root
 from experiments.metrics import average_accuracy, backward_transfer, forgetting
 from experiments.models import MLP
 from experiments.observers import AccuracyObserver, TrainingObserver
+from experiments.schedule import CosineAnnealing
 from experiments.strategies import Fisher, Strategy
 from experiments.tracking import Recorder, WandB
 
@@ -38,6 +39,7 @@ class Training:
         epochs: sweeps over a task's images, where ``iterations`` is not set.
         iterations: training steps a task; ``None`` for ``epochs``.
         reset_optimizer: start every task with a fresh optimizer state.
+        anneal: let the learning rate fall to 0 over every task, as half a cosine.
         eval_batch_size: images in a batch of the evaluation and of the Fisher pass.
         log_every: record one training step in so many.
 
@@ -49,13 +51,14 @@ class Training:
     epochs: int = 1
     iterations: int | None = None
     reset_optimizer: bool = True
+    anneal: bool = False
     eval_batch_size: int = 1000
     log_every: int = 1
 
     def __post_init__(self) -> None:
         """Check the counts."""
         for name, count in asdict(self).items():
-            if count is not None and name != "reset_optimizer" and count < 1:
+            if not isinstance(count, bool | None) and count < 1:
                 raise ValueError(f"{name} is {count}: it must be 1 or more.")
 
 
@@ -173,6 +176,7 @@ class Prepared:
         test_stream = self.tasks.scenario.streams["test"]
         observer = TrainingObserver(recorder, ewc, len(train_stream), training.log_every, console)
         meter = AccuracyObserver()
+        schedule = [CosineAnnealing()] if training.anneal else []
         strategy = experiment.strategy.template()(
             model=self.model,
             optimizer=self.optimizer,
@@ -183,7 +187,7 @@ class Prepared:
             epochs=training.epochs,
             seed=experiment.seed,
             device=experiment.torch_device,
-            plugins=[observer, *plugins, meter],
+            plugins=[observer, *plugins, *schedule, meter],
             evaluator=EvaluationPlugin(loggers=[]),
         )
         matrix: list[list[float]] = []

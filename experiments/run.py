@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.schema import ConfigurationError, build, plain
+from experiments.schema import ConfigurationError, build, plain, same_outcome
 
 CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
 _log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def _run(config: dict[str, Any], directory: Path) -> float:
     from experiments.experiment import Experiment
     from experiments.tracking import Recorder
 
-    if (done := report.read_results(directory)) and done["config"] == config:
+    if (done := report.read_results(directory)) and same_outcome(done["config"], config):
         # A sweep into the same folder goes on where it stopped.
         _log.info("already done: %s", os.path.relpath(directory))
         return float(done["average_accuracy"])

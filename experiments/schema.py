@@ -76,6 +76,36 @@ def build(node: Mapping[str, Any], path: str = "") -> Any:
         raise ConfigurationError(f"{path}: {error}" if path else str(error)) from error
 
 
+NO_OUTCOME = ("data_root", "threads", "wandb")
+"""Options that do not decide what comes out: where data lie, how fast, and where it shows."""
+
+
+def same_outcome(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two configurations describe the same experiment.
+
+    An option that one of them does not have, because there was none when it was written, has
+    the default of what it belongs to.
+    """
+    return _same(
+        {key: value for key, value in one.items() if key not in NO_OUTCOME},
+        {key: value for key, value in other.items() if key not in NO_OUTCOME},
+    )
+
+
+def _same(one: Any, other: Any) -> bool:
+    if not (isinstance(one, Mapping) and isinstance(other, Mapping)):
+        return bool(one == other)
+    if one.get("_target_") != other.get("_target_"):
+        return False
+    target = hydra.utils.get_object(str(one["_target_"])) if "_target_" in one else dict
+    defaults = {n: p.default for n, p in inspect.signature(target).parameters.items()}
+    missing = object()
+    return all(
+        _same(*(node.get(key, defaults.get(key, missing)) for node in (one, other)))
+        for key in one.keys() | other.keys()
+    )
+
+
 def _target(node: Mapping[str, Any], path: str) -> tuple[Any, bool, dict[str, Any]]:
     """What a node calls, whether only in part, and the types of the arguments it takes."""
     name = node.get("_target_")

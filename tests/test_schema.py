@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from ewc import DenseFisher, Empirical, MonteCarlo
 from experiments.experiment import Experiment
 from experiments.run import CONFIGS
-from experiments.schema import ConfigurationError, build, plain
+from experiments.schema import ConfigurationError, build, plain, same_outcome
 
 OPTIONS = [
     f"{group.name}={path.stem}"
@@ -122,3 +122,28 @@ def test_missing_options_are_named():
 def test_missing_values_are_named():
     with pytest.raises(ConfigurationError, match="Missing mandatory value: seed"):
         plain(OmegaConf.create({"seed": "???"}))
+
+
+def test_what_does_not_decide_the_outcome_makes_no_other_experiment():
+    config = compose("strategy=ewc")
+    assert same_outcome(config, compose("strategy=ewc", "data_root=/elsewhere", "threads=2"))
+    assert same_outcome(config, compose("strategy=ewc", "wandb.mode=disabled"))
+    for other in ("seed=1", "device=cpu", "strategy.strength=3", "optimizer=sgd"):
+        assert not same_outcome(config, compose("strategy=ewc", other))
+    assert not same_outcome(config, compose("strategy=online_ewc"))
+
+
+def test_an_option_that_there_was_not_yet_had_its_default():
+    config = compose("strategy=ewc")
+    older = compose("strategy=ewc")
+    del older["training"]["anneal"], older["strategy"]["rank"], older["benchmark"]["num_tasks"]
+    assert same_outcome(older, config)
+    assert same_outcome(config, older)
+    for other in ("training.anneal=true", "strategy.rank=9", "benchmark.num_tasks=2"):
+        assert not same_outcome(older, compose("strategy=ewc", other))
+        assert not same_outcome(compose("strategy=ewc", other), older)
+    del older["optimizer"]["fused"]  # torch's own default is another
+    assert not same_outcome(older, config)
+    # What has no default is no option that can be left out.
+    del (other := compose("strategy=ewc"))["benchmark"]["images"]["_target_"]
+    assert not same_outcome(other, config)
