@@ -1,0 +1,81 @@
+r"""The Cramer-Rao bound: no estimator that sees ``N`` examples has a smaller variance."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ewc.fisher.matrix import FisherMatrix
+from ewc.parameters import Parameters, check_same_shapes, shapes_of, unflatten
+
+Function = Callable[[Parameters], Tensor]
+"""From parameters by name to a tensor."""
+
+
+def cramer_rao_bound(
+    fisher: FisherMatrix,
+    num_examples: int,
+    *,
+    parameters: Parameters | None = None,
+    function: Function | None = None,
+    bias: Function | None = None,
+) -> Tensor:
+    r"""The smallest covariance :math:`J (N F)^{-1} J^\top` of an estimator of :math:`g(\theta)`.
+
+    For an estimator with mean :math:`g(\theta) + b(\theta)`, with
+    :math:`J = \partial (g + b) / \partial \theta` (Cramer 1946, section 32; Rao 1945; Lehmann
+    & Casella 1998, theorem 2.6.6): its covariance minus the bound is positive semi-definite.
+    With :math:`g` the identity and no bias this is :math:`F^{-1} / N`; what the maximum of the
+    likelihood reaches as ``N`` grows (the delta method, for functions).
+
+    Args:
+        fisher: the information :math:`F` of one example.
+        num_examples: ``N``, independent examples of the estimator.
+        parameters: :math:`\theta`, where there is a function or a bias.
+        function: ``g``, to a tensor of ``m`` entries; ``None`` for all parameters, in the
+            flat order.
+        bias: ``b``, to a tensor of as many entries; ``None`` for an unbiased estimator.
+
+    Returns:
+        The bound, ``[m, m]``, in squared units of ``g``.
+
+    Raises:
+        ValueError: ``num_examples`` is below 1, the parameters are missing or not those of
+            ``fisher``, or function and bias have other numbers of entries.
+        torch.linalg.LinAlgError: the information is singular: there is a direction of which
+            the examples say nothing.
+    """
+    if num_examples < 1:
+        raise ValueError(f"num_examples is {num_examples}: it must be 1 or more.")
+    size = fisher.num_parameters
+    jacobian = torch.eye(size, dtype=fisher.dtype, device=fisher.device)
+    if function is not None or bias is not None:
+        if parameters is None:
+            raise ValueError("parameters are missing: function and bias are taken there.")
+        check_same_shapes(shapes_of(parameters), fisher.shapes, "The parameters")
+        own = _jacobian(function, parameters, fisher)
+        shift = _jacobian(bias, parameters, fisher)
+        own = jacobian if own is None else own
+        if shift is not None and shift.shape != own.shape:
+            raise ValueError(
+                f"The bias has {len(shift)} entries: it must have {len(own)}, as the function."
+            )
+        jacobian = own if shift is None else own + shift
+    solved = [fisher.solve(unflatten(row, fisher.shapes), damping=0.0) for row in jacobian]
+    columns = torch.stack(
+        [torch.cat([v[name].reshape(-1) for name in fisher.shapes]) for v in solved], dim=1
+    )
+    bound = jacobian @ columns / num_examples
+    return (bound + bound.mT) / 2
+
+
+def _jacobian(
+    function: Function | None, parameters: Parameters, fisher: FisherMatrix
+) -> Tensor | None:
+    """The derivatives of a function's entries, in the flat order of the matrix, ``[m, p]``."""
+    if function is None:
+        return None
+    here = {name: parameters[name].detach().to(fisher.dtype) for name in fisher.shapes}
+    found = torch.func.jacrev(lambda p: function(p).reshape(-1))(here)
+    rows = [found[name].reshape(found[name].shape[0], -1) for name in fisher.shapes]
+    return torch.cat(rows, dim=1)
