@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ewc.checks import check_share
 from ewc.fisher.diagonal import DiagonalFisher
 from ewc.fisher.kronecker import KroneckerFisher
-from ewc.fisher.matrix import check_share
 from ewc.fisher.nearest_kronecker import nearest_kronecker
 from ewc.quadratic import Quadratic
 

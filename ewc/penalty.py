@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ewc.checks import check_not_negative, check_share
 from ewc.consolidation import Consolidation, Online, Separate
-from ewc.fisher.matrix import FisherMatrix, check_not_negative, check_share
+from ewc.fisher.matrix import FisherMatrix
 from ewc.fisher.shrinkage import shrunk
 from ewc.fisher.truncation import check_rank, truncated
 from ewc.pacing import ScaledTerms

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ewc.fisher.matrix import check_share
+from ewc.checks import check_share
 from ewc.likelihoods import Categorical
 
 

@@ -7,10 +7,10 @@ from avalanche.training.plugins import EWCPlugin as AvalanchePlugin
 from avalanche.training.plugins import LwFPlugin, SupervisedPlugin
 
 from ewc import Categorical, DiagonalFisher, Exact, FisherMatrix, Likelihood, Online, Separate
+from ewc.checks import check_not_negative
 from ewc.consolidation import Consolidation
 from ewc.fisher import Estimator
 from ewc.fisher.accumulator import Configured
-from ewc.fisher.matrix import check_not_negative
 from ewc.plugin import EWCPlugin
 from experiments.distillation import Distillation
 from experiments.importance import SynapticIntelligencePlugin, l2, memory_aware_synapses

@@ -117,6 +117,7 @@ def test_every_verb_agrees_with_the_dense_matrix(fisher):
     close(flatten(fisher.diagonal()), matrix.diagonal())
     close(fisher.trace(), matrix.trace())
     close(flatten(fisher.solve(v, damping)), torch.linalg.solve(damped, flat))
+    close(flatten(fisher.inverse_diagonal(damping)), torch.linalg.inv(damped).diagonal())
     expected = torch.linalg.slogdet(damped).logabsdet
     if isinstance(fisher, ImplicitFisher):
         found = fisher.logdet_estimate(damping)

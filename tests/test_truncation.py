@@ -68,6 +68,8 @@ def test_the_leading_eigenvectors_are_left():
         torch.testing.assert_close(found.solve(v, 0.1)[name], product, **EXACT)
     for name, entries in expected.diagonal().items():
         torch.testing.assert_close(found.diagonal()[name], entries, **EXACT)
+        inverse = found.inverse_diagonal(0.1)[name]
+        torch.testing.assert_close(inverse, expected.inverse_diagonal(0.1)[name], **EXACT)
     torch.testing.assert_close(found.trace(), expected.trace(), **EXACT)
     torch.testing.assert_close(found.logdet(0.1), expected.logdet(0.1), **EXACT)
     torch.testing.assert_close(found.eigenvalues(), expected.eigenvalues(), **EXACT)

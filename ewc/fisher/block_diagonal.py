@@ -85,6 +85,15 @@ class BlockDiagonalFisher(FisherMatrix):
         check_same_shapes(shapes_of(v), self.shapes, "The right-hand side")
         return self._gathered(block.solve(self._part(v, block), damping) for block in self.blocks)
 
+    def inverse_diagonal(self, damping: float) -> Parameters:
+        r"""The diagonals of the blocks' :math:`(F_l + \delta I)^{-1}`.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite.
+            torch.linalg.LinAlgError: a damped block is not positive definite.
+        """
+        return self._gathered(block.inverse_diagonal(damping) for block in self.blocks)
+
     def diagonal(self) -> Parameters:
         """The diagonals of the blocks."""
         return self._gathered(block.diagonal() for block in self.blocks)

@@ -6,8 +6,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ewc.checks import check_not_negative
 from ewc.fisher.accumulator import Accumulator
-from ewc.fisher.matrix import FisherMatrix, State, check_not_negative
+from ewc.fisher.matrix import FisherMatrix, State
 from ewc.fisher.pullback import Chunk
 from ewc.parameters import (
     Parameters,
@@ -76,6 +77,15 @@ class DiagonalFisher(FisherMatrix):
                     "solve takes a damping above 0 there."
                 )
         return {name: v[name] / entries for name, entries in damped.items()}
+
+    def inverse_diagonal(self, damping: float) -> Parameters:
+        r"""The entries :math:`1 / (F_p + \delta)`.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite.
+            torch.linalg.LinAlgError: an entry plus the damping is 0.
+        """
+        return self.solve({n: torch.ones_like(t) for n, t in self._diagonal.items()}, damping)
 
     def logdet(self, damping: float) -> Tensor:
         r""":math:`\sum_p \log (F_p + \delta)`.

@@ -6,8 +6,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ewc.checks import check_not_negative
 from ewc.fisher.layer_matrix import LayerMatrix, LayerWeights, one_more
-from ewc.fisher.matrix import State, check_not_negative
+from ewc.fisher.matrix import State
 from ewc.parameters import Parameters
 
 
@@ -58,6 +59,20 @@ class EigenvalueCorrectedProduct(LayerMatrix):
             ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
             torch.linalg.LinAlgError: an eigenvalue plus the damping is not above 0.
         """
+        damped = self._damped_spectrum(damping)
+        rotated = self.rotated(self.weights.to_matrix(self.checked(v)))
+        return self.weights.to_parameters(self.rotated_back(rotated / damped))
+
+    def inverse_diagonal(self, damping: float) -> Parameters:
+        r"""The diagonal of :math:`(F + \delta I)^{-1}`, by parameter.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite.
+            torch.linalg.LinAlgError: an eigenvalue plus the damping is not above 0.
+        """
+        return self._squares(1 / self._damped_spectrum(damping))
+
+    def _damped_spectrum(self, damping: float) -> Tensor:
         check_not_negative(damping, "damping")
         damped = self.spectrum + damping
         # Without damping, eigenvalues that are nothing but rounding have no inverse.
@@ -67,12 +82,15 @@ class EigenvalueCorrectedProduct(LayerMatrix):
                 f"The Fisher matrix of {', '.join(self.shapes)} is singular: "
                 "solve takes a damping above 0 there."
             )
-        rotated = self.rotated(self.weights.to_matrix(self.checked(v)))
-        return self.weights.to_parameters(self.rotated_back(rotated / damped))
+        return damped
 
     def diagonal(self) -> Parameters:
         """The diagonal, by parameter."""
-        squares = self.outputs.square() @ self.spectrum
+        return self._squares(self.spectrum)
+
+    def _squares(self, spectrum: Tensor) -> Parameters:
+        """The diagonal of the matrix with these eigenvalues."""
+        squares = self.outputs.square() @ spectrum
         if self.inputs is not None:
             squares = squares @ self.inputs.square().transpose(1, 2)
         return self.weights.to_parameters(squares)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
 
+from ewc.checks import check_not_negative
 from ewc.fisher.accumulator import Accumulator
 from ewc.fisher.diagonal import DiagonalSum
 from ewc.fisher.evaluation import copied, plain_operations
@@ -16,7 +17,7 @@ from ewc.fisher.krylov import (
     hutchinson_trace,
     lanczos_quadrature,
 )
-from ewc.fisher.matrix import FisherMatrix, State, check_not_negative
+from ewc.fisher.matrix import FisherMatrix, State
 from ewc.fisher.network_product import NetworkProduct
 from ewc.fisher.pieces import Piece, described, from_description
 from ewc.fisher.pullback import Chunk

@@ -90,6 +90,15 @@ class KroneckerProduct(LayerMatrix):
         """
         return self.eigen.solve(v, damping)
 
+    def inverse_diagonal(self, damping: float) -> Parameters:
+        r"""The diagonal of :math:`(F + \delta I)^{-1}`, by parameter.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite.
+            torch.linalg.LinAlgError: the damped matrix is singular.
+        """
+        return self.eigen.inverse_diagonal(damping)
+
     def logdet(self, damping: float) -> Tensor:
         r""":math:`\log \det (G \otimes A + \delta I)`.
 

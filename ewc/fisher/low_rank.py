@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ewc.checks import check_not_negative
 from ewc.fisher.accumulator import Accumulator
 from ewc.fisher.diagonal import DiagonalSum
-from ewc.fisher.matrix import FisherMatrix, State, check_not_negative
+from ewc.fisher.matrix import FisherMatrix, State
 from ewc.fisher.pullback import Chunk
 from ewc.parameters import (
     Parameters,
@@ -95,18 +96,36 @@ class LowRankFisher(FisherMatrix):
             ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
             torch.linalg.LinAlgError: an entry of ``D`` plus the damping is 0.
         """
+        flat = self._flat(v)
+        damped, scaled, inner = self._woodbury(damping)
+        correction = torch.cholesky_solve((scaled.T @ flat)[:, None], inner)[:, 0]
+        return unflatten(flat / damped - scaled @ correction, self.shapes)
+
+    def inverse_diagonal(self, damping: float) -> Parameters:
+        r"""The diagonal of :math:`(U \Lambda U^\top + D + \delta I)^{-1}`, by Woodbury.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite.
+            torch.linalg.LinAlgError: an entry of ``D`` plus the damping is 0.
+        """
+        damped, scaled, inner = self._woodbury(damping)
+        columns = torch.linalg.solve_triangular(inner, scaled.T, upper=False)
+        return unflatten(1 / damped - columns.square().sum(0), self.shapes)
+
+    def _woodbury(self, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+        r""":math:`E = D + \delta I`, :math:`E^{-1} W` and :math:`L L^\top = I + W^\top E^{-1} W`.
+
+        With :math:`W = U \Lambda^{1/2}`.
+        """
         damped = self._damped_rest(damping)
         if not bool((damped > 0).all()):
             raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
                 "The diagonal of the low-rank Fisher matrix is 0 somewhere: solve takes a "
                 "damping above 0."
             )
-        flat = self._flat(v)
         root = self.vectors * self.values.sqrt()
         scaled = root / damped[:, None]
-        inner = torch.linalg.cholesky(self._capacitance(root, scaled))
-        correction = torch.cholesky_solve((scaled.T @ flat)[:, None], inner)[:, 0]
-        return unflatten(flat / damped - scaled @ correction, self.shapes)
+        return damped, scaled, torch.linalg.cholesky(self._capacitance(root, scaled))
 
     def logdet(self, damping: float) -> Tensor:
         r""":math:`\log \det (U \Lambda U^\top + D + \delta I)`, by the determinant lemma.

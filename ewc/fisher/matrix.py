@@ -6,7 +6,6 @@ those it can do faster.
 """
 
 import json
-import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ewc.checks import check_not_negative
 from ewc.fisher.accumulator import Accumulator, Configured
 from ewc.parameters import (
     Parameters,
@@ -119,6 +119,16 @@ class FisherMatrix(ABC):
         factor = torch.linalg.cholesky(self._damped(damping))
         flat = flatten({name: v[name] for name in self.shapes})
         return unflatten(torch.cholesky_solve(flat[:, None], factor)[:, 0], self.shapes)
+
+    def inverse_diagonal(self, damping: float) -> Parameters:
+        r"""The diagonal of :math:`(F + \delta I)^{-1}`, by parameter.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite.
+            torch.linalg.LinAlgError: the damped matrix is not positive definite.
+        """
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(self._damped(damping)))
+        return unflatten(inverse.diagonal(), self.shapes)
 
     def logdet(self, damping: float) -> Tensor:
         r""":math:`\log \det (F + \delta I)`, a scalar; ``-inf`` where it is singular.
@@ -278,23 +288,3 @@ def structure_named(name: str) -> type[FisherMatrix]:
 def _subclasses(structure: Any) -> list[type[FisherMatrix]]:
     direct: list[type[FisherMatrix]] = structure.__subclasses__()
     return [*direct, *(below for child in direct for below in _subclasses(child))]
-
-
-def check_share(value: float, name: str) -> None:
-    """Check that a number is a share.
-
-    Raises:
-        ValueError: it is outside [0, 1].
-    """
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} is {value}: it must lie in [0, 1].")
-
-
-def check_not_negative(value: float, name: str) -> None:
-    """Check for a finite number that is not negative.
-
-    Raises:
-        ValueError: it is something else; ``name`` names it in the message.
-    """
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} is {value}: it must be a finite number, 0 or above.")

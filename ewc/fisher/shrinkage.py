@@ -17,6 +17,7 @@ shrinkage of a covariance matrix (Ledoit and Wolf 2004, doi:10.1016/S0047-259X(0
 import torch
 from torch import Tensor
 
+from ewc.checks import check_share
 from ewc.fisher.accumulator import Configured
 from ewc.fisher.block_diagonal import BlockDiagonalFisher
 from ewc.fisher.diagonal import DiagonalFisher
@@ -24,7 +25,7 @@ from ewc.fisher.eigenbasis import EigenvalueCorrectedProduct
 from ewc.fisher.eigenvalue_corrected import EigenvalueCorrectedFisher
 from ewc.fisher.kronecker import KroneckerFisher
 from ewc.fisher.kronecker_product import KroneckerProduct
-from ewc.fisher.matrix import FisherMatrix, check_share
+from ewc.fisher.matrix import FisherMatrix
 from ewc.fisher.sum import SumFisher
 
 

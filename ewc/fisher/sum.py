@@ -5,13 +5,10 @@ from typing import Any, NoReturn, Self
 
 from torch import Tensor, nn
 
+from ewc.checks import check_not_negative
 from ewc.fisher.composite import joined_states, split_states
 from ewc.fisher.krylov import conjugate_gradients
-from ewc.fisher.matrix import (
-    FisherMatrix,
-    State,
-    check_not_negative,
-)
+from ewc.fisher.matrix import FisherMatrix, State
 from ewc.parameters import Parameters, Shapes, check_same_shapes, shapes_of
 
 DENSE_LIMIT = 4096

@@ -77,6 +77,15 @@ class TruncatedProduct(LayerMatrix):
         """
         return self.whole.solve(v, damping)
 
+    def inverse_diagonal(self, damping: float) -> Parameters:
+        r"""The diagonal of :math:`(F + \delta I)^{-1}`, by parameter.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite.
+            torch.linalg.LinAlgError: the damped matrix is singular.
+        """
+        return self.whole.inverse_diagonal(damping)
+
     def logdet(self, damping: float) -> Tensor:
         r""":math:`\log \det (F + \delta I)`.
 
