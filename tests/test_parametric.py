@@ -203,7 +203,7 @@ def test_the_bound_of_functions_and_of_biased_estimators():
         ({"num_examples": 0}, "num_examples is 0"),
         ({"function": lambda p: p["v"]}, "parameters are missing"),
         ({"parameters": parameters, "bias": lambda p: p["v"]}, "The bias has 1 entries.*have 2"),
-        ({"parameters": {"m": t(1.0)}, "bias": lambda p: p["m"]}, "The parameters"),
+        ({"parameters": {"m": t(1.0)}, "bias": lambda p: p["m"]}, "The set of parameters"),
     ]:
         with pytest.raises(ValueError, match=message):
             cramer_rao_bound(fisher, **{"num_examples": 5} | arguments)

@@ -1,5 +1,14 @@
 """What the Fisher information says of a model: thin users of a :class:`~ewc.FisherMatrix`."""
 
+from ewc.statistics.asymptotics import (
+    ChiSquaredTest,
+    confidence_intervals,
+    likelihood_ratio_test,
+    robust_covariance,
+    score_test,
+    standard_errors,
+    wald_test,
+)
 from ewc.statistics.bounds import cramer_rao_bound
 from ewc.statistics.expectation import Density, expectation
 from ewc.statistics.overlap import fisher_overlap, fisher_overlap_by_layer
@@ -11,13 +20,20 @@ from ewc.statistics.parametric import (
 )
 
 __all__ = [
+    "ChiSquaredTest",
     "Density",
     "Formulations",
+    "confidence_intervals",
     "cramer_rao_bound",
     "expectation",
     "fisher_overlap",
     "fisher_overlap_by_layer",
     "formulations",
+    "likelihood_ratio_test",
     "parametric_fisher",
+    "robust_covariance",
     "sampled_parametric_fisher",
+    "score_test",
+    "standard_errors",
+    "wald_test",
 ]

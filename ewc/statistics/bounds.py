@@ -52,10 +52,8 @@ def cramer_rao_bound(
     if function is not None or bias is not None:
         if parameters is None:
             raise ValueError("parameters are missing: function and bias are taken there.")
-        check_same_shapes(shapes_of(parameters), fisher.shapes, "The parameters")
-        own = _jacobian(function, parameters, fisher)
-        shift = _jacobian(bias, parameters, fisher)
-        own = jacobian if own is None else own
+        own = jacobian if function is None else jacobian_of(function, parameters, fisher)
+        shift = None if bias is None else jacobian_of(bias, parameters, fisher)
         if shift is not None and shift.shape != own.shape:
             raise ValueError(
                 f"The bias has {len(shift)} entries: it must have {len(own)}, as the function."
@@ -69,12 +67,13 @@ def cramer_rao_bound(
     return (bound + bound.mT) / 2
 
 
-def _jacobian(
-    function: Function | None, parameters: Parameters, fisher: FisherMatrix
-) -> Tensor | None:
-    """The derivatives of a function's entries, in the flat order of the matrix, ``[m, p]``."""
-    if function is None:
-        return None
+def jacobian_of(function: Function, parameters: Parameters, fisher: FisherMatrix) -> Tensor:
+    """The derivatives of a function's entries, in the flat order of the matrix, ``[m, p]``.
+
+    Raises:
+        ValueError: the parameters are not those of ``fisher``.
+    """
+    check_same_shapes(shapes_of(parameters), fisher.shapes, "The set of parameters")
     here = {name: parameters[name].detach().to(fisher.dtype) for name in fisher.shapes}
     found = torch.func.jacrev(lambda p: function(p).reshape(-1))(here)
     rows = [found[name].reshape(found[name].shape[0], -1) for name in fisher.shapes]

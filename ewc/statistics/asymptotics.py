@@ -1,0 +1,190 @@
+r"""What the maximum of the likelihood is known to: errors, intervals and tests.
+
+With ``N`` independent examples the estimate is about normal around the truth with covariance
+:math:`(N F)^{-1}`, if the family holds the truth; without that, with the sandwich
+:math:`H^{-1} S H^{-1} / N` of the expected curvature ``H`` and the second moments ``S`` of the
+scores (White 1982, doi:10.2307/1912526; van der Vaart 1998, Asymptotic Statistics, chapter 5).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from ewc.checks import check_count
+from ewc.fisher.matrix import FisherMatrix
+from ewc.parameters import Parameters, check_same_shapes, flatten, shapes_of, unflatten
+from ewc.statistics.bounds import Function, jacobian_of
+
+
+def standard_errors(fisher: FisherMatrix, *, prior_precision: float = 0.0) -> Parameters:
+    r"""The standard errors :math:`\sqrt{\mathrm{diag}\,(N F + \delta I)^{-1}}`, by parameter.
+
+    Of any structure; with a diagonal, Kronecker, eigenvalue-corrected or low-rank matrix of
+    a whole network without a matrix of its size.  What a structure leaves out of ``F`` is
+    missing from the errors: a diagonal one gives those of each parameter with all others
+    known, which are too small.
+
+    Args:
+        fisher: the mean information of the examples at the estimate.
+        prior_precision: :math:`\delta`, of a normal prior; needed where ``F`` is singular,
+            as that of every overparametrised network.
+
+    Raises:
+        ValueError: the prior precision is negative or not finite.
+        torch.linalg.LinAlgError: the precision is singular.
+    """
+    variances = fisher.precision.inverse_diagonal(prior_precision)
+    return {name: variance.sqrt() for name, variance in variances.items()}
+
+
+def robust_covariance(fisher: FisherMatrix, scores: FisherMatrix) -> Tensor:
+    r"""The sandwich :math:`H^{-1} S H^{-1} / N`, ``[p, p]`` in the flat order.
+
+    The covariance of the estimate whether the family is right or not; the square roots of
+    its diagonal are robust standard errors (``HC0`` of linear models).
+
+    Args:
+        fisher: ``H``, the information under the model, ``estimator=Exact()``, at the
+            estimate; for likelihoods whose outputs are natural parameters the curvature.
+        scores: ``S``, the second moments of the observed scores, ``estimator=Empirical()``,
+            over the same examples.
+
+    Raises:
+        ValueError: the matrices are over different parameters or numbers of examples.
+        torch.linalg.LinAlgError: ``H`` is singular.
+    """
+    check_same_shapes(scores.shapes, fisher.shapes, "The matrix of the scores")
+    if scores.num_examples != fisher.num_examples:
+        raise ValueError(
+            f"The scores are of {scores.num_examples} examples and the information of "
+            f"{fisher.num_examples}: both must be of the same."
+        )
+    meat = scores.embedded(fisher.shapes).to_dense()  # in the order of the other
+    factor = torch.linalg.cholesky(fisher.to_dense())
+    left = torch.cholesky_solve(meat, factor)
+    return torch.cholesky_solve(left.mT, factor) / fisher.num_examples
+
+
+def confidence_intervals(
+    parameters: Parameters, errors: Parameters, level: float = 0.95
+) -> dict[str, tuple[Tensor, Tensor]]:
+    r"""The intervals :math:`\hat\theta \pm z \cdot \mathrm{error}`, by parameter.
+
+    Args:
+        parameters: the estimates.
+        errors: their standard errors, from :func:`standard_errors` or of a robust covariance.
+        level: the share of samples whose interval holds the truth, as ``N`` grows.
+
+    Returns:
+        The lower and the upper ends.
+
+    Raises:
+        ValueError: the level is not between 0 and 1, or names or shapes differ.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}: it must lie between 0 and 1.")
+    own = {name: parameters[name] for name in errors if name in parameters}
+    check_same_shapes(shapes_of(own), shapes_of(errors), "The set of parameters")
+    z = float(stats.norm.ppf((1 + level) / 2))
+    return {n: (own[n] - z * error, own[n] + z * error) for n, error in errors.items()}
+
+
+@dataclass(frozen=True)
+class ChiSquaredTest:
+    r"""A test whose statistic is chi-squared under the null hypothesis, as ``N`` grows.
+
+    Attributes:
+        statistic: the value.
+        degrees_of_freedom: the restrictions that the null hypothesis makes.
+    """
+
+    statistic: float
+    degrees_of_freedom: int
+
+    @property
+    def p_value(self) -> float:
+        """The chance of so large a statistic under the null hypothesis."""
+        return float(stats.chi2.sf(self.statistic, self.degrees_of_freedom))
+
+
+def wald_test(
+    function: Function,
+    parameters: Parameters,
+    fisher: FisherMatrix,
+    *,
+    covariance: Tensor | None = None,
+) -> ChiSquaredTest:
+    r"""Wald's test of :math:`g(\theta) = 0`: :math:`g^\top (J \Sigma J^\top)^{-1} g`.
+
+    Wald 1943, doi:10.1090/S0002-9947-1943-0012401-3.  Needs the full fit only.
+
+    Args:
+        function: ``g``, to a tensor of as many entries as there are restrictions.
+        parameters: the estimate.
+        fisher: the mean information of the examples at the estimate.
+        covariance: :math:`\Sigma`, ``[p, p]``; ``None`` for :math:`(N F)^{-1}`, else for
+            example :func:`robust_covariance`.
+
+    Raises:
+        ValueError: the parameters are not those of ``fisher``.
+        torch.linalg.LinAlgError: a covariance is singular.
+    """
+    jacobian = jacobian_of(function, parameters, fisher)
+    here = {name: parameters[name].detach().to(fisher.dtype) for name in fisher.shapes}
+    value = function(here).reshape(-1)
+    if covariance is None:
+        rows = (fisher.solve(unflatten(row, fisher.shapes), damping=0.0) for row in jacobian)
+        solved = torch.stack([flatten({n: v[n] for n in fisher.shapes}) for v in rows])
+        spread = jacobian @ solved.mT / fisher.num_examples
+    else:
+        spread = jacobian @ covariance @ jacobian.mT
+    statistic = value @ torch.linalg.solve(spread, value)
+    return ChiSquaredTest(float(statistic), len(value))
+
+
+def score_test(score: Parameters, fisher: FisherMatrix, degrees_of_freedom: int) -> ChiSquaredTest:
+    r"""Rao's score test: :math:`s^\top (N F)^{-1} s`.
+
+    Rao 1948, doi:10.1017/S0305004100023987.  Needs the restricted fit only.
+
+    Args:
+        score: :math:`s`, the gradient of the log-likelihood, summed over the examples, with
+            respect to all parameters at the restricted fit.
+        fisher: the mean information there, over all parameters.
+        degrees_of_freedom: the restrictions.
+
+    Raises:
+        ValueError: the score is not over the parameters of ``fisher``, or there is no
+            restriction.
+        torch.linalg.LinAlgError: the information is singular.
+    """
+    check_count(degrees_of_freedom, "degrees_of_freedom")
+    solved = fisher.solve(score, damping=0.0)
+    product = sum(float((score[n].double() * solved[n].double()).sum()) for n in fisher.shapes)
+    return ChiSquaredTest(product / fisher.num_examples, degrees_of_freedom)
+
+
+def likelihood_ratio_test(
+    log_likelihood: float, restricted: float, degrees_of_freedom: int
+) -> ChiSquaredTest:
+    r"""The likelihood-ratio test: twice the gain in log-likelihood (Wilks 1938).
+
+    Args:
+        log_likelihood: of the full fit, summed over the examples, in nats.
+        restricted: of the restricted fit.
+        degrees_of_freedom: the restrictions.
+
+    Raises:
+        ValueError: the restricted fit is the better one, so that one of the two is not at
+            its maximum, or there is no restriction.
+    """
+    check_count(degrees_of_freedom, "degrees_of_freedom")
+    gain = 2 * (log_likelihood - restricted)
+    if not gain >= -1e-6 * max(1.0, abs(log_likelihood)):
+        raise ValueError(
+            f"The restricted fit has the log-likelihood {restricted}, above {log_likelihood} of "
+            "the full fit: both must be maxima."
+        )
+    return ChiSquaredTest(max(gain, 0.0), degrees_of_freedom)
