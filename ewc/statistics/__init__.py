@@ -11,6 +11,13 @@ from ewc.statistics.asymptotics import (
 )
 from ewc.statistics.bounds import cramer_rao_bound
 from ewc.statistics.expectation import Density, expectation
+from ewc.statistics.model_selection import (
+    aic,
+    bic,
+    effective_parameters,
+    laplace_log_evidence,
+    tic,
+)
 from ewc.statistics.overlap import fisher_overlap, fisher_overlap_by_layer
 from ewc.statistics.parametric import (
     Formulations,
@@ -23,17 +30,22 @@ __all__ = [
     "ChiSquaredTest",
     "Density",
     "Formulations",
+    "aic",
+    "bic",
     "confidence_intervals",
     "cramer_rao_bound",
+    "effective_parameters",
     "expectation",
     "fisher_overlap",
     "fisher_overlap_by_layer",
     "formulations",
+    "laplace_log_evidence",
     "likelihood_ratio_test",
     "parametric_fisher",
     "robust_covariance",
     "sampled_parametric_fisher",
     "score_test",
     "standard_errors",
+    "tic",
     "wald_test",
 ]
