@@ -11,6 +11,12 @@ from ewc.statistics.asymptotics import (
 )
 from ewc.statistics.bounds import cramer_rao_bound
 from ewc.statistics.expectation import Density, expectation
+from ewc.statistics.influence import (
+    influence,
+    loss_gradient,
+    parameters_without,
+    self_influence,
+)
 from ewc.statistics.model_selection import (
     aic,
     bic,
@@ -39,12 +45,16 @@ __all__ = [
     "fisher_overlap",
     "fisher_overlap_by_layer",
     "formulations",
+    "influence",
     "laplace_log_evidence",
     "likelihood_ratio_test",
+    "loss_gradient",
+    "parameters_without",
     "parametric_fisher",
     "robust_covariance",
     "sampled_parametric_fisher",
     "score_test",
+    "self_influence",
     "standard_errors",
     "tic",
     "wald_test",

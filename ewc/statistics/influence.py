@@ -1,0 +1,222 @@
+r"""What a training example did to the fit: influence functions (Koh & Liang 2017).
+
+At a minimum of :math:`\frac1N \sum_i \ell_i(\theta) + \frac{\delta}{2} \|\theta - \mu\|^2`, with
+:math:`\ell_i` the negative log-likelihood of example ``i``, leaving it out moves the parameters
+by about
+
+.. math:: \theta_{-i} - \theta \approx \tfrac1N (F + \delta I)^{-1} \nabla \ell_i
+
+(arXiv:1703.04730, section 2; Cook & Weisberg 1982), with the Fisher information in place of the
+Hessian: for likelihoods whose outputs are natural parameters the generalised Gauss-Newton
+matrix, and the Hessian itself for linear models.  Everything else follows by the chain rule.
+``F`` may have any structure: :class:`~ewc.ImplicitFisher` solves by conjugate gradients without
+a matrix, :class:`~ewc.KroneckerFisher` in its eigenbasis.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
+
+from ewc.fisher.arguments import Arguments, Caller
+from ewc.fisher.evaluation import plain_operations, undisturbed
+from ewc.fisher.matrix import FisherMatrix
+from ewc.likelihoods import Categorical, Likelihood
+from ewc.parameters import Parameters
+
+CHUNK = 256
+"""Examples whose own gradients are held at once."""
+
+
+def loss_gradient(
+    model: nn.Module,
+    data: Iterable[Any],
+    fisher: FisherMatrix,
+    likelihood: Likelihood = Categorical(),
+) -> Parameters:
+    r"""The gradient of the mean negative log-likelihood of some data, in nats.
+
+    Args:
+        model: the network, in evaluation mode inside.
+        data: batches, as :func:`~ewc.fisher_information` takes them.
+        fisher: names the parameters.
+        likelihood: what the outputs mean.
+
+    Raises:
+        ValueError: the data are empty or no batches.
+    """
+    network = _Network(model, fisher, likelihood)
+    total = {name: torch.zeros_like(tensor) for name, tensor in network.parameters.items()}
+    count = 0
+    with network.evaluating():
+        for arguments, targets in network.batches(data):
+            found = grad(lambda p, a=arguments, y=targets: network.losses(p, a, y).sum())(
+                network.parameters
+            )
+            total = {name: total[name] + found[name] for name in total}
+            count += len(targets)
+    if not count:
+        raise ValueError("The data are empty: there is no loss to take the gradient of.")
+    return {name: tensor / count for name, tensor in total.items()}
+
+
+def influence(
+    model: nn.Module,
+    train: Iterable[Any],
+    gradient: Parameters,
+    fisher: FisherMatrix,
+    likelihood: Likelihood = Categorical(),
+    *,
+    damping: float = 0.0,
+) -> Tensor:
+    r"""How a quantity changes when each training example is left out, one by one.
+
+    For a quantity :math:`q(\theta)` the first-order change
+    :math:`\frac1N \nabla q^\top (F + \delta I)^{-1} \nabla \ell_i`: of the loss on test
+    examples with :func:`loss_gradient`, of a prediction or a parameter with its gradient.
+    One solve, and one forward derivative of the losses a batch.
+
+    Args:
+        model: the network, at its fit.
+        train: batches of the training set, in the order of the result.
+        gradient: :math:`\nabla q`.
+        fisher: the mean information of the training set; its ``num_examples`` is ``N``.
+        likelihood: what the outputs mean.
+        damping: :math:`\delta`: the weight decay of the mean loss, at least.
+
+    Returns:
+        The changes ``[n]``, in the units of ``q``. Of a loss: positive where the example
+        helps, negative where it harms.
+
+    Raises:
+        ValueError: the gradient is not over the parameters of ``fisher``, or the data are
+            no batches.
+        torch.linalg.LinAlgError: the damped matrix is singular.
+    """
+    direction = fisher.solve(gradient, damping)
+    network = _Network(model, fisher, likelihood)
+    direction = {name: direction[name].to(t) for name, t in network.parameters.items()}
+    changes = []
+    with network.evaluating():
+        for arguments, targets in network.batches(train):
+            _, along, *_ = jvp(
+                lambda p, a=arguments, y=targets: network.losses(p, a, y),
+                (network.parameters,),
+                (direction,),
+            )
+            changes.append(along.detach())
+    return torch.cat(changes) / fisher.num_examples
+
+
+def self_influence(
+    model: nn.Module,
+    train: Iterable[Any],
+    fisher: FisherMatrix,
+    likelihood: Likelihood = Categorical(),
+    *,
+    damping: float = 0.0,
+) -> Tensor:
+    r"""How the loss of each training example rises when it is left out itself.
+
+    :math:`\frac1N \nabla \ell_i^\top (F + \delta I)^{-1} \nabla \ell_i`, 0 or above: large
+    for examples that nothing else in the training set explains, wrong labels among them.
+
+    Args:
+        model: the network, at its fit.
+        train: batches of the training set, in the order of the result.
+        fisher: the mean information of the training set.
+        likelihood: what the outputs mean.
+        damping: :math:`\delta`.
+
+    Returns:
+        The rises ``[n]``, in nats.
+
+    Raises:
+        ValueError: the data are no batches.
+        torch.linalg.LinAlgError: the damped matrix is singular.
+    """
+    network = _Network(model, fisher, likelihood)
+    rises = []
+    with network.evaluating():
+        for arguments, targets in network.batches(train):
+            for start in range(0, len(targets), CHUNK):
+                part = slice(start, start + CHUNK)
+                gradients = network.gradients(arguments[part], targets[part])
+                for row in range(len(next(iter(gradients.values())))):
+                    own = {n: g[row].to(fisher.dtype) for n, g in gradients.items()}
+                    solved = fisher.solve(own, damping)
+                    rises.append(sum(float((own[n] * solved[n]).sum()) for n in own))
+    return torch.tensor(rises, dtype=torch.float64) / fisher.num_examples
+
+
+def parameters_without(
+    model: nn.Module,
+    examples: Iterable[Any],
+    fisher: FisherMatrix,
+    likelihood: Likelihood = Categorical(),
+    *,
+    damping: float = 0.0,
+) -> Parameters:
+    r"""The parameters as they would be without some training examples, to first order.
+
+    :math:`\theta + \frac1N (F + \delta I)^{-1} \sum_{i} \nabla \ell_i`.
+
+    Args:
+        model: the network, at its fit.
+        examples: batches of what is left out.
+        fisher: the mean information of the training set.
+        likelihood: what the outputs mean.
+        damping: :math:`\delta`.
+
+    Raises:
+        ValueError: there are no examples.
+        torch.linalg.LinAlgError: the damped matrix is singular.
+    """
+    batches = list(examples)
+    mean = loss_gradient(model, batches, fisher, likelihood)
+    share = sum(len(batch[1]) for batch in batches) / fisher.num_examples
+    moved = fisher.solve({n: t.to(fisher.dtype) for n, t in mean.items()}, damping)
+    own = dict(model.named_parameters())
+    return {n: own[n].detach() + share * t.to(own[n]) for n, t in moved.items()}
+
+
+class _Network:
+    """A network as a function of the parameters of a Fisher matrix."""
+
+    def __init__(self, model: nn.Module, fisher: FisherMatrix, likelihood: Likelihood) -> None:
+        self.model = model
+        self.likelihood = likelihood
+        own = dict(model.named_parameters())
+        self.parameters = {name: own[name].detach() for name in fisher.shapes}
+        self.caller = Caller(model, next(iter(self.parameters.values())).device)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode, without fused kernels, inside."""
+        with undisturbed(self.model), plain_operations(self.model):
+            yield
+
+    def batches(self, data: Iterable[Any]) -> Iterator[tuple[Arguments, Tensor]]:
+        """The arguments and targets of each batch."""
+        for index, batch in enumerate(data):
+            yield self.caller.arguments(batch, index)
+
+    def losses(self, parameters: Parameters, arguments: Arguments, targets: Tensor) -> Tensor:
+        """The negative log-likelihoods ``[n]``."""
+        outputs = functional_call(self.model, parameters, arguments.positional, arguments.named)
+        return -self.likelihood.log_prob(outputs, targets)
+
+    def gradients(self, arguments: Arguments, targets: Tensor) -> Parameters:
+        """The gradients of the losses, one by one, ``[n, ...]``."""
+
+        def one(parameters: Parameters, target: Tensor, *tensors: Tensor) -> Tensor:
+            alone = arguments.with_tensors([tensor[None] for tensor in tensors])
+            return self.losses(parameters, alone, target[None])[0]
+
+        tensors = arguments.tensors()
+        dimensions = (None, 0, *[0] * len(tensors))
+        each: Callable[..., Parameters] = vmap(grad(one), in_dims=dimensions)
+        return each(self.parameters, targets, *tensors)
