@@ -1,7 +1,7 @@
 r"""Solutions, traces and log-determinants from products with a matrix alone."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -126,39 +126,55 @@ def lanczos_quadrature(
     size = like.numel()
     samples = []
     for _ in range(num_samples):
-        vectors = [random_signs(like, generator) / math.sqrt(size)]
-        alphas: list[float] = []
-        betas: list[float] = []
         value = math.nan
-        while True:
-            image = product(vectors[-1])
-            alphas.append(float(torch.dot(image, vectors[-1])))
-            basis = torch.stack(vectors)
-            for _twice in range(2):  # once leaves what rounding has let in
-                image = image - basis.T @ (basis @ image)
-            beta = float(image.norm())
-            before, value = value, size * _quadrature(alphas, betas, function)
-            settled = abs(value - before) <= 1e-9 * abs(value)
-            exhausted = beta <= 1e-10 * max(map(abs, alphas)) or len(vectors) == size
-            if settled or exhausted:
+        for alphas, betas in lanczos(product, random_signs(like, generator) / math.sqrt(size)):
+            values, weights = ritz_values(alphas, betas)
+            before = value
+            value = size * float((weights * function(values.clamp_min(0.0))).sum())
+            if abs(value - before) <= 1e-9 * abs(value):
                 break
-            betas.append(beta)
-            vectors.append(image / beta)
         samples.append(value)
     return Estimate.of(samples)
 
 
-def _quadrature(
-    alphas: list[float], betas: list[float], function: Callable[[Tensor], Tensor]
-) -> float:
-    """The integral of a function under a tridiagonal matrix's spectral measure."""
+def lanczos(
+    product: Callable[[Tensor], Tensor], start: Tensor
+) -> Iterator[tuple[list[float], list[float]]]:
+    """The tridiagonal matrix of a symmetric one in the space of its powers times a vector.
+
+    Grows by a row with every step, until that space is all there is.
+
+    Args:
+        product: a flat vector to the product with it.
+        start: the vector, of norm 1.
+
+    Yields:
+        The diagonal, and what stands beside it, one entry less.
+    """
+    vectors, alphas, betas = [start], list[float](), list[float]()
+    while True:
+        image = product(vectors[-1])
+        alphas.append(float(torch.dot(image, vectors[-1])))
+        yield alphas, betas
+        basis = torch.stack(vectors)
+        for _twice in range(2):  # once leaves what rounding has let in
+            image = image - basis.T @ (basis @ image)
+        beta = float(image.norm())
+        if beta <= 1e-10 * max(map(abs, alphas)) or len(vectors) == start.numel():
+            return
+        betas.append(beta)
+        vectors.append(image / beta)
+
+
+def ritz_values(alphas: list[float], betas: list[float]) -> tuple[Tensor, Tensor]:
+    """The eigenvalues of a tridiagonal matrix, ascending, and their share of the first entry."""
     diagonal = torch.tensor(alphas, dtype=torch.float64)
-    beside = torch.tensor(betas, dtype=torch.float64)
+    beside = torch.tensor(betas[: len(alphas) - 1], dtype=torch.float64)
     matrix = torch.diag(diagonal)
-    if betas:
+    if len(alphas) > 1:
         matrix = matrix + torch.diag(beside, 1) + torch.diag(beside, -1)
     values, vectors = torch.linalg.eigh(matrix)
-    return float((vectors[0].square() * function(values.clamp_min(0.0))).sum())
+    return values, vectors[0].square()
 
 
 def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:

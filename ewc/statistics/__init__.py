@@ -31,15 +31,25 @@ from ewc.statistics.parametric import (
     parametric_fisher,
     sampled_parametric_fisher,
 )
+from ewc.statistics.spectrum import (
+    SpectralDensity,
+    effective_dimension,
+    effective_dimension_estimate,
+    largest_eigenvalue,
+    spectral_density,
+)
 
 __all__ = [
     "ChiSquaredTest",
     "Density",
     "Formulations",
+    "SpectralDensity",
     "aic",
     "bic",
     "confidence_intervals",
     "cramer_rao_bound",
+    "effective_dimension",
+    "effective_dimension_estimate",
     "effective_parameters",
     "expectation",
     "fisher_overlap",
@@ -47,6 +57,7 @@ __all__ = [
     "formulations",
     "influence",
     "laplace_log_evidence",
+    "largest_eigenvalue",
     "likelihood_ratio_test",
     "loss_gradient",
     "parameters_without",
@@ -55,6 +66,7 @@ __all__ = [
     "sampled_parametric_fisher",
     "score_test",
     "self_influence",
+    "spectral_density",
     "standard_errors",
     "tic",
     "wald_test",

@@ -1,0 +1,163 @@
+r"""The spectrum of the Fisher information, of networks of any size.
+
+A network with more parameters than its data determine has a Fisher matrix with few large
+eigenvalues and a bulk at 0; how many directions the data decide is its effective dimension.
+From products with the matrix alone, by Lanczos quadrature (Golub & Welsch 1969; Ghorbani,
+Krishnan & Xiao 2019, arXiv:1901.10159), or from all eigenvalues where they are to be had.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ewc.checks import check_count, check_not_negative
+from ewc.fisher.krylov import (
+    Estimate,
+    lanczos,
+    lanczos_quadrature,
+    random_signs,
+    ritz_values,
+)
+from ewc.fisher.matrix import FisherMatrix
+from ewc.parameters import flatten, unflatten
+
+
+@dataclass(frozen=True)
+class SpectralDensity:
+    r"""The share of the ``p`` eigenvalues that lies where: weights at points.
+
+    Attributes:
+        values: the points, ascending, in nats per squared unit of the parameters.
+        weights: the share of each, 1 in sum.
+    """
+
+    values: Tensor
+    weights: Tensor
+
+    def share_above(self, value: float) -> float:
+        """The share of the eigenvalues above a value."""
+        return float(self.weights[self.values > value].sum())
+
+    def moment(self, order: int) -> float:
+        r"""The mean of :math:`\lambda^k` over the eigenvalues: :math:`\mathrm{tr} F^k / p`."""
+        return float((self.weights * self.values**order).sum())
+
+
+def spectral_density(
+    fisher: FisherMatrix, *, num_steps: int = 60, num_samples: int = 10, seed: int = 0
+) -> SpectralDensity:
+    r"""The density of the eigenvalues by stochastic Lanczos quadrature.
+
+    From every random vector come ``num_steps`` points and weights, with the first
+    ``2 num_steps`` moments that this vector sees; their mean over vectors is unbiased. The
+    ends of the spectrum are the first to be right. ``num_samples * num_steps`` products.
+
+    Args:
+        fisher: of any structure; :class:`~ewc.ImplicitFisher` for exact products.
+        num_steps: of the Lanczos process.
+        num_samples: random vectors.
+        seed: of the vectors.
+
+    Raises:
+        ValueError: a number is below 1.
+    """
+    check_count(num_steps, "num_steps")
+    check_count(num_samples, "num_samples")
+    like = torch.zeros(fisher.num_parameters, dtype=fisher.dtype, device=fisher.device)
+    generator = torch.Generator().manual_seed(seed)
+    points, shares = [], []
+    for _ in range(num_samples):
+        start = random_signs(like, generator) / like.numel() ** 0.5
+        for tridiagonal in lanczos(lambda v: _product(fisher, v), start):
+            if len(tridiagonal[0]) == num_steps:
+                break
+        values, weights = ritz_values(*tridiagonal)
+        points.append(values)
+        shares.append(weights / num_samples)
+    values, order = torch.cat(points).sort()
+    return SpectralDensity(values, torch.cat(shares)[order])
+
+
+def largest_eigenvalue(
+    fisher: FisherMatrix, *, tolerance: float = 1e-6, max_steps: int = 200, seed: int = 0
+) -> float:
+    r"""The sharpness: the largest eigenvalue, by the Lanczos process from a random vector.
+
+    Gradient descent with a step above 2 over that of the Hessian diverges. From below, to a
+    relative ``tolerance`` of the last change.
+
+    Args:
+        fisher: of any structure.
+        tolerance: of the relative change in a step at which it ends.
+        max_steps: products at most.
+        seed: of the vector.
+
+    Raises:
+        ValueError: ``max_steps`` is below 1, or the tolerance negative.
+    """
+    check_count(max_steps, "max_steps")
+    check_not_negative(tolerance, "tolerance")
+    like = torch.zeros(fisher.num_parameters, dtype=fisher.dtype, device=fisher.device)
+    start = torch.randn(like.numel(), generator=torch.Generator().manual_seed(seed)).to(like)
+    largest = 0.0
+    for alphas, betas in lanczos(lambda v: _product(fisher, v), start / start.norm()):
+        before, largest = largest, float(ritz_values(alphas, betas)[0][-1])
+        if abs(largest - before) <= tolerance * largest or len(alphas) == max_steps:
+            break
+    return largest
+
+
+def effective_dimension(fisher: FisherMatrix, prior_precision: float) -> float:
+    r"""How many directions the data decide.
+
+    .. math:: \sum_i \frac{N \lambda_i}{N \lambda_i + \delta}
+
+    Of ridge regression the degrees of freedom; of a Laplace posterior MacKay's number of
+    well-determined parameters (1992, doi:10.1162/neco.1992.4.3.415). From all eigenvalues.
+
+    Args:
+        fisher: the mean information of ``N`` examples, with a spectrum in closed form or
+            small enough for a dense one.
+        prior_precision: :math:`\delta`, above 0.
+
+    Raises:
+        ValueError: the precision is not above 0 and finite.
+    """
+    ratio = _ratio(fisher, prior_precision)
+    values = fisher.eigenvalues().double().clamp_min(0.0)
+    return float((values / (values + ratio)).sum())
+
+
+def effective_dimension_estimate(
+    fisher: FisherMatrix, prior_precision: float, *, num_samples: int = 30, seed: int = 0
+) -> Estimate:
+    r"""The :func:`effective_dimension` from products alone, with its standard error.
+
+    Args:
+        fisher: of any structure and size.
+        prior_precision: :math:`\delta`, above 0.
+        num_samples: random vectors of the Lanczos quadrature.
+        seed: of the vectors.
+
+    Raises:
+        ValueError: the precision is not above 0 and finite, or ``num_samples`` below 1.
+    """
+    check_count(num_samples, "num_samples")
+    ratio = _ratio(fisher, prior_precision)
+    like = torch.zeros(fisher.num_parameters, dtype=fisher.dtype, device=fisher.device)
+    return lanczos_quadrature(
+        lambda v: _product(fisher, v), lambda x: x / (x + ratio), like, num_samples, seed
+    )
+
+
+def _ratio(fisher: FisherMatrix, prior_precision: float) -> float:
+    check_not_negative(prior_precision, "prior_precision")
+    if prior_precision == 0:
+        raise ValueError("prior_precision is 0: every direction would count, so above 0.")
+    return prior_precision / fisher.num_examples
+
+
+def _product(fisher: FisherMatrix, vector: Tensor) -> Tensor:
+    product = fisher.matvec(unflatten(vector, fisher.shapes))
+    return flatten({name: product[name] for name in fisher.shapes})
