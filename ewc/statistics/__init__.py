@@ -11,6 +11,7 @@ from ewc.statistics.asymptotics import (
 )
 from ewc.statistics.bounds import cramer_rao_bound
 from ewc.statistics.expectation import Density, expectation
+from ewc.statistics.geometry import fisher_rao_distance, path_length
 from ewc.statistics.influence import (
     influence,
     loss_gradient,
@@ -54,6 +55,7 @@ __all__ = [
     "expectation",
     "fisher_overlap",
     "fisher_overlap_by_layer",
+    "fisher_rao_distance",
     "formulations",
     "influence",
     "laplace_log_evidence",
@@ -62,6 +64,7 @@ __all__ = [
     "loss_gradient",
     "parameters_without",
     "parametric_fisher",
+    "path_length",
     "robust_covariance",
     "sampled_parametric_fisher",
     "score_test",
