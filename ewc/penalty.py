@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ewc.checks import check_not_negative, check_share
+from ewc.checks import check_count, check_not_negative, check_share
 from ewc.consolidation import Consolidation, Online, Separate
 from ewc.fisher.matrix import FisherMatrix
 from ewc.fisher.shrinkage import shrunk
@@ -217,8 +217,7 @@ class EWCPenalty(nn.Module):
         Raises:
             ValueError: as in :meth:`forward`, or ``num_steps`` is below 1.
         """
-        if num_steps < 1:
-            raise ValueError(f"num_steps is {num_steps}: it must be 1 or more.")
+        check_count(num_steps, "num_steps")
         if self.terms:
             parameters = self._fit(model)
             implicit_step(self._scaled_terms().terms, parameters, optimizer, num_steps)

@@ -18,6 +18,7 @@ from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ewc.checks import check_count
 from experiments.data import Digits, Images, ImageSource
 
 Scenario = Literal["task", "domain", "class"]
@@ -131,8 +132,7 @@ class Benchmark(ABC):
 
     def __post_init__(self) -> None:
         """Check the number of tasks."""
-        if self.num_tasks < 1:
-            raise ValueError(f"num_tasks is {self.num_tasks}: it must be 1 or more.")
+        check_count(self.num_tasks, "num_tasks")
 
     @property
     @abstractmethod

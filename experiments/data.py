@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ewc.checks import check_count
+
 
 @dataclass(frozen=True)
 class Images:
@@ -111,8 +113,7 @@ class MNIST(ImageSource):
 
     def __post_init__(self) -> None:
         """Check the padding."""
-        if self.padding < 0:
-            raise ValueError(f"padding is {self.padding}: it must be 0 or more.")
+        check_count(self.padding, "padding", least=0)
 
     @property
     def num_pixels(self) -> int:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ewc import FisherMatrix
+from ewc.checks import check_count
 from ewc.parameters import flatten, trainable_parameters
 from ewc.plugin import EWCPlugin
 from ewc.statistics import fisher_overlap_by_layer
@@ -58,8 +59,8 @@ class Training:
     def __post_init__(self) -> None:
         """Check the counts."""
         for name, count in asdict(self).items():
-            if not isinstance(count, bool | None) and count < 1:
-                raise ValueError(f"{name} is {count}: it must be 1 or more.")
+            if not isinstance(count, bool | None):
+                check_count(count, name)
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         """Check what can be checked before anything is written."""
-        if self.threads < 1:
-            raise ValueError(f"threads is {self.threads}: it must be 1 or more.")
+        check_count(self.threads, "threads")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}: it must lie between 0 and {2**32 - 1}.")
         try:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ewc.checks import check_count
 from ewc.fisher.matrix import FisherMatrix
-from ewc.parameters import Parameters, check_same_shapes, flatten, shapes_of, unflatten
-from ewc.statistics.bounds import Function, jacobian_of
+from ewc.parameters import Parameters, check_same_shapes, shapes_of
+from ewc.statistics.bounds import Function, cramer_rao_bound, jacobian_of
 
 
 def standard_errors(fisher: FisherMatrix, *, prior_precision: float = 0.0) -> Parameters:
@@ -131,14 +131,15 @@ def wald_test(
         ValueError: the parameters are not those of ``fisher``.
         torch.linalg.LinAlgError: a covariance is singular.
     """
-    jacobian = jacobian_of(function, parameters, fisher)
+    check_same_shapes(shapes_of(parameters), fisher.shapes, "The set of parameters")
     here = {name: parameters[name].detach().to(fisher.dtype) for name in fisher.shapes}
     value = function(here).reshape(-1)
     if covariance is None:
-        rows = (fisher.solve(unflatten(row, fisher.shapes), damping=0.0) for row in jacobian)
-        solved = torch.stack([flatten({n: v[n] for n in fisher.shapes}) for v in rows])
-        spread = jacobian @ solved.mT / fisher.num_examples
+        spread = cramer_rao_bound(
+            fisher, fisher.num_examples, parameters=parameters, function=function
+        )
     else:
+        jacobian = jacobian_of(function, parameters, fisher)
         spread = jacobian @ covariance @ jacobian.mT
     statistic = value @ torch.linalg.solve(spread, value)
     return ChiSquaredTest(float(statistic), len(value))

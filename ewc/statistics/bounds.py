@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ewc.checks import check_count
 from ewc.fisher.matrix import FisherMatrix
-from ewc.parameters import Parameters, check_same_shapes, shapes_of, unflatten
+from ewc.parameters import Parameters, check_same_shapes, flatten, shapes_of, unflatten
 
 Function = Callable[[Parameters], Tensor]
 """From parameters by name to a tensor."""
@@ -45,8 +46,7 @@ def cramer_rao_bound(
         torch.linalg.LinAlgError: the information is singular: there is a direction of which
             the examples say nothing.
     """
-    if num_examples < 1:
-        raise ValueError(f"num_examples is {num_examples}: it must be 1 or more.")
+    check_count(num_examples, "num_examples")
     size = fisher.num_parameters
     jacobian = torch.eye(size, dtype=fisher.dtype, device=fisher.device)
     if function is not None or bias is not None:
@@ -61,7 +61,7 @@ def cramer_rao_bound(
         jacobian = own if shift is None else own + shift
     solved = [fisher.solve(unflatten(row, fisher.shapes), damping=0.0) for row in jacobian]
     columns = torch.stack(
-        [torch.cat([v[name].reshape(-1) for name in fisher.shapes]) for v in solved], dim=1
+        [flatten({name: v[name] for name in fisher.shapes}) for v in solved], dim=1
     )
     bound = jacobian @ columns / num_examples
     return (bound + bound.mT) / 2
