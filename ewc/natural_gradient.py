@@ -1,0 +1,257 @@
+r"""Natural gradient descent (Amari 1998), with a Fisher matrix of any structure."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ewc.checks import check_not_negative, check_share
+from ewc.fisher.accumulator import Configured
+from ewc.fisher.compute import fisher_information
+from ewc.fisher.estimators import Estimator, Exact
+from ewc.fisher.kronecker import KroneckerFisher
+from ewc.fisher.matrix import FisherMatrix
+from ewc.fisher.nearest_kronecker import nearest_kronecker
+from ewc.fisher.sum import SumFisher
+from ewc.likelihoods import Categorical, Likelihood
+from ewc.parameters import Parameters, accumulation_dtype, dot
+
+DAMPING_FACTOR = 1.5
+"""By how much :meth:`NaturalGradient.adapt_damping` changes the damping."""
+
+
+class NaturalGradient(Optimizer):
+    r"""Steps along :math:`-(F + \delta I)^{-1} \nabla L`: steepest descent by the KL.
+
+    Of all moves that change the model's distribution by as many nats the natural gradient
+    lowers the loss most, so that to first order its path does not depend on how the model is
+    parametrised (Amari 1998, "Natural gradient works efficiently in learning").  With
+    :class:`KroneckerFisher` this is K-FAC (Martens & Grosse 2015, arXiv:1503.05671), with
+    :class:`EigenvalueCorrectedFisher` EKFAC (George et al. 2018, arXiv:1806.03884), with
+    :class:`DenseFisher` the thing itself.  The damping is added to :math:`F`, not to its
+    factors.
+
+    A step with direction :math:`d = -(F + \delta I)^{-1} (\nabla L + w \theta)`, momentum
+    :math:`\mu` and learning rate :math:`\eta`:
+
+    .. math:: u \leftarrow \mu u + d, \qquad \theta \leftarrow \theta + \eta\, c\, u, \qquad
+              c = \min\big(1, \sqrt{2 \kappa / (\eta^2 u^\top F u)}\big)
+
+    The trust region ``max_kl``, :math:`\kappa`, bounds what a step changes of the model's
+    predictions: :math:`\tfrac12 \eta^2 c^2 u^\top F u \le \kappa` nats an example.
+
+    The loss must be a mean over examples of the negative log-likelihood, as
+    ``cross_entropy`` is for :class:`Categorical`, for a step with ``lr=1`` to be a Newton
+    step of that length.  :meth:`update_fisher` looks at the network's curvature, as often
+    as the user finds it worth::
+
+        optimizer = NaturalGradient(model, lr=0.3, damping=0.03)
+        for step, (x, y) in enumerate(batches):
+            if step % 20 == 0:
+                optimizer.update_fisher([(x, y)])
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    ``param_groups[0]`` holds ``lr``, ``momentum``, ``weight_decay``, ``damping`` and
+    ``max_kl``; schedulers of the learning rate work as ever, and a damping may be set there
+    at any time.
+
+    Args:
+        model: the network, all of whose trainable parameters are optimised.
+        likelihood: what its outputs mean.
+        lr: :math:`\eta`.
+        momentum: :math:`\mu`, in [0, 1).
+        weight_decay: :math:`w`, the gradient of :math:`\tfrac w2 |\theta|^2`.
+        damping: :math:`\delta`, or a schedule: what it is at each step, counted from 0.
+        max_kl: :math:`\kappa` in nats an example; ``None`` for no trust region.
+        decay: the weight of the running mean of Fisher matrices at each
+            :meth:`update_fisher`; 0 forgets what was before.  Means of Kronecker matrices
+            are projected (:func:`~ewc.nearest_kronecker`).
+        estimator: how the expectation over targets is taken.
+        structure: what is kept of the matrix.
+
+    Raises:
+        ValueError: an option is outside its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood = Categorical(),
+        *,
+        lr: float = 0.1,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        damping: float | Callable[[int], float] = 1e-2,
+        max_kl: float | None = None,
+        decay: float = 0.0,
+        estimator: Estimator = Exact(),
+        structure: type[FisherMatrix] | Configured[Any] = KroneckerFisher,
+    ) -> None:
+        schedule = damping if callable(damping) else None
+        first = damping(0) if callable(damping) else damping
+        for name, value in (("lr", lr), ("weight_decay", weight_decay), ("damping", first)):
+            check_not_negative(value, name)
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum is {momentum}: it must lie in [0, 1).")
+        if max_kl is not None and not (max_kl > 0 and math.isfinite(max_kl)):
+            raise ValueError(f"max_kl is {max_kl}: it must be above 0 nats, or None.")
+        check_share(decay, "decay")
+        self.model = model
+        self.likelihood = likelihood
+        self.estimator = estimator
+        self.structure = structure
+        self.decay = decay
+        self.schedule = schedule
+        self.fisher: FisherMatrix | None = None
+        self._last: _Step | None = None
+        options = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "damping": first,
+            "max_kl": max_kl,
+            "num_steps": 0,
+        }
+        super().__init__([p for p in model.parameters() if p.requires_grad], options)
+
+    @torch.no_grad()
+    def update_fisher(self, data: Iterable[Any]) -> None:
+        """Take the Fisher information at the present parameters into the running mean.
+
+        Args:
+            data: batches, as :func:`~ewc.fisher_information` takes them: one batch, or as
+                many as the noise of the matrix asks for.
+
+        Raises:
+            TypeError: with a ``decay``, means of this structure are not of its kind.
+            ValueError: the data are none.
+        """
+        fresh = fisher_information(
+            self.model,
+            data,
+            self.likelihood,
+            estimator=self.estimator,
+            structure=self.structure,
+        )
+        if self.fisher is None or self.decay == 0:
+            self.fisher = fresh
+            return
+        mean = self.decay * self.fisher + (1 - self.decay) * fresh
+        if isinstance(fresh, KroneckerFisher):
+            mean, _ = nearest_kronecker(mean)
+        elif isinstance(mean, SumFisher):
+            raise TypeError(
+                f"decay is {self.decay}, but the mean of two {type(fresh).__name__} is none: "
+                "take decay=0, or a diagonal, Kronecker or dense structure."
+            )
+        self.fisher = mean
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: computes the loss and its gradients, and returns the loss.
+
+        Raises:
+            RuntimeError: there was no :meth:`update_fisher` before.
+            torch.linalg.LinAlgError: the damped matrix is not positive definite.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.fisher is None:
+            raise RuntimeError(
+                "The Fisher information is not known yet: update_fisher comes before the "
+                "first step."
+            )
+        options = self.param_groups[0]
+        if self.schedule is not None:
+            options["damping"] = self.schedule(options["num_steps"])
+        named = self.model.named_parameters()
+        here: Parameters = {name: p for name, p in named if name in self.fisher.shapes}
+        gradient = _gradient(here, options["weight_decay"])
+        direction = self.fisher.solve(gradient, options["damping"])
+        move = self._with_momentum(here, direction, options["momentum"])
+        length = options["lr"]
+        if options["max_kl"] is not None:
+            curvature = float(self.fisher.quadratic_form(move))
+            if length**2 * curvature > 2 * options["max_kl"]:
+                length = math.sqrt(2 * options["max_kl"] / curvature)
+        for name, parameter in here.items():
+            parameter.sub_(move[name].to(parameter.dtype), alpha=length)
+        self._last = _Step(gradient, move, length, options["damping"])
+        options["num_steps"] += 1
+        return loss
+
+    def adapt_damping(self, change: float) -> float:
+        r"""Change the damping by how well the last step's quadratic model held.
+
+        The Levenberg-Marquardt rule (Martens & Grosse 2015, section 6.5): with the move
+        :math:`\Delta` and the model's forecast :math:`M = \nabla L^\top \Delta +
+        \tfrac12 \Delta^\top (F + \delta I) \Delta`, the damping grows if the loss changed
+        by less than a quarter of :math:`M`, and shrinks if by more than three quarters.
+
+        Args:
+            change: by how much the loss changed over the last step, on the same batch, in
+                nats an example; a decrease is negative.
+
+        Returns:
+            The ratio of what happened to what was forecast, 1 if the model is right.
+
+        Raises:
+            RuntimeError: there was no step yet, or the damping follows a schedule.
+        """
+        if self.schedule is not None:
+            raise RuntimeError("The damping follows a schedule: it cannot be adapted as well.")
+        if self._last is None or self.fisher is None:
+            raise RuntimeError("There was no step yet whose outcome the damping could follow.")
+        last = self._last
+        bend = self.fisher.quadratic_form(last.move) + last.damping * dot(last.move, last.move)
+        slope = dot(last.gradient, last.move)
+        forecast = float(0.5 * last.length**2 * bend - last.length * slope)
+        ratio = change / forecast if forecast else 1.0
+        if ratio < 0.25:
+            self.param_groups[0]["damping"] *= DAMPING_FACTOR
+        elif ratio > 0.75:
+            self.param_groups[0]["damping"] /= DAMPING_FACTOR
+        return ratio
+
+    def _with_momentum(self, here: Parameters, direction: Parameters, mass: float) -> Parameters:
+        """The direction with what momentum adds to it."""
+        if mass == 0:
+            return direction
+        move: Parameters = {}
+        for name, parameter in here.items():
+            velocity = self.state[parameter].get("momentum_buffer")
+            if velocity is None:
+                velocity = torch.zeros_like(direction[name])
+            self.state[parameter]["momentum_buffer"] = move[name] = velocity.mul_(mass).add_(
+                direction[name]
+            )
+        return move
+
+
+class _Step(NamedTuple):
+    """What the last step did, and why."""
+
+    gradient: Parameters
+    move: Parameters
+    length: float
+    damping: float
+
+
+def _gradient(parameters: Parameters, weight_decay: float) -> Parameters:
+    """The gradients of the loss with those of the weight decay; 0 where there is none."""
+    found: Parameters = {}
+    for name, parameter in parameters.items():
+        own = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+        own = own.to(accumulation_dtype(own.dtype))
+        found[name] = own.add(parameter, alpha=weight_decay) if weight_decay else own
+    return found

@@ -1,0 +1,345 @@
+"""Natural gradient descent against its definition, with dense matrices."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ewc import (
+    Categorical,
+    DenseFisher,
+    DiagonalFisher,
+    EigenvalueCorrectedFisher,
+    Empirical,
+    Gaussian,
+    KroneckerFisher,
+    LowRankFisher,
+    fisher_information,
+)
+from ewc.natural_gradient import NaturalGradient
+from ewc.parameters import flatten
+
+
+@pytest.fixture
+def classified() -> list[tuple[Tensor, Tensor]]:
+    """Forty examples of three classes, in two batches."""
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 4, dtype=torch.float64), torch.randint(3, (40,))
+    return [(x[:25], y[:25]), (x[25:], y[25:])]
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    """A small network in double precision."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def mean_loss(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The mean negative log-likelihood."""
+    return cross_entropy(model(torch.cat([x for x, _ in data])), torch.cat([y for _, y in data]))
+
+
+def parameters_of(model: nn.Module) -> Tensor:
+    """A copy of all parameters as one vector."""
+    return flatten({name: p.detach().clone() for name, p in model.named_parameters()})
+
+
+def stepped(optimizer: NaturalGradient, data: list[tuple[Tensor, Tensor]]) -> float:
+    """One step on the whole data with fresh curvature; returns the loss before it."""
+    optimizer.update_fisher(data)
+    optimizer.zero_grad()
+    loss = mean_loss(optimizer.model, data)
+    loss.backward()
+    optimizer.step()
+    return float(loss.detach())
+
+
+@pytest.mark.parametrize("structure", [DenseFisher, KroneckerFisher, EigenvalueCorrectedFisher])
+def test_one_step_solves_linear_regression(structure: type) -> None:
+    """Of a linear model with normal errors the loss is the quadratic that F is of."""
+    torch.manual_seed(2)
+    x, y = torch.randn(30, 4, dtype=torch.float64), torch.randn(30, 2, dtype=torch.float64)
+    model = nn.Linear(4, 2).double()
+    variance = 0.7
+    optimizer = NaturalGradient(
+        model, Gaussian(variance=variance), lr=1.0, damping=0.0, structure=structure
+    )
+    optimizer.update_fisher([(x, y)])
+    (0.5 * (model(x) - y).square().sum(1).mean() / variance).backward()
+    optimizer.step()
+
+    augmented = torch.cat([x, torch.ones(30, 1, dtype=torch.float64)], 1)
+    solution = torch.linalg.lstsq(augmented, y).solution.T
+    torch.testing.assert_close(model.weight.detach(), solution[:, :-1], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(model.bias.detach(), solution[:, -1], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "structure", [DenseFisher, DiagonalFisher, KroneckerFisher, EigenvalueCorrectedFisher]
+)
+def test_steps_are_those_of_the_definition(
+    network: nn.Module, classified: list[tuple[Tensor, Tensor]], structure: type
+) -> None:
+    """Three steps with damping, momentum and weight decay, against dense algebra."""
+    reference = copy.deepcopy(network)
+    lr, momentum, weight_decay, damping = 0.3, 0.8, 0.01, 0.05
+    optimizer = NaturalGradient(
+        network,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        damping=damping,
+        structure=structure,
+    )
+    velocity = torch.zeros_like(parameters_of(reference))
+    for _ in range(3):
+        fisher = fisher_information(reference, classified, structure=structure).to_dense()
+        gradients = torch.autograd.grad(
+            mean_loss(reference, classified), list(reference.parameters())
+        )
+        here = parameters_of(reference)
+        gradient = torch.cat([g.flatten() for g in gradients]) + weight_decay * here
+        damped = fisher + damping * torch.eye(len(fisher), dtype=torch.float64)
+        velocity = momentum * velocity - torch.linalg.solve(damped, gradient)
+        nn.utils.vector_to_parameters(here + lr * velocity, reference.parameters())
+        stepped(optimizer, classified)
+    torch.testing.assert_close(
+        parameters_of(network), parameters_of(reference), rtol=1e-9, atol=1e-10
+    )
+
+
+class Reparametrised(nn.Module):
+    """Logistic regression with weights ``B C`` in place of ``W``."""
+
+    def __init__(self, weight: Tensor, change: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight @ torch.linalg.inv(change))
+        self.register_buffer("change", change)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits of two classes, of which the first is the reference."""
+        logit = x @ (self.weight @ self.change).T
+        return torch.cat([torch.zeros_like(logit), logit], 1)
+
+
+def test_the_path_does_not_depend_on_the_parametrisation() -> None:
+    """Linear changes of parameters: the same models step by step, where SGD's differ."""
+    torch.manual_seed(3)
+    x = torch.randn(60, 4, dtype=torch.float64)
+    y = (x[:, 0] + torch.randn(60, dtype=torch.float64) > 0).long()
+    start, change = torch.randn(1, 4).double(), torch.randn(4, 4).double()
+    plain = Reparametrised(start, torch.eye(4, dtype=torch.float64))
+    changed = Reparametrised(start, change)
+    descent = copy.deepcopy(plain), copy.deepcopy(changed)
+    pairs = [
+        (model, NaturalGradient(model, lr=0.5, damping=0.0, structure=DenseFisher))
+        for model in (plain, changed)
+    ]
+    for _ in range(5):
+        for _, optimizer in pairs:
+            stepped(optimizer, [(x, y)])
+        torch.testing.assert_close(plain(x), changed(x), rtol=1e-8, atol=1e-9)
+
+    for model in descent:
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        mean_loss(model, [(x, y)]).backward()
+        sgd.step()
+    assert float((descent[0](x) - descent[1](x)).detach().abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_trust_region_bounds_the_divergence(
+    network: nn.Module, classified: list[tuple[Tensor, Tensor]], momentum: float
+) -> None:
+    """A step that would go too far goes as far as it may, and in the same direction."""
+    max_kl = 1e-6
+    free = copy.deepcopy(network)
+    dense = {"momentum": momentum, "structure": DenseFisher}
+    stepped(NaturalGradient(free, lr=1.0, **dense), classified)
+    optimizer = NaturalGradient(network, lr=1.0, max_kl=max_kl, **dense)
+    before = parameters_of(network)
+    x = torch.cat([x for x, _ in classified])
+    old = network(x).detach().log_softmax(1)
+    stepped(optimizer, classified)
+    move, whole = parameters_of(network) - before, parameters_of(free) - before
+    torch.testing.assert_close(move / move.norm(), whole / whole.norm())
+    assert optimizer.fisher is not None
+    named = dict(zip(optimizer.fisher.shapes, network.parameters(), strict=True))
+    sizes = [p.numel() for p in named.values()]
+    parts = {
+        n: part.reshape(named[n].shape) for n, part in zip(named, move.split(sizes), strict=True)
+    }
+    assert 0.5 * float(optimizer.fisher.quadratic_form(parts)) == pytest.approx(max_kl, rel=1e-9)
+    divergence = (old.exp() * (old - network(x).detach().log_softmax(1))).sum(1).mean()
+    assert float(divergence) == pytest.approx(max_kl, rel=0.02)  # of order |step|^3 beside it
+
+
+def test_a_short_step_is_left_alone(
+    network: nn.Module, classified: list[tuple[Tensor, Tensor]]
+) -> None:
+    """Within the trust region nothing changes."""
+    free = copy.deepcopy(network)
+    stepped(NaturalGradient(free, lr=1e-3), classified)
+    stepped(NaturalGradient(network, lr=1e-3, max_kl=10.0), classified)
+    assert torch.equal(parameters_of(network), parameters_of(free))
+
+
+def test_the_damping_follows_its_schedule(
+    network: nn.Module, classified: list[tuple[Tensor, Tensor]]
+) -> None:
+    """The damping of step k is what the schedule says of k, also after a reload."""
+    optimizer = NaturalGradient(network, damping=lambda step: 0.1 / (1 + step))
+    seen = []
+    for _ in range(3):
+        stepped(optimizer, classified)
+        seen.append(optimizer.param_groups[0]["damping"])
+    assert seen == [0.1, 0.05, 0.1 / 3]
+    other = NaturalGradient(network, damping=lambda step: 0.1 / (1 + step))
+    other.load_state_dict(optimizer.state_dict())
+    stepped(other, classified)
+    assert other.param_groups[0]["damping"] == 0.025
+    with pytest.raises(RuntimeError, match="follows a schedule"):
+        other.adapt_damping(-0.1)
+
+
+def test_the_forecast_is_right_where_the_model_is() -> None:
+    """Linear regression is its own quadratic model: without damping the ratio is 1."""
+    torch.manual_seed(2)
+    x, y = torch.randn(30, 4, dtype=torch.float64), torch.randn(30, 1, dtype=torch.float64)
+    model = nn.Linear(4, 1).double()
+    optimizer = NaturalGradient(
+        model, Gaussian(), lr=0.4, momentum=0.5, damping=0.0, structure=DenseFisher
+    )
+    for _ in range(3):
+        optimizer.update_fisher([(x, y)])
+        optimizer.zero_grad()
+        loss = 0.5 * (model(x) - y).square().sum(1).mean()
+        loss.backward()
+        optimizer.step()
+        after = 0.5 * (model(x) - y).square().sum(1).mean()
+        assert optimizer.adapt_damping(float((after - loss).detach())) == pytest.approx(1, rel=1e-9)
+
+
+@pytest.mark.parametrize(("share", "damping"), [(0.1, 0.15), (0.5, 0.1), (0.9, 0.1 / 1.5)])
+def test_the_damping_follows_what_happened(
+    network: nn.Module,
+    classified: list[tuple[Tensor, Tensor]],
+    share: float,
+    damping: float,
+) -> None:
+    """Martens and Grosse's rule, by shares of the forecast written from its equation."""
+    optimizer = NaturalGradient(network, lr=0.7, damping=0.1, structure=DenseFisher)
+    fisher = fisher_information(network, classified, structure=DenseFisher).to_dense()
+    loss = mean_loss(network, classified)
+    gradient = torch.cat(
+        [g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))]
+    )
+    damped = fisher + 0.1 * torch.eye(len(fisher), dtype=torch.float64)
+    move = -0.7 * torch.linalg.solve(damped, gradient)
+    forecast = float(gradient @ move + 0.5 * move @ damped @ move)
+    stepped(optimizer, classified)
+    assert optimizer.adapt_damping(share * forecast) == pytest.approx(share, rel=1e-9)
+    assert optimizer.param_groups[0]["damping"] == pytest.approx(damping)
+
+
+@pytest.mark.parametrize("structure", [DiagonalFisher, DenseFisher])
+def test_the_running_mean(
+    network: nn.Module, classified: list[tuple[Tensor, Tensor]], structure: type
+) -> None:
+    """Each update keeps a share of what was before."""
+    first, second = ([batch] for batch in classified)
+    optimizer = NaturalGradient(network, decay=0.8, structure=structure)
+    optimizer.update_fisher(first)
+    optimizer.update_fisher(second)
+    one, two = (fisher_information(network, part, structure=structure) for part in (first, second))
+    assert optimizer.fisher is not None
+    torch.testing.assert_close(
+        optimizer.fisher.to_dense(), 0.8 * one.to_dense() + 0.2 * two.to_dense()
+    )
+
+
+def test_the_running_mean_of_kronecker_matrices_stays_one(
+    network: nn.Module, classified: list[tuple[Tensor, Tensor]]
+) -> None:
+    """The mean of a matrix with itself is the matrix, in one term."""
+    optimizer = NaturalGradient(network, decay=0.8)
+    for _ in range(2):
+        optimizer.update_fisher(classified)
+    assert isinstance(optimizer.fisher, KroneckerFisher)
+    fisher = fisher_information(network, classified, structure=KroneckerFisher)
+    torch.testing.assert_close(optimizer.fisher.to_dense(), fisher.to_dense())
+
+
+def test_frozen_parameters_stay(
+    network: nn.Module, classified: list[tuple[Tensor, Tensor]]
+) -> None:
+    """What requires no gradient is not moved; the estimator is the one asked for."""
+    network[0].weight.requires_grad_(False)
+    frozen = network[0].weight.clone()
+    empirical = fisher_information(
+        network, classified, estimator=Empirical(), structure=KroneckerFisher
+    )
+    optimizer = NaturalGradient(network, estimator=Empirical())
+    stepped(optimizer, classified)
+    assert torch.equal(network[0].weight, frozen)
+    assert optimizer.fisher is not None
+    assert torch.equal(optimizer.fisher.to_dense(), empirical.to_dense())
+
+
+def test_momentum_survives_a_reload(
+    network: nn.Module, classified: list[tuple[Tensor, Tensor]]
+) -> None:
+    """A checkpoint of model and optimizer goes on as if nothing had been."""
+    optimizer = NaturalGradient(network, momentum=0.9)
+    stepped(optimizer, classified)
+    twin = copy.deepcopy(network)
+    other = NaturalGradient(twin, momentum=0.1)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each in (optimizer, other):
+        stepped(each, classified)
+    assert torch.equal(parameters_of(network), parameters_of(twin))
+
+
+def test_closure(network: nn.Module, classified: list[tuple[Tensor, Tensor]]) -> None:
+    """A closure gives the gradients and its loss is returned."""
+    optimizer = NaturalGradient(network)
+    optimizer.update_fisher(classified)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = mean_loss(network, classified)
+        loss.backward()
+        return loss
+
+    before = float(mean_loss(network, classified).detach())
+    assert float(optimizer.step(closure).detach()) == before
+    assert float(mean_loss(network, classified).detach()) < before
+
+
+def test_what_is_refused(network: nn.Module, classified: list[tuple[Tensor, Tensor]]) -> None:
+    """Options outside their range, and calls that come too early."""
+    for options, message in [
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"momentum": 1.0}, r"momentum is 1.0: it must lie in \[0, 1\)"),
+        ({"weight_decay": math.nan}, "weight_decay is nan"),
+        ({"damping": -0.1}, "damping is -0.1"),
+        ({"max_kl": 0.0}, "max_kl is 0.0: it must be above 0"),
+        ({"decay": 1.5}, "decay is 1.5"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            NaturalGradient(network, **options)
+    optimizer = NaturalGradient(network)
+    with pytest.raises(RuntimeError, match="update_fisher comes before"):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="no step yet"):
+        optimizer.adapt_damping(0.0)
+    low_rank = NaturalGradient(
+        network, decay=0.5, structure=LowRankFisher.configured(rank=3), likelihood=Categorical()
+    )
+    low_rank.update_fisher(classified)
+    with pytest.raises(TypeError, match="the mean of two LowRankFisher is none"):
+        low_rank.update_fisher(classified)
