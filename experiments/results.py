@@ -16,9 +16,9 @@ from typing import Any
 import hydra
 from omegaconf import OmegaConf
 
+from experiments.command_line import CONFIGS
 from experiments.pictures import Jobs
 from experiments.report import has_options, markdown, options_of, read_jobs, sweep_table
-from experiments.run import CONFIGS
 
 INTRODUCTION = """\
 # Results

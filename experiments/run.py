@@ -3,21 +3,18 @@
 import json
 import logging
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from experiments.command_line import CONFIGS, ended_briefly, remove_traces
 from experiments.schema import ConfigurationError, build, plain, same_outcome
 
-CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
 _log = logging.getLogger(__name__)
 
 
@@ -31,7 +28,7 @@ def run(config: DictConfig) -> float:
     except (ConfigurationError, FloatingPointError) as error:
         # A run that diverged keeps its records, for they show how.
         if isinstance(error, ConfigurationError):
-            _remove_traces(directory)
+            remove_traces(directory)
         # A sweep must hear of it as an exception, and go on with its other jobs.
         if single:
             sys.exit(f"error: {error}")
@@ -98,72 +95,9 @@ def _steps(directory: Path) -> list[dict[str, float]]:
     return [record for record in map(json.loads, lines) if "step" in record]
 
 
-def _remove_traces(directory: Path) -> None:
-    """Take away what Hydra wrote for this run, and folders that are then empty.
-
-    Nothing else: the directory may be the user's own, or hold an earlier run.
-    """
-    for name in ("config", "hydra", "overrides"):
-        (directory / ".hydra" / f"{name}.yaml").unlink(missing_ok=True)
-    for log in directory.glob("*.log"):
-        if log.stat().st_size == 0:
-            log.unlink()
-    for folder in (directory / ".hydra", directory, *list(directory.parents)[:2]):
-        try:
-            folder.rmdir()
-        except OSError:
-            return
-
-
-def short_message(error: Exception) -> str:
-    """One sentence or two for a wrong command line: the option, and what is allowed."""
-    text = str(error)
-    if unknown := re.match(r"Could not override '([^']+)'", text):
-        option = unknown[1]
-        return f"Unknown option {option!r}: allowed are {_allowed(option)}."
-    if choice := re.search(
-        r"Could not find '([^']+)'\s+Available options in.*?:\n(.*?)\n\S", text, re.S
-    ):
-        return f"Could not find {str(choice[1])!r}: allowed are {', '.join(choice[2].split())}."
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(lines[:2])
-
-
-def _allowed(option: str) -> str:
-    """The options beside an unknown one, as the command line would have had them."""
-    overrides = [o for o in sys.argv[1:] if re.match(r"[\w/@+~]+=[\w/]+$", o)]
-    parent, _, _ = option.rpartition(".")
-    for kept in (overrides, []):
-        try:
-            with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
-                node = OmegaConf.select(hydra.compose("config", overrides=kept), parent or "")
-        except (HydraException, OmegaConfBaseException):
-            continue
-        if isinstance(node, DictConfig):
-            names = [str(k) for k in node if not str(k).startswith("_")]
-            if not parent:
-                return ", ".join([*names, "experiment", "sweep"])
-            return ", ".join(f"{parent}.{name}" for name in names)
-        break
-    return f"none, {parent!r} is a value"
-
-
 def main() -> None:
     """Run the command line; a wrong option ends in one short message, not in a traceback."""
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        run()
-        return
-    # Hydra then raises instead of printing a traceback itself.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        run()
-    except (
-        ConfigurationError,
-        FloatingPointError,
-        HydraException,
-        OmegaConfBaseException,
-    ) as error:
-        sys.exit(f"error: {short_message(error)}")
+    ended_briefly(run, "config")
 
 
 if __name__ == "__main__":

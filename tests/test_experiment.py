@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from ewc import EWCPenalty
 from experiments import report
-from experiments.run import CONFIGS
+from experiments.command_line import CONFIGS
 from experiments.schema import build, plain
 from experiments.tracking import Recorder, WandB
 

@@ -9,10 +9,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from experiments import pictures
+from experiments.command_line import CONFIGS
 from experiments.metrics import average_accuracies, average_accuracy
 from experiments.report import has_options, markdown, options_of
 from experiments.results import bars_table, decades_within, of_recipe, report_of
-from experiments.run import CONFIGS
 
 
 def job(accuracy, **settings):

@@ -8,8 +8,8 @@ import torch
 from omegaconf import OmegaConf
 
 from ewc import DenseFisher, Empirical, MonteCarlo
+from experiments.command_line import CONFIGS
 from experiments.experiment import Experiment
-from experiments.run import CONFIGS
 from experiments.schema import ConfigurationError, build, plain, same_outcome
 
 OPTIONS = [

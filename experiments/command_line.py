@@ -1,0 +1,98 @@
+"""What the command lines share: where the configurations are, and how a wrong option ends."""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.schema import ConfigurationError
+
+CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
+
+
+def ended_briefly(command: Callable[[], Any], config_name: str) -> None:
+    """Run a command line; a wrong option ends in one short message, not in a traceback.
+
+    Args:
+        command: what ``hydra.main`` decorated.
+        config_name: the main configuration, for what is allowed beside an unknown option.
+    """
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        command()
+        return
+    # Hydra then raises instead of printing a traceback itself.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        command()
+    except (
+        ConfigurationError,
+        FloatingPointError,
+        HydraException,
+        OmegaConfBaseException,
+    ) as error:
+        sys.exit(f"error: {short_message(error, config_name)}")
+
+
+def remove_traces(directory: Path) -> None:
+    """Take away what Hydra wrote for this run, and folders that are then empty.
+
+    Nothing else: the directory may be the user's own, or hold an earlier run.
+    """
+    for name in ("config", "hydra", "overrides"):
+        (directory / ".hydra" / f"{name}.yaml").unlink(missing_ok=True)
+    for log in directory.glob("*.log"):
+        if log.stat().st_size == 0:
+            log.unlink()
+    for folder in (directory / ".hydra", directory, *list(directory.parents)[:2]):
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+
+
+def short_message(error: Exception, config_name: str) -> str:
+    """One sentence or two for a wrong command line: the option, and what is allowed."""
+    text = str(error)
+    if unknown := re.match(r"Could not override '([^']+)'", text):
+        option = unknown[1]
+        return f"Unknown option {option!r}: allowed are {_allowed(option, config_name)}."
+    if choice := re.search(
+        r"Could not find '([^']+)'\s+Available options in.*?:\n(.*?)\n\S", text, re.S
+    ):
+        return f"Could not find {str(choice[1])!r}: allowed are {', '.join(choice[2].split())}."
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[:2])
+
+
+def _allowed(option: str, config_name: str) -> str:
+    """The options beside an unknown one, as the command line would have had them."""
+    overrides = [o for o in sys.argv[1:] if re.match(r"[\w/@+~]+=[\w/]+$", o)]
+    parent, _, _ = option.rpartition(".")
+    for kept in (overrides, []):
+        try:
+            with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
+                node = OmegaConf.select(hydra.compose(config_name, overrides=kept), parent or "")
+        except (HydraException, OmegaConfBaseException):
+            continue
+        if isinstance(node, DictConfig):
+            names = [str(k) for k in node if not str(k).startswith("_")]
+            if not parent:
+                return ", ".join([*names, *_empty_groups(config_name)])
+            return ", ".join(f"{parent}.{name}" for name in names)
+        break
+    return f"none, {parent!r} is a value"
+
+
+def _empty_groups(config_name: str) -> list[str]:
+    """The groups of which the main configuration chooses none: the user may."""
+    config = OmegaConf.load(Path(CONFIGS) / f"{config_name}.yaml")
+    defaults = OmegaConf.select(config, "defaults") or []
+    entries = [entry for entry in defaults if isinstance(entry, DictConfig)]
+    return sorted(str(group) for entry in entries for group in entry if entry[group] is None)

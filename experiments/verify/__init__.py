@@ -1,0 +1,1 @@
+"""The claims about the statistics, measured: ``python -m experiments.verify row=<topic>|all``."""

@@ -1,0 +1,1 @@
+"""A module a topic: its figures, against bars that stand in it, and its picture."""
