@@ -11,6 +11,7 @@ import torch
 from avalanche.training.plugins import SupervisedPlugin
 
 from ewc.consolidation import Consolidation, Separate
+from ewc.eigenbasis_adam import EigenbasisAdam
 from ewc.fisher import DiagonalFisher, Estimator, Exact, FisherMatrix, fisher_information
 from ewc.fisher.accumulator import Configured
 from ewc.fisher.shrinkage import can_shrink
@@ -102,8 +103,22 @@ class EWCPlugin(SupervisedPlugin):
         self.last_penalty = torch.zeros(())
 
     def before_training_exp(self, strategy: Any, **_: Any) -> None:
-        """Tell the penalty the size of the task that is about to be learnt."""
+        """Tell the penalty the size of the task that is about to be learnt.
+
+        An :class:`~ewc.eigenbasis_adam.EigenbasisAdam` is turned to the penalty's eigenvectors.
+
+        Raises:
+            ValueError: it is, and there are implicit steps.
+        """
         self.penalty.num_examples = len(strategy.experience.dataset)
+        if isinstance(strategy.optimizer, EigenbasisAdam):
+            if self.implicit_every is not None:
+                raise ValueError(
+                    f"implicit_every is {self.implicit_every}: with EigenbasisAdam it must be "
+                    "None, for the two step along different axes."
+                )
+            if self.penalty.terms:
+                strategy.optimizer.rotate(self.penalty.terms[-1].precision, strategy.model)
 
     def before_backward(self, strategy: Any, **_: Any) -> None:
         """Add the penalty to the loss of the current mini-batch.

@@ -1,5 +1,7 @@
 """The Avalanche plugin in real strategies, against a loop written by hand."""
 
+import copy
+
 import pytest
 import torch
 from avalanche.benchmarks import benchmark_from_datasets, nc_benchmark
@@ -13,7 +15,16 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from ewc import DenseFisher, Empirical, EWCPenalty, MonteCarlo, Online, fisher_information
+from ewc import (
+    DenseFisher,
+    Empirical,
+    EWCPenalty,
+    KroneckerFisher,
+    MonteCarlo,
+    Online,
+    fisher_information,
+)
+from ewc.eigenbasis_adam import EigenbasisAdam
 from ewc.plugin import EWCPlugin
 
 
@@ -55,10 +66,10 @@ def mlp():
     return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 4))
 
 
-def strategy_of(template, model, plugins, lr=0.1, **options):
+def strategy_of(template, model, plugins, lr=0.1, optimizer=torch.optim.SGD, **options):
     return template(
         model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=lr),
+        optimizer=optimizer(model.parameters(), lr=lr),
         criterion=nn.CrossEntropyLoss(),
         train_mb_size=16,
         train_epochs=2,
@@ -198,14 +209,21 @@ def test_the_fisher_pass_leaves_batchnorm_dropout_and_strategy_alone():
     assert seen["after"]["1.num_batches_tracked"] == 6
 
 
-@pytest.mark.parametrize("consolidation", ["separate", "online"])
-def test_checkpoints_of_avalanche_resume_to_the_same_weights(tmp_path, consolidation):
-    options = {} if consolidation == "separate" else {"consolidation": Online(0.9)}
+@pytest.mark.parametrize(
+    ("options", "optimizer"),
+    [
+        ({}, torch.optim.SGD),
+        ({"consolidation": Online(0.9)}, torch.optim.SGD),
+        ({"structure": KroneckerFisher, "consolidation": Online()}, EigenbasisAdam),
+    ],
+    ids=["separate", "online", "kronecker"],
+)
+def test_checkpoints_of_avalanche_resume_to_the_same_weights(tmp_path, options, optimizer):
     benchmark, path = domain_incremental(), tmp_path / "checkpoint.pkl"
 
     def fresh():
         RNGManager.set_random_seeds(7)
-        return strategy_of(Naive, mlp(), [EWCPlugin(30.0, **options)])
+        return strategy_of(Naive, mlp(), [EWCPlugin(30.0, **options)], optimizer=optimizer)
 
     whole = fresh()
     whole.train(benchmark.train_stream[0])
@@ -227,6 +245,35 @@ def test_a_diverging_run_stops_and_says_where():
     stream = domain_incremental().train_stream
     with pytest.raises(FloatingPointError, match=r"became (nan|inf) in task 2, step \d+:"):
         strategy.train(stream)
+
+
+def test_an_eigenbasis_adam_is_turned_to_the_penalty_at_every_task():
+    torch.manual_seed(1)
+    model, benchmark = mlp(), domain_incremental()
+    other, penalty = copy.deepcopy(model), EWCPenalty(30.0, Online())
+    plugin = EWCPlugin(30.0, structure=KroneckerFisher, consolidation=Online())
+    strategy = strategy_of(Naive, model, [plugin], lr=0.01, optimizer=EigenbasisAdam)
+    optimizer = EigenbasisAdam(other.parameters(), lr=0.01)
+    for experience in benchmark.train_stream:
+        strategy.train(experience, shuffle=False)
+        x, y = torch.stack([item[0] for item in experience.dataset]), blobs()[1]
+        if penalty.terms:
+            optimizer.rotate(penalty.terms[-1].precision, other)
+        for part in [*range(0, len(x), 16)] * 2:
+            loss = functional.cross_entropy(other(x[part : part + 16]), y[part : part + 16])
+            optimizer.zero_grad()
+            (loss + penalty(other)).backward()
+            optimizer.step()
+        # Adam makes much of rounding: the same batches as the strategy evaluates.
+        batches = list(zip(x.split(10), y.split(10), strict=True))
+        fisher = fisher_information(other, batches, structure=KroneckerFisher)
+        penalty.consolidate(fisher, other)
+    torch.testing.assert_close(weights(model), weights(other), rtol=1e-4, atol=1e-5)
+
+    plugin = EWCPlugin(30.0, structure=KroneckerFisher, implicit_every=2)
+    strategy = strategy_of(Naive, mlp(), [plugin], optimizer=EigenbasisAdam)
+    with pytest.raises(ValueError, match="implicit_every is 2: with EigenbasisAdam it must be"):
+        strategy.train(benchmark.train_stream[0])
 
 
 def test_impossible_arguments_are_refused():
