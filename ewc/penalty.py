@@ -33,7 +33,7 @@ from ewc.parameters import (
     shapes_of,
 )
 from ewc.proximal import implicit_step
-from ewc.quadratic import Quadratic, QuadraticForm
+from ewc.quadratic import Quadratic, QuadraticForm, value_and_gradient
 
 
 class EWCPenalty(nn.Module):
@@ -202,6 +202,37 @@ class EWCPenalty(nn.Module):
             self._step += 1
         value: Tensor = QuadraticForm.apply(terms, list(parameters), *parameters.values())
         return value
+
+    @torch.no_grad()
+    def predicted_rise(self, model: nn.Module) -> float:
+        r"""How much the mean loss of the old tasks' examples has risen, by the quadratics.
+
+        .. math:: r(\theta) = \frac{1}{\sum_t N_t} \sum_t \frac{N_t}{2}
+                  (\theta - \theta_t)^\top F_t (\theta - \theta_t)
+
+        A forecast, made without the old data: of what a move would cost before it is made,
+        or of what a task did.  Online quadratics count from the last task's parameters,
+        separate ones each from its own task's: the rise over the last task is then a
+        difference.  The strength has no part in it.
+
+        Args:
+            model: the network after the move.
+
+        Returns:
+            Nats an example, 0 before any task.
+
+        Raises:
+            ValueError: as in :meth:`forward`.
+        """
+        if not self.terms:
+            return 0.0
+        value, _ = value_and_gradient(self.terms, self._fit(model))
+        return float(value) / self.remembered_examples
+
+    @property
+    def remembered_examples(self) -> int:
+        r""":math:`\sum_t N_t`, the examples of all tasks that were consolidated."""
+        return sum(term.precision.num_examples for term in self.terms)
 
     def implicit_step(self, model: nn.Module, optimizer: Optimizer, num_steps: int = 1) -> None:
         """Move the model as the penalty would have in the last steps of an optimizer.

@@ -15,6 +15,7 @@ from ewc.eigenbasis_adam import EigenbasisAdam
 from ewc.fisher import DiagonalFisher, Estimator, Exact, FisherMatrix, fisher_information
 from ewc.fisher.accumulator import Configured
 from ewc.fisher.shrinkage import can_shrink
+from ewc.forgetting import ForgettingBudget
 from ewc.likelihoods import Categorical, Likelihood
 from ewc.penalty import EWCPenalty
 
@@ -51,6 +52,10 @@ class EWCPlugin(SupervisedPlugin):
             (:mod:`ewc.proximal`): stable for any strength, and for matrices whose products
             cost more than a training step cheaper by that factor.  ``None`` adds the penalty
             to the loss.
+        budget: by how many nats an example the old tasks' mean loss may rise with each new
+            task, by the penalty's forecast (:mod:`ewc.forgetting`): the strength is then
+            found in every task, starting from ``strength`` in the second and from the last
+            one's in later ones.  ``None`` keeps the strength.
 
     Attributes:
         penalty: the penalty; its ``state_dict()`` holds all that the plugin remembers.
@@ -58,11 +63,13 @@ class EWCPlugin(SupervisedPlugin):
         last_penalty: the penalty's value in the current iteration, a tensor without
             gradient, an estimate where a step does not take all eigenvectors; 0 before
             the first task; with implicit steps, after one of the last ten of them.
+        budget: what follows the budget, ``None`` without one.
 
     Raises:
         ValueError: the strength is negative or not finite, the shrinkage not in [0, 1], the
-            share of eigenvectors not in (0, 1], the structure one that cannot be shrunk, or
-            ``rank`` or ``implicit_every`` below 1.
+            share of eigenvectors not in (0, 1], the structure one that cannot be shrunk,
+            ``rank`` or ``implicit_every`` below 1, or the budget not above 0, with a
+            strength of 0 or with implicit steps.
     """
 
     def __init__(
@@ -77,6 +84,7 @@ class EWCPlugin(SupervisedPlugin):
         eigenvector_share: float = 1.0,
         rank: int | None = None,
         implicit_every: int | None = None,
+        budget: float | None = None,
     ) -> None:
         super().__init__()
         if implicit_every is not None and implicit_every < 1:
@@ -87,6 +95,13 @@ class EWCPlugin(SupervisedPlugin):
                 f"shrinkage is {shrinkage}: with {name} it must be 0; diagonal, Kronecker and "
                 "eigenvalue-corrected Fisher matrices can be shrunk."
             )
+        if budget is not None and (implicit_every is not None or strength == 0):
+            raise ValueError(
+                f"budget is {budget}: it must be None with implicit steps or a strength of 0, "
+                "where there is no penalty in the loss to be scaled."
+            )
+        self.budget = None if budget is None else ForgettingBudget(budget)
+        self._value_at_start = 0.0
         self.implicit_every = implicit_every
         self._since = self._taken = 0
         self.penalty = EWCPenalty(
@@ -119,6 +134,10 @@ class EWCPlugin(SupervisedPlugin):
                 )
             if self.penalty.terms:
                 strategy.optimizer.rotate(self.penalty.terms[-1].precision, strategy.model)
+        if self.budget is not None and self.penalty.terms:
+            self.budget.start()
+            with torch.no_grad():
+                self._value_at_start = float(self.penalty(strategy.model))
 
     def before_backward(self, strategy: Any, **_: Any) -> None:
         """Add the penalty to the loss of the current mini-batch.
@@ -129,9 +148,19 @@ class EWCPlugin(SupervisedPlugin):
         """
         if self.penalty.terms and self.implicit_every is None:
             value = self.penalty(strategy.model)
+            if self.budget is not None:
+                self.budget.follow(self._rise(float(value.detach())))
+                value = self.budget.factor * value
             self.last_penalty = value.detach()
             strategy.loss = strategy.loss + value
         check_finite_loss(strategy)
+
+    def _rise(self, value: float) -> float:
+        """The forecast of forgetting in this task, from the penalty's value in the loss."""
+        penalty = self.penalty
+        examples = penalty.num_examples or penalty.remembered_examples
+        scale = penalty.strength * penalty.remembered_examples / examples
+        return (value - self._value_at_start) / scale
 
     def after_update(self, strategy: Any, **_: Any) -> None:
         """Take the implicit step when it is due."""
@@ -158,6 +187,9 @@ class EWCPlugin(SupervisedPlugin):
                 message names the task.  In either case the penalty is as it was.
         """
         self._take_implicit_step(strategy)
+        if self.budget is not None:
+            self.penalty.strength *= self.budget.factor
+            self.budget.start()
         try:
             fisher = fisher_information(
                 strategy.model,

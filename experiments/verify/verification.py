@@ -18,6 +18,7 @@ from experiments.verify.check import Check, Surroundings
 
 TOPICS = {
     "parametric": "Fisher information of a parametric model",
+    "forgetting": "Forgetting, predicted",
 }
 """The rows by the module of :mod:`experiments.verify.topics` that measures them."""
 

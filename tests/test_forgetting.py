@@ -1,0 +1,131 @@
+"""A budget for forgetting: the forecast, and the strength that keeps it."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from ewc import (
+    DenseFisher,
+    DiagonalFisher,
+    EWCPenalty,
+    KroneckerFisher,
+    Online,
+    Separate,
+    fisher_information,
+)
+from ewc.forgetting import ForgettingBudget
+
+
+def task(seed, n):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 4, generator=generator, dtype=torch.float64)
+    return x, torch.randint(3, (n,), generator=generator)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def moved(model, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.add_(noise, alpha=size)
+
+
+def flat(model):
+    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+
+@pytest.mark.parametrize("structure", [DiagonalFisher, KroneckerFisher, DenseFisher])
+@pytest.mark.parametrize("consolidation", [Separate(), Online(exact=True)])
+def test_the_forecast_is_the_mean_of_the_quadratics(structure, consolidation):
+    """Two tasks of unequal size, with a strength that must not matter."""
+    model, penalty = network(), EWCPenalty(17.0, consolidation)
+    assert penalty.predicted_rise(model) == 0.0
+    anchors, matrices = [], []
+    for seed, n in ((1, 30), (2, 50)):
+        moved(model, 0.3, seed)
+        fisher = fisher_information(model, [task(seed, n)], structure=structure)
+        penalty.consolidate(fisher, model)
+        anchors.append(flat(model))
+        matrices.append(n * fisher.to_dense())
+    if isinstance(consolidation, Online):
+        anchors[0] = anchors[1]
+    moved(model, 0.1, 3)
+    here = flat(model)
+    expected = sum(
+        0.5 * (here - a) @ m @ (here - a) for a, m in zip(anchors, matrices, strict=True)
+    )
+    assert penalty.predicted_rise(model) == pytest.approx(float(expected) / 80, rel=1e-9)
+    assert penalty.remembered_examples == 80
+
+
+def test_the_forecast_is_what_happens_to_small_moves():
+    """At a minimum of the old loss, where its Hessian is the Fisher information: to 3rd order."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    x, _ = task(1, 200)
+    y = torch.distributions.Categorical(logits=model(x).detach()).probs  # the model is right
+
+    def loss():
+        return cross_entropy(model(x), y)
+
+    penalty = EWCPenalty(1.0)
+    labels = torch.zeros(200, dtype=torch.int64)
+    penalty.consolidate(fisher_information(model, [(x, labels)], structure=DenseFisher), model)
+    start, errors = float(loss().detach()), []
+    origin = flat(model)
+    direction = torch.randn(len(origin), dtype=torch.float64)
+    for size in (0.02, 0.01):
+        nn.utils.vector_to_parameters(origin + size * direction, model.parameters())
+        rise = float(loss().detach()) - start
+        errors.append(abs(penalty.predicted_rise(model) - rise) / rise)
+    assert errors[0] < 0.02
+    assert errors[1] == pytest.approx(errors[0] / 2, rel=0.1)
+
+
+def test_the_budget_finds_the_multiplier_of_a_constrained_quadratic():
+    r"""The minimum of 1/2 |x - c|^2 with 1/2 x'Ax <= b by gradient descent, against bisection."""
+    torch.manual_seed(3)
+    values, centre = torch.tensor([4.0, 1.0, 0.3]).double(), torch.tensor([1.0, -2.0, 3.0]).double()
+    nats = 0.5
+    low, high = 1e-6, 1e6
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        x = centre / (1 + middle * values)
+        low, high = (middle, high) if 0.5 * (values * x * x).sum() > nats else (low, middle)
+    budget = ForgettingBudget(nats, rate=0.02)
+    strength, x = 10.0, torch.zeros(3).double()
+    for _ in range(3000):
+        x = x - 0.05 * ((x - centre) + budget.factor * strength * values * x)
+        budget.follow(float(0.5 * (values * x * x).sum()))
+    assert budget.factor * strength == pytest.approx(low, rel=0.01)
+    assert float(0.5 * (values * x * x).sum()) == pytest.approx(nats, rel=0.01)
+
+
+def test_a_budget_that_is_not_needed_lets_the_strength_fall():
+    budget = ForgettingBudget(1.0, rate=0.1)
+    for _ in range(50):
+        budget.follow(0.0)
+    assert budget.factor == pytest.approx(math.exp(-5.0))
+    for _ in range(1000):
+        budget.follow(1e9)
+    grown = budget.factor
+    assert grown == pytest.approx(math.exp(-5.0 + 100.0))
+    budget.start()
+    budget.follow(1.0)
+    assert budget.factor == pytest.approx(1.0)
+
+
+def test_what_is_refused():
+    for nats in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"budget is {nats}: it must be"):
+            ForgettingBudget(nats)
+    with pytest.raises(ValueError, match="rate is 0: it must be"):
+        ForgettingBudget(1.0, rate=0)
