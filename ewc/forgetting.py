@@ -6,8 +6,10 @@ SMOOTHING = 0.9
 """What a step leaves of the running mean of the rise, for penalties that take a share of the
 eigenvectors a step are estimates."""
 
-LIMIT = 1.0
-r"""The most that a step follows of :math:`|\log(r / b)|`: a task starts with a rise of 0."""
+FALL, GROWTH = 0.2, 1.0
+r"""The most that a step follows of :math:`-\log(r / b)` and of :math:`\log(r / b)`: a task starts
+with a rise of 0, and what the network forgets while the strength has fallen too far does not all
+come back with it."""
 
 
 class ForgettingBudget:
@@ -19,7 +21,7 @@ class ForgettingBudget:
     multiplier, in units of its own, and is found while the task is learnt: after every step
 
     .. math:: \log \lambda \leftarrow \log \lambda
-              + \eta\, \mathrm{clip}\big(\log (\bar r / b), -1, 1\big)
+              + \eta\, \mathrm{clip}\big(\log (\bar r / b), -0.2, 1\big)
 
     with the running mean :math:`\bar r` of the forecast.  Where the strength is at rest the
     forecast is at the budget; where a task can be learnt for less, the strength falls.
@@ -35,7 +37,7 @@ class ForgettingBudget:
         ValueError: the budget or the rate is not above 0.
     """
 
-    def __init__(self, nats: float, rate: float = 0.02) -> None:
+    def __init__(self, nats: float, rate: float = 0.05) -> None:
         for name, value in (("budget", nats), ("rate", rate)):
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {value}: it must be a finite number above 0.")
@@ -58,5 +60,5 @@ class ForgettingBudget:
         self._mean = SMOOTHING * self._mean + (1 - SMOOTHING) * rise
         self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
         ratio = self._mean / self._weight / self.nats
-        push = math.log(ratio) if ratio > math.exp(-LIMIT) else -LIMIT
-        self.factor *= math.exp(self.rate * min(push, LIMIT))
+        push = math.log(ratio) if ratio > math.exp(-FALL) else -FALL
+        self.factor *= math.exp(self.rate * min(push, GROWTH))

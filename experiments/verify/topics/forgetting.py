@@ -1,12 +1,12 @@
 r"""Forgetting as the penalty forecasts it, against what happens, and a budget for it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from matplotlib.figure import Figure
+from scipy.stats import spearmanr
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import avg_pool2d, cross_entropy
 
 from ewc import (
     DiagonalFisher,
@@ -21,10 +21,10 @@ from experiments.data import MNIST, Images
 from experiments.verify.check import Check, Surroundings
 
 EXAMPLES = 10_000
-TASKS = 4
-STEPS = 300
+TASKS = 5
+STEPS = 600
 BATCH = 128
-STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)
 BUDGET = 0.002
 STRUCTURES: dict[str, type[FisherMatrix]] = {"diagonal": DiagonalFisher, "K-FAC": KroneckerFisher}
 
@@ -46,89 +46,115 @@ class Run:
 
 def verify(surroundings: Surroundings) -> list[Check]:
     """Every strength and the budget, for both structures."""
-    train, test = MNIST().load(surroundings.data_root)
-    train = Images(train.pixels[:EXAMPLES], train.labels[:EXAMPLES])
-    generator = torch.Generator().manual_seed(surroundings.seed)
-    orders = [torch.randperm(784, generator=generator) for _ in range(TASKS)]
+    permuted = Permuted(*MNIST().load(surroundings.data_root), surroundings.seed)
     checks, found = [], {}
     for name, structure in STRUCTURES.items():
-        runs = [
-            learnt(orders, train, test, structure, strength, None, surroundings.seed)
-            for strength in STRENGTHS
-        ]
-        kept = learnt(orders, train, test, structure, 1.0, BUDGET, surroundings.seed)
+        runs = [learnt(permuted, structure, strength) for strength in STRENGTHS]
+        kept = learnt(permuted, structure, 1.0, ForgettingBudget(BUDGET))
         found[name] = runs, kept
-        best = max(runs, key=lambda run: run.accuracy)
-        predicted = torch.tensor([r.predicted for r in runs]).flatten().log()
-        measured = torch.tensor([r.measured for r in runs]).flatten().clamp_min(1e-5).log()
-        correlation = float(torch.corrcoef(torch.stack([predicted, measured]))[0, 1])
-        short = best.accuracy - kept.accuracy
-        spent = max(abs(r - BUDGET) for r in kept.predicted) / BUDGET
+        best = max(run.accuracy for run in runs)
+        predicted = [value for run in runs for value in run.predicted]
+        measured = [value for run in runs for value in run.measured]
+        spent = max(abs(value / BUDGET - 1) for value in kept.predicted)
+        tuned = f"points under the best of {len(STRENGTHS)} strengths, {best:.2f} %"
         checks += [
-            Check.at_most(f"{name}: a budget of {BUDGET} nats, points under the best of "
-                          f"{len(STRENGTHS)} strengths ({best.accuracy:.2f} %)", short, 1.0),
-            Check.at_most(f"{name}: the forecast off the budget after a task, share", spent, 0.1),
-            Check.at_least(f"{name}: correlation of forecast and measured rise, logarithms, "
-                           f"{len(predicted)} tasks", correlation, 0.8),
-        ]  # fmt: skip
+            Check.at_most(
+                f"{name}: with a budget of {BUDGET} nats, {tuned}", best - kept.accuracy, 1
+            ),
+            Check.at_most(f"{name}: the forecast after a task off the budget, share", spent, 0.2),
+            Check.at_least(
+                f"{name}: rank correlation of forecast and measured rise, {len(predicted)} tasks",
+                float(spearmanr(predicted, measured).statistic),
+                0.5,
+            ),
+        ]
+    kept = found["K-FAC"][1]
+    checks.append(
+        Check.at_most(
+            "K-FAC: largest measured rise with the budget, nats", max(kept.measured), 0.004
+        )
+    )
     _picture(found).savefig(surroundings.pictures / "forgetting.png", dpi=120)
     return checks
 
 
+class Permuted:
+    """Permuted tasks of MNIST at a quarter of its pixels, 14x14.
+
+    Args:
+        train: the images of which the first are learnt.
+        test: the images to test with.
+        seed: decides the permutations.
+    """
+
+    def __init__(self, train: Images, test: Images, seed: int) -> None:
+        self.seed = seed
+        generator = torch.Generator().manual_seed(seed)
+        self.orders = [torch.randperm(196, generator=generator) for _ in range(TASKS)]
+        self.train = Images(_pooled(train.pixels[:EXAMPLES]), train.labels[:EXAMPLES])
+        self.test = Images(_pooled(test.pixels), test.labels)
+
+    def loss(self, model: nn.Module, tasks: int) -> float:
+        """The mean training loss over the first so many tasks."""
+        return sum(self._loss(model, order) for order in self.orders[:tasks]) / tasks
+
+    @torch.no_grad()
+    def _loss(self, model: nn.Module, order: Tensor) -> float:
+        return float(cross_entropy(model(self.train.pixels[:, order]), self.train.labels))
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module) -> float:
+        """The mean test accuracy over all tasks, in per cent."""
+        found = [model(self.test.pixels[:, order]).argmax(1) for order in self.orders]
+        return 100 * float((torch.stack(found) == self.test.labels).float().mean())
+
+
+def _pooled(pixels: Tensor) -> Tensor:
+    return avg_pool2d(pixels.view(-1, 1, 28, 28), 2).flatten(1)
+
+
 def learnt(
-    orders: Sequence[Tensor],
-    train: Images,
-    test: Images,
+    permuted: Permuted,
     structure: type[FisherMatrix],
     strength: float,
-    nats: float | None,
-    seed: int,
+    budget: ForgettingBudget | None = None,
 ) -> Run:
-    """A network that learns permuted tasks one after the other with online EWC."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(
-        *(nn.Linear(784, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 10))
-    )
+    """A network that learns the tasks one after the other with online EWC."""
+    torch.manual_seed(permuted.seed)
+    layers = [nn.Linear(196, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 10)]
+    model = nn.Sequential(*layers)
     penalty = EWCPenalty(strength, Online())
-    budget = None if nats is None else ForgettingBudget(nats)
     run = Run(0.0, [], [])
-    for task, order in enumerate(orders):
-        pixels = train.pixels[:, order]
-        before = [_loss(model, train, old) for old in orders[:task]]
+    labels = permuted.train.labels
+    for task, order in enumerate(permuted.orders):
+        pixels = permuted.train.pixels[:, order]
+        before = permuted.loss(model, task) if task else 0.0
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
         for _ in range(STEPS):
             batch = torch.randint(len(pixels), (BATCH,))
-            loss = cross_entropy(model(pixels[batch]), train.labels[batch])
+            loss = cross_entropy(model(pixels[batch]), labels[batch])
             if task:
                 value = penalty(model)
                 if budget is not None:
-                    # Tasks of one size: the penalty is the strength times that of all of them.
+                    # Of tasks of one size the penalty is the strength times their sum.
                     budget.follow(float(value.detach()) / (penalty.strength * task))
                     value = budget.factor * value
                 loss = loss + value
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             annealing.step()
         if task:
             run.predicted.append(penalty.predicted_rise(model))
-            after = [_loss(model, train, old) for old in orders[:task]]
-            run.measured.append((sum(after) - sum(before)) / task)
-        if budget is not None and task:
-            penalty.strength *= budget.factor
-            budget.start()
-        batches = list(zip(pixels.split(1000), train.labels.split(1000), strict=True))
+            run.measured.append(permuted.loss(model, task) - before)
+            if budget is not None:
+                penalty.strength *= budget.factor
+                budget.start()
+        batches = list(zip(torch.split(pixels, 1000), torch.split(labels, 1000), strict=True))
         penalty.consolidate(fisher_information(model, batches, structure=structure), model)
-    with torch.no_grad():
-        right = [(model(test.pixels[:, o]).argmax(1) == test.labels).float().mean() for o in orders]
-    run.accuracy = 100 * float(torch.stack(right).mean())
+    run.accuracy = permuted.accuracy(model)
     return run
-
-
-@torch.no_grad()
-def _loss(model: nn.Module, images: Images, order: Tensor) -> float:
-    return float(cross_entropy(model(images.pixels[:, order]), images.labels))
 
 
 def _picture(found: dict[str, tuple[list[Run], Run]]) -> Figure:
