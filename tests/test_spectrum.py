@@ -16,6 +16,7 @@ from ewc.statistics import (
     effective_dimension,
     effective_dimension_estimate,
     largest_eigenvalue,
+    leading_eigenvector,
     spectral_density,
 )
 
@@ -80,6 +81,18 @@ def test_the_largest_eigenvalue(fisher):
     assert largest_eigenvalue(fisher, tolerance=1e-12) == pytest.approx(expected, rel=1e-9)
     rough = largest_eigenvalue(fisher, max_steps=2)
     assert 0.2 * expected < rough <= expected * (1 + 1e-12)
+
+
+def test_the_leading_eigenvector(fisher):
+    values, vectors = torch.linalg.eigh(fisher.to_dense())
+    value, vector = leading_eigenvector(fisher)
+    assert value == pytest.approx(float(values[-1]), rel=1e-9)
+    assert {name: tensor.shape for name, tensor in vector.items()} == fisher.shapes
+    flat = torch.cat([tensor.flatten() for tensor in vector.values()])
+    assert float(flat.norm()) == pytest.approx(1, rel=1e-12)
+    assert abs(float(flat @ vectors[:, -1])) == pytest.approx(1, abs=1e-9)
+    one_step, _ = leading_eigenvector(fisher, max_steps=1)
+    assert one_step < value
 
 
 def test_the_effective_dimension_of_ridge_regression_is_its_degrees_of_freedom():

@@ -168,13 +168,22 @@ def lanczos(
 
 def ritz_values(alphas: list[float], betas: list[float]) -> tuple[Tensor, Tensor]:
     """The eigenvalues of a tridiagonal matrix, ascending, and their share of the first entry."""
-    diagonal = torch.tensor(alphas, dtype=torch.float64)
-    beside = torch.tensor(betas[: len(alphas) - 1], dtype=torch.float64)
-    matrix = torch.diag(diagonal)
-    if len(alphas) > 1:
-        matrix = matrix + torch.diag(beside, 1) + torch.diag(beside, -1)
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = torch.linalg.eigh(_tridiagonal(alphas, betas))
     return values, vectors[0].square()
+
+
+def ritz_vectors(alphas: list[float], betas: list[float]) -> Tensor:
+    """The eigenvectors of a tridiagonal matrix as columns, in the order of its eigenvalues."""
+    vectors: Tensor = torch.linalg.eigh(_tridiagonal(alphas, betas)).eigenvectors
+    return vectors
+
+
+def _tridiagonal(alphas: list[float], betas: list[float]) -> Tensor:
+    matrix = torch.diag(torch.tensor(alphas, dtype=torch.float64))
+    if len(alphas) > 1:
+        beside = torch.tensor(betas[: len(alphas) - 1], dtype=torch.float64)
+        matrix = matrix + torch.diag(beside, 1) + torch.diag(beside, -1)
+    return matrix
 
 
 def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:

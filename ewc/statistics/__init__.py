@@ -10,6 +10,11 @@ from ewc.statistics.asymptotics import (
     wald_test,
 )
 from ewc.statistics.bounds import cramer_rao_bound
+from ewc.statistics.curvature import (
+    DivergenceProfile,
+    divergence_profile,
+    network_formulations,
+)
 from ewc.statistics.expectation import Density, expectation
 from ewc.statistics.geometry import fisher_rao_distance, path_length
 from ewc.statistics.influence import (
@@ -37,18 +42,21 @@ from ewc.statistics.spectrum import (
     effective_dimension,
     effective_dimension_estimate,
     largest_eigenvalue,
+    leading_eigenvector,
     spectral_density,
 )
 
 __all__ = [
     "ChiSquaredTest",
     "Density",
+    "DivergenceProfile",
     "Formulations",
     "SpectralDensity",
     "aic",
     "bic",
     "confidence_intervals",
     "cramer_rao_bound",
+    "divergence_profile",
     "effective_dimension",
     "effective_dimension_estimate",
     "effective_parameters",
@@ -60,8 +68,10 @@ __all__ = [
     "influence",
     "laplace_log_evidence",
     "largest_eigenvalue",
+    "leading_eigenvector",
     "likelihood_ratio_test",
     "loss_gradient",
+    "network_formulations",
     "parameters_without",
     "parametric_fisher",
     "path_length",

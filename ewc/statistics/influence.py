@@ -13,19 +13,17 @@ matrix, and the Hessian itself for linear models.  Everything else follows by th
 a matrix, :class:`~ewc.KroneckerFisher` in its eigenbasis.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import grad, jvp
 
-from ewc.fisher.arguments import Arguments, Caller
-from ewc.fisher.evaluation import plain_operations, undisturbed
 from ewc.fisher.matrix import FisherMatrix
 from ewc.likelihoods import Categorical, Likelihood
 from ewc.parameters import Parameters
+from ewc.statistics.network import NetworkFunction
 
 CHUNK = 256
 """Examples whose own gradients are held at once."""
@@ -48,7 +46,7 @@ def loss_gradient(
     Raises:
         ValueError: the data are empty or no batches.
     """
-    network = _Network(model, fisher, likelihood)
+    network = NetworkFunction(model, fisher.shapes, likelihood)
     total = {name: torch.zeros_like(tensor) for name, tensor in network.parameters.items()}
     count = 0
     with network.evaluating():
@@ -97,7 +95,7 @@ def influence(
         torch.linalg.LinAlgError: the damped matrix is singular.
     """
     direction = fisher.solve(gradient, damping)
-    network = _Network(model, fisher, likelihood)
+    network = NetworkFunction(model, fisher.shapes, likelihood)
     direction = {name: direction[name].to(t) for name, t in network.parameters.items()}
     changes = []
     with network.evaluating():
@@ -138,7 +136,7 @@ def self_influence(
         ValueError: the data are no batches.
         torch.linalg.LinAlgError: the damped matrix is singular.
     """
-    network = _Network(model, fisher, likelihood)
+    network = NetworkFunction(model, fisher.shapes, likelihood)
     rises = []
     with network.evaluating():
         for arguments, targets in network.batches(train):
@@ -181,42 +179,3 @@ def parameters_without(
     moved = fisher.solve({n: t.to(fisher.dtype) for n, t in mean.items()}, damping)
     own = dict(model.named_parameters())
     return {n: own[n].detach() + share * t.to(own[n]) for n, t in moved.items()}
-
-
-class _Network:
-    """A network as a function of the parameters of a Fisher matrix."""
-
-    def __init__(self, model: nn.Module, fisher: FisherMatrix, likelihood: Likelihood) -> None:
-        self.model = model
-        self.likelihood = likelihood
-        own = dict(model.named_parameters())
-        self.parameters = {name: own[name].detach() for name in fisher.shapes}
-        self.caller = Caller(model, next(iter(self.parameters.values())).device)
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Evaluation mode, without fused kernels, inside."""
-        with undisturbed(self.model), plain_operations(self.model):
-            yield
-
-    def batches(self, data: Iterable[Any]) -> Iterator[tuple[Arguments, Tensor]]:
-        """The arguments and targets of each batch."""
-        for index, batch in enumerate(data):
-            yield self.caller.arguments(batch, index)
-
-    def losses(self, parameters: Parameters, arguments: Arguments, targets: Tensor) -> Tensor:
-        """The negative log-likelihoods ``[n]``."""
-        outputs = functional_call(self.model, parameters, arguments.positional, arguments.named)
-        return -self.likelihood.log_prob(outputs, targets)
-
-    def gradients(self, arguments: Arguments, targets: Tensor) -> Parameters:
-        """The gradients of the losses, one by one, ``[n, ...]``."""
-
-        def one(parameters: Parameters, target: Tensor, *tensors: Tensor) -> Tensor:
-            alone = arguments.with_tensors([tensor[None] for tensor in tensors])
-            return self.losses(parameters, alone, target[None])[0]
-
-        tensors = arguments.tensors()
-        dimensions = (None, 0, *[0] * len(tensors))
-        each: Callable[..., Parameters] = vmap(grad(one), in_dims=dimensions)
-        return each(self.parameters, targets, *tensors)

@@ -18,9 +18,10 @@ from ewc.fisher.krylov import (
     lanczos_quadrature,
     random_signs,
     ritz_values,
+    ritz_vectors,
 )
 from ewc.fisher.matrix import FisherMatrix
-from ewc.parameters import flatten, unflatten
+from ewc.parameters import Parameters, flatten, unflatten
 
 
 @dataclass(frozen=True)
@@ -96,16 +97,54 @@ def largest_eigenvalue(
     Raises:
         ValueError: ``max_steps`` is below 1, or the tolerance negative.
     """
+    value, _ = _leading(fisher, tolerance, max_steps, seed)
+    return value
+
+
+def leading_eigenvector(
+    fisher: FisherMatrix, *, tolerance: float = 1e-6, max_steps: int = 200, seed: int = 0
+) -> tuple[float, Parameters]:
+    r"""The largest eigenvalue and its eigenvector: the direction that the data decide best.
+
+    By the Lanczos process, as :func:`largest_eigenvalue`. The vector has an error of about
+    ``tolerance`` times the largest eigenvalue over its distance to the next.
+
+    Args:
+        fisher: of any structure.
+        tolerance: of the vector; its square is that of the eigenvalue.
+        max_steps: products at most, and vectors held at a time.
+        seed: of the vector it starts from.
+
+    Returns:
+        The eigenvalue and the vector, of norm 1.
+
+    Raises:
+        ValueError: ``max_steps`` is below 1, or the tolerance negative.
+    """
+    value, vector = _leading(fisher, tolerance**2, max_steps, seed)
+    return value, unflatten(vector, fisher.shapes)
+
+
+def _leading(
+    fisher: FisherMatrix, tolerance: float, max_steps: int, seed: int
+) -> tuple[float, Tensor]:
     check_count(max_steps, "max_steps")
     check_not_negative(tolerance, "tolerance")
     like = torch.zeros(fisher.num_parameters, dtype=fisher.dtype, device=fisher.device)
     start = torch.randn(like.numel(), generator=torch.Generator().manual_seed(seed)).to(like)
+    basis: list[Tensor] = []
+
+    def product(vector: Tensor) -> Tensor:
+        basis.append(vector)  # the process multiplies each vector of its basis once
+        return _product(fisher, vector)
+
     largest = 0.0
-    for alphas, betas in lanczos(lambda v: _product(fisher, v), start / start.norm()):
+    for alphas, betas in lanczos(product, start / start.norm()):
         before, largest = largest, float(ritz_values(alphas, betas)[0][-1])
         if abs(largest - before) <= tolerance * largest or len(alphas) == max_steps:
             break
-    return largest
+    vector = torch.stack(basis).T @ ritz_vectors(alphas, betas)[:, -1].to(like)
+    return largest, vector / vector.norm()
 
 
 def effective_dimension(fisher: FisherMatrix, prior_precision: float) -> float:

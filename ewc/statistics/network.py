@@ -1,0 +1,64 @@
+"""A network as a function of some of its parameters, for derivatives by ``torch.func``."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from ewc.fisher.arguments import Arguments, Caller
+from ewc.fisher.evaluation import plain_operations, undisturbed
+from ewc.likelihoods import Likelihood
+from ewc.parameters import Parameters
+
+
+class NetworkFunction:
+    """The outputs and losses of a network at any values of some of its parameters.
+
+    Args:
+        model: the network; itself it stays as it is.
+        names: the parameters that vary.
+        likelihood: what the outputs mean.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str], likelihood: Likelihood) -> None:
+        self.model = model
+        self.likelihood = likelihood
+        own = dict(model.named_parameters())
+        self.parameters = {name: own[name].detach() for name in names}
+        self.caller = Caller(model, next(iter(self.parameters.values())).device)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode, without fused kernels, inside."""
+        with undisturbed(self.model), plain_operations(self.model):
+            yield
+
+    def batches(self, data: Iterable[object]) -> Iterator[tuple[Arguments, Tensor]]:
+        """The arguments and targets of each batch."""
+        for index, batch in enumerate(data):
+            yield self.caller.arguments(batch, index)
+
+    def outputs(self, parameters: Parameters, arguments: Arguments) -> Tensor:
+        """The outputs ``[n, c]``."""
+        # A copy: a network may write into its input.
+        own = arguments.map(torch.clone)
+        found: Tensor = functional_call(self.model, parameters, own.positional, own.named)
+        return found
+
+    def losses(self, parameters: Parameters, arguments: Arguments, targets: Tensor) -> Tensor:
+        """The negative log-likelihoods ``[n]``."""
+        return -self.likelihood.log_prob(self.outputs(parameters, arguments), targets)
+
+    def gradients(self, arguments: Arguments, targets: Tensor) -> Parameters:
+        """The gradients of the losses, one by one, ``[n, ...]``."""
+
+        def one(parameters: Parameters, target: Tensor, *tensors: Tensor) -> Tensor:
+            alone = arguments.with_tensors([tensor[None] for tensor in tensors])
+            return self.losses(parameters, alone, target[None])[0]
+
+        tensors = arguments.tensors()
+        dimensions = (None, 0, *[0] * len(tensors))
+        each: Callable[..., Parameters] = vmap(grad(one), in_dims=dimensions)
+        return each(self.parameters, targets, *tensors)
