@@ -19,6 +19,7 @@ from experiments.verify.check import Check, Surroundings
 TOPICS = {
     "parametric": "Fisher information of a parametric model",
     "forgetting": "Forgetting, predicted",
+    "formulations": "Two formulations, and the gap between them",
 }
 """The rows by the module of :mod:`experiments.verify.topics` that measures them."""
 

@@ -1,0 +1,60 @@
+r"""Many generalised linear models fitted at once, for simulations.
+
+One design ``x`` of shape ``[n, p]`` and many draws of the targets, ``[fits, n]``; the outputs
+are :math:`x \theta`, natural parameters, so that Fisher scoring is Newton's method (McCullagh &
+Nelder 1989, Generalized Linear Models, section 2.5).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ewc.likelihoods import Bernoulli, Likelihood, Poisson
+
+MOMENTS: dict[type[Likelihood], Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    Bernoulli: lambda f: (f.sigmoid(), f.sigmoid() * (-f).sigmoid()),
+    Poisson: lambda f: (f.exp(), f.exp()),
+}
+"""Mean and variance of a target by its output."""
+
+STEPS = 25
+"""Of Newton's method, at most."""
+
+
+def maxima(x: Tensor, y: Tensor, likelihood: Likelihood, held: Sequence[int] = ()) -> Tensor:
+    r"""The maxima of the likelihood ``[fits, p]``, with the entries ``held`` at 0.
+
+    Raises:
+        ArithmeticError: a fit has not converged, as where the classes can be separated.
+    """
+    free = [column for column in range(x.shape[1]) if column not in held]
+    theta = x.new_zeros(len(y), x.shape[1])
+    for _ in range(STEPS):
+        gradient, hessian = scores_and_information(x[:, free], y, likelihood, theta[:, free])
+        step = torch.linalg.solve(hessian, gradient.sum(1))
+        # No step moves an output by more than 2: the first ones would overshoot.
+        largest = (step @ x[:, free].T).abs().amax(1, keepdim=True)
+        theta[:, free] += step * (2 / largest).clamp_max(1.0)
+        if float(step.abs().max()) < 1e-10:
+            return theta
+    raise ArithmeticError(f"{STEPS} steps of Newton's method were not enough.")
+
+
+def scores_and_information(
+    x: Tensor, y: Tensor, likelihood: Likelihood, theta: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The score of every example ``[fits, n, p]`` and their information ``[fits, p, p]``."""
+    mean, variance = MOMENTS[type(likelihood)](theta @ x.T)
+    outer = (x[:, :, None] * x[:, None, :]).flatten(1)
+    information = (variance @ outer).view(len(y), x.shape[1], x.shape[1])
+    return (y - mean)[:, :, None] * x, information
+
+
+def covariances(
+    x: Tensor, y: Tensor, likelihood: Likelihood, theta: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The inverse information and the sandwich of each fit, ``[fits, p, p]``."""
+    scores, information = scores_and_information(x, y, likelihood, theta)
+    inverse = torch.linalg.inv(information)
+    return inverse, inverse @ (scores.mT @ scores) @ inverse
