@@ -20,6 +20,7 @@ TOPICS = {
     "parametric": "Fisher information of a parametric model",
     "forgetting": "Forgetting, predicted",
     "formulations": "Two formulations, and the gap between them",
+    "curvature": "Expected curvature of the log-likelihood",
 }
 """The rows by the module of :mod:`experiments.verify.topics` that measures them."""
 
