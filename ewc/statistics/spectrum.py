@@ -143,8 +143,7 @@ def _leading(
         before, largest = largest, float(ritz_values(alphas, betas)[0][-1])
         if abs(largest - before) <= tolerance * largest or len(alphas) == max_steps:
             break
-    vector = torch.stack(basis).T @ ritz_vectors(alphas, betas)[:, -1].to(like)
-    return largest, vector / vector.norm()
+    return largest, torch.stack(basis).T @ ritz_vectors(alphas, betas)[:, -1].to(like)
 
 
 def effective_dimension(fisher: FisherMatrix, prior_precision: float) -> float:

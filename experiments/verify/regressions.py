@@ -13,8 +13,8 @@ from torch import Tensor
 from ewc.likelihoods import Bernoulli, Likelihood, Poisson
 
 MOMENTS: dict[type[Likelihood], Callable[[Tensor], tuple[Tensor, Tensor]]] = {
-    Bernoulli: lambda f: (f.sigmoid(), f.sigmoid() * (-f).sigmoid()),
-    Poisson: lambda f: (f.exp(), f.exp()),
+    Bernoulli: lambda f: ((mean := f.sigmoid()), mean * (1 - mean)),
+    Poisson: lambda f: ((mean := f.exp()), mean),
 }
 """Mean and variance of a target by its output."""
 
@@ -30,31 +30,32 @@ def maxima(x: Tensor, y: Tensor, likelihood: Likelihood, held: Sequence[int] = (
     """
     free = [column for column in range(x.shape[1]) if column not in held]
     theta = x.new_zeros(len(y), x.shape[1])
+    inputs = x[:, free]
     for _ in range(STEPS):
-        gradient, hessian = scores_and_information(x[:, free], y, likelihood, theta[:, free])
-        step = torch.linalg.solve(hessian, gradient.sum(1))
+        mean, information = _mean_and_information(inputs, likelihood, theta[:, free])
+        step = torch.linalg.solve(information, (y - mean) @ inputs)
         # No step moves an output by more than 2: the first ones would overshoot.
-        largest = (step @ x[:, free].T).abs().amax(1, keepdim=True)
+        largest = (step @ inputs.T).abs().amax(1, keepdim=True)
         theta[:, free] += step * (2 / largest).clamp_max(1.0)
         if float(step.abs().max()) < 1e-10:
             return theta
     raise ArithmeticError(f"{STEPS} steps of Newton's method were not enough.")
 
 
-def scores_and_information(
-    x: Tensor, y: Tensor, likelihood: Likelihood, theta: Tensor
+def _mean_and_information(
+    x: Tensor, likelihood: Likelihood, theta: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The score of every example ``[fits, n, p]`` and their information ``[fits, p, p]``."""
+    """The mean of every target ``[fits, n]`` and the information of all ``[fits, p, p]``."""
     mean, variance = MOMENTS[type(likelihood)](theta @ x.T)
     outer = (x[:, :, None] * x[:, None, :]).flatten(1)
-    information = (variance @ outer).view(len(y), x.shape[1], x.shape[1])
-    return (y - mean)[:, :, None] * x, information
+    return mean, (variance @ outer).view(len(theta), x.shape[1], x.shape[1])
 
 
 def covariances(
     x: Tensor, y: Tensor, likelihood: Likelihood, theta: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The inverse information and the sandwich of each fit, ``[fits, p, p]``."""
-    scores, information = scores_and_information(x, y, likelihood, theta)
+    mean, information = _mean_and_information(x, likelihood, theta)
+    scores = (y - mean)[:, :, None] * x
     inverse = torch.linalg.inv(information)
     return inverse, inverse @ (scores.mT @ scores) @ inverse

@@ -21,6 +21,7 @@ TOPICS = {
     "forgetting": "Forgetting, predicted",
     "formulations": "Two formulations, and the gap between them",
     "curvature": "Expected curvature of the log-likelihood",
+    "cramer_rao": "Cramer-Rao bound",
 }
 """The rows by the module of :mod:`experiments.verify.topics` that measures them."""
 

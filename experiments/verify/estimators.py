@@ -1,0 +1,194 @@
+"""Families, ways to draw from them, and estimators of what they depend on."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from scipy.special import gammaincinv
+from torch import Tensor
+from torch.distributions import Exponential, Laplace, Normal, Poisson
+
+from ewc.parameters import Parameters
+from ewc.statistics import Density
+from ewc.statistics.bounds import Function
+from ewc.statistics.parametric import Family
+
+LATER = 1.0
+"""The survival function of an exponential distribution is estimated there."""
+
+Estimator = Callable[[Tensor], Tensor]
+"""From data sets ``[s, n]`` to estimates ``[s]``."""
+
+
+@dataclass(frozen=True)
+class Estimated:
+    r"""An estimator and what it is held against.
+
+    Attributes:
+        estimate: from data sets to estimates.
+        largest: whether it is the maximum of the likelihood, or as good as ``N`` grows.
+        function: of the parameters, that it estimates; ``None`` for the parameter itself.
+        bias: its bias by the number of draws, as a function of the parameters.
+    """
+
+    estimate: Estimator
+    largest: bool = False
+    function: Function | None = None
+    bias: Callable[[int], Function] | None = None
+
+
+@dataclass(frozen=True)
+class Situation:
+    """A family with its parameter, and estimators of it."""
+
+    family: Family
+    parameters: Parameters
+    draw: Callable[[tuple[int, int], torch.Generator], Tensor]
+    estimators: dict[str, Estimated] = field(default_factory=dict)
+
+
+def scalar(value: float) -> Tensor:
+    """A parameter in double precision."""
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def normal(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Draws with the mean 1 and the standard deviation 2."""
+    return 1.0 + 2.0 * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator, dtype=torch.float64).clamp(2.0**-54)
+
+
+def _laplace(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    u = 2 * _uniform(shape, generator) - 1
+    return 1.0 - u.sign() * torch.log1p(-u.abs())
+
+
+def _logistic(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    return 1.0 + torch.logit(_uniform(shape, generator))
+
+
+def _exponential(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    return -_uniform(shape, generator).log() / 2.0
+
+
+def _poisson(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    return torch.poisson(torch.full(shape, 3.0, dtype=torch.float64), generator)
+
+
+def _trimmed(x: Tensor) -> Tensor:
+    """The mean without a tenth at either end."""
+    cut = x.shape[1] // 10
+    return x.sort(1).values[:, cut : x.shape[1] - cut].mean(1)
+
+
+def _logistic_location(x: Tensor) -> Tensor:
+    """The maximum of the likelihood of a logistic distribution's location."""
+    m = x.median(1).values
+    for _ in range(20):
+        half = ((x - m[:, None]) / 2).tanh()
+        step = half.sum(1) / ((1 - half.square()).sum(1) / 2)
+        m = m + step
+        if float(step.abs().max()) < 1e-10:
+            break
+    return m
+
+
+def _survival(p: Parameters) -> Tensor:
+    return (-p["rate"] * LATER).exp()
+
+
+def _censored(x: Tensor) -> Tensor:
+    """The unbiased rate from the shorter half, and that the others last longer than these."""
+    size = x.shape[1]
+    seen = (size + 1) // 2
+    shorter = x.topk(seen, 1, largest=False).values
+    longest = shorter.amax(1)
+    return (seen - 1) / (shorter.sum(1) + (size - seen) * longest)
+
+
+def _bias_of_survival(size: int) -> Function:
+    """By the quantiles of the sum of the draws in units of its scale, which is Gamma's."""
+    shares = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    sums = torch.from_numpy(gammaincinv(size, shares.numpy()))
+    return lambda p: (-size * LATER * p["rate"] / sums).exp().mean() - _survival(p)
+
+
+MEAN = Estimated(lambda x: x.mean(1))
+MEDIAN = Estimated(lambda x: x.median(1).values)
+BEST_MEAN = Estimated(MEAN.estimate, largest=True)
+
+SITUATIONS = {
+    "normal mean": Situation(
+        lambda p: Normal(p["m"], 2.0),
+        {"m": scalar(1.0)},
+        normal,
+        {
+            "mean": BEST_MEAN,
+            "median": MEDIAN,
+            "trimmed mean": Estimated(_trimmed),
+            "0.8 times the mean": Estimated(
+                lambda x: 0.8 * x.mean(1), bias=lambda _: lambda p: -0.2 * p["m"]
+            ),
+        },
+    ),
+    "Laplace location": Situation(
+        lambda p: Laplace(p["m"], 1.0),
+        {"m": scalar(1.0)},
+        _laplace,
+        {"median": Estimated(MEDIAN.estimate, largest=True), "mean": MEAN},
+    ),
+    "logistic location": Situation(
+        lambda p: Density(lambda x: -2 * ((x - p["m"]) / 2).cosh().log() - math.log(4), location=1),
+        {"m": scalar(1.0)},
+        _logistic,
+        {
+            "maximum": Estimated(_logistic_location, largest=True),
+            "mean": MEAN,
+            "median": MEDIAN,
+        },
+    ),
+    "exponential rate": Situation(
+        lambda p: Exponential(p["rate"]),
+        {"rate": scalar(2.0)},
+        _exponential,
+        {
+            "1 / mean": Estimated(
+                lambda x: 1 / x.mean(1), largest=True, bias=lambda n: lambda p: p["rate"] / (n - 1)
+            ),
+            "the same unbiased": Estimated(lambda x: (x.shape[1] - 1) / x.sum(1), largest=True),
+            "the longer half unseen": Estimated(_censored),
+        },
+    ),
+    "exponential survival": Situation(
+        lambda p: Exponential(p["rate"]),
+        {"rate": scalar(2.0)},
+        _exponential,
+        {
+            "exp(-1 / mean)": Estimated(
+                lambda x: (-LATER / x.mean(1)).exp(),
+                largest=True,
+                function=_survival,
+                bias=_bias_of_survival,
+            ),
+            "unbiased of least variance": Estimated(
+                lambda x: (1 - LATER / x.sum(1)).clamp_min(0) ** (x.shape[1] - 1),
+                largest=True,
+                function=_survival,
+            ),
+            "share that survives": Estimated(
+                lambda x: (x > LATER).double().mean(1), function=_survival
+            ),
+        },
+    ),
+    "Poisson rate": Situation(
+        lambda p: Poisson(p["rate"]),
+        {"rate": scalar(3.0)},
+        _poisson,
+        {"mean": BEST_MEAN, "sample variance": Estimated(lambda x: x.var(1))},
+    ),
+}
+"""Families, and several estimators each."""
