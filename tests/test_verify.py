@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from ewc import Bernoulli, Empirical, Poisson
+from ewc.statistics import robust_covariance
+from experiments.verify import regressions
 from experiments.verify.check import Check
+from experiments.verify.digits import digits, principal_components
 from experiments.verify.verification import TOPICS, Outcome, Verification
 
 ROOT = Path(__file__).parents[1]
@@ -83,12 +87,22 @@ def test_checks_are_held_to_their_bars():
     assert not Outcome("parametric", [], 0.0, missing="no data").holds
 
 
-def test_a_row_without_its_data_is_said_not_to_have_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (FileNotFoundError("There is no MNIST."), "There is no MNIST."),
+        (
+            ModuleNotFoundError("No module named 'statsmodels'", name="statsmodels"),
+            "statsmodels is not installed: pip install -e '.[dev]' does it.",
+        ),
+    ],
+)
+def test_a_row_without_what_it_needs_is_said_not_to_have_run(tmp_path, monkeypatch, error, message):
     from experiments.verify import verification
     from experiments.verify.topics import parametric
 
     def without(_):
-        raise FileNotFoundError("There is no MNIST.")
+        raise error
 
     monkeypatch.setattr(parametric, "verify", without)
     threads = torch.get_num_threads()
@@ -97,10 +111,44 @@ def test_a_row_without_its_data_is_said_not_to_have_run(tmp_path, monkeypatch):
     finally:
         torch.set_num_threads(threads)
         torch.set_flush_denormal(False)
-    assert (found.missing, found.checks, found.holds) == ("There is no MNIST.", [], False)
+    assert (found.missing, found.checks, found.holds) == (message, [], False)
 
 
 def test_the_rows_are_those_asked_for():
     assert Verification(row="parametric").row in TOPICS
     with pytest.raises(ValueError, match="row is 'x'"):
         Verification(row="x")
+
+
+@pytest.mark.parametrize("likelihood", [Bernoulli(), Poisson()])
+def test_regressions_are_fitted_at_once_and_judged_as_one_by_one(likelihood):
+    torch.manual_seed(0)
+    x, y = torch.randn(60, 3).double(), torch.randint(2, (4, 60)).double()
+    theta = regressions.maxima(x, y, likelihood)
+    held = regressions.maxima(x, y, likelihood, held=[1])
+    assert bool((held[:, 1] == 0).all())
+    inverse, sandwich = regressions.covariances(x, y, likelihood, theta)
+    for one in range(4):
+        full = regressions.Regression(x, y[one], likelihood, theta[one])
+        null = regressions.Regression(x, y[one], likelihood, held[one])
+        assert float(full.score()["weight"].abs().max()) < 1e-9
+        assert float(null.score()["weight"][0, [0, 2]].abs().max()) < 1e-9
+        assert full.log_likelihood() > null.log_likelihood()
+        fisher = full.fisher()
+        torch.testing.assert_close(inverse[one], (60 * fisher.to_dense()).inverse())
+        scores = full.fisher(estimator=Empirical())
+        torch.testing.assert_close(sandwich[one], robust_covariance(fisher, scores))
+    x[:, 0] = 3 * y[0] - 1  # separates the classes
+    if isinstance(likelihood, Bernoulli):
+        with pytest.raises(ArithmeticError, match="25 steps of Newton's method"):
+            regressions.maxima(x, y[:1], likelihood)
+
+
+def test_the_digits_are_shrunk_by_means_and_their_components_are_standard():
+    x, y = digits()
+    small, _ = digits(side=4)
+    assert (x.shape, small.shape, y.shape) == ((1437, 64), (1437, 16), (1437,))
+    torch.testing.assert_close(small[:, 0], x[:, [0, 1, 8, 9]].mean(1))
+    components = principal_components(x, 3)
+    torch.testing.assert_close(components.T @ components / 1437, torch.eye(3).double())
+    torch.testing.assert_close(components.mean(0), torch.zeros(3).double())

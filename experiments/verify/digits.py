@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from ewc.likelihoods import Likelihood
+from ewc.parameters import flatten
 from experiments.data import Digits
 
 
@@ -41,11 +42,22 @@ def tanh_network(*widths: int, seed: int = 0) -> nn.Sequential:
     return nn.Sequential(*layers[:-1]).double()
 
 
-def train(model: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood, *, steps: int) -> None:
-    """Maximise the likelihood by Adam on all the data at once."""
+def train(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    likelihood: Likelihood,
+    *,
+    steps: int,
+    prior_precision: float = 0.0,
+) -> None:
+    """Maximise the likelihood, or the posterior with a normal prior, by Adam on all the data."""
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     for _ in range(steps):
         optimizer.zero_grad()
         loss = -likelihood.log_prob(model(x), y).mean()
+        if prior_precision:
+            squares = flatten(dict(model.named_parameters())).square().sum()
+            loss = loss + prior_precision / (2 * len(x)) * squares
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

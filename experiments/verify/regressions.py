@@ -1,4 +1,4 @@
-r"""Many generalised linear models fitted at once, for simulations.
+r"""Generalised linear models, many of them fitted at once for simulations.
 
 One design ``x`` of shape ``[n, p]`` and many draws of the targets, ``[fits, n]``; the outputs
 are :math:`x \theta`, natural parameters, so that Fisher scoring is Newton's method (McCullagh &
@@ -6,11 +6,15 @@ Nelder 1989, Generalized Linear Models, section 2.5).
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ewc.fisher import DenseFisher, fisher_information
 from ewc.likelihoods import Bernoulli, Likelihood, Poisson
+from ewc.parameters import Parameters
 
 MOMENTS: dict[type[Likelihood], Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     Bernoulli: lambda f: ((mean := f.sigmoid()), mean * (1 - mean)),
@@ -59,3 +63,50 @@ def covariances(
     scores = (y - mean)[:, :, None] * x
     inverse = torch.linalg.inv(information)
     return inverse, inverse @ (scores.mT @ scores) @ inverse
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A generalised linear model at some coefficients, for the library to judge.
+
+    Attributes:
+        x: the design ``[n, p]``.
+        y: the targets ``[n]``.
+        likelihood: of the targets.
+        theta: the coefficients ``[p]``.
+    """
+
+    x: Tensor
+    y: Tensor
+    likelihood: Likelihood
+    theta: Tensor
+
+    @classmethod
+    def fitted(
+        cls, x: Tensor, y: Tensor, likelihood: Likelihood, held: Sequence[int] = ()
+    ) -> "Regression":
+        """At the maximum of the likelihood, with the coefficients ``held`` at 0."""
+        return cls(x, y, likelihood, maxima(x, y[None], likelihood, held)[0])
+
+    @property
+    def parameters(self) -> Parameters:
+        """The coefficients by the name of a linear layer's."""
+        return {"weight": self.theta[None]}
+
+    def fisher(self, **options: Any) -> DenseFisher:
+        """The information of the examples."""
+        model = nn.Linear(len(self.theta), 1, bias=False, dtype=torch.float64)
+        with torch.no_grad():
+            model.weight.copy_(self.theta)
+        data = [(self.x, self.y[:, None])]
+        return fisher_information(model, data, self.likelihood, structure=DenseFisher, **options)
+
+    def log_likelihood(self) -> float:
+        """Of all examples, in nats."""
+        outputs = (self.x @ self.theta)[:, None]
+        return float(self.likelihood.log_prob(outputs, self.y[:, None]).sum())
+
+    def score(self) -> Parameters:
+        """The gradient of the log-likelihood of all examples."""
+        outputs = (self.x @ self.theta)[:, None]
+        return {"weight": self.likelihood.score(outputs, self.y[:, None]).T @ self.x}

@@ -22,6 +22,7 @@ TOPICS = {
     "formulations": "Two formulations, and the gap between them",
     "curvature": "Expected curvature of the log-likelihood",
     "cramer_rao": "Cramer-Rao bound",
+    "asymptotics": "Standard errors, intervals and tests",
 }
 """The rows by the module of :mod:`experiments.verify.topics` that measures them."""
 
@@ -110,4 +111,8 @@ def outcome_of(topic: str, surroundings: Surroundings) -> Outcome:
         checks = module.verify(surroundings)
     except FileNotFoundError as error:
         return Outcome(topic, [], time.perf_counter() - start, str(error))
+    except ModuleNotFoundError as error:
+        # Of the packages for development, with which some rows compare.
+        missing = f"{error.name} is not installed: pip install -e '.[dev]' does it."
+        return Outcome(topic, [], time.perf_counter() - start, missing)
     return Outcome(topic, checks, time.perf_counter() - start)
