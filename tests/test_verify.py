@@ -152,3 +152,4 @@ def test_the_digits_are_shrunk_by_means_and_their_components_are_standard():
     components = principal_components(x, 3)
     torch.testing.assert_close(components.T @ components / 1437, torch.eye(3).double())
     torch.testing.assert_close(components.mean(0), torch.zeros(3).double())
+    assert bool((components.amax(0) >= -components.amin(0)).all())  # the sign is fixed
