@@ -118,6 +118,11 @@ def test_every_verb_agrees_with_the_dense_matrix(fisher):
     close(fisher.trace(), matrix.trace())
     close(flatten(fisher.solve(v, damping)), torch.linalg.solve(damped, flat))
     close(flatten(fisher.inverse_diagonal(damping)), torch.linalg.inv(damped).diagonal())
+    many = [vector(fisher) for _ in range(3)]
+    rows = torch.stack([flatten(one) for one in many])
+    together = {name: torch.stack([one[name] for one in many]) for name in reversed(fisher.shapes)}
+    expected = (rows @ torch.linalg.inv(damped) * rows).sum(1)
+    close(fisher.inverse_quadratic_forms(together, damping), expected)
     expected = torch.linalg.slogdet(damped).logabsdet
     if isinstance(fisher, ImplicitFisher):
         found = fisher.logdet_estimate(damping)
@@ -192,6 +197,8 @@ def test_vectors_that_do_not_fit_are_named(fisher):
         fisher.matvec({name: tensor for name, tensor in v.items() if name != last})
     with pytest.raises(ValueError, match=rf"has shape \[1\] for parameter '{last}'"):
         fisher.matvec(v | {last: torch.zeros(1, dtype=torch.float64)})
+    with pytest.raises(ValueError, match="A row of the vectors has shape"):
+        fisher.inverse_quadratic_forms(v, 0.1)
 
 
 def test_mistakes_are_named(tmp_path):
@@ -203,6 +210,13 @@ def test_mistakes_are_named(tmp_path):
         _ = float("nan") * fisher
     with pytest.raises(torch.linalg.LinAlgError, match=r"is 0 in parameter '0.weight'"):
         DiagonalFisher({"0.weight": torch.zeros(2)}, 1).solve({"0.weight": torch.ones(2)}, 0.0)
+    for structure in (DiagonalFisher, KroneckerFisher, DenseFisher):
+        zero = 0 * fisher_information(model, data, structure=structure)
+        rows = {name: torch.ones(2, *shape).double() for name, shape in zero.shapes.items()}
+        with pytest.raises(torch.linalg.LinAlgError):
+            zero.inverse_quadratic_forms(rows, 0.0)
+        with pytest.raises(ValueError, match="damping is -1"):
+            zero.inverse_quadratic_forms(rows, -1)
     with pytest.raises(ValueError, match=r"lacks parameter '0.bias'"):
         _ = fisher + fisher_information(nn.Linear(3, 3).double(), data)
     with pytest.raises(ValueError, match=r"shape \[2, 3\]"):

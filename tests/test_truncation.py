@@ -70,6 +70,9 @@ def test_the_leading_eigenvectors_are_left():
         torch.testing.assert_close(found.diagonal()[name], entries, **EXACT)
         inverse = found.inverse_diagonal(0.1)[name]
         torch.testing.assert_close(inverse, expected.inverse_diagonal(0.1)[name], **EXACT)
+    rows = {name: torch.stack([tensor, 2 * tensor.sin()]) for name, tensor in v.items()}
+    forms = expected.inverse_quadratic_forms(rows, 0.1)
+    torch.testing.assert_close(found.inverse_quadratic_forms(rows, 0.1), forms, **EXACT)
     torch.testing.assert_close(found.trace(), expected.trace(), **EXACT)
     torch.testing.assert_close(found.logdet(0.1), expected.logdet(0.1), **EXACT)
     torch.testing.assert_close(found.eigenvalues(), expected.eigenvalues(), **EXACT)

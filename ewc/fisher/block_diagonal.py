@@ -85,6 +85,18 @@ class BlockDiagonalFisher(FisherMatrix):
         check_same_shapes(shapes_of(v), self.shapes, "The right-hand side")
         return self._gathered(block.solve(self._part(v, block), damping) for block in self.blocks)
 
+    def inverse_quadratic_forms(self, v: Mapping[str, Tensor], damping: float) -> Tensor:
+        r"""The sums of the blocks' :math:`v_{nl}^\top (F_l + \delta I)^{-1} v_{nl}`.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
+            torch.linalg.LinAlgError: a damped block is not positive definite.
+        """
+        rows = self._checked_rows(v)
+        return torch.stack(
+            [b.inverse_quadratic_forms(self._part(rows, b), damping) for b in self.blocks]
+        ).sum(0)
+
     def inverse_diagonal(self, damping: float) -> Parameters:
         r"""The diagonals of the blocks' :math:`(F_l + \delta I)^{-1}`.
 

@@ -60,6 +60,18 @@ class DenseFisher(FisherMatrix):
         ordered = torch.cat([v[name].reshape(-1) for name in self.shapes])
         return unflatten(self._matrix @ ordered, self.shapes)
 
+    def inverse_quadratic_forms(self, v: Mapping[str, Tensor], damping: float) -> Tensor:
+        r"""The scalars :math:`v_n^\top (F + \delta I)^{-1} v_n`, by one Cholesky factor.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
+            torch.linalg.LinAlgError: the damped matrix is not positive definite.
+        """
+        rows = torch.cat([t.flatten(1) for t in self._checked_rows(v).values()], 1)
+        factor = torch.linalg.cholesky(self._damped(damping))
+        # With F + delta I = L L' the form is |L^-1 v|^2.
+        return torch.linalg.solve_triangular(factor, rows.T, upper=False).square().sum(0)
+
     def to_dense(self) -> Tensor:
         """A copy of the matrix, shape ``[p, p]``."""
         return self._matrix.clone()

@@ -67,16 +67,21 @@ class DiagonalFisher(FisherMatrix):
             ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
             torch.linalg.LinAlgError: an entry plus the damping is 0.
         """
-        check_not_negative(damping, "damping")
+        damped = self._damped_entries(damping)
         check_same_shapes(shapes_of(v), self.shapes, "The right-hand side")
-        damped = {name: entries + damping for name, entries in self._diagonal.items()}
-        for name, entries in damped.items():
-            if not bool((entries > 0).all()):
-                raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
-                    f"The diagonal Fisher matrix is 0 in parameter {name!r}: "
-                    "solve takes a damping above 0 there."
-                )
         return {name: v[name] / entries for name, entries in damped.items()}
+
+    def inverse_quadratic_forms(self, v: Mapping[str, Tensor], damping: float) -> Tensor:
+        r"""The scalars :math:`\sum_p v_{np}^2 / (F_p + \delta)`.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
+            torch.linalg.LinAlgError: an entry plus the damping is 0.
+        """
+        damped = self._damped_entries(damping)
+        rows = self._checked_rows(v)
+        forms = [(rows[n].square() / entries).flatten(1).sum(1) for n, entries in damped.items()]
+        return torch.stack(forms).sum(0)
 
     def inverse_diagonal(self, damping: float) -> Parameters:
         r"""The entries :math:`1 / (F_p + \delta)`.
@@ -86,6 +91,17 @@ class DiagonalFisher(FisherMatrix):
             torch.linalg.LinAlgError: an entry plus the damping is 0.
         """
         return self.solve({n: torch.ones_like(t) for n, t in self._diagonal.items()}, damping)
+
+    def _damped_entries(self, damping: float) -> Parameters:
+        check_not_negative(damping, "damping")
+        damped = {name: entries + damping for name, entries in self._diagonal.items()}
+        for name, entries in damped.items():
+            if not bool((entries > 0).all()):
+                raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+                    f"The diagonal Fisher matrix is 0 in parameter {name!r}: "
+                    "solve takes a damping above 0 there."
+                )
+        return damped
 
     def logdet(self, damping: float) -> Tensor:
         r""":math:`\sum_p \log (F_p + \delta)`.

@@ -63,6 +63,17 @@ class EigenvalueCorrectedProduct(LayerMatrix):
         rotated = self.rotated(self.weights.to_matrix(self.checked(v)))
         return self.weights.to_parameters(self.rotated_back(rotated / damped))
 
+    def inverse_quadratic_forms(self, v: Mapping[str, Tensor], damping: float) -> Tensor:
+        r"""The scalars :math:`v_n^\top (F + \delta I)^{-1} v_n`, in the eigenbasis.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
+            torch.linalg.LinAlgError: an eigenvalue plus the damping is not above 0.
+        """
+        damped = self._damped_spectrum(damping)
+        matrices: Tensor = torch.vmap(self.weights.to_matrix)(self._checked_rows(v))
+        return (self.rotated(matrices).square() / damped).flatten(1).sum(1)
+
     def inverse_diagonal(self, damping: float) -> Parameters:
         r"""The diagonal of :math:`(F + \delta I)^{-1}`, by parameter.
 

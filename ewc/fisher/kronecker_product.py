@@ -90,6 +90,15 @@ class KroneckerProduct(LayerMatrix):
         """
         return self.eigen.solve(v, damping)
 
+    def inverse_quadratic_forms(self, v: Mapping[str, Tensor], damping: float) -> Tensor:
+        r"""The scalars :math:`v_n^\top (G \otimes A + \delta I)^{-1} v_n`, in the eigenbasis.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
+            torch.linalg.LinAlgError: the damped matrix is singular.
+        """
+        return self.eigen.inverse_quadratic_forms(v, damping)
+
     def inverse_diagonal(self, damping: float) -> Parameters:
         r"""The diagonal of :math:`(F + \delta I)^{-1}`, by parameter.
 

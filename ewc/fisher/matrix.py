@@ -120,6 +120,26 @@ class FisherMatrix(ABC):
         flat = flatten({name: v[name] for name in self.shapes})
         return unflatten(torch.cholesky_solve(flat[:, None], factor)[:, 0], self.shapes)
 
+    def inverse_quadratic_forms(self, v: Mapping[str, Tensor], damping: float) -> Tensor:
+        r"""The scalars :math:`v_n^\top (F + \delta I)^{-1} v_n` of many vectors, ``[n]``.
+
+        One :meth:`solve` a vector here; all at once where a structure can.
+
+        Args:
+            v: the vectors, ``[n, ...]`` by parameter.
+            damping: :math:`\delta`.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
+            torch.linalg.LinAlgError: the damped matrix is not positive definite.
+        """
+        rows = self._checked_rows(v)
+        forms = []
+        for row in range(len(next(iter(rows.values())))):
+            one = {name: tensor[row] for name, tensor in rows.items()}
+            forms.append(dot(one, self.solve(one, damping)))
+        return torch.stack(forms)
+
     def inverse_diagonal(self, damping: float) -> Parameters:
         r"""The diagonal of :math:`(F + \delta I)^{-1}`, by parameter.
 
@@ -263,6 +283,12 @@ class FisherMatrix(ABC):
             f"tensors={len(self.shapes)}, num_examples={self.num_examples}, "
             f"trace={float(self.trace()):.6g})"
         )
+
+    def _checked_rows(self, v: Mapping[str, Tensor]) -> Parameters:
+        """Many vectors ``[n, ...]`` in the flat order."""
+        found = {name: tensor.shape[1:] for name, tensor in v.items()}
+        check_same_shapes(found, self.shapes, "A row of the vectors")
+        return {name: v[name] for name in self.shapes}
 
     def _damped(self, damping: float) -> Tensor:
         check_not_negative(damping, "damping")

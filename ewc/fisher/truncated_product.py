@@ -77,6 +77,15 @@ class TruncatedProduct(LayerMatrix):
         """
         return self.whole.solve(v, damping)
 
+    def inverse_quadratic_forms(self, v: Mapping[str, Tensor], damping: float) -> Tensor:
+        r"""The scalars :math:`v_n^\top (F + \delta I)^{-1} v_n` of many vectors, ``[n]``.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
+            torch.linalg.LinAlgError: the damped matrix is singular.
+        """
+        return self.whole.inverse_quadratic_forms(v, damping)
+
     def inverse_diagonal(self, damping: float) -> Parameters:
         r"""The diagonal of :math:`(F + \delta I)^{-1}`, by parameter.
 

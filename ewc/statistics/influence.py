@@ -143,11 +143,9 @@ def self_influence(
             for start in range(0, len(targets), CHUNK):
                 part = slice(start, start + CHUNK)
                 gradients = network.gradients(arguments[part], targets[part])
-                for row in range(len(next(iter(gradients.values())))):
-                    own = {n: g[row].to(fisher.dtype) for n, g in gradients.items()}
-                    solved = fisher.solve(own, damping)
-                    rises.append(sum(float((own[n] * solved[n]).sum()) for n in own))
-    return torch.tensor(rises, dtype=torch.float64) / fisher.num_examples
+                own = {name: g.to(fisher.dtype) for name, g in gradients.items()}
+                rises.append(fisher.inverse_quadratic_forms(own, damping).double())
+    return torch.cat(rises) / fisher.num_examples
 
 
 def parameters_without(
