@@ -70,7 +70,8 @@ class DenseFisher(FisherMatrix):
         rows = torch.cat([t.flatten(1) for t in self._checked_rows(v).values()], 1)
         factor = torch.linalg.cholesky(self._damped(damping))
         # With F + delta I = L L' the form is |L^-1 v|^2.
-        return torch.linalg.solve_triangular(factor, rows.T, upper=False).square().sum(0)
+        solved: Tensor = torch.linalg.solve_triangular(factor, rows.T, upper=False)
+        return solved.square().sum(0)
 
     def to_dense(self) -> Tensor:
         """A copy of the matrix, shape ``[p, p]``."""

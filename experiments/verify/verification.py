@@ -23,6 +23,7 @@ TOPICS = {
     "curvature": "Expected curvature of the log-likelihood",
     "cramer_rao": "Cramer-Rao bound",
     "asymptotics": "Standard errors, intervals and tests",
+    "influence": "Influence of training examples",
 }
 """The rows by the module of :mod:`experiments.verify.topics` that measures them."""
 
