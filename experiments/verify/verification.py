@@ -24,6 +24,7 @@ TOPICS = {
     "cramer_rao": "Cramer-Rao bound",
     "asymptotics": "Standard errors, intervals and tests",
     "influence": "Influence of training examples",
+    "model_selection": "Model selection",
 }
 """The rows by the module of :mod:`experiments.verify.topics` that measures them."""
 
