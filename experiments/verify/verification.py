@@ -25,6 +25,7 @@ TOPICS = {
     "asymptotics": "Standard errors, intervals and tests",
     "influence": "Influence of training examples",
     "model_selection": "Model selection",
+    "spectrum": "Overparametrised models",
 }
 """The rows by the module of :mod:`experiments.verify.topics` that measures them."""
 
