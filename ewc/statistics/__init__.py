@@ -16,6 +16,7 @@ from ewc.statistics.curvature import (
     network_formulations,
 )
 from ewc.statistics.expectation import Density, expectation
+from ewc.statistics.geodesic import Geodesic, geodesic, geodesic_distance
 from ewc.statistics.geometry import fisher_rao_distance, path_length
 from ewc.statistics.influence import (
     influence,
@@ -23,6 +24,7 @@ from ewc.statistics.influence import (
     parameters_without,
     self_influence,
 )
+from ewc.statistics.metric import fisher_metric
 from ewc.statistics.model_selection import (
     aic,
     bic,
@@ -51,6 +53,7 @@ __all__ = [
     "Density",
     "DivergenceProfile",
     "Formulations",
+    "Geodesic",
     "SpectralDensity",
     "aic",
     "bic",
@@ -61,10 +64,13 @@ __all__ = [
     "effective_dimension_estimate",
     "effective_parameters",
     "expectation",
+    "fisher_metric",
     "fisher_overlap",
     "fisher_overlap_by_layer",
     "fisher_rao_distance",
     "formulations",
+    "geodesic",
+    "geodesic_distance",
     "influence",
     "laplace_log_evidence",
     "largest_eigenvalue",

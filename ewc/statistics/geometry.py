@@ -33,7 +33,8 @@ def fisher_rao_distance(first: Distribution, second: Distribution) -> Any:
 
     For Bernoulli, categorical, Poisson, exponential and normal distributions, batches
     included, and for multivariate normal ones with equal means or equal covariances (Atkinson
-    & Mitchell 1981, Sankhya A 43(3); Nielsen 2020, doi:10.3390/e22101100).
+    & Mitchell 1981, Sankhya A 43(3); Nielsen 2020, doi:10.3390/e22101100). Of others
+    :func:`~ewc.statistics.geodesic_distance` finds it.
 
     Args:
         first: one.
@@ -46,7 +47,10 @@ def fisher_rao_distance(first: Distribution, second: Distribution) -> Any:
         ValueError: of multivariate normals means and covariances both differ.
     """
     name = type(first).__name__
-    raise TypeError(f"{name} and {type(second).__name__} have no closed form of their distance.")
+    raise TypeError(
+        f"{name} and {type(second).__name__} have no closed form of their distance: within a "
+        "family geodesic_distance finds it."
+    )
 
 
 def _check_family(first: Any, second: Any) -> None:
@@ -106,7 +110,7 @@ def _(first: MultivariateNormal, second: Any) -> Any:
     if bool(away.any()):
         raise ValueError(
             "Means and covariances both differ: multivariate normal distributions then have no "
-            "closed form of their distance."
+            "closed form of their distance: geodesic_distance finds it."
         )
     # Logarithms of the relative eigenvalues, twice those of singular values.
     left = torch.linalg.solve_triangular(root, other, upper=False)
