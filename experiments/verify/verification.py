@@ -26,6 +26,7 @@ TOPICS = {
     "influence": "Influence of training examples",
     "model_selection": "Model selection",
     "spectrum": "Overparametrised models",
+    "geometry": "Information geometry",
 }
 """The rows by the module of :mod:`experiments.verify.topics` that measures them."""
 
