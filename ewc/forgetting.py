@@ -6,10 +6,8 @@ SMOOTHING = 0.9
 """What a step leaves of the running mean of the rise, for penalties that take a share of the
 eigenvectors a step are estimates."""
 
-FALL, GROWTH = 0.2, 1.0
-r"""The most that a step follows of :math:`-\log(r / b)` and of :math:`\log(r / b)`: a task starts
-with a rise of 0, and what the network forgets while the strength has fallen too far does not all
-come back with it."""
+LIMIT = 1.0
+r"""The most that a step follows of :math:`|\log(r / b)|`: a task starts with a rise of 0."""
 
 
 class ForgettingBudget:
@@ -21,7 +19,7 @@ class ForgettingBudget:
     multiplier, in units of its own, and is found while the task is learnt: after every step
 
     .. math:: \log \lambda \leftarrow \log \lambda
-              + \eta\, \mathrm{clip}\big(\log (\bar r / b), -0.2, 1\big)
+              + \eta\, \mathrm{clip}\big(\log (\bar r / b), -1, 1\big)
 
     with the running mean :math:`\bar r` of the forecast.  Where the strength is at rest the
     forecast is at the budget; where a task can be learnt for less, the strength falls.
@@ -60,5 +58,5 @@ class ForgettingBudget:
         self._mean = SMOOTHING * self._mean + (1 - SMOOTHING) * rise
         self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
         ratio = self._mean / self._weight / self.nats
-        push = math.log(ratio) if ratio > math.exp(-FALL) else -FALL
-        self.factor *= math.exp(self.rate * min(push, GROWTH))
+        push = math.log(ratio) if ratio > math.exp(-LIMIT) else -LIMIT
+        self.factor *= math.exp(self.rate * min(push, LIMIT))

@@ -61,19 +61,13 @@ def verify(surroundings: Surroundings) -> list[Check]:
             Check.at_most(
                 f"{name}: with a budget of {BUDGET} nats, {tuned}", best - kept.accuracy, 1
             ),
-            Check.at_most(f"{name}: the forecast after a task off the budget, share", spent, 0.2),
+            Check.at_most(f"{name}: the forecast after a task off the budget, share", spent, 0.1),
             Check.at_least(
                 f"{name}: rank correlation of forecast and measured rise, {len(predicted)} tasks",
                 float(spearmanr(predicted, measured).statistic),
                 0.5,
             ),
         ]
-    kept = found["K-FAC"][1]
-    checks.append(
-        Check.at_most(
-            "K-FAC: largest measured rise with the budget, nats", max(kept.measured), 0.004
-        )
-    )
     _picture(found).savefig(surroundings.pictures / "forgetting.png", dpi=120)
     return checks
 
