@@ -27,6 +27,7 @@ TOPICS = {
     "model_selection": "Model selection",
     "spectrum": "Overparametrised models",
     "geometry": "Information geometry",
+    "empirical": "Empirical Fisher",
 }
 """The rows by the module of :mod:`experiments.verify.topics` that measures them."""
 
