@@ -1,5 +1,10 @@
 """What the Fisher information says of a model: thin users of a :class:`~ewc.FisherMatrix`."""
 
+from ewc.statistics.approximation import (
+    error_by_layer,
+    relative_error,
+    share_between_layers,
+)
 from ewc.statistics.asymptotics import (
     ChiSquaredTest,
     confidence_intervals,
@@ -63,6 +68,7 @@ __all__ = [
     "effective_dimension",
     "effective_dimension_estimate",
     "effective_parameters",
+    "error_by_layer",
     "expectation",
     "fisher_metric",
     "fisher_overlap",
@@ -81,10 +87,12 @@ __all__ = [
     "parameters_without",
     "parametric_fisher",
     "path_length",
+    "relative_error",
     "robust_covariance",
     "sampled_parametric_fisher",
     "score_test",
     "self_influence",
+    "share_between_layers",
     "spectral_density",
     "standard_errors",
     "tic",

@@ -1,0 +1,109 @@
+r"""What a structure leaves out of the Fisher matrix: its errors, by layer and between layers.
+
+By the Frobenius norm, in which :math:`\|F - \hat F\|_F^2` is the mean square of what a random
+direction's product with the matrix is off by (times ``p``, for directions of independent
+entries of unit variance).
+"""
+
+import torch
+from torch import Tensor
+
+from ewc.fisher.block_diagonal import BlockDiagonalFisher, by_layer
+from ewc.fisher.matrix import FisherMatrix
+from ewc.parameters import check_same_shapes
+
+
+def error_by_layer(approximation: FisherMatrix, exact: FisherMatrix) -> dict[str, float]:
+    r"""The relative error :math:`\|\hat F_l - F_l\|_F / \|F_l\|_F` of every layer's block.
+
+    A layer is a module with parameters of its own.  A matrix of 0 has an error of 1; a layer
+    whose own information is 0 has the error 0 if it is 0 in both, else infinity.
+
+    Args:
+        approximation: :math:`\hat F`, of any structure.
+        exact: :math:`F`, usually a :class:`~ewc.BlockDiagonalFisher`, of which no matrix of
+            the whole network's size is made, or a :class:`~ewc.DenseFisher`.
+
+    Returns:
+        The errors by the layers' names.
+
+    Raises:
+        ValueError: the matrices are over different parameters.
+    """
+    check_same_shapes(approximation.shapes, exact.shapes, "The approximation")
+    blocks = layer_blocks(approximation), layer_blocks(exact)
+    return {layer: _relative(blocks[0][layer], own) for layer, own in blocks[1].items()}
+
+
+def relative_error(approximation: FisherMatrix, exact: FisherMatrix) -> float:
+    r"""The relative error :math:`\|\hat F - F\|_F / \|F\|_F` of the whole matrix.
+
+    From dense matrices.
+
+    Args:
+        approximation: :math:`\hat F`, of any structure.
+        exact: :math:`F`.
+
+    Raises:
+        ValueError: the matrices are over different parameters.
+    """
+    check_same_shapes(approximation.shapes, exact.shapes, "The approximation")
+    return _relative(approximation.embedded(exact.shapes).to_dense(), exact.to_dense())
+
+
+def share_between_layers(fisher: FisherMatrix) -> float:
+    r"""The share of :math:`\|F\|_F^2` in the blocks between different layers, from 0 to 1.
+
+    What every block-diagonal structure leaves out: the square root is the least
+    :func:`relative_error` that one can have.
+
+    Args:
+        fisher: the matrix, of any structure; dense, to be of interest.
+
+    Raises:
+        ValueError: the matrix is 0.
+    """
+    whole = float(fisher.to_dense().double().square().sum())
+    if whole == 0:
+        raise ValueError("The Fisher matrix is 0: nothing has a share in it.")
+    within = sum(float(block.double().square().sum()) for block in layer_blocks(fisher).values())
+    return max(0.0, 1 - within / whole)
+
+
+def layer_blocks(fisher: FisherMatrix) -> dict[str, Tensor]:
+    """The dense block ``[p_l, p_l]`` of every layer, by its name.
+
+    The parameters of a layer are in the order of their names, whatever that of the matrix.
+
+    Args:
+        fisher: the matrix, of any structure.
+    """
+    layers = {
+        layer: dict(sorted(shapes.items())) for layer, shapes in by_layer(fisher.shapes).items()
+    }
+    if isinstance(fisher, BlockDiagonalFisher):
+        found = {}
+        for layer, shapes in layers.items():
+            own = [block for block in fisher.blocks if block.shapes.keys() <= shapes.keys()]
+            if {name for block in own for name in block.shapes} != set(shapes):
+                break  # a block over several layers
+            found[layer] = BlockDiagonalFisher(own, shapes, fisher.num_examples).to_dense()
+        else:
+            return found
+    dense = fisher.to_dense()
+    places, start = {}, 0
+    for name, shape in fisher.shapes.items():
+        places[name] = torch.arange(start, start + shape.numel(), device=dense.device)
+        start += shape.numel()
+    indices = {
+        layer: torch.cat([places[name] for name in names]) for layer, names in layers.items()
+    }
+    return {layer: dense[index[:, None], index] for layer, index in indices.items()}
+
+
+def _relative(found: Tensor, exact: Tensor) -> float:
+    off = float((found.to(exact) - exact).norm())
+    norm = float(exact.norm())
+    if norm == 0:
+        return 0.0 if off == 0 else float("inf")
+    return off / norm
