@@ -28,6 +28,7 @@ TOPICS = {
     "spectrum": "Overparametrised models",
     "geometry": "Information geometry",
     "empirical": "Empirical Fisher",
+    "kfac": "K-FAC: Kronecker structure, as optimizer and as posterior",
 }
 """The rows by the module of :mod:`experiments.verify.topics` that measures them."""
 
