@@ -18,17 +18,17 @@ from experiments.verify.check import Check, Surroundings
 
 TOPICS = {
     "parametric": "Fisher information of a parametric model",
-    "forgetting": "Forgetting, predicted",
     "formulations": "Two formulations, and the gap between them",
     "curvature": "Expected curvature of the log-likelihood",
     "cramer_rao": "Cramer-Rao bound",
     "asymptotics": "Standard errors, intervals and tests",
+    "kfac": "K-FAC: Kronecker structure, as optimizer and as posterior",
+    "empirical": "Empirical Fisher",
+    "geometry": "Information geometry",
     "influence": "Influence of training examples",
     "model_selection": "Model selection",
     "spectrum": "Overparametrised models",
-    "geometry": "Information geometry",
-    "empirical": "Empirical Fisher",
-    "kfac": "K-FAC: Kronecker structure, as optimizer and as posterior",
+    "forgetting": "Forgetting, predicted",
 }
 """The rows by the module of :mod:`experiments.verify.topics` that measures them."""
 
