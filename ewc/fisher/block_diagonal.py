@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ewc.fisher.accumulator import Accumulator
 from ewc.fisher.composite import joined_states, split_states
+from ewc.fisher.damped_inverse import Blocks, DampedInverse
 from ewc.fisher.dense import BlockSums, DenseFisher
 from ewc.fisher.diagonal import DiagonalFisher
 from ewc.fisher.matrix import FisherMatrix, State
@@ -96,6 +97,16 @@ class BlockDiagonalFisher(FisherMatrix):
         return torch.stack(
             [b.inverse_quadratic_forms(self._part(rows, b), damping) for b in self.blocks]
         ).sum(0)
+
+    def damped_inverse(self, damping: float, tolerance: float = 0.0) -> DampedInverse:
+        r"""The operator :math:`v \mapsto (F + \delta I)^{-1} v`, block by block.
+
+        Raises:
+            ValueError: ``damping`` or ``tolerance`` is negative or not finite.
+            torch.linalg.LinAlgError: a damped block is not positive definite.
+        """
+        inverses = [(b.damped_inverse(damping, tolerance), b.shapes) for b in self.blocks]
+        return Blocks(inverses, self.shapes)
 
     def inverse_diagonal(self, damping: float) -> Parameters:
         r"""The diagonals of the blocks' :math:`(F_l + \delta I)^{-1}`.

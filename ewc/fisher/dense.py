@@ -6,7 +6,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ewc.checks import check_not_negative
 from ewc.fisher.accumulator import Accumulator
+from ewc.fisher.damped_inverse import DampedInverse, Factorised
 from ewc.fisher.gram import add_gram
 from ewc.fisher.matrix import FisherMatrix, State
 from ewc.fisher.pullback import Chunk, Pullback, slices
@@ -76,6 +78,16 @@ class DenseFisher(FisherMatrix):
     def to_dense(self) -> Tensor:
         """A copy of the matrix, shape ``[p, p]``."""
         return self._matrix.clone()
+
+    def damped_inverse(self, damping: float, tolerance: float = 0.0) -> DampedInverse:
+        r"""The operator :math:`v \mapsto (F + \delta I)^{-1} v`, by one Cholesky factor.
+
+        Raises:
+            ValueError: ``damping`` or ``tolerance`` is negative or not finite.
+            torch.linalg.LinAlgError: the damped matrix is not positive definite.
+        """
+        check_not_negative(tolerance, "tolerance")
+        return Factorised(torch.linalg.cholesky(self._damped(damping)), self.shapes)
 
     def scaled(self, factor: float) -> "DenseFisher":
         """Every entry times ``factor``."""

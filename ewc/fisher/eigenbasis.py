@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ewc.checks import check_not_negative
+from ewc.fisher.damped_inverse import DampedInverse, InEigenbasis
 from ewc.fisher.layer_matrix import LayerMatrix, LayerWeights, one_more
 from ewc.fisher.matrix import State
 from ewc.parameters import Parameters
@@ -59,7 +60,7 @@ class EigenvalueCorrectedProduct(LayerMatrix):
             ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
             torch.linalg.LinAlgError: an eigenvalue plus the damping is not above 0.
         """
-        damped = self._damped_spectrum(damping)
+        damped = self.damped_spectrum(damping)
         rotated = self.rotated(self.weights.to_matrix(self.checked(v)))
         return self.weights.to_parameters(self.rotated_back(rotated / damped))
 
@@ -74,6 +75,16 @@ class EigenvalueCorrectedProduct(LayerMatrix):
         matrices: Tensor = torch.vmap(self.weights.to_matrix)(self._checked_rows(v))
         return (self.rotated(matrices).square() / damped).flatten(1).sum(1)
 
+    def damped_inverse(self, damping: float, tolerance: float = 0.0) -> DampedInverse:
+        r"""The operator :math:`v \mapsto (F + \delta I)^{-1} v`, in the eigenbasis.
+
+        Raises:
+            ValueError: ``damping`` or ``tolerance`` is negative or not finite.
+            torch.linalg.LinAlgError: an eigenvalue plus the damping is not above 0.
+        """
+        check_not_negative(tolerance, "tolerance")
+        return InEigenbasis(self, damping, tolerance)
+
     def inverse_diagonal(self, damping: float) -> Parameters:
         r"""The diagonal of :math:`(F + \delta I)^{-1}`, by parameter.
 
@@ -81,9 +92,15 @@ class EigenvalueCorrectedProduct(LayerMatrix):
             ValueError: ``damping`` is negative or not finite.
             torch.linalg.LinAlgError: an eigenvalue plus the damping is not above 0.
         """
-        return self._squares(1 / self._damped_spectrum(damping))
+        return self._squares(1 / self.damped_spectrum(damping))
 
-    def _damped_spectrum(self, damping: float) -> Tensor:
+    def damped_spectrum(self, damping: float) -> Tensor:
+        r"""The eigenvalues of :math:`F + \delta I`, ``[g, o, i]``.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite.
+            torch.linalg.LinAlgError: one is not above 0.
+        """
         check_not_negative(damping, "damping")
         damped = self.spectrum + damping
         # Without damping, eigenvalues that are nothing but rounding have no inverse.
@@ -143,6 +160,21 @@ class EigenvalueCorrectedProduct(LayerMatrix):
             zeros = first.new_zeros(*first.shape[:-1], more[1])
             spectrum = torch.cat([first, zeros, last], -1)
         return self._with(weights, outputs, inputs, spectrum)
+
+    def seen_in(self, basis: "EigenvalueCorrectedProduct") -> Tensor:
+        r"""The eigenvalues of the nearest matrix with another's eigenvectors, ``[g, o, i]``.
+
+        In the Frobenius norm the diagonal there,
+        :math:`S' = (Q_G'^\top Q_G)^2 \, S \, (Q_A^\top Q_A')^2` with the squares of entries,
+        which has the same trace.
+
+        Args:
+            basis: a matrix of the same layer.
+        """
+        spectrum = (basis.outputs.mT @ self.outputs).square() @ self.spectrum
+        if self.inputs is None or basis.inputs is None:
+            return spectrum  # of one-hot inputs, which have the identity in every matrix
+        return spectrum @ (self.inputs.mT @ basis.inputs).square()
 
     def state(self) -> State:
         """The eigenvectors and eigenvalues; what layer they are of."""

@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ewc.fisher.damped_inverse import DampedInverse
 from ewc.fisher.eigenbasis import EigenvalueCorrectedProduct
 from ewc.fisher.layer_matrix import LayerMatrix, LayerWeights, one_more
 from ewc.fisher.matrix import State
@@ -98,6 +99,15 @@ class KroneckerProduct(LayerMatrix):
             torch.linalg.LinAlgError: the damped matrix is singular.
         """
         return self.eigen.inverse_quadratic_forms(v, damping)
+
+    def damped_inverse(self, damping: float, tolerance: float = 0.0) -> DampedInverse:
+        r"""The operator :math:`v \mapsto (F + \delta I)^{-1} v`, in the eigenbasis.
+
+        Raises:
+            ValueError: ``damping`` or ``tolerance`` is negative or not finite.
+            torch.linalg.LinAlgError: the damped matrix is singular.
+        """
+        return self.eigen.damped_inverse(damping, tolerance)
 
     def inverse_diagonal(self, damping: float) -> Parameters:
         r"""The diagonal of :math:`(F + \delta I)^{-1}`, by parameter.

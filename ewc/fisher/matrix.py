@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ewc.checks import check_not_negative
 from ewc.fisher.accumulator import Accumulator, Configured
+from ewc.fisher.damped_inverse import DampedInverse, Solving
 from ewc.parameters import (
     Parameters,
     Shapes,
@@ -139,6 +140,24 @@ class FisherMatrix(ABC):
             one = {name: tensor[row] for name, tensor in rows.items()}
             forms.append(dot(one, self.solve(one, damping)))
         return torch.stack(forms)
+
+    def damped_inverse(self, damping: float, tolerance: float = 0.0) -> DampedInverse:
+        r"""The operator :math:`v \mapsto (F + \delta I)^{-1} v`, for many vectors.
+
+        It keeps what :meth:`solve` would find again for each of them.
+
+        Args:
+            damping: :math:`\delta`.
+            tolerance: the relative error that every component in an eigenbasis may have, where
+                a structure is faster for it.
+
+        Raises:
+            ValueError: ``damping`` or ``tolerance`` is negative or not finite.
+            torch.linalg.LinAlgError: the damped matrix is not positive definite.
+        """
+        check_not_negative(damping, "damping")
+        check_not_negative(tolerance, "tolerance")
+        return Solving(self, damping)
 
     def inverse_diagonal(self, damping: float) -> Parameters:
         r"""The diagonal of :math:`(F + \delta I)^{-1}`, by parameter.
