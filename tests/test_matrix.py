@@ -17,6 +17,7 @@ from ewc import (
     nearest_kronecker,
 )
 from ewc.fisher import SumFisher
+from ewc.fisher.eigenvalue_corrected import nearest_in_eigenbasis
 from ewc.parameters import flatten, unflatten
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
@@ -117,6 +118,9 @@ def test_every_verb_agrees_with_the_dense_matrix(fisher):
     close(flatten(fisher.diagonal()), matrix.diagonal())
     close(fisher.trace(), matrix.trace())
     close(flatten(fisher.solve(v, damping)), torch.linalg.solve(damped, flat))
+    inverse = fisher.damped_inverse(damping)
+    for _ in range(2):  # it serves many vectors
+        close(flatten(inverse(v)), torch.linalg.solve(damped, flat))
     close(flatten(fisher.inverse_diagonal(damping)), torch.linalg.inv(damped).diagonal())
     many = [vector(fisher) for _ in range(3)]
     rows = torch.stack([flatten(one) for one in many])
@@ -134,6 +138,7 @@ def test_every_verb_agrees_with_the_dense_matrix(fisher):
     close(fisher.eigenvalues(), torch.linalg.eigvalsh(matrix))
     close((fisher + fisher).to_dense(), 2 * matrix)
     close((0.5 * fisher).to_dense(), 0.5 * matrix)
+    close((0.5 * fisher).quadratic_form(v), 0.5 * flat @ matrix @ flat)
     close(fisher.precision.to_dense(), fisher.num_examples * matrix)
     assert (fisher + fisher).num_examples == 2 * fisher.num_examples
 
@@ -286,6 +291,48 @@ def test_nearest_kronecker_takes_sums_of_kronecker_matrices_only():
     corrected = fisher_information(model, data, structure=EigenvalueCorrectedFisher)
     with pytest.raises(ValueError, match=r"block of 0.weight, 0.bias is no sum of Kronecker"):
         nearest_kronecker(kronecker + corrected)
+
+
+def test_nearest_in_eigenbasis_keeps_the_diagonal_there_and_exact_blocks():
+    first, second = (MANY["many_eigenvalue_corrected"]() for _ in range(2))
+    found = nearest_in_eigenbasis(0.3 * first + second, second)
+    mean = 0.3 * first.to_dense() + second.to_dense()
+    # Along the eigenvectors of every layer, which are products of those of its two factors.
+    basis = torch.zeros_like(mean)
+    start, position = {}, 0
+    for name, shape in second.shapes.items():
+        start[name], position = position, position + shape.numel()
+    for block in second.blocks:
+        places = [start[n] + torch.arange(s.numel()) for n, s in block.shapes.items()]
+        places = torch.cat(places)
+        if isinstance(block, DenseFisher | DiagonalFisher):
+            basis[places, places] = 1.0
+            continue
+        for index in range(block.spectrum.numel()):
+            unit = torch.zeros(block.spectrum.numel(), dtype=torch.float64)
+            unit[index] = 1.0
+            vector = block.rotated_back(unit.reshape(block.spectrum.shape))
+            basis[places, places[index]] = flatten(block.weights.to_parameters(vector))
+    torch.testing.assert_close(basis.T @ basis, torch.eye(len(mean)).to(mean), **CLOSE)
+    here, there = basis.T @ found.to_dense() @ basis, basis.T @ mean @ basis
+    torch.testing.assert_close(here.diagonal(), there.diagonal(), **CLOSE)
+    exact = slice(start["norm.weight"], start["norm.weight"] + 8)
+    torch.testing.assert_close(found.to_dense()[exact, exact], mean[exact, exact], **CLOSE)
+    assert found.num_examples == 18
+
+
+def test_nearest_in_eigenbasis_takes_sums_of_corrected_matrices_only():
+    model, data = model_and_data()
+    basis = fisher_information(model, data, structure=EigenvalueCorrectedFisher)
+    diagonal = fisher_information(model, data)
+    with pytest.raises(ValueError, match="DiagonalFisher is no sum of eigenvalue-corrected"):
+        nearest_in_eigenbasis(diagonal, basis)
+    kronecker = fisher_information(model, data, structure=KroneckerFisher)
+    with pytest.raises(ValueError, match="is no sum of eigenvalue-corrected matrices of the layer"):
+        nearest_in_eigenbasis(kronecker + basis, basis)
+    torch.testing.assert_close(
+        nearest_in_eigenbasis(basis, basis).to_dense(), basis.to_dense(), **CLOSE
+    )
 
 
 def test_large_sums_are_solved_by_conjugate_gradients(monkeypatch):

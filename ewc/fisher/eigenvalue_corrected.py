@@ -15,6 +15,7 @@ from ewc.fisher.matrix import FisherMatrix
 from ewc.fisher.outer import OuterProducts
 from ewc.fisher.pullback import Chunk
 from ewc.fisher.squares import add_outer_squares
+from ewc.fisher.sum import SumFisher
 from ewc.parameters import Parameters, Shapes
 
 
@@ -126,3 +127,46 @@ class SpectrumSum(Accumulator):
             basis.scaled(1 / num_examples) for basis in self.bases.values()
         ]
         return EigenvalueCorrectedFisher([*corrected, *self.rest], self.shapes, num_examples)
+
+
+def nearest_in_eigenbasis(
+    fisher: FisherMatrix, basis: EigenvalueCorrectedFisher
+) -> EigenvalueCorrectedFisher:
+    """The matrix with another's eigenvectors that is nearest to a sum of EKFAC matrices.
+
+    In the Frobenius norm, layer by layer, and with the same trace; exact blocks are added
+    exactly.
+
+    Args:
+        fisher: an :class:`EigenvalueCorrectedFisher`, or what ``+`` made of several.
+        basis: one over the same layers, whose eigenvectors are taken.
+
+    Raises:
+        ValueError: it is no such sum, or over other layers.
+    """
+    if not isinstance(fisher, BlockDiagonalFisher):
+        raise ValueError(  # noqa: TRY004 - the sum's terms are at fault, not its type
+            f"{type(fisher).__name__} is no sum of eigenvalue-corrected matrices over the same "
+            "layers: only such a sum has a nearest one."
+        )
+    bases = {tuple(block.shapes): block for block in basis.blocks}
+    blocks: list[FisherMatrix] = []
+    for block in fisher.blocks:
+        terms = block.terms if isinstance(block, SumFisher) else [block]
+        own = bases.get(tuple(block.shapes))
+        corrected = [term for term in terms if isinstance(term, EigenvalueCorrectedProduct)]
+        if isinstance(own, EigenvalueCorrectedProduct) and len(corrected) == len(terms):
+            spectrum = torch.stack([term.seen_in(own) for term in corrected]).sum(0)
+            blocks.append(
+                EigenvalueCorrectedProduct(
+                    own.weights, own.outputs, own.inputs, spectrum, block.num_examples
+                )
+            )
+        elif len(terms) == 1 and not corrected:
+            blocks.append(block)
+        else:
+            raise ValueError(
+                f"The block of {', '.join(block.shapes)} is no sum of eigenvalue-corrected "
+                "matrices of the layer of the basis: only such a sum has a nearest one."
+            )
+    return EigenvalueCorrectedFisher(blocks, fisher.shapes, fisher.num_examples)
