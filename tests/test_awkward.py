@@ -228,7 +228,12 @@ def test_products_without_a_matrix_of_any_network(build, caplog):
     data = [(torch.randn(5, width, dtype=torch.float64), torch.zeros(5, dtype=torch.long))]
     expected = fisher_information(model, data, structure=DenseFisher).to_dense()
     with caplog.at_level(logging.INFO):
-        found = fisher_information(model, data, structure=ImplicitFisher).to_dense()
+        fisher = fisher_information(model, data, structure=ImplicitFisher)
+        v = {name: torch.randn(shape, dtype=torch.float64) for name, shape in fisher.shapes.items()}
+        flat = torch.cat([tensor.flatten() for tensor in v.values()])
+        form = fisher.quadratic_form(v)  # before a product has found how
+        found = fisher.to_dense()
+    torch.testing.assert_close(form, flat @ expected @ flat, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 

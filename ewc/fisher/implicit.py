@@ -99,10 +99,7 @@ class ImplicitFisher(FisherMatrix):
                 name: torch.zeros(shape, dtype=self.dtype, device=self.device)
                 for name, shape in self.own.items()
             }
-            direction = {
-                name: v[name][: shape[0]].clone() if shape else v[name].clone()
-                for name, shape in self.own.items()
-            }
+            direction = self._own_part(v)
             for piece in self.pieces:
                 for name, tensor in products.product(piece, direction).items():
                     total[name] += tensor
@@ -112,6 +109,23 @@ class ImplicitFisher(FisherMatrix):
             total = unflatten(flat, self.own)
         scale = self.factor / self.num_examples
         return padded({name: scale * tensor for name, tensor in total.items()}, self.shapes)
+
+    def quadratic_form(self, v: Mapping[str, Tensor]) -> Tensor:
+        r"""The scalar :math:`v^\top F v`, by a derivative in direction ``v`` alone.
+
+        Raises:
+            ValueError: ``v`` does not have the matrix's parameters.
+            RuntimeError: the matrix was loaded without its network.
+        """
+        check_same_shapes(shapes_of(v), self.shapes, "The vector")
+        products = self.products
+        total = torch.zeros((), dtype=self.dtype, device=self.device)
+        with plain_operations(products.model):
+            for piece in self.pieces:
+                total += products.along(piece, self._own_part(v)).square().sum()
+        if self.group is not None:
+            distributed.all_reduce(total, group=self.group)
+        return self.factor / self.num_examples * total
 
     def solve(self, v: Mapping[str, Tensor], damping: float) -> Parameters:
         r"""The solution of :math:`(F + \delta I) u = v`, by conjugate gradients.
@@ -182,6 +196,13 @@ class ImplicitFisher(FisherMatrix):
             return super().logdet(damping)
         value = self.logdet_estimate(damping).value
         return torch.tensor(value, dtype=self.dtype, device=self.device)
+
+    def _own_part(self, v: Mapping[str, Tensor]) -> Parameters:
+        """A copy of what of a vector belongs to the network's own parameters."""
+        return {
+            name: v[name][: shape[0]].clone() if shape else v[name].clone()
+            for name, shape in self.own.items()
+        }
 
     def _flat_product(self, vector: Tensor) -> Tensor:
         return flatten(self.matvec(unflatten(vector, self.shapes)))

@@ -3,6 +3,7 @@ r"""Products with the Fisher information of a network, by differentiating it."""
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,29 @@ class NetworkProduct:
                 self._differentiates = False
         return self._combination(piece, direction)
 
+    def along(self, piece: Piece, direction: Parameters) -> Tensor:
+        r"""The products :math:`s_{kn}^\top J_n v` over one piece, ``[k, n]``.
+
+        Args:
+            piece: the examples.
+            direction: ``v``.
+        """
+        if self._differentiates and len(piece.scores):
+            try:
+                _, moved = self._moved(piece, direction)
+            except (NotImplementedError, RuntimeError) as error:
+                _log.info("products by pulled-back vectors: %s", error)
+                self._differentiates = False
+            else:
+                return torch.einsum("knc,nc->kn", piece.scores, moved)
+        directions = {name: d[None].to(self.dtype) for name, d in direction.items()}
+        parts = [
+            sum(pullback.project(directions)[..., 0] for pullback in pullbacks)
+            for pullbacks in self.pullbacks(piece)
+        ]
+        found = [part for part in parts if isinstance(part, Tensor)]
+        return torch.cat(found) if found else piece.scores.new_zeros(piece.scores.shape[:2])
+
     def _combination(self, piece: Piece, direction: Parameters) -> Parameters:
         """The product from the pulled-back vectors: one pass for every score vector."""
         total = {name: torch.zeros_like(d, dtype=self.dtype)[None] for name, d in direction.items()}
@@ -69,6 +93,14 @@ class NetworkProduct:
                 yield from tape.pullbacks(piece.scores, len(piece.scores), DEFAULT_MEMORY)
 
     def _derivative(self, piece: Piece, direction: Parameters) -> Parameters:
+        pull, moved = self._moved(piece, direction)
+        along = torch.einsum("knc,nc->kn", piece.scores, moved)
+        (product,) = pull(torch.einsum("kn,knc->nc", along, piece.scores))
+        result: Parameters = product
+        return result
+
+    def _moved(self, piece: Piece, direction: Parameters) -> tuple[Any, Tensor]:
+        """What pulls vectors back, and how the outputs move in a direction, ``[n, c]``."""
         parameters = {name: parameter.detach() for name, parameter in self.parameters.items()}
         direction = {name: d.to(parameters[name]) for name, d in direction.items()}
 
@@ -92,7 +124,4 @@ class NetworkProduct:
                 # torch's own rules for forward derivatives use what it has deprecated.
                 warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)
                 _, moved, *_ = jvp(outputs, (parameters,), (direction,))
-        along = torch.einsum("knc,nc->kn", piece.scores, moved)
-        (product,) = pull(torch.einsum("kn,knc->nc", along, piece.scores))
-        result: Parameters = product
-        return result
+        return pull, moved
