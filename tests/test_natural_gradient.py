@@ -19,6 +19,8 @@ from ewc import (
     LowRankFisher,
     fisher_information,
 )
+from ewc.fisher.eigenbasis import EigenvalueCorrectedProduct
+from ewc.fisher.kronecker_product import KroneckerProduct
 from ewc.natural_gradient import NaturalGradient
 from ewc.parameters import flatten
 
@@ -274,6 +276,105 @@ def test_the_running_mean_of_kronecker_matrices_stays_one(
     torch.testing.assert_close(optimizer.fisher.to_dense(), fisher.to_dense())
 
 
+def test_the_running_mean_of_corrected_matrices_is_seen_in_the_last_eigenvectors(
+    network: nn.Module, classified: list[tuple[Tensor, Tensor]]
+) -> None:
+    """By layer the diagonal of the mean along these eigenvectors, which are the last's."""
+    first, second = ([batch] for batch in classified)
+    optimizer = NaturalGradient(network, decay=0.8, structure=EigenvalueCorrectedFisher)
+    optimizer.update_fisher(first)
+    optimizer.update_fisher(second)
+    one, two = (
+        fisher_information(network, part, structure=EigenvalueCorrectedFisher)
+        for part in (first, second)
+    )
+    mean = 0.8 * one.to_dense() + 0.2 * two.to_dense()
+    assert optimizer.fisher is not None
+    found = optimizer.fisher.to_dense()
+    torch.testing.assert_close(found.trace(), mean.trace())
+    for block, places in zip(two.blocks, (slice(0, 25), slice(25, 43)), strict=True):
+        assert isinstance(block, EigenvalueCorrectedProduct)
+        pairs = torch.kron(block.outputs[0], block.inputs[0])
+        order = block.weights.places(pairs.device)[0].flatten()
+        vectors = torch.zeros_like(pairs).index_copy(0, order, pairs)
+        along = (vectors.T @ mean[places, places] @ vectors).diagonal()
+        torch.testing.assert_close(found[places, places], vectors * along @ vectors.T)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_with_a_batch_a_step_ends_at_the_minimum_of_the_exact_model(
+    network: nn.Module, classified: list[tuple[Tensor, Tensor]], momentum: float
+) -> None:
+    """The slope of the quadratic model is 0 there, with F by its definition."""
+    optimizer = NaturalGradient(
+        network, lr=50.0, momentum=momentum, damping=0.05, structure=DiagonalFisher
+    )
+    optimizer.update_fisher(classified)
+    for _ in range(2):
+        fisher = fisher_information(network, classified[:1], structure=DenseFisher).to_dense()
+        damped = fisher + 0.05 * torch.eye(len(fisher), dtype=torch.float64)
+        before = parameters_of(network)
+        optimizer.zero_grad()
+        mean_loss(network, classified).backward()
+        gradient = flatten({n: p.grad.clone() for n, p in network.named_parameters()})
+        optimizer.step(batch=classified[0])
+        step = parameters_of(network) - before
+        assert float(step @ (gradient + damped @ step)) == pytest.approx(0, abs=1e-9)
+        assert float(step @ gradient) < 0
+    longest = optimizer.param_groups[0]["longest"]
+    before = parameters_of(network)
+    optimizer.step()  # the bound holds on
+    assert optimizer.param_groups[0]["longest"] == longest
+    optimizer.param_groups[0]["lr"] = 0.5 * longest
+    optimizer.step(batch=classified[0])
+    assert optimizer._last is not None
+    assert optimizer._last.length == min(0.5 * longest, optimizer.param_groups[0]["longest"])
+
+
+@pytest.mark.parametrize("structure", [KroneckerFisher, EigenvalueCorrectedFisher])
+def test_the_tolerance_bounds_the_error_along_every_eigenvector(
+    network: nn.Module, classified: list[tuple[Tensor, Tensor]], structure: type
+) -> None:
+    """Eigenvalues below the tolerated share of the damping count as 0, others are exact."""
+    fisher = fisher_information(network, classified, structure=structure)
+    damping, tolerance = 0.3, 0.1
+    used = 0
+    for block in fisher.blocks:
+        matrix = block.eigen if isinstance(block, KroneckerProduct) else block
+        v = {name: torch.randn(shape, dtype=torch.float64) for name, shape in block.shapes.items()}
+        exact, found = (
+            matrix.rotated(matrix.weights.to_matrix(solution))
+            for solution in (block.solve(v, damping), block.damped_inverse(damping, tolerance)(v))
+        )
+        ratio = found / exact
+        small = matrix.spectrum <= tolerance * damping
+        rows, columns = (~small[0]).any(1), (~small[0]).any(0)
+        if int(columns.sum()) <= matrix.spectrum.shape[2] // 2:
+            used += 1
+            inside = rows[:, None] & columns
+            torch.testing.assert_close(ratio[0][inside], torch.ones_like(ratio[0][inside]))
+            outside = 1 + matrix.spectrum[0][~inside] / damping
+            torch.testing.assert_close(ratio[0][~inside], outside)
+            assert 1 + 1e-4 < float(ratio.max()) <= 1 + tolerance
+        else:
+            torch.testing.assert_close(found, exact)
+    assert used
+
+
+def test_the_inverse_is_made_once_for_a_matrix_and_a_damping(
+    network: nn.Module, classified: list[tuple[Tensor, Tensor]]
+) -> None:
+    """It is kept from step to step, and never outlives its matrix or damping."""
+    optimizer = NaturalGradient(network, damping=0.1, tolerance=0.01)
+    optimizer.update_fisher(classified)
+    kept = optimizer._inverse(0.1)
+    assert optimizer._inverse(0.1) is kept
+    assert optimizer._inverse(0.2) is not kept
+    kept = optimizer._inverse(0.1)
+    optimizer.update_fisher(classified)
+    assert optimizer._inverse(0.1) is not kept
+
+
 def test_frozen_parameters_stay(
     network: nn.Module, classified: list[tuple[Tensor, Tensor]]
 ) -> None:
@@ -329,6 +430,7 @@ def test_what_is_refused(network: nn.Module, classified: list[tuple[Tensor, Tens
         ({"damping": -0.1}, "damping is -0.1"),
         ({"max_kl": 0.0}, "max_kl is 0.0: it must be above 0"),
         ({"decay": 1.5}, "decay is 1.5"),
+        ({"tolerance": -1.0}, "tolerance is -1.0"),
     ]:
         with pytest.raises(ValueError, match=message):
             NaturalGradient(network, **options)
