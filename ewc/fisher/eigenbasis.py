@@ -71,7 +71,7 @@ class EigenvalueCorrectedProduct(LayerMatrix):
             ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
             torch.linalg.LinAlgError: an eigenvalue plus the damping is not above 0.
         """
-        damped = self._damped_spectrum(damping)
+        damped = self.damped_spectrum(damping)
         matrices: Tensor = torch.vmap(self.weights.to_matrix)(self._checked_rows(v))
         return (self.rotated(matrices).square() / damped).flatten(1).sum(1)
 
