@@ -24,6 +24,7 @@ TOPICS = {
     "asymptotics": "Standard errors, intervals and tests",
     "kfac": "K-FAC: Kronecker structure, as optimizer and as posterior",
     "empirical": "Empirical Fisher",
+    "natural_gradient": "Natural gradient descent",
     "geometry": "Information geometry",
     "influence": "Influence of training examples",
     "model_selection": "Model selection",

@@ -1,0 +1,98 @@
+"""Steps and seconds to 97 % of MNIST's test images, optimizer by optimizer.
+
+    python scripts/bench_natural_gradient.py [--seeds 0 1 2] [--data DIR]
+
+A network 784-400-400-10 on one thread.  All optimizers begin from the same parameters and see
+the same images in the same order; they take turns, so that a busy machine is busy for all.
+Seconds are of the processor, in training.  SINGD (Lin et al. 2023, arXiv:2312.05705, with its
+K-FAC update) is in the extra ``bench``; without it its row is left out.
+"""
+
+import argparse
+import warnings
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+
+from ewc import DiagonalFisher, EigenvalueCorrectedFisher
+from experiments.data import MNIST, default_data_root
+from experiments.verify.race import Course, Runner, Step, plain, race
+from experiments.verify.topics.natural_gradient import (
+    BATCH_SIZE,
+    RUNNERS,
+    TARGET,
+    mlp,
+    natural,
+    sgd,
+)
+
+
+def singd(model: nn.Module) -> Step:
+    """A step of the public optimizer."""
+    from singd.optim.optimizer import SINGD
+
+    optimizer = SINGD(
+        model,
+        lr=0.03,
+        damping=0.1,
+        lr_cov=0.1,
+        momentum=0.9,
+        T=2,
+        alpha1=0.0,
+        kfac_like=True,
+        normalize_lr_cov=True,
+    )
+    return plain(model, optimizer)
+
+
+def runners() -> list[Runner]:
+    """Those of the verification, with other structures and the public optimizer."""
+    ekfac = partial(natural, structure=EigenvalueCorrectedFisher)
+    diagonal = partial(natural, structure=DiagonalFisher)
+    found = [
+        *RUNNERS,
+        Runner("SGD, momentum, batches of 512", 512, sgd(0.2, 0.9), limit=600),
+        Runner("natural gradient, EKFAC", BATCH_SIZE, ekfac, limit=200),
+        Runner("natural gradient, diagonal", BATCH_SIZE, diagonal, limit=200),
+    ]
+    try:
+        import singd as _  # noqa: F401
+    except ImportError:
+        print("SINGD is not installed: pip install -e '.[bench]'")
+        return found
+    return [*found, Runner("SINGD, K-FAC update", BATCH_SIZE, singd, limit=200)]
+
+
+def described(runner: Runner, courses: list[Course]) -> str:
+    """A row of the table: medians over seeds, and the best a runner that gave up reached."""
+    arrived = [course for course in courses if course.arrived]
+    steps = " ".join(str(c.steps) if c.arrived else f">{c.steps}" for c in courses)
+    seconds = median(course.seconds for course in courses)
+    a_step = 1e3 * seconds / median(course.steps for course in courses)
+    more = "" if len(arrived) == len(courses) else ">"
+    return f"| {runner.name} | {runner.batch_size} | {steps} | {more}{seconds:.1f} | {a_step:.0f} |"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--data", type=Path, default=default_data_root())
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)
+    train, test = MNIST().load(options.data)
+    everyone = runners()
+    found = [race(everyone, mlp, train, test, target=TARGET, seed=seed) for seed in options.seeds]
+    print("| optimizer | batch | steps, by seed | seconds, median | ms a step |")
+    print("|---|---|---|---|---|")
+    for runner in everyone:
+        print(described(runner, [courses[runner.name] for courses in found]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
