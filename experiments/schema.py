@@ -9,7 +9,7 @@ end as one :class:`ConfigurationError` that names the option and says what is al
 import inspect
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_origin, get_type_hints
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -46,32 +46,33 @@ def build(node: Mapping[str, Any], path: str = "") -> Any:
     Raises:
         ConfigurationError: the node does not fit its target.
     """
-    target, is_partial, hints = _target(node, path)
+    call = _call(node, path)
     arguments: dict[str, Any] = {}
     for key, value in node.items():
         if key in ("_target_", "_partial_"):
             continue
         option = f"{path}.{key}" if path else key
-        if key not in hints:
+        if key not in call.hints and not call.takes_more:
             raise ConfigurationError(
-                f"Unknown option {option!r}: allowed are {_listing(path, hints)}."
+                f"Unknown option {option!r}: allowed are {_listing(path, call.hints)}."
             )
+        hint = call.hints.get(key, Any)
         if isinstance(value, Mapping) and "_target_" in value:
             arguments[key] = build(value, option)
-        elif isinstance(value, Mapping) and get_origin(hints[key]) is not dict:
+        elif isinstance(value, Mapping) and get_origin(hint) is not dict:
             raise ConfigurationError(
                 f"Option {option!r} has no _target_: a group of options names what it builds."
             )
         else:
-            arguments[key] = _checked(value, hints[key], option)
-    if is_partial:
-        return partial(target, **arguments)
-    for name, parameter in inspect.signature(target).parameters.items():
-        if name not in arguments and parameter.default is inspect.Parameter.empty:
+            arguments[key] = _checked(value, hint, option)
+    if call.is_partial:
+        return partial(call.target, **arguments)
+    for name in call.needed:
+        if name not in arguments:
             option = f"{path}.{name}" if path else name
             raise ConfigurationError(f"Option {option!r} is missing.")
     try:
-        return target(**arguments)
+        return call.target(**arguments)
     except (ValueError, TypeError) as error:
         raise ConfigurationError(f"{path}: {error}" if path else str(error)) from error
 
@@ -106,19 +107,43 @@ def _same(one: Any, other: Any) -> bool:
     )
 
 
-def _target(node: Mapping[str, Any], path: str) -> tuple[Any, bool, dict[str, Any]]:
-    """What a node calls, whether only in part, and the types of the arguments it takes."""
+class _Call(NamedTuple):
+    """What a node calls.
+
+    Attributes:
+        target: the class or function.
+        is_partial: whether the code calls it later, with the rest of its arguments.
+        hints: the types of the arguments that a node may give.
+        needed: those of them without a default.
+        takes_more: whether it takes arguments of any name, and checks them itself.
+    """
+
+    target: Any
+    is_partial: bool
+    hints: dict[str, Any]
+    needed: list[str]
+    takes_more: bool
+
+
+def _call(node: Mapping[str, Any], path: str) -> _Call:
     name = node.get("_target_")
     try:
         target = hydra.utils.get_object(str(name))
     except (ImportError, ValueError) as error:
         raise ConfigurationError(f"{path}._target_ is {name!r}: {error}") from error
-    parameters = inspect.signature(target).parameters
+    parameters = inspect.signature(target).parameters.values()
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
     is_partial = bool(node.get("_partial_"))
-    # Of a call in part, what has no default is given later, by the code.
-    names = [n for n, p in parameters.items() if not is_partial or p.default is not p.empty]
-    return target, is_partial, {n: hints.get(n, Any) for n in names}
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    needed = [p.name for p in named if p.default is p.empty]
+    return _Call(
+        target,
+        is_partial,
+        # Of a call in part, what has no default is given later, by the code.
+        {p.name: hints.get(p.name, Any) for p in named if not (is_partial and p.name in needed)},
+        needed,
+        any(p.kind is p.VAR_KEYWORD for p in parameters),
+    )
 
 
 def _checked(value: Any, hint: Any, option: str) -> Any:

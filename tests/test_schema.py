@@ -7,16 +7,24 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ewc import DenseFisher, Empirical, MonteCarlo
+from ewc import (
+    BlockDiagonalFisher,
+    DenseFisher,
+    DiagonalFisher,
+    EigenvalueCorrectedFisher,
+    Empirical,
+    ImplicitFisher,
+    KroneckerFisher,
+    LowRankFisher,
+    MonteCarlo,
+)
 from experiments.command_line import CONFIGS
 from experiments.experiment import Experiment
 from experiments.schema import ConfigurationError, build, plain, same_outcome
 
 OPTIONS = [
-    f"{group.name}={path.stem}"
-    for group in sorted(Path(CONFIGS).iterdir())
-    if group.is_dir()
-    for path in sorted(group.glob("*.yaml"))
+    f"{path.parent.relative_to(CONFIGS).as_posix()}={path.stem}"
+    for path in sorted(Path(CONFIGS).glob("*/**/*.yaml"))
 ]
 
 
@@ -67,6 +75,37 @@ def test_options_reach_their_objects():
     assert isinstance(optimizer, torch.optim.SGD)
     assert optimizer.defaults["lr"] == 0.5
     assert (experiment.training.iterations, experiment.seed) == (9, 4)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "monte_carlo", "empirical"])
+@pytest.mark.parametrize(
+    ("structure", "expected"),
+    [
+        ("diagonal", DiagonalFisher),
+        ("block_diagonal", BlockDiagonalFisher),
+        ("kronecker", KroneckerFisher),
+        ("eigenvalue_corrected", EigenvalueCorrectedFisher),
+        ("low_rank", LowRankFisher.configured(rank=20)),
+        ("dense", DenseFisher),
+        ("implicit", ImplicitFisher),
+    ],
+)
+def test_ewc_takes_every_estimator_with_every_structure(estimator, structure, expected):
+    choices = (f"fisher/estimator={estimator}", f"fisher/structure={structure}")
+    experiment = build(compose("strategy=ewc", *choices))
+    (plugin,) = experiment.strategy.plugins(experiment.fisher)
+    assert plugin.structure == expected
+    assert type(plugin.estimator).__name__.lower() == estimator.replace("_", "")
+
+
+def test_options_of_a_structure_reach_it_or_are_named():
+    node = compose("fisher/structure=low_rank", "fisher.structure.rank=7")["fisher"]
+    assert build(node).structure == LowRankFisher.configured(rank=7)
+    assert str(build(node).structure) == "LowRankFisher.configured(rank=7)"
+    node["structure"]["ranks"] = 7
+    message = r"structure: LowRankFisher has no option 'ranks': it has rank, oversampling, seed\."
+    with pytest.raises(ConfigurationError, match=message):
+        build(node)
 
 
 def test_the_target_of_an_estimator_may_be_changed():

@@ -55,6 +55,11 @@ class Configured(Generic[Matrix]):
     structure: type[Matrix]
     options: Mapping[str, Any]
 
+    def __str__(self) -> str:
+        """The call that made it, for messages."""
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return f"{self.structure.__name__}.configured({options})"
+
     def accumulator(self, parameters: Parameters) -> Accumulator:
         """An empty sum over these parameters, for the pass over the data."""
         return self.structure.accumulator(parameters, **self.options)
