@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from experiments.metrics import average_accuracies
-from experiments.report import options_of
+from experiments.report import means_by_strength, options_of
 
 Jobs = Sequence[Mapping[str, Any]]
 
@@ -50,13 +50,8 @@ def over_strength(jobs: Jobs, title: str) -> Figure:
     """Average accuracy against the strength, a line for every other setting."""
     figure, axes = _axes(title, "strength (1 is the Bayes value)", "average accuracy in %")
     for label, members in by_setting(jobs, but=("strategy.strength",)).items():
-        found: dict[float, list[float]] = {}
-        for job in members:
-            strength = float(job["config"]["strategy"]["strength"])
-            found.setdefault(strength, []).append(100 * job["average_accuracy"])
-        strengths = sorted(found)
-        means = [statistics.fmean(found[strength]) for strength in strengths]
-        axes.plot(strengths, means, marker=".", label=label)
+        means = means_by_strength(members)
+        axes.plot(list(means), list(means.values()), marker=".", label=label)
     axes.set_xscale("log")
     return _finished(figure, axes)
 

@@ -235,6 +235,15 @@ def sweep_table(
     return columns + ["published"] * bool(published), rows
 
 
+def means_by_strength(jobs: Sequence[Mapping[str, Any]]) -> dict[float, float]:
+    """The mean accuracy in per cent at every strength, the smallest strength first."""
+    found: dict[float, list[float]] = {}
+    for job in jobs:
+        strength = float(job["config"]["strategy"]["strength"])
+        found.setdefault(strength, []).append(100 * job["average_accuracy"])
+    return {strength: statistics.fmean(found[strength]) for strength in sorted(found)}
+
+
 def options_of(job: Mapping[str, Any]) -> dict[str, str]:
     """The options that a job was given on the command line, by name."""
     pairs = (override.lstrip("+~").partition("=") for override in job["overrides"])

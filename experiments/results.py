@@ -18,7 +18,14 @@ from omegaconf import OmegaConf
 
 from experiments.command_line import CONFIGS
 from experiments.pictures import Jobs
-from experiments.report import has_options, markdown, options_of, read_jobs, sweep_table
+from experiments.report import (
+    has_options,
+    markdown,
+    means_by_strength,
+    options_of,
+    read_jobs,
+    sweep_table,
+)
 
 INTRODUCTION = """\
 # Results
@@ -72,8 +79,10 @@ def bars_table(bars: list[dict[str, Any]], jobs: Mapping[str, Jobs]) -> list[str
 
     Args:
         bars: ``name``, ``published``, ``bar``, ``recipe``, ``settings`` of the jobs that count,
-            optionally ``decades: true`` and a ``remark`` each; without a ``bar`` the value
-            is only shown.
+            optionally a ``remark`` each; without a ``bar`` the value is only shown.  The
+            value is the mean accuracy, at least the bar; with ``decades: true`` the decades
+            of strength within a point of the best, at least the bar; with ``default`` the
+            points by which this strength is under the best one, at most the bar.
         jobs: the results by recipe.
     """
     rows = []
@@ -83,23 +92,31 @@ def bars_table(bars: list[dict[str, Any]], jobs: Mapping[str, Jobs]) -> list[str
             for job in jobs.get(bar["recipe"], [])
             if has_options(options_of(job), bar["settings"])
         ]
-        if not members:
-            value, shown = None, "not run"
-        elif bar.get("decades"):
-            value = decades_within(members, 1.0)
-            shown = f"{value:g} (strengths in steps of ten)"
-        else:
-            accuracies = [100 * job["average_accuracy"] for job in members]
-            value = statistics.fmean(accuracies)
-            shown = f"{value:.2f} ({len(members)} seed{'s' * (len(members) > 1)})"
-        verdict = "" if value is None or "bar" not in bar else "no"
-        if value is not None and "bar" in bar and value >= bar["bar"]:
-            verdict = "yes"
-        remark = bar.get("remark", "")
-        rows.append(
-            [bar["name"], str(bar["published"]), str(bar.get("bar", "")), shown, verdict, remark]
-        )
+        value, shown = measured(bar, members)
+        verdict = ""
+        if value is not None and "bar" in bar:
+            met = value <= bar["bar"] if "default" in bar else value >= bar["bar"]
+            verdict = "yes" if met else "no"
+        limits = str(bar.get("bar", "")), shown, verdict, bar.get("remark", "")
+        rows.append([bar["name"], str(bar.get("published", "")), *limits])
     return markdown(["benchmark", "published", "bar", "measured", "met", "remark"], rows)
+
+
+def measured(bar: Mapping[str, Any], jobs: Jobs) -> tuple[float | None, str]:
+    """The value that a bar is about, and how the table shows it; ``None`` without a value."""
+    if not jobs:
+        return None, "not run"
+    if bar.get("decades"):
+        value = decades_within(jobs, 1.0)
+        return value, f"{value:g} (strengths in steps of ten)"
+    if "default" in bar:
+        means = means_by_strength(jobs)
+        if bar["default"] not in means:
+            return None, "not run"
+        value = max(means.values()) - means[bar["default"]]
+        return value, f"{value:.2f} under the best of {len(means)} strengths"
+    value = statistics.fmean(100 * job["average_accuracy"] for job in jobs)
+    return value, f"{value:.2f} ({len(jobs)} seed{'s' * (len(jobs) > 1)})"
 
 
 def decades_within(jobs: Jobs, points: float) -> float:
@@ -107,11 +124,7 @@ def decades_within(jobs: Jobs, points: float) -> float:
 
     A strength without result, a factor of more than ten from its neighbours, ends a run.
     """
-    found: dict[float, list[float]] = {}
-    for job in jobs:
-        strength = float(job["config"]["strategy"]["strength"])
-        found.setdefault(strength, []).append(100 * job["average_accuracy"])
-    means = {strength: statistics.fmean(found[strength]) for strength in sorted(found)}
+    means = means_by_strength(jobs)
     best = max(means.values())
     longest, first, last = 0.0, 0.0, 0.0
     for strength, mean in means.items():

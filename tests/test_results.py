@@ -69,6 +69,9 @@ def test_bars_are_compared_with_the_mean_of_their_jobs():
         row,
         row | {"bar": 1, "recipe": "absent"},
         row | {"bar": 1, "recipe": "curve", "settings": {}, "decades": True},
+        row | {"bar": 1, "recipe": "curve", "settings": {}, "default": 10},
+        row | {"bar": 0.8, "recipe": "curve", "settings": {}, "default": 10},
+        row | {"bar": 1, "recipe": "curve", "settings": {}, "default": 3},
     ]
     lines = bars_table(bars, jobs)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
@@ -78,6 +81,9 @@ def test_bars_are_compared_with_the_mean_of_their_jobs():
         ["", "96.00 (2 seeds)", "", ""],
         ["1", "not run", "", ""],
         ["1", "1 (strengths in steps of ten)", "yes", ""],
+        ["1", "0.90 under the best of 3 strengths", "yes", ""],
+        ["0.8", "0.90 under the best of 3 strengths", "no", ""],
+        ["1", "not run", "", ""],
     ]
 
 
