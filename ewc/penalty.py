@@ -24,14 +24,9 @@ from ewc.consolidation import Consolidation, Online, Separate
 from ewc.fisher.matrix import FisherMatrix
 from ewc.fisher.shrinkage import shrunk
 from ewc.fisher.truncation import check_rank, truncated
+from ewc.matching import fitted, joined
 from ewc.pacing import ScaledTerms
-from ewc.parameters import (
-    Parameters,
-    check_same_shapes,
-    grown_shapes,
-    parameter_of,
-    shapes_of,
-)
+from ewc.parameters import Parameters
 from ewc.proximal import implicit_step
 from ewc.quadratic import Quadratic, QuadraticForm, value_and_gradient
 
@@ -157,30 +152,8 @@ class EWCPenalty(nn.Module):
             FloatingPointError: an entry is not finite, or overflows times the number of
                 examples.  In either case the penalty is as it was.
         """
-        parameters = dict(model.named_parameters())
-        present = {name: parameters[name] for name in fisher.shapes if name in parameters}
-        check_same_shapes(shapes_of(present), fisher.shapes, type(model).__name__)
-        union = dict(fisher.shapes)
-        for term in self.terms:
-            # A parameter that is frozen by now is not in the new matrix, but still in the
-            # model, maybe grown; one that is gone keeps its old shape.
-            shapes = term.precision.shapes
-            still = {n: parameters[n].shape for n in shapes if n in parameters}
-            union = grown_shapes(shapes, still) | union
         precision = shrunk(fisher, self.shrinkage).precision
-        for name, entries in precision.diagonal().items():
-            if not bool(entries.isfinite().all()):
-                raise FloatingPointError(
-                    f"The Fisher information of parameter {name!r} is not finite: it cannot "
-                    "be consolidated."
-                )
-        if union != fisher.shapes:
-            precision = precision.embedded(union)
-        values = {n: t for term in self.terms for n, t in term.anchor.items()} | parameters
-        anchor = {n: values[n].detach().to(precision.dtype, copy=True) for n in union}
-        old = [term.beside(anchor) for term in self.terms]
-        old = [term if term.precision.shapes == union else term.embedded(union) for term in old]
-        terms = self.consolidation.consolidated(old, Quadratic(precision, anchor))
+        terms = joined(self.terms, precision, model, self.consolidation)
         if self.rank is not None:
             terms = [replace(t, precision=truncated(t.precision, self.rank)) for t in terms]
         self.terms = terms
@@ -314,24 +287,8 @@ class EWCPenalty(nn.Module):
                 replace(term, precision=term.precision.attached(model)) for term in self.terms
             ]
             self._attached = True
-        anchor = self.terms[-1].anchor
-        now: Parameters = {}
-        fits = True
-        for name, tensor in anchor.items():
-            # Every step comes by here: named_parameters() would walk the whole network.
-            parameter = parameter_of(model, name)
-            if parameter is None:
-                raise ValueError(
-                    f"{type(model).__name__} has no parameter {name!r}, which the penalty "
-                    "remembers: a model may gain parameters between tasks, not lose them."
-                )
-            fits = fits and parameter.shape == tensor.shape
-            now[name] = parameter
-        for index, term in enumerate(self.terms):
-            if not fits:
-                term = term.embedded(grown_shapes(shapes_of(term.anchor), shapes_of(now)))  # noqa: PLW2901
-            self.terms[index] = term.beside(now)
-        return now
+        self.terms, parameters = fitted(self.terms, model)
+        return parameters
 
     def _scaled_terms(self) -> ScaledTerms:
         """The terms in the units of the loss, made once a task: every step reads them."""
