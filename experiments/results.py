@@ -69,8 +69,12 @@ def section(jobs: Jobs, recipe: Path, pictures: Path) -> str:
         path = pictures / f"{recipe.stem}_{name}.png"
         figure.savefig(path, dpi=110)
         lines += ["", f"![{name.replace('_', ' ')}]({pictures.name}/{path.name})"]
-    versions = jobs[0]["versions"]
-    lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in versions.items()) + "."]
+    versions: dict[str, dict[str, None]] = {}
+    for job in jobs:
+        for name, version in job["versions"].items():
+            versions.setdefault(name, {})[version] = None
+    named = (f"{name} {' and '.join(found)}" for name, found in versions.items())
+    lines += ["", f"Versions: {', '.join(named)}."]
     return "\n".join(lines)
 
 
@@ -139,15 +143,19 @@ def decades_within(jobs: Jobs, points: float) -> float:
 
 
 def of_recipe(jobs: Jobs, recipe: Path) -> Jobs:
-    """The jobs that the recipe itself asks for: its options and seeds, and no others."""
+    """The jobs that the recipe itself asks for and no others, in its order."""
     allowed, apart = swept_by(recipe), kept_apart()
-    return [
-        job
-        for job in jobs
-        if (own := {k: v for k, v in options_of(job).items() if k not in apart}).keys()
-        == allowed.keys()
-        and all(any(has_options(own, {name: v}) for v in allowed[name]) for name in own)
-    ]
+    found = []
+    for job in jobs:
+        own = {name: value for name, value in options_of(job).items() if name not in apart}
+        if own.keys() == allowed.keys():
+            places = [
+                [has_options(own, {name: value}) for value in values]
+                for name, values in allowed.items()
+            ]
+            if all(any(place) for place in places):
+                found.append(([place.index(True) for place in places], job))
+    return [job for _, job in sorted(found, key=lambda pair: pair[0])]
 
 
 def swept_by(recipe: Path) -> dict[str, list[str]]:
