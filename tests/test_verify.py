@@ -37,7 +37,7 @@ def test_a_row_prints_its_figures_and_keeps_them(tmp_path):
     assert row["topic"] == "parametric"
     assert len(row["checks"]) == 9
     assert all(check["holds"] for check in row["checks"])
-    assert "9 of 9 figures meet their bars" in done.stdout
+    assert "9 of 9 figures meet their bars, 0 have none" in done.stdout
     assert "Bernoulli: relative error" in done.stdout
     assert (tmp_path / "parametric.png").stat().st_size > 10_000
 
@@ -79,10 +79,13 @@ def test_checks_are_held_to_their_bars():
         (Check.between("x", 0.5, 0.5, 1.0), True),
         (Check.between("x", 1.5, 0.5, 1.0), False),
         (Check.between("x", float("nan"), 0.5, 1.0), False),
+        (Check.shown("x", 3.0), None),
+        (Check.shown("x", float("nan")), False),
     ]:
         assert check.holds is holds
     good, bad = Check.at_most("x", 0.0, 1.0), Check.at_most("x", 2.0, 1.0)
     assert Outcome("parametric", [good], 0.0).holds
+    assert Outcome("parametric", [good, Check.shown("x", 3.0)], 0.0).holds
     assert not Outcome("parametric", [good, bad], 0.0).holds
     assert not Outcome("parametric", [], 0.0, missing="no data").holds
 

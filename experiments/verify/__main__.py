@@ -33,10 +33,10 @@ def run(config: DictConfig) -> None:
         outcomes.append(outcome)
         Console().print(table_of(outcome))
     failed = [outcome.topic for outcome in outcomes if not outcome.holds]
-    checks = [check for outcome in outcomes for check in outcome.checks]
-    held = sum(check.holds for check in checks)
+    verdicts = [check.holds for outcome in outcomes for check in outcome.checks]
+    held, missed, shown = (verdicts.count(verdict) for verdict in (True, False, None))
     print(
-        f"{held} of {len(checks)} figures meet their bars, in "
+        f"{held} of {held + missed} figures meet their bars, {shown} have none, in "
         f"{sum(outcome.seconds for outcome in outcomes):.0f} s of {len(outcomes)} rows; "
         f"figures and pictures: {os.path.relpath(directory)}"
     )

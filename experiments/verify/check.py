@@ -1,5 +1,6 @@
 """One figure that was measured, and the bar it is held to."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -12,14 +13,14 @@ class Check:
     Attributes:
         claim: what was measured, with its unit.
         measured: the figure.
-        bar: what it is held to, as text.
-        holds: whether it does.
+        bar: what it is held to, as text; ``none`` for a figure that is only shown.
+        holds: whether it does; ``None`` without a bar.
     """
 
     claim: str
     measured: float
     bar: str
-    holds: bool
+    holds: bool | None
 
     @classmethod
     def at_most(cls, claim: str, measured: float, bound: float) -> Self:
@@ -35,6 +36,14 @@ class Check:
     def between(cls, claim: str, measured: float, low: float, high: float) -> Self:
         """A figure that must lie in an interval."""
         return cls(claim, float(measured), f"{low:g} to {high:g}", bool(low <= measured <= high))
+
+    @classmethod
+    def shown(cls, claim: str, measured: float) -> Self:
+        """A figure without a bar: nothing says beforehand what it should be.
+
+        It must still be a number.
+        """
+        return cls(claim, float(measured), "none", None if math.isfinite(measured) else False)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ from rich.table import Table
 
 from experiments.verify.verification import TOPICS, Outcome
 
+VERDICTS = {True: "yes", False: "[bold red]no[/]", None: "-"}
+"""Whether a figure meets its bar, ``None`` where there is none."""
+
 
 def table_of(outcome: Outcome) -> Table:
     """The figures of one row, their bars, and whether they meet them."""
@@ -15,6 +18,5 @@ def table_of(outcome: Outcome) -> Table:
     if outcome.missing is not None:
         table.add_row(outcome.missing, "", "", "not run")
     for check in outcome.checks:
-        verdict = "yes" if check.holds else "[bold red]no[/]"
-        table.add_row(check.claim, f"{check.measured:.4g}", check.bar, verdict)
+        table.add_row(check.claim, f"{check.measured:.4g}", check.bar, VERDICTS[check.holds])
     return table

@@ -53,7 +53,7 @@ class Outcome:
     @property
     def holds(self) -> bool:
         """Whether it ran and every figure meets its bar."""
-        return self.missing is None and all(check.holds for check in self.checks)
+        return self.missing is None and all(check.holds is not False for check in self.checks)
 
 
 @dataclass(frozen=True)
