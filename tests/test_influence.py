@@ -199,3 +199,104 @@ def test_mistakes_are_named():
         influence(model, [(x, y)], {"bias": torch.zeros(1)}, fisher, Gaussian())
     with pytest.raises(ValueError, match="Batch 0 is a Tensor"):
         self_influence(model, [x], fisher, Gaussian(), damping=1.0)
+
+
+def derivatives(likelihood, outputs, y):
+    """The first two derivatives of the losses in the outputs, ``[n, c]`` and ``[n, c, c]``."""
+    if isinstance(likelihood, Gaussian):
+        eye = torch.eye(outputs.shape[1], dtype=outputs.dtype) / likelihood.variance
+        return (outputs - y) / likelihood.variance, eye.expand(len(outputs), -1, -1)
+    if isinstance(likelihood, Bernoulli):
+        p = outputs.sigmoid()
+        return p - y, (p * (1 - p))[:, :, None]
+    p = outputs.softmax(1)
+    return p - functional.one_hot(y, 3), torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+
+
+def steps_without(model, likelihood, x, y, groups):
+    """Gradients, and steps by Newton's method without groups of examples, ``[g, p]``."""
+    first, second = derivatives(likelihood, x @ model.weight.detach().T, y)
+    gradients = torch.einsum("nc,ni->nci", first, x).flatten(1)
+    found = []
+    for group in groups:
+        kept = [j for j in range(len(x)) if j not in group]
+        hessian = sum(torch.kron(second[j], torch.outer(x[j], x[j])) for j in kept) / len(x)
+        damped = hessian + DECAY * torch.eye(len(hessian), dtype=x.dtype)
+        found.append(torch.linalg.solve(damped, gradients[group].sum(0)) / len(x))
+    return gradients, torch.stack(found)
+
+
+@pytest.mark.parametrize("structure", [DenseFisher, ImplicitFisher])
+@pytest.mark.parametrize("likelihood", [Bernoulli(), Categorical(), Gaussian(0.7)])
+def test_with_leverage_it_is_the_newton_step_without_the_example(likelihood, structure):
+    """Dense matrices without each example, built and solved one by one; 12 data to 15 weights."""
+    outputs = 1 if isinstance(likelihood, Bernoulli) else 3
+    torch.manual_seed(0)
+    x = torch.randn(12, 5, dtype=torch.float64)
+    model = nn.Linear(5, outputs, bias=False).double()
+    y = likelihood.sample(model(x).detach(), 1, torch.Generator().manual_seed(1))[0]
+    fisher = fisher_information(model, [(x, y)], likelihood, structure=structure)
+    data = [(x[:7], y[:7]), (x[7:], y[7:])]
+    gradients, expected = steps_without(model, likelihood, x, y, [[i] for i in range(12)])
+    close = {"rtol": 1e-10, "atol": 1e-11}
+    direction = torch.randn(outputs, 5, dtype=torch.float64)
+    options = {"damping": DECAY, "leverage": True}
+    found = influence(model, data, {"weight": direction}, fisher, likelihood, **options)
+    torch.testing.assert_close(found, expected @ direction.flatten(), **close)
+    found = self_influence(model, data, fisher, likelihood, **options)
+    torch.testing.assert_close(found, (gradients * expected).sum(1), **close)
+    _, (expected,) = steps_without(model, likelihood, x, y, [[0, 2, 9]])
+    part = [(x[[0, 2]], y[[0, 2]]), (x[[9]], y[[9]])]
+    moved = parameters_without(model, part, fisher, likelihood, **options)
+    torch.testing.assert_close((moved["weight"] - model.weight).flatten(), expected, **close)
+
+
+def test_with_leverage_linear_regressions_are_refitted_exactly():
+    """The minimum of half the squares of the others over N and half the decay, in closed form."""
+    torch.manual_seed(0)
+    x, y = torch.randn(9, 6, dtype=torch.float64), torch.randn(9, 2, dtype=torch.float64)
+
+    def ridge(kept):
+        gram = x[kept].T @ x[kept] / 9 + DECAY * torch.eye(6, dtype=torch.float64)
+        return torch.linalg.solve(gram, x[kept].T @ y[kept] / 9).T
+
+    model = nn.Linear(6, 2, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(ridge(range(9)))
+    fisher = fisher_information(model, [(x, y)], Gaussian(), structure=DenseFisher)
+    options = {"damping": DECAY, "leverage": True}
+    for i in range(9):
+        part = [(x[i : i + 1], y[i : i + 1])]
+        moved = parameters_without(model, part, fisher, Gaussian(), **options)["weight"]
+        refit = ridge([j for j in range(9) if j != i])
+        torch.testing.assert_close(moved, refit, rtol=1e-10, atol=1e-10)
+        rise = self_influence(model, part, fisher, Gaussian(), **options)
+        slope = (model(x[i]) - y[i]) @ (refit - model.weight) @ x[i]
+        torch.testing.assert_close(rise[0], slope.detach(), rtol=1e-9, atol=1e-10)
+
+
+def test_leverage_of_networks_is_that_of_their_linearisation():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = torch.randn(30, 4, dtype=torch.float64), torch.randint(3, (30,))
+    fisher = fisher_information(model, [(x, y)], structure=DenseFisher)
+    dense = fisher.to_dense() + 0.1 * torch.eye(fisher.num_parameters, dtype=torch.float64)
+    found = self_influence(model, [(x, y)], fisher, damping=0.1, leverage=True)
+    model.eval()
+    for i in (0, 11, 29):
+        alone = fisher_information(model, [(x[i : i + 1], y[i : i + 1])], structure=DenseFisher)
+        value = functional.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
+        g = torch.cat([t.flatten() for t in torch.autograd.grad(value, model.parameters())])
+        expected = g @ torch.linalg.solve(dense - alone.to_dense() / 30, g) / 30
+        torch.testing.assert_close(found[i], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_leverages_of_1_are_refused():
+    """Of a matrix that does not hold the example: here of other data."""
+    x, y = torch.ones(1, 2), torch.zeros(1, 1)
+    model = nn.Linear(2, 1)
+    other = fisher_information(model, [(0.1 * x, y)], Gaussian(), structure=KroneckerFisher)
+    with pytest.raises(torch.linalg.LinAlgError, match="a leverage of 1 or more"):
+        self_influence(model, [(x, y)], other, Gaussian(), damping=0.1, leverage=True)
+    with pytest.raises(ValueError, match="no examples"):
+        parameters_without(model, [], other, Gaussian(), damping=0.1, leverage=True)

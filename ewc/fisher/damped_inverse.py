@@ -25,6 +25,15 @@ class DampedInverse(ABC):
             ValueError: ``v`` does not have the matrix's parameters.
         """
 
+    def rows(self, v: Tensor, shapes: Shapes) -> Tensor:
+        """The solutions for many flat right-hand sides, ``[n, p]``: here one by one.
+
+        Args:
+            v: the vectors, ``[n, p]``, in the flat order.
+            shapes: the parameters by name, in the flat order.
+        """
+        return torch.stack([flatten(self(unflatten(row, shapes))) for row in v])
+
 
 class Solving(DampedInverse):
     """The inverse of a matrix that has nothing to keep from one vector to the next.
@@ -60,6 +69,11 @@ class Factorised(DampedInverse):
         check_same_shapes(shapes_of(v), self.shapes, "The right-hand side")
         flat = flatten({name: v[name] for name in self.shapes})
         return unflatten(torch.cholesky_solve(flat[:, None], self.factor)[:, 0], self.shapes)
+
+    def rows(self, v: Tensor, shapes: Shapes) -> Tensor:
+        """The solutions for all right-hand sides at once, ``[n, p]``."""
+        solved: Tensor = torch.cholesky_solve(v.T, self.factor).T
+        return solved
 
 
 class Blocks(DampedInverse):

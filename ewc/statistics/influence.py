@@ -11,6 +11,17 @@ Hessian: for likelihoods whose outputs are natural parameters the generalised Ga
 matrix, and the Hessian itself for linear models.  Everything else follows by the chain rule.
 ``F`` may have any structure: :class:`~ewc.ImplicitFisher` solves by conjugate gradients without
 a matrix, :class:`~ewc.KroneckerFisher` in its eigenbasis.
+
+The refit keeps ``1 / N`` before the sum of the others, so the decay weighs :math:`N \delta`
+against that sum with the example and without.  Its first step by Newton's method takes the
+example's own part out of the curvature as well:
+
+.. math:: \theta_{-i} - \theta \approx
+          \tfrac1N (F + \delta I - \tfrac1N U_i U_i^\top)^{-1} \nabla \ell_i
+
+where :math:`U_i U_i^\top` is the example's Fisher information: ``leverage=True``
+(:mod:`ewc.statistics.leverage`), which is exact where the loss is quadratic, as in a linear
+regression with decay.
 """
 
 from collections.abc import Iterable
@@ -22,7 +33,8 @@ from torch.func import grad, jvp
 
 from ewc.fisher.matrix import FisherMatrix
 from ewc.likelihoods import Categorical, Likelihood
-from ewc.parameters import Parameters
+from ewc.parameters import Parameters, flatten, unflatten
+from ewc.statistics.leverage import Own, each
 from ewc.statistics.network import NetworkFunction
 
 CHUNK = 256
@@ -69,6 +81,7 @@ def influence(
     likelihood: Likelihood = Categorical(),
     *,
     damping: float = 0.0,
+    leverage: bool = False,
 ) -> Tensor:
     r"""How a quantity changes when each training example is left out, one by one.
 
@@ -84,6 +97,9 @@ def influence(
         fisher: the mean information of the training set; its ``num_examples`` is ``N``.
         likelihood: what the outputs mean.
         damping: :math:`\delta`: the weight decay of the mean loss, at least.
+        leverage: take the example's own curvature out of the matrix too, which makes one
+            step by Newton's method of the first order, for ``K`` solves an example.
+            ``fisher`` must hold that curvature, as an exact matrix of the training set does.
 
     Returns:
         The changes ``[n]``, in the units of ``q``. Of a loss: positive where the example
@@ -92,10 +108,16 @@ def influence(
     Raises:
         ValueError: the gradient is not over the parameters of ``fisher``, or the data are
             no batches.
-        torch.linalg.LinAlgError: the damped matrix is singular.
+        torch.linalg.LinAlgError: the damped matrix is singular, or with ``leverage`` an
+            example holds more curvature than it.
     """
     direction = fisher.solve(gradient, damping)
     network = NetworkFunction(model, fisher.shapes, likelihood)
+    if leverage:
+        inverse = fisher.damped_inverse(damping)
+        along = flatten({name: gradient[name].to(fisher.dtype) for name in fisher.shapes})
+        found = [own.moves(inverse, fisher) @ along for own in each(network, train, fisher)]
+        return torch.cat(found) / fisher.num_examples
     direction = {name: direction[name].to(t) for name, t in network.parameters.items()}
     changes = []
     with network.evaluating():
@@ -116,6 +138,7 @@ def self_influence(
     likelihood: Likelihood = Categorical(),
     *,
     damping: float = 0.0,
+    leverage: bool = False,
 ) -> Tensor:
     r"""How the loss of each training example rises when it is left out itself.
 
@@ -128,16 +151,25 @@ def self_influence(
         fisher: the mean information of the training set.
         likelihood: what the outputs mean.
         damping: :math:`\delta`.
+        leverage: take the example's own curvature out of the matrix too, which makes one
+            step by Newton's method of the first order, for ``K`` solves an example.
+            ``fisher`` must hold that curvature, as an exact matrix of the training set does.
 
     Returns:
         The rises ``[n]``, in nats.
 
     Raises:
         ValueError: the data are no batches.
-        torch.linalg.LinAlgError: the damped matrix is singular.
+        torch.linalg.LinAlgError: the damped matrix is singular, or with ``leverage`` an
+            example holds more curvature than it.
     """
     network = NetworkFunction(model, fisher.shapes, likelihood)
     rises = []
+    if leverage:
+        inverse = fisher.damped_inverse(damping)
+        for example in each(network, train, fisher):
+            rises.append((example.gradients * example.moves(inverse, fisher)).sum(1).double())
+        return torch.cat(rises) / fisher.num_examples
     with network.evaluating():
         for arguments, targets in network.batches(train):
             for start in range(0, len(targets), CHUNK):
@@ -155,6 +187,7 @@ def parameters_without(
     likelihood: Likelihood = Categorical(),
     *,
     damping: float = 0.0,
+    leverage: bool = False,
 ) -> Parameters:
     r"""The parameters as they would be without some training examples, to first order.
 
@@ -166,14 +199,29 @@ def parameters_without(
         fisher: the mean information of the training set.
         likelihood: what the outputs mean.
         damping: :math:`\delta`.
+        leverage: take the examples' own curvature out of the matrix too, which makes one
+            step by Newton's method of the first order, for ``K`` solves an example.
+            ``fisher`` must hold that curvature, as an exact matrix of the training set does.
 
     Raises:
         ValueError: there are no examples.
-        torch.linalg.LinAlgError: the damped matrix is singular.
+        torch.linalg.LinAlgError: the damped matrix is singular, or with ``leverage`` an
+            example holds more curvature than it.
     """
     batches = list(examples)
+    own = dict(model.named_parameters())
+    if leverage:
+        network = NetworkFunction(model, fisher.shapes, likelihood)
+        parts = list(each(network, batches, fisher))
+        if not parts:
+            raise ValueError("There are no examples to leave out.")
+        # As one example: the sum of the losses, and all the vectors.
+        gradient = torch.cat([part.gradients for part in parts]).sum(0, keepdim=True)
+        vectors = torch.cat([part.vectors.flatten(0, 1) for part in parts])[None]
+        (move,) = Own(gradient, vectors).moves(fisher.damped_inverse(damping), fisher)
+        moved = unflatten(move / fisher.num_examples, fisher.shapes)
+        return {n: own[n].detach() + t.to(own[n]) for n, t in moved.items()}
     mean = loss_gradient(model, batches, fisher, likelihood)
     share = sum(len(batch[1]) for batch in batches) / fisher.num_examples
     moved = fisher.solve({n: t.to(fisher.dtype) for n, t in mean.items()}, damping)
-    own = dict(model.named_parameters())
     return {n: own[n].detach() + share * t.to(own[n]) for n, t in moved.items()}

@@ -86,10 +86,16 @@ def verify(surroundings: Surroundings) -> list[Check]:
             checks.append(Check.at_least(claim, close, 0.95))
         gap = (found["matrix-free"] - found["dense"]).abs().max() / found["dense"].abs().max()
         checks.append(Check.at_most(f"{name}: matrix-free against dense", float(gap), 1e-6))
-        for what, close in _of_the_fit(regression, left_out, weights):
-            claim = f"{name}, dense: {what}, correlation with refits"
-            checks.append(Check.at_least(claim, close, 0.95))
-    _scatter(panels[0], actual, {solve: found[solve][left_out] for solve in SOLVES})
+        step = _on_test_loss(regression, DenseFisher, leverage=True)[left_out]
+        first_order = _of_the_fit(regression, left_out, weights, leverage=False)
+        with_leverage = {"test loss": _correlation(step, actual)}
+        with_leverage |= _of_the_fit(regression, left_out, weights, leverage=True)
+        for what, close in first_order.items():
+            checks.append(Check.shown(f"{name}, first order: {what}, the same", close))
+        for what, close in with_leverage.items():
+            checks.append(Check.at_least(f"{name}, with leverage: {what}, the same", close, 0.95))
+    predicted = {solve: found[solve][left_out] for solve in SOLVES}
+    _scatter(panels[0], actual, predicted | {"with leverage": step})
     checks += _planted(train, surroundings.seed, panels[1:])
     figure.tight_layout()
     figure.savefig(surroundings.pictures / "influence.png", dpi=120)
@@ -162,17 +168,27 @@ def _refits(regression: Regression, left_out: Tensor) -> Iterator[Tensor]:
         yield weight
 
 
-def _on_test_loss(regression: Regression, structure: type[FisherMatrix]) -> Tensor:
+def _on_test_loss(
+    regression: Regression, structure: type[FisherMatrix], leverage: bool = False
+) -> Tensor:
     model, likelihood = regression.model, regression.likelihood
     fisher = fisher_information(model, [regression.train], likelihood, structure=structure)
     gradient = loss_gradient(model, [regression.test], fisher, likelihood)
-    return influence(model, [regression.train], gradient, fisher, likelihood, damping=DECAY)
+    return influence(
+        model,
+        [regression.train],
+        gradient,
+        fisher,
+        likelihood,
+        damping=DECAY,
+        leverage=leverage,
+    )
 
 
 def _of_the_fit(
-    regression: Regression, left_out: Tensor, weights: list[Tensor]
-) -> Iterator[tuple[str, float]]:
-    """Of a prediction and of all parameters."""
+    regression: Regression, left_out: Tensor, weights: list[Tensor], leverage: bool
+) -> dict[str, float]:
+    """Correlations of outputs and of all parameters with those of refits."""
     model, likelihood, (x, y) = regression.model, regression.likelihood, regression.train
     fisher = fisher_information(model, [(x, y)], likelihood, structure=DenseFisher)
     full = model.weight.detach()
@@ -180,18 +196,22 @@ def _of_the_fit(
     found = []
     for image in images:
         (gradient,) = torch.autograd.grad(model(image)[-1], [model.weight])
-        direction = {"weight": gradient}
-        changes = influence(model, [(x, y)], direction, fisher, likelihood, damping=DECAY)
-        found.append(changes[left_out])
-    actual = torch.stack([images @ (weight - full)[-1] for weight in weights], 1)
-    yield f"outputs of {OUTPUTS} digits", _correlation(torch.stack(found).ravel(), actual.ravel())
+        direction, part = {"weight": gradient}, [(x[left_out], y[left_out])]
+        changes = influence(
+            model, part, direction, fisher, likelihood, damping=DECAY, leverage=leverage
+        )
+        found.append(changes)
+    outputs = torch.stack([images @ (weight - full)[-1] for weight in weights], 1)
     moves = []
     for index in left_out:
         one = [(x[index][None], y[index][None])]
-        moved = parameters_without(model, one, fisher, likelihood, damping=DECAY)
+        moved = parameters_without(model, one, fisher, likelihood, damping=DECAY, leverage=leverage)
         moves.append(moved["weight"] - full)
     actual = torch.stack([weight - full for weight in weights])
-    yield "every parameter", _correlation(torch.stack(moves).flatten(), actual.flatten())
+    return {
+        f"outputs of {OUTPUTS} digits": _correlation(torch.stack(found).ravel(), outputs.ravel()),
+        "every parameter": _correlation(torch.stack(moves).flatten(), actual.flatten()),
+    }
 
 
 def _correlation(one: Tensor, other: Tensor) -> float:
@@ -254,7 +274,8 @@ def _minimise(model: nn.Module, x: Tensor, y: Tensor) -> None:
 
 
 def _scatter(axes: Axes, actual: Tensor, found: dict[str, Tensor]) -> None:
-    for solve, mark, size in (("Kronecker", "x", 4), ("dense", "o", 4), ("matrix-free", ".", 2)):
+    marks = ("Kronecker", "x", 4), ("dense", "o", 4), ("matrix-free", ".", 2)
+    for solve, mark, size in (*marks, ("with leverage", "+", 5)):
         label = f"{solve}, r = {_correlation(found[solve], actual):.3f}"
         axes.plot(1e3 * actual, 1e3 * found[solve], mark, ms=size, label=label)
     ends = [1e3 * float(actual.min()), 1e3 * float(actual.max())]
