@@ -18,11 +18,14 @@ class ForgettingBudget:
     :meth:`~ewc.penalty.EWCPenalty.predicted_rise`.  The strength is the constraint's
     multiplier, in units of its own, and is found while the task is learnt: after every step
 
-    .. math:: \log \lambda \leftarrow \log \lambda
-              + \eta\, \mathrm{clip}\big(\log (\bar r / b), -1, 1\big)
+    .. math:: \log \lambda_k = \log \lambda_0 + \eta \sum_{j \le k} e_j + e_k, \qquad
+              e_k = \mathrm{clip}\big(\log (\bar r_k / b), -1, 1\big)
 
     with the running mean :math:`\bar r` of the forecast.  Where the strength is at rest the
-    forecast is at the budget; where a task can be learnt for less, the strength falls.
+    forecast is at the budget; where a task can be learnt for less, the strength falls.  The
+    sum alone, the gradient of the dual problem, swings about the budget, as the parameters
+    follow the strength late, and is caught wherever an annealed learning rate leaves off; the
+    last term damps it (Stooke, Achiam & Abbeel 2020, arXiv:2007.03964, section 4).
 
     Args:
         nats: :math:`b`, nats an example of the old tasks, for every new task.
@@ -46,6 +49,7 @@ class ForgettingBudget:
     def start(self) -> None:
         """Begin a task."""
         self.factor = 1.0
+        self._sum = 0.0
         self._mean = 0.0
         self._weight = 0.0
 
@@ -58,5 +62,6 @@ class ForgettingBudget:
         self._mean = SMOOTHING * self._mean + (1 - SMOOTHING) * rise
         self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
         ratio = self._mean / self._weight / self.nats
-        push = math.log(ratio) if ratio > math.exp(-LIMIT) else -LIMIT
-        self.factor *= math.exp(self.rate * min(push, LIMIT))
+        error = min(math.log(ratio), LIMIT) if ratio > math.exp(-LIMIT) else -LIMIT
+        self._sum += self.rate * error
+        self.factor = math.exp(self._sum + error)

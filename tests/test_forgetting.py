@@ -113,14 +113,26 @@ def test_a_budget_that_is_not_needed_lets_the_strength_fall():
     budget = ForgettingBudget(1.0, rate=0.1)
     for _ in range(50):
         budget.follow(0.0)
-    assert budget.factor == pytest.approx(math.exp(-5.0))
+    assert budget.factor == pytest.approx(math.exp(-5.0 - 1.0))
     for _ in range(1000):
         budget.follow(1e9)
     grown = budget.factor
-    assert grown == pytest.approx(math.exp(-5.0 + 100.0))
+    assert grown == pytest.approx(math.exp(-5.0 + 100.0 + 1.0))
     budget.start()
     budget.follow(1.0)
     assert budget.factor == pytest.approx(1.0)
+
+
+def test_the_budget_does_not_swing_where_parameters_follow_late():
+    """A rise that goes to 1 / lambda over 30 steps; by the sum alone it swings back by 0.25."""
+    budget, log_rise = ForgettingBudget(1.0, rate=0.05), 0.9
+    rises = []
+    for _ in range(400):
+        budget.follow(math.exp(log_rise))
+        log_rise += (-math.log(budget.factor) - log_rise) / 30
+        rises.append(log_rise)
+    assert max(rises[50:]) < 0.03
+    assert max(abs(rise) for rise in rises[200:]) < 0.002
 
 
 def test_what_is_refused():
