@@ -1,6 +1,7 @@
 r"""Forgetting as the penalty forecasts it, against what happens, and a budget for it."""
 
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from matplotlib.figure import Figure
@@ -12,6 +13,7 @@ from ewc import (
     DiagonalFisher,
     EWCPenalty,
     FisherMatrix,
+    ImplicitFisher,
     KroneckerFisher,
     Online,
     fisher_information,
@@ -37,11 +39,14 @@ class Run:
         accuracy: the mean over all tasks after the last, in per cent.
         predicted: the forecast rise of the old tasks' mean loss, for every task but the first.
         measured: what it then was.
+        exact: along the move of every task, the exact quadratic form of its own examples, as a
+            multiple of that of the structure; of runs with a budget.
     """
 
     accuracy: float
     predicted: list[float]
     measured: list[float]
+    exact: list[float]
 
 
 def verify(surroundings: Surroundings) -> list[Check]:
@@ -66,6 +71,14 @@ def verify(surroundings: Surroundings) -> list[Check]:
                 f"{name}: rank correlation of forecast and measured rise, {len(predicted)} tasks",
                 float(spearmanr(predicted, measured).statistic),
                 0.5,
+            ),
+            Check.shown(
+                f"{name}: measured over forecast rise, median of {len(predicted)} tasks",
+                median(m / p for p, m in zip(predicted, measured, strict=True)),
+            ),
+            Check.shown(
+                f"{name}: exact quadratic form over its own along a task's move, median",
+                median(kept.exact),
             ),
         ]
     _picture(found).savefig(surroundings.pictures / "forgetting.png", dpi=120)
@@ -118,10 +131,11 @@ def learnt(
     layers = [nn.Linear(196, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 10)]
     model = nn.Sequential(*layers)
     penalty = EWCPenalty(strength, Online())
-    run = Run(0.0, [], [])
+    run = Run(0.0, [], [], [])
     labels = permuted.train.labels
     for task, order in enumerate(permuted.orders):
         pixels = permuted.train.pixels[:, order]
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
         before = permuted.loss(model, task) if task else 0.0
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
@@ -146,7 +160,12 @@ def learnt(
                 penalty.strength *= budget.factor
                 budget.start()
         batches = list(zip(torch.split(pixels, 1000), torch.split(labels, 1000), strict=True))
-        penalty.consolidate(fisher_information(model, batches, structure=structure), model)
+        fisher = fisher_information(model, batches, structure=structure)
+        if budget is not None:
+            move = {name: p.detach() - start[name] for name, p in model.named_parameters()}
+            exact = fisher_information(model, batches, structure=ImplicitFisher)
+            run.exact.append(float(exact.quadratic_form(move) / fisher.quadratic_form(move)))
+        penalty.consolidate(fisher, model)
     run.accuracy = permuted.accuracy(model)
     return run
 

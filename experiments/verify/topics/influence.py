@@ -90,10 +90,11 @@ def verify(surroundings: Surroundings) -> list[Check]:
         first_order = _of_the_fit(regression, left_out, weights, leverage=False)
         with_leverage = {"test loss": _correlation(step, actual)}
         with_leverage |= _of_the_fit(regression, left_out, weights, leverage=True)
+        refits = "correlation with refits"
         for what, close in first_order.items():
-            checks.append(Check.shown(f"{name}, first order: {what}, the same", close))
+            checks.append(Check.shown(f"{name}, first order: {what}, {refits}", close))
         for what, close in with_leverage.items():
-            checks.append(Check.at_least(f"{name}, with leverage: {what}, the same", close, 0.95))
+            checks.append(Check.at_least(f"{name}, with leverage: {what}, {refits}", close, 0.95))
     predicted = {solve: found[solve][left_out] for solve in SOLVES}
     _scatter(panels[0], actual, predicted | {"with leverage": step})
     checks += _planted(train, surroundings.seed, panels[1:])
