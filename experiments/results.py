@@ -143,18 +143,23 @@ def decades_within(jobs: Jobs, points: float) -> float:
 
 
 def of_recipe(jobs: Jobs, recipe: Path) -> Jobs:
-    """The jobs that the recipe itself asks for and no others, in its order."""
+    """The jobs that the recipe itself asks for and no others, in its order.
+
+    Of their options only the recipe's are left: not where and how a job was run.
+    """
     allowed, apart = swept_by(recipe), kept_apart()
     found = []
     for job in jobs:
         own = {name: value for name, value in options_of(job).items() if name not in apart}
         if own.keys() == allowed.keys():
             places = [
-                [has_options(own, {name: value}) for value in values]
-                for name, values in allowed.items()
+                [has_options(own, {name: value}) for value in asked]
+                for name, asked in allowed.items()
             ]
-            if all(any(place) for place in places):
-                found.append(([place.index(True) for place in places], job))
+            if all(any(values) for values in places):
+                options = [f"{name}={value}" for name, value in own.items()]
+                place = [values.index(True) for values in places]
+                found.append((place, {**job, "overrides": options}))
     return [job for _, job in sorted(found, key=lambda pair: pair[0])]
 
 

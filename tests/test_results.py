@@ -183,4 +183,5 @@ def test_other_seeds_and_options_are_no_jobs_of_a_recipe():
         {"overrides": ["strategy=ewc", "seed=1", "~wandb"]},
         {"overrides": ["seed=1"]},
     ]
-    assert of_recipe([own, *others], recipe) == [own]
+    (found,) = of_recipe([own, *others], recipe)
+    assert found["overrides"] == ["strategy=ewc", "seed=1"]  # not where its data were
