@@ -79,9 +79,9 @@ class NaturalGradient(Optimizer):
             :meth:`update_fisher`; 0 forgets what was before.  Means of Kronecker matrices
             are projected (:func:`~ewc.nearest_kronecker`), those of
             eigenvalue-corrected ones to the eigenvectors of the last.
-        tolerance: the relative error that a step may have along every eigenvector of the
-            damped matrix: with 0.01 eigenvalues below a hundredth of the damping count as 0,
-            and with Kronecker structures a step costs a tenth of what it does with 0.
+        tolerance: the relative error of :math:`v^\top (F + \delta I)^{-1} v` at any ``v``:
+            with 0.1 what is below a tenth of the damping counts as 0, and with Kronecker
+            structures a step costs a tenth, and its eigenvectors half, of what they do with 0.
         estimator: how the expectation over targets is taken.
         structure: what is kept of the matrix.
 

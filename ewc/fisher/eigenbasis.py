@@ -9,6 +9,7 @@ from torch import Tensor
 from ewc.checks import check_not_negative
 from ewc.fisher.damped_inverse import DampedInverse, InEigenbasis
 from ewc.fisher.layer_matrix import LayerMatrix, LayerWeights, one_more
+from ewc.fisher.leading import leading_columns
 from ewc.fisher.matrix import State
 from ewc.parameters import Parameters
 
@@ -78,12 +79,15 @@ class EigenvalueCorrectedProduct(LayerMatrix):
     def damped_inverse(self, damping: float, tolerance: float = 0.0) -> DampedInverse:
         r"""The operator :math:`v \mapsto (F + \delta I)^{-1} v`, in the eigenbasis.
 
+        Eigenvalues of at most ``tolerance * damping`` count as 0, where that is faster.
+
         Raises:
             ValueError: ``damping`` or ``tolerance`` is negative or not finite.
             torch.linalg.LinAlgError: an eigenvalue plus the damping is not above 0.
         """
+        check_not_negative(damping, "damping")
         check_not_negative(tolerance, "tolerance")
-        return InEigenbasis(self, damping, tolerance)
+        return leading_columns(self, damping, tolerance) or InEigenbasis(self, damping)
 
     def inverse_diagonal(self, damping: float) -> Parameters:
         r"""The diagonal of :math:`(F + \delta I)^{-1}`, by parameter.

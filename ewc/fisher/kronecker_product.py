@@ -7,9 +7,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ewc.fisher.damped_inverse import DampedInverse
+from ewc.checks import check_not_negative
+from ewc.fisher.damped_inverse import DampedInverse, InEigenbasis
 from ewc.fisher.eigenbasis import EigenvalueCorrectedProduct
 from ewc.fisher.layer_matrix import LayerMatrix, LayerWeights, one_more
+from ewc.fisher.leading import leading_inverse
 from ewc.fisher.matrix import State
 from ewc.parameters import Parameters
 
@@ -103,11 +105,15 @@ class KroneckerProduct(LayerMatrix):
     def damped_inverse(self, damping: float, tolerance: float = 0.0) -> DampedInverse:
         r"""The operator :math:`v \mapsto (F + \delta I)^{-1} v`, in the eigenbasis.
 
+        With a tolerance, by :func:`~ewc.fisher.leading.leading_inverse` where that is faster.
+
         Raises:
             ValueError: ``damping`` or ``tolerance`` is negative or not finite.
             torch.linalg.LinAlgError: the damped matrix is singular.
         """
-        return self.eigen.damped_inverse(damping, tolerance)
+        check_not_negative(damping, "damping")
+        check_not_negative(tolerance, "tolerance")
+        return leading_inverse(self, damping, tolerance) or InEigenbasis(self.eigen, damping)
 
     def inverse_diagonal(self, damping: float) -> Parameters:
         r"""The diagonal of :math:`(F + \delta I)^{-1}`, by parameter.

@@ -148,8 +148,8 @@ class FisherMatrix(ABC):
 
         Args:
             damping: :math:`\delta`.
-            tolerance: the relative error that every component in an eigenbasis may have, where
-                a structure is faster for it.
+            tolerance: the relative error that :math:`v^\top (F + \delta I)^{-1} v` may have at
+                any ``v``, where a structure is faster for it.
 
         Raises:
             ValueError: ``damping`` or ``tolerance`` is negative or not finite.

@@ -1,0 +1,115 @@
+"""Leading eigenvectors with a proved remainder, and the damped inverses made of them."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ewc import EigenvalueCorrectedFisher, KroneckerFisher, MonteCarlo, fisher_information
+from ewc.fisher.damped_inverse import InEigenbasis
+from ewc.fisher.kronecker_product import KroneckerProduct
+from ewc.fisher.leading import FIRST_VECTORS, WIDTH, Leading, leading_inverse, leading_part
+from ewc.fisher.matrix import FisherMatrix
+from ewc.parameters import flatten, unflatten
+
+
+def positive(spectrum: Tensor) -> Tensor:
+    """A matrix with this spectrum and random eigenvectors."""
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(len(spectrum), len(spectrum), generator=generator, dtype=torch.float64)
+    vectors = torch.linalg.qr(noise).Q.to(spectrum)
+    return vectors * spectrum @ vectors.T
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("power", [1.5, 2.5])
+@pytest.mark.parametrize("count", [5, FIRST_VECTORS - 3, FIRST_VECTORS + 20])
+def test_the_remainder_is_what_it_may_be(dtype: torch.dtype, power: float, count: int) -> None:
+    """The dense eigenvalues of what is left lie between 0 and the bound."""
+    spectrum = torch.arange(1, 241, dtype=dtype) ** -power
+    matrix = positive(spectrum)
+    bound = float(spectrum[count - 1 : count + 1].mean())
+    vectors, values = leading_part(matrix, bound)
+    left = torch.linalg.eigvalsh((matrix - vectors * values @ vectors.T).double())
+    rounding = 10 * torch.finfo(dtype).eps
+    assert -rounding <= float(left.min())
+    assert float(left.max()) <= bound + rounding
+    # Not by taking nearly all of them: at least as many as there must be, not many more.
+    assert count <= len(values) <= 1.6 * count + 5
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(len(values), dtype=dtype))
+
+
+def test_where_no_few_vectors_do_all_are_taken() -> None:
+    """A flat spectrum, and a small matrix: by its eigenvectors, those above the bound."""
+    for size in (WIDTH - 1, 2 * WIDTH):
+        spectrum = torch.linspace(1.0, 2.0, size, dtype=torch.float64)
+        matrix = positive(spectrum)
+        vectors, values = leading_part(matrix, 1.25)
+        torch.testing.assert_close(values, spectrum[spectrum > 1.25])
+        torch.testing.assert_close(matrix @ vectors, vectors * values)
+
+
+def test_nothing_is_kept_of_what_is_below_the_bound() -> None:
+    """A matrix that is smaller than the remainder, or 0, has no part."""
+    for matrix in (torch.zeros(200, 200), 1e-3 * torch.eye(200)):
+        vectors, values = leading_part(matrix, 0.01)
+        assert vectors.shape == (200, 0)
+        assert values.shape == (0,)
+
+
+@pytest.fixture(params=[True, False], ids=["bias", "no bias"])
+def seen(request: pytest.FixtureRequest) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    """A layer of 150 inputs, most of which vary little, before ReLU and one more layer."""
+    torch.manual_seed(0)
+    scale = torch.arange(1, 151, dtype=torch.float64) ** -1.0
+    x, y = 3 * torch.randn(200, 150, dtype=torch.float64) * scale, torch.randint(3, (200,))
+    layers = nn.Linear(150, 5, bias=request.param), nn.ReLU(), nn.Linear(5, 3)
+    return nn.Sequential(*layers).double(), [(x, y)]
+
+
+def dense_inverse(block: FisherMatrix, damping: float, tolerance: float) -> Tensor:
+    """A damped inverse as a matrix, column by column."""
+    inverse = block.damped_inverse(damping, tolerance)
+    eye = torch.eye(block.num_parameters, dtype=torch.float64)
+    return torch.stack([flatten(inverse(unflatten(row, block.shapes))) for row in eye], 1)
+
+
+@pytest.mark.parametrize("tolerance", [0.5, 0.1, 0.01])
+@pytest.mark.parametrize("structure", [KroneckerFisher, EigenvalueCorrectedFisher])
+def test_the_tolerance_bounds_every_quadratic_form(
+    seen: tuple[nn.Module, list[tuple[Tensor, Tensor]]], structure: type, tolerance: float
+) -> None:
+    """Beside the dense damped matrix the inverse has eigenvalues from 1 to 1 + tolerance."""
+    network, data = seen
+    fisher = fisher_information(network, data, structure=structure)
+    block = fisher.blocks[0]
+    damping = 0.1 * float(block.trace())
+    assert isinstance(block.damped_inverse(damping, tolerance), Leading)
+    found = dense_inverse(block, damping, tolerance)
+    torch.testing.assert_close(found, found.T)
+    damped = block.to_dense() + damping * torch.eye(len(found), dtype=torch.float64)
+    root = torch.linalg.cholesky(damped)
+    ratios = torch.linalg.eigvalsh(root.T @ found @ root)
+    assert float(ratios.min()) >= 1 - 1e-9
+    assert 1 + 1e-3 * tolerance < float(ratios.max()) <= 1 + tolerance + 1e-9
+
+
+def test_without_tolerance_or_where_it_saves_nothing_it_is_exact(
+    seen: tuple[nn.Module, list[tuple[Tensor, Tensor]]],
+) -> None:
+    """A damping far below all eigenvalues, or one that rounding would swallow."""
+    network, data = seen
+    fisher = fisher_information(network, data, estimator=MonteCarlo(1), structure=KroneckerFisher)
+    block = fisher.blocks[0]
+    assert isinstance(block, KroneckerProduct)
+    for damping, tolerance in ((0.1, 0.0), (1e-9, 0.1), (1e-18, 1.0)):
+        assert leading_inverse(block, damping, tolerance) is None
+        assert isinstance(block.damped_inverse(damping, tolerance), InEigenbasis)
+    exact = torch.linalg.inv(block.to_dense() + 0.1 * torch.eye(block.num_parameters).double())
+    torch.testing.assert_close(dense_inverse(block, 0.1, 0.0), exact)
+    idle = KroneckerProduct(block.weights, 0 * block.outputs, block.inputs, 1)
+    torch.testing.assert_close(dense_inverse(idle, 0.1, 0.1), 10 * torch.eye(len(exact)).double())
+    for wrong in ((-0.1, 0.1), (0.1, -0.1), (float("nan"), 0.1)):
+        with pytest.raises(ValueError, match=r"damping is|tolerance is"):
+            block.damped_inverse(*wrong)
+        with pytest.raises(ValueError, match=r"damping is|tolerance is"):
+            block.eigen.damped_inverse(*wrong)
