@@ -1,5 +1,8 @@
 """Optimizers in turns: the same start and order for all, and honest counts."""
 
+import copy
+import math
+
 import torch
 from torch import nn
 
@@ -72,3 +75,30 @@ def test_only_training_is_timed(monkeypatch):
     runner = Runner("one", 60, watching([]), limit=6, every=3)
     courses = race([runner], lambda: nn.Linear(4, 2), train, train, target=2.0)
     assert courses["one"].seconds == 6.0
+
+
+def test_the_mean_of_the_parameters_is_what_is_looked_at():
+    """With its decay by images, from the parameters after the first step on."""
+    train, seen, decay = images(), [], math.exp(-20 / 50)
+
+    def start(model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=3.0)
+        step = plain(model, optimizer)
+
+        def watched(number, x, y):
+            step(number, x, y)
+            seen.append(copy.deepcopy(model))
+
+        return watched
+
+    runner = Runner("mean", 20, start, limit=6, every=1, horizon=50.0)
+    courses = race([runner], lambda: nn.Linear(4, 2), train, train, target=2.0)
+    mean = copy.deepcopy(seen[0])
+    for model, (_, _, accuracy) in zip(seen, courses["mean"].accuracies, strict=True):
+        with torch.no_grad():
+            for kept, now in zip(mean.parameters(), model.parameters(), strict=True):
+                kept.copy_(decay * kept + (1 - decay) * now)
+            right = (mean(train.pixels).argmax(1) == train.labels).double().mean()
+        assert accuracy == float(right)
+    last = [float((m(train.pixels).argmax(1) == train.labels).double().mean()) for m in seen]
+    assert last != [accuracy for _, _, accuracy in courses["mean"].accuracies]

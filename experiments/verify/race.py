@@ -1,5 +1,6 @@
 """Optimizers that train the same network until it is good enough, turn by turn."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from experiments.data import Images
 
@@ -25,6 +27,8 @@ class Runner:
         start: makes of a network what takes a step of training with it.
         limit: the steps after which it gives up.
         every: the steps between two looks at the test images.
+        horizon: the images over which the parameters that are looked at are an exponentially
+            decaying mean; ``None`` for the parameters as they are.
     """
 
     name: str
@@ -32,6 +36,14 @@ class Runner:
     start: Callable[[nn.Module], Step]
     limit: int
     every: int = 10
+    horizon: float | None = None
+
+    def averaged(self, model: nn.Module) -> AveragedModel | None:
+        """The network with the mean of the parameters, which follows the training."""
+        if self.horizon is None:
+            return None
+        decay = math.exp(-self.batch_size / self.horizon)
+        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
 @dataclass
@@ -84,25 +96,52 @@ def race(
         seed: of the parameters and of the order.
     """
     courses = {runner.name: Course() for runner in runners}
-    lanes = []
-    for runner in runners:
-        torch.manual_seed(seed)
-        model = build()
-        generator = torch.Generator().manual_seed(seed)
-        lanes.append((runner, model, runner.start(model), _Order(len(train), generator)))
+    lanes = [_Lane(runner, build, len(train), seed) for runner in runners]
     while lanes:
         running = []
-        for runner, model, step, order in lanes:
-            course = courses[runner.name]
-            _advance(course, runner, step, order, train)
+        for lane in lanes:
+            course = courses[lane.runner.name]
+            lane.advance(course, train)
             with torch.no_grad():
-                right = (model(test.pixels).argmax(1) == test.labels).double().mean()
+                right = (lane.judged(test.pixels).argmax(1) == test.labels).double().mean()
             course.accuracies.append((course.steps, course.seconds, float(right)))
             course.arrived = float(right) >= target
-            if not course.arrived and course.steps < runner.limit:
-                running.append((runner, model, step, order))
+            if not course.arrived and course.steps < lane.runner.limit:
+                running.append(lane)
         lanes = running
     return courses
+
+
+class _Lane:
+    """One runner with its network."""
+
+    def __init__(
+        self, runner: Runner, build: Callable[[], nn.Module], count: int, seed: int
+    ) -> None:
+        torch.manual_seed(seed)
+        self.runner = runner
+        model = build()
+        self.step = runner.start(model)
+        self.model = model
+        self.averaged = runner.averaged(model)
+        self.order = _Order(count, torch.Generator().manual_seed(seed))
+
+    @property
+    def judged(self) -> nn.Module:
+        """The network that is looked at."""
+        return self.model if self.averaged is None else self.averaged
+
+    def advance(self, course: Course, train: Images) -> None:
+        """Train until the next look."""
+        for _ in range(min(self.runner.every, self.runner.limit - course.steps)):
+            places = self.order.next(self.runner.batch_size)
+            x, y = train.pixels[places], train.labels[places]
+            start = time.process_time()
+            self.step(course.steps, x, y)
+            if self.averaged is not None:
+                self.averaged.update_parameters(self.model)
+            course.seconds += time.process_time() - start
+            course.steps += 1
 
 
 class _Order:
@@ -119,13 +158,3 @@ class _Order:
             self.left = torch.randperm(self.count, generator=self.generator)
         batch, self.left = self.left[:size], self.left[size:]
         return batch
-
-
-def _advance(course: Course, runner: Runner, step: Step, order: _Order, train: Images) -> None:
-    for _ in range(min(runner.every, runner.limit - course.steps)):
-        places = order.next(runner.batch_size)
-        x, y = train.pixels[places], train.labels[places]
-        start = time.process_time()
-        step(course.steps, x, y)
-        course.seconds += time.process_time() - start
-        course.steps += 1
