@@ -43,7 +43,8 @@ class Runner:
         if self.horizon is None:
             return None
         decay = math.exp(-self.batch_size / self.horizon)
-        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        mean = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        return AveragedModel(model, multi_avg_fn=mean)
 
 
 @dataclass
