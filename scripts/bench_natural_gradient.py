@@ -21,12 +21,12 @@ from ewc import DiagonalFisher, EigenvalueCorrectedFisher
 from experiments.data import MNIST, default_data_root
 from experiments.verify.race import Course, Runner, Step, plain, race
 from experiments.verify.topics.natural_gradient import (
-    BATCH_SIZE,
-    RUNNERS,
+    IN_LARGE_BATCHES,
+    IN_SMALL_BATCHES,
+    LARGE,
+    LARGE_BATCH,
     TARGET,
     mlp,
-    natural,
-    sgd,
 )
 
 
@@ -50,20 +50,20 @@ def singd(model: nn.Module) -> Step:
 
 def runners() -> list[Runner]:
     """Those of the verification, with other structures and the public optimizer."""
-    ekfac = partial(natural, structure=EigenvalueCorrectedFisher)
-    diagonal = partial(natural, structure=DiagonalFisher)
+    ekfac = partial(LARGE.start, structure=EigenvalueCorrectedFisher)
+    diagonal = partial(LARGE.start, structure=DiagonalFisher)
     found = [
-        *RUNNERS,
-        Runner("SGD, momentum, batches of 512", 512, sgd(0.2, 0.9), limit=600),
-        Runner("natural gradient, EKFAC", BATCH_SIZE, ekfac, limit=200),
-        Runner("natural gradient, diagonal", BATCH_SIZE, diagonal, limit=200),
+        *IN_SMALL_BATCHES,
+        *IN_LARGE_BATCHES,
+        Runner("natural gradient, EKFAC", LARGE_BATCH, ekfac, limit=200),
+        Runner("natural gradient, diagonal", LARGE_BATCH, diagonal, limit=200),
     ]
     try:
         import singd as _  # noqa: F401
     except ImportError:
         print("SINGD is not installed: pip install -e '.[bench]'")
         return found
-    return [*found, Runner("SINGD, K-FAC update", BATCH_SIZE, singd, limit=200)]
+    return [*found, Runner("SINGD, K-FAC update", LARGE_BATCH, singd, limit=200)]
 
 
 def described(runner: Runner, courses: list[Course]) -> str:
