@@ -266,7 +266,7 @@ def _of_race(courses: dict[str, Course]) -> list[Check]:
 
 def _held(claim: str, ratio: float, *, held: bool) -> Check:
     """A ratio that must not be above 1, or one that is told."""
-    return Check.at_most(claim, ratio, 1.0) if held else Check(claim, ratio, "reported", holds=True)
+    return Check.at_most(claim, ratio, 1.0) if held else Check.shown(claim, ratio)
 
 
 def _picture(distances: dict[str, list[float]], courses: dict[str, Course]) -> Figure:
