@@ -15,14 +15,30 @@ Jobs = Sequence[Mapping[str, Any]]
 
 
 def over_tasks(jobs: Jobs, title: str) -> Figure:
-    """Average accuracy over the tasks so far, a line for every setting."""
-    figure, axes = _axes(title, "tasks learnt", "average accuracy in %")
-    for label, members in by_setting(jobs).items():
-        runs = [average_accuracies(job["accuracy_matrix"]) for job in members]
-        mean = [100 * statistics.fmean(values) for values in zip(*runs, strict=True)]
-        axes.plot(range(1, len(mean) + 1), mean, marker=".", label=label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _finished(figure, axes)
+    """Average accuracy over the tasks so far: a panel a scenario, a line for other settings."""
+    scenarios: dict[str, list[Mapping[str, Any]]] = {}
+    for job in jobs:
+        scenarios.setdefault(options_of(job).get("benchmark.scenario", ""), []).append(job)
+    figure = Figure(figsize=(8 if len(scenarios) == 1 else 4 * len(scenarios), 4.5))
+    panels = figure.subplots(1, len(scenarios), squeeze=False)[0]
+    settings = by_setting(jobs, but=("benchmark.scenario",))
+    for axes, (scenario, members) in zip(panels, scenarios.items(), strict=True):
+        for place, (label, own) in enumerate(settings.items()):
+            runs = [average_accuracies(job["accuracy_matrix"]) for job in own if job in members]
+            if not runs:
+                continue
+            mean = [100 * statistics.fmean(values) for values in zip(*runs, strict=True)]
+            steps = range(1, len(mean) + 1)
+            axes.plot(steps, mean, marker=".", label=label, color=f"C{place % 10}")
+        axes.set(xlabel="tasks learnt", title=scenario or title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small", ncols=1 if len(scenarios) > 1 else 2)
+    panels[0].set_ylabel("average accuracy in %")
+    if len(scenarios) > 1:
+        figure.suptitle(title)
+    figure.tight_layout()
+    return figure
 
 
 def over_single_tasks(jobs: Jobs, title: str) -> Figure:

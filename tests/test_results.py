@@ -116,6 +116,19 @@ def test_accuracy_is_drawn_over_tasks():
     ]
 
 
+def test_scenarios_have_a_panel_each_and_strategies_one_colour():
+    def scenario(name, strategy):
+        found = job(0.6, strategy=strategy)
+        return found | {"overrides": [*found["overrides"], f"benchmark.scenario={name}"]}
+
+    jobs = [scenario("task", "ewc"), scenario("task", "l2"), scenario("class", "l2")]
+    first, second = pictures.over_tasks(jobs, "t").axes
+    assert (first.get_title(), second.get_title()) == ("task", "class")
+    assert [line.get_label() for line in first.lines] == ["ewc", "l2"]
+    assert [line.get_label() for line in second.lines] == ["l2"]
+    assert second.lines[0].get_color() == first.lines[1].get_color()
+
+
 def test_accuracy_is_drawn_for_single_tasks():
     assert drawn(pictures.over_single_tasks(TWO, "t")) == [
         ("ewc", [1, 2], [90, 60]),
