@@ -58,7 +58,12 @@ class ForgettingBudget:
 
         Args:
             rise: the forecast since the start of the task, nats an example.
+
+        Raises:
+            FloatingPointError: the forecast is not finite; the factor is as it was.
         """
+        if not math.isfinite(rise):
+            raise FloatingPointError(f"The forecast of forgetting became {rise} nats.")
         self._mean = SMOOTHING * self._mean + (1 - SMOOTHING) * rise
         self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
         ratio = self._mean / self._weight / self.nats

@@ -148,7 +148,8 @@ class EWCPlugin(SupervisedPlugin):
         """
         if self.penalty.terms and self.implicit_every is None:
             value = self.penalty(strategy.model)
-            if self.budget is not None:
+            # What is not finite ends the training below, with the task and the step.
+            if self.budget is not None and bool(value.isfinite()):
                 self.budget.follow(self._rise(float(value.detach())))
                 value = self.budget.factor * value
             self.last_penalty = value.detach()

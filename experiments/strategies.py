@@ -6,14 +6,28 @@ from typing import Any
 from avalanche.training.plugins import EWCPlugin as AvalanchePlugin
 from avalanche.training.plugins import LwFPlugin, SupervisedPlugin
 
-from ewc import Categorical, DiagonalFisher, Exact, FisherMatrix, Likelihood, Online, Separate
+from ewc import (
+    Categorical,
+    DiagonalFisher,
+    Empirical,
+    Exact,
+    FisherMatrix,
+    Likelihood,
+    Online,
+    Separate,
+)
 from ewc.checks import check_not_negative
 from ewc.consolidation import Consolidation
 from ewc.fisher import Estimator
 from ewc.fisher.accumulator import Configured
 from ewc.plugin import EWCPlugin
 from experiments.distillation import Distillation
-from experiments.importance import SynapticIntelligencePlugin, l2, memory_aware_synapses
+from experiments.importance import (
+    BatchMeanGradients,
+    SynapticIntelligencePlugin,
+    l2,
+    memory_aware_synapses,
+)
 from experiments.loaders import InMemoryJoint, InMemoryNaive
 
 
@@ -25,11 +39,23 @@ class Fisher:
         likelihood: what the network's outputs mean.
         estimator: how the expectation over labels is taken.
         structure: what of the matrix is kept.
+
+    Raises:
+        ValueError: batch means of other gradients than those of observed labels.
     """
 
     likelihood: Likelihood = field(default_factory=Categorical)
     estimator: Estimator = field(default_factory=Exact)
     structure: type[FisherMatrix] | Configured[Any] = DiagonalFisher
+
+    def __post_init__(self) -> None:
+        """Check that the two fit together."""
+        if self.structure is BatchMeanGradients and not isinstance(self.estimator, Empirical):
+            name = type(self.estimator).__name__
+            raise ValueError(
+                f"estimator is {name}: with BatchMeanGradients it must be Empirical, for means "
+                "over a batch are taken of the gradients of its own labels."
+            )
 
 
 @dataclass(frozen=True)

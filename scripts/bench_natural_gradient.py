@@ -1,6 +1,6 @@
 """Steps and seconds to 97 % of MNIST's test images, optimizer by optimizer.
 
-    python scripts/bench_natural_gradient.py [--seeds 0 1 2] [--data DIR]
+    python scripts/bench_natural_gradient.py [--seeds 0 1 2] [--data-root DIR]
 
 A network 784-400-400-10 on one thread.  All optimizers begin from the same parameters and see
 the same images in the same order; they take turns, so that a busy machine is busy for all.
@@ -80,12 +80,12 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--data", type=Path, default=default_data_root())
+    parser.add_argument("--data-root", type=Path, default=default_data_root())
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)
-    train, test = MNIST().load(options.data)
+    train, test = MNIST().load(options.data_root)
     everyone = runners()
     found = [race(everyone, mlp, train, test, target=TARGET, seed=seed) for seed in options.seeds]
     print("| optimizer | batch | steps, by seed | seconds, median | ms a step |")

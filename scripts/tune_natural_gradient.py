@@ -1,6 +1,6 @@
 """Rates and batch sizes for the race of bench_natural_gradient.py, eight trials an optimizer.
 
-    python scripts/tune_natural_gradient.py [--seeds 10 11] [--data DIR]
+    python scripts/tune_natural_gradient.py [--seeds 10 11] [--data-root DIR]
 
 Every optimizer has two batch sizes and four rates for each, with and without the mean of its
 parameters.  They learn from the first 50,000 training images of MNIST and are judged by the
@@ -61,11 +61,11 @@ def main() -> None:
     """Print the seconds of every trial, and the best of every optimizer."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11])
-    parser.add_argument("--data", type=Path, default=default_data_root())
+    parser.add_argument("--data-root", type=Path, default=default_data_root())
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    everything, _ = MNIST().load(options.data)
+    everything, _ = MNIST().load(options.data_root)
     train = Images(everything.pixels[:50_000], everything.labels[:50_000])
     judging = Images(everything.pixels[50_000:], everything.labels[50_000:])
     print("| optimizer | mean | batch | rate | seconds, by seed |")

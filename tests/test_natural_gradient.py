@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -321,12 +322,11 @@ def test_with_a_batch_a_step_ends_at_the_minimum_of_the_exact_model(
         assert float(step @ (gradient + damped @ step)) == pytest.approx(0, abs=1e-9)
         assert float(step @ gradient) < 0
     longest = optimizer.param_groups[0]["longest"]
-    before = parameters_of(network)
     optimizer.step()  # the bound holds on
-    assert optimizer.param_groups[0]["longest"] == longest
+    assert optimizer._last is not None
+    assert optimizer._last.length == longest < optimizer.param_groups[0]["lr"]
     optimizer.param_groups[0]["lr"] = 0.5 * longest
     optimizer.step(batch=classified[0])
-    assert optimizer._last is not None
     assert optimizer._last.length == min(0.5 * longest, optimizer.param_groups[0]["longest"])
 
 
@@ -400,6 +400,22 @@ def test_momentum_survives_a_reload(
     for each in (optimizer, other):
         stepped(each, classified)
     assert torch.equal(parameters_of(network), parameters_of(twin))
+
+
+def test_copies_go_on_as_the_optimizer_would(
+    network: nn.Module, classified: list[tuple[Tensor, Tensor]]
+) -> None:
+    optimizer = NaturalGradient(network, lr=0.1, momentum=0.5, damping=0.1)
+    optimizer.update_fisher(classified)
+    mean_loss(network, classified).backward()
+    optimizer.step()
+    other = pickle.loads(pickle.dumps(optimizer))
+    other.model.zero_grad()
+    optimizer.zero_grad()
+    for each in (optimizer, other):
+        mean_loss(each.model, classified).backward()
+        each.step()
+    torch.testing.assert_close(parameters_of(other.model), parameters_of(network))
 
 
 def test_closure(network: nn.Module, classified: list[tuple[Tensor, Tensor]]) -> None:

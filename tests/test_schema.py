@@ -85,7 +85,7 @@ def test_options_reach_their_objects():
         ("block_diagonal", BlockDiagonalFisher),
         ("kronecker", KroneckerFisher),
         ("eigenvalue_corrected", EigenvalueCorrectedFisher),
-        ("low_rank", LowRankFisher.configured(rank=20)),
+        ("low_rank", LowRankFisher.configured(rank=20, oversampling=10, seed=0)),
         ("dense", DenseFisher),
         ("implicit", ImplicitFisher),
     ],
@@ -98,10 +98,16 @@ def test_ewc_takes_every_estimator_with_every_structure(estimator, structure, ex
     assert type(plugin.estimator).__name__.lower() == estimator.replace("_", "")
 
 
+def test_batch_means_are_of_observed_labels_only():
+    node = compose("fisher=batched_diagonal", "fisher/estimator=exact")["fisher"]
+    with pytest.raises(ConfigurationError, match="estimator is Exact: with BatchMeanGradients"):
+        build(node)
+
+
 def test_options_of_a_structure_reach_it_or_are_named():
     node = compose("fisher/structure=low_rank", "fisher.structure.rank=7")["fisher"]
-    assert build(node).structure == LowRankFisher.configured(rank=7)
-    assert str(build(node).structure) == "LowRankFisher.configured(rank=7)"
+    assert build(node).structure == LowRankFisher.configured(rank=7, oversampling=10, seed=0)
+    assert str(LowRankFisher.configured(rank=7)) == "LowRankFisher.configured(rank=7)"
     node["structure"]["ranks"] = 7
     message = r"structure: LowRankFisher has no option 'ranks': it has rank, oversampling, seed\."
     with pytest.raises(ConfigurationError, match=message):

@@ -97,8 +97,8 @@ def influence(
         fisher: the mean information of the training set; its ``num_examples`` is ``N``.
         likelihood: what the outputs mean.
         damping: :math:`\delta`: the weight decay of the mean loss, at least.
-        leverage: take the example's own curvature out of the matrix too, which makes one
-            step by Newton's method of the first order, for ``K`` solves an example.
+        leverage: take the example's own curvature out of the matrix too, which turns the first
+            order into one step of Newton's method, for ``K + 1`` solves an example.
             ``fisher`` must hold that curvature, as an exact matrix of the training set does.
 
     Returns:
@@ -111,13 +111,13 @@ def influence(
         torch.linalg.LinAlgError: the damped matrix is singular, or with ``leverage`` an
             example holds more curvature than it.
     """
-    direction = fisher.solve(gradient, damping)
     network = NetworkFunction(model, fisher.shapes, likelihood)
     if leverage:
         inverse = fisher.damped_inverse(damping)
         along = flatten({name: gradient[name].to(fisher.dtype) for name in fisher.shapes})
         found = [own.moves(inverse, fisher) @ along for own in each(network, train, fisher)]
         return torch.cat(found) / fisher.num_examples
+    direction = fisher.solve(gradient, damping)
     direction = {name: direction[name].to(t) for name, t in network.parameters.items()}
     changes = []
     with network.evaluating():
@@ -151,8 +151,8 @@ def self_influence(
         fisher: the mean information of the training set.
         likelihood: what the outputs mean.
         damping: :math:`\delta`.
-        leverage: take the example's own curvature out of the matrix too, which makes one
-            step by Newton's method of the first order, for ``K`` solves an example.
+        leverage: take the example's own curvature out of the matrix too, which turns the first
+            order into one step of Newton's method, for ``K + 1`` solves an example.
             ``fisher`` must hold that curvature, as an exact matrix of the training set does.
 
     Returns:
@@ -199,8 +199,8 @@ def parameters_without(
         fisher: the mean information of the training set.
         likelihood: what the outputs mean.
         damping: :math:`\delta`.
-        leverage: take the examples' own curvature out of the matrix too, which makes one
-            step by Newton's method of the first order, for ``K`` solves an example.
+        leverage: take the examples' own curvature out of the matrix too, which turns the first
+            order into one step of Newton's method, for ``K + 1`` solves an example.
             ``fisher`` must hold that curvature, as an exact matrix of the training set does.
 
     Raises:
