@@ -223,7 +223,7 @@ def sweep_table(
         total = statistics.fmean(job["seconds"]["total"] for job in members)
         rows.append(
             [
-                *(values.get(name, "") for name in varied),
+                *(_shown(values.get(name, "")) for name in varied),
                 str(len(members)),
                 _mean_and_error(accuracies),
                 _mean_and_error(drops),
@@ -263,6 +263,12 @@ def _value(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
+
+
+def _shown(text: str) -> str:
+    """A value as a person writes it: 1e+11, not 100000000000.0."""
+    value = _value(text)
+    return f"{value:g}" if isinstance(value, float) else value
 
 
 def _published(values: Mapping[str, str], published: Mapping[str, str]) -> str:

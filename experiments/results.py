@@ -9,7 +9,7 @@ those of ``results/bars.yaml``.
 import argparse
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ INTRODUCTION = """\
 # Results
 
 Average test accuracy over all tasks after the last one, and forgetting, in per cent: mean ±
-standard error over the seeds. Published figures stand in the last column; they are of other
-seeds, and where said of other settings. Written by `python -m experiments.results` from the
+standard error over the seeds, without an error one seed. Published figures are of other seeds,
+and where said of other settings. Seconds are what a job took on a machine that did other things
+beside it, not what a method costs. Written by `python -m experiments.results` from the
 `results.json` of every job under `results/`. The command above a table runs what is missing of
 it (`EWC_DATA` names the folder of MNIST); to run all of it again, remove its folder first."""
 
@@ -123,6 +124,16 @@ def measured(bar: Mapping[str, Any], jobs: Jobs) -> tuple[float | None, str]:
     return value, f"{value:.2f} ({len(jobs)} seed{'s' * (len(jobs) > 1)})"
 
 
+def kept_table(recipes: Sequence[Path], jobs: Mapping[str, Jobs]) -> list[str]:
+    """How many jobs of every sweep are kept, and how many it has."""
+    rows = []
+    for recipe in recipes:
+        if swept := swept_by(recipe):
+            size = math.prod(len(values) for values in swept.values())
+            rows.append([recipe.stem, str(len(jobs[recipe.stem])), str(size)])
+    return ["## What is kept", "", *markdown(["recipe", "jobs kept", "jobs in all"], rows)]
+
+
 def decades_within(jobs: Jobs, points: float) -> float:
     """The longest run of strengths, in decades, whose mean is within ``points`` of the best.
 
@@ -194,6 +205,7 @@ def main() -> None:
         parts.append("\n".join(bars_table(bars, jobs)))
     run = [recipe for recipe in recipes if jobs[recipe.stem]]
     parts += [section(jobs[recipe.stem], recipe, arguments.results) for recipe in run]
+    parts.append("\n".join(kept_table(recipes, jobs)))
     arguments.page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     print(f"{arguments.page}: {len(run)} tables")
 

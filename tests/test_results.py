@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from experiments import pictures
 from experiments.command_line import CONFIGS
 from experiments.metrics import average_accuracies, average_accuracy
-from experiments.report import has_options, markdown, options_of
-from experiments.results import bars_table, decades_within, of_recipe, report_of
+from experiments.report import has_options, markdown, options_of, sweep_table
+from experiments.results import bars_table, decades_within, kept_table, of_recipe, report_of
 
 
 def job(accuracy, **settings):
@@ -198,3 +198,15 @@ def test_other_seeds_and_options_are_no_jobs_of_a_recipe():
     ]
     (found,) = of_recipe([own, *others], recipe)
     assert found["overrides"] == ["strategy=ewc", "seed=1"]  # not where its data were
+
+
+def test_what_is_kept_is_counted_against_the_sweep():
+    recipe = Path(CONFIGS) / "experiment" / "strength_split_mnist.yaml"
+    lines = kept_table([recipe], {recipe.stem: [{}] * 3})
+    assert lines[-1] == "| strength_split_mnist | 3 | 28 |"  # 2 scenarios, 2 strategies, 7
+
+
+def test_numbers_are_written_short():
+    jobs = [job(0.5, strength=1e11), job(0.6, strength=0.3)]
+    _, rows = sweep_table(jobs)
+    assert [row[0] for row in rows] == ["1e+11", "0.3"]

@@ -156,3 +156,12 @@ def test_the_digits_are_shrunk_by_means_and_their_components_are_standard():
     torch.testing.assert_close(components.T @ components / 1437, torch.eye(3).double())
     torch.testing.assert_close(components.mean(0), torch.zeros(3).double())
     assert bool((components.amax(0) >= -components.amin(0)).all())  # the sign is fixed
+
+
+def test_the_race_holds_ours_to_runners_that_run_and_look_as_often():
+    from experiments.verify.topics import natural_gradient as topic
+
+    names = {runner.name for runner in topic.IN_SMALL_BATCHES + topic.IN_LARGE_BATCHES}
+    assert names >= topic.HELD_TO_STEPS | topic.HELD_TO_SECONDS
+    for runners in (topic.IN_SMALL_BATCHES, topic.IN_LARGE_BATCHES):
+        assert len({runner.every * runner.batch_size for runner in runners}) == 1
