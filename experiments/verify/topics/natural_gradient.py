@@ -235,7 +235,7 @@ IN_SMALL_BATCHES = [
     Runner("SGD, momentum", 256, sgd(0.2, 0.9), limit=600),
     Runner("SGD, momentum" + MEAN, 256, sgd(0.2, 0.9), limit=600, horizon=HORIZON),
     Runner("Adam", 512, adam(0.008), limit=600, every=5),
-    Runner("Adam" + MEAN, 256, adam(0.004), limit=600, horizon=HORIZON),
+    Runner("Adam" + MEAN, 256, adam(0.008), limit=600, horizon=HORIZON),
 ]
 """Batch sizes and rates of scripts/tune_natural_gradient.py; a look every 2,560 images."""
 
