@@ -138,7 +138,7 @@ class NaturalGradient(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copies: with all but the inverse, which is made again."""
-        return {**super().__getstate__(), **self.__dict__, "_known_inverse": None}
+        return {**self.__dict__, "_known_inverse": None}
 
     @torch.no_grad()
     def update_fisher(self, data: Iterable[Any]) -> None:

@@ -148,9 +148,11 @@ class EWCPlugin(SupervisedPlugin):
         """
         if self.penalty.terms and self.implicit_every is None:
             value = self.penalty(strategy.model)
-            # What is not finite ends the training below, with the task and the step.
-            if self.budget is not None and bool(value.isfinite()):
-                self.budget.follow(self._rise(float(value.detach())))
+            if self.budget is not None:
+                rise = self._rise(float(value.detach()))
+                # What is not finite ends the training below, with the task and the step.
+                if math.isfinite(rise):
+                    self.budget.follow(rise)
                 value = self.budget.factor * value
             self.last_penalty = value.detach()
             strategy.loss = strategy.loss + value

@@ -16,15 +16,14 @@ Jobs = Sequence[Mapping[str, Any]]
 
 def over_tasks(jobs: Jobs, title: str) -> Figure:
     """Average accuracy over the tasks so far: a panel a scenario, a line for other settings."""
-    scenarios: dict[str, list[Mapping[str, Any]]] = {}
-    for job in jobs:
-        scenarios.setdefault(options_of(job).get("benchmark.scenario", ""), []).append(job)
+    scenarios = list(dict.fromkeys(_scenario(job) for job in jobs))
     figure = Figure(figsize=(8 if len(scenarios) == 1 else 4 * len(scenarios), 4.5))
     panels = figure.subplots(1, len(scenarios), squeeze=False)[0]
     settings = by_setting(jobs, but=("benchmark.scenario",))
-    for axes, (scenario, members) in zip(panels, scenarios.items(), strict=True):
-        for place, (label, own) in enumerate(settings.items()):
-            runs = [average_accuracies(job["accuracy_matrix"]) for job in own if job in members]
+    for axes, scenario in zip(panels, scenarios, strict=True):
+        for place, (label, members) in enumerate(settings.items()):
+            own = [job for job in members if _scenario(job) == scenario]
+            runs = [average_accuracies(job["accuracy_matrix"]) for job in own]
             if not runs:
                 continue
             mean = [100 * statistics.fmean(values) for values in zip(*runs, strict=True)]
@@ -104,6 +103,10 @@ def by_setting(jobs: Jobs, but: Sequence[str] = ()) -> dict[str, list[Mapping[st
         label = ", ".join(varied)
         swept.setdefault(label or "all seeds", []).append(job)
     return swept
+
+
+def _scenario(job: Mapping[str, Any]) -> str:
+    return options_of(job).get("benchmark.scenario", "")
 
 
 def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:

@@ -200,7 +200,7 @@ def parameters_without(
         likelihood: what the outputs mean.
         damping: :math:`\delta`.
         leverage: take the examples' own curvature out of the matrix too, which turns the first
-            order into one step of Newton's method, for ``K + 1`` solves an example.
+            order into one step of Newton's method, for ``K`` solves an example and one more.
             ``fisher`` must hold that curvature, as an exact matrix of the training set does.
 
     Raises:
