@@ -3,7 +3,7 @@
 import platform
 import random
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ewc import FisherMatrix
-from ewc.checks import check_count
+from ewc.checks import check_count, check_share
 from ewc.parameters import flatten, trainable_parameters
 from ewc.plugin import EWCPlugin
 from ewc.statistics import fisher_overlap_by_layer
@@ -26,7 +26,7 @@ from experiments.data import default_data_root
 from experiments.metrics import average_accuracy, backward_transfer, forgetting
 from experiments.models import MLP
 from experiments.observers import AccuracyObserver, TrainingObserver
-from experiments.schedule import CosineAnnealing
+from experiments.schedule import CosineAnnealing, TailAverage
 from experiments.strategies import Fisher, Strategy
 from experiments.tracking import Recorder, WandB
 
@@ -41,11 +41,13 @@ class Training:
         iterations: training steps a task; ``None`` for ``epochs``.
         reset_optimizer: start every task with a fresh optimizer state.
         anneal: let the learning rate fall to 0 over every task, as half a cosine.
+        tail_average: the share of a task's iterations, the last ones, over which the network
+            takes the mean of its parameters; 0 leaves it those of the last one.
         eval_batch_size: images in a batch of the evaluation and of the Fisher pass.
         log_every: record one training step in so many.
 
     Raises:
-        ValueError: a count is below 1.
+        ValueError: a count is below 1, or the share is not in [0, 1].
     """
 
     batch_size: int = 128
@@ -53,14 +55,17 @@ class Training:
     iterations: int | None = None
     reset_optimizer: bool = True
     anneal: bool = False
+    tail_average: float = 0.0
     eval_batch_size: int = 1000
     log_every: int = 1
 
     def __post_init__(self) -> None:
         """Check the counts."""
-        for name, count in asdict(self).items():
-            if not isinstance(count, bool | None):
-                check_count(count, name)
+        for name in ("batch_size", "epochs", "eval_batch_size", "log_every"):
+            check_count(getattr(self, name), name)
+        if self.iterations is not None:
+            check_count(self.iterations, "iterations")
+        check_share(self.tail_average, "tail_average")
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,8 @@ class Prepared:
         test_stream = self.tasks.scenario.streams["test"]
         observer = TrainingObserver(recorder, ewc, len(train_stream), training.log_every, console)
         meter = AccuracyObserver()
-        schedule = [CosineAnnealing()] if training.anneal else []
+        annealing = [CosineAnnealing()] if training.anneal else []
+        average = [TailAverage(training.tail_average)] if training.tail_average else []
         strategy = experiment.strategy.template()(
             model=self.model,
             optimizer=self.optimizer,
@@ -187,7 +193,7 @@ class Prepared:
             epochs=training.epochs,
             seed=experiment.seed,
             device=experiment.torch_device,
-            plugins=[observer, *plugins, *schedule, meter],
+            plugins=[observer, *average, *plugins, *annealing, meter],
             evaluator=EvaluationPlugin(loggers=[]),
         )
         matrix: list[list[float]] = []

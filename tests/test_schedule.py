@@ -9,11 +9,13 @@ import torch
 from avalanche.training.plugins import SupervisedPlugin
 from rich.console import Console
 
+from ewc import EWCPenalty, Online
+from ewc.parameters import flatten
 from experiments.benchmarks import Split
 from experiments.data import Digits
 from experiments.experiment import Experiment, Training
 from experiments.models import MLP
-from experiments.strategies import EWC, Naive, Strategy
+from experiments.strategies import EWC, Naive, OnlineEWC, Strategy
 from experiments.tracking import Recorder, WandB
 
 
@@ -62,3 +64,53 @@ def test_without_annealing_the_learning_rate_stays(tmp_path, monkeypatch):
     with Recorder(tmp_path, WandB("disabled"), {}, "x", None) as recorder:
         experiment.prepare().run(recorder, Console(quiet=True), logging.getLogger())
     assert watch.rates == [[0.2] * 4] * 2
+
+
+class Iterates(SupervisedPlugin):
+    """Keeps the parameters after every step, by task, and those that a task leaves behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps, self.left = [], []
+
+    def before_training_exp(self, strategy, **_):
+        self.steps.append([])
+
+    def after_training_iteration(self, strategy, **_):
+        self.steps[-1].append(flatten(dict(strategy.model.named_parameters())).detach().clone())
+
+    def after_training_exp(self, strategy, **_):
+        self.left.append(flatten(dict(strategy.model.named_parameters())).detach().clone())
+
+
+@pytest.mark.parametrize(("share", "last"), [(0.25, 2), (0.01, 1), (1.0, 8)])
+@pytest.mark.parametrize("sizes", [{"iterations": 8}, {"epochs": 1}])
+@pytest.mark.parametrize("strategy", [Naive(), EWC(1.0), EWC(1.0, implicit_every=2)])
+def test_the_network_takes_the_mean_of_its_last_parameters(
+    tmp_path, monkeypatch, strategy, sizes, share, last
+):
+    watch = Iterates()
+    plugins = type(strategy).plugins
+    monkeypatch.setattr(type(strategy), "plugins", lambda *a: [watch, *plugins(*a)])
+    training = Training(100, tail_average=share, **sizes)
+    optimizer = partial(torch.optim.SGD, lr=0.2)
+    experiment = Experiment(Split(Digits(), 2), MLP([8]), optimizer, training, strategy)
+    with Recorder(tmp_path, WandB("disabled"), {}, "x", None) as recorder:
+        experiment.prepare().run(recorder, Console(quiet=True), logging.getLogger())
+    assert len(watch.left) == 2
+    for steps, left in zip(watch.steps, watch.left, strict=True):
+        assert len(steps) == 8
+        torch.testing.assert_close(left, torch.stack(steps[-last:]).mean(0))
+
+
+def test_the_penalty_is_anchored_at_the_mean(tmp_path):
+    training = Training(100, iterations=8, tail_average=0.5)
+    optimizer = partial(torch.optim.SGD, lr=0.2)
+    experiment = Experiment(Split(Digits(), 2), MLP([8]), optimizer, training, OnlineEWC(1.0))
+    prepared = experiment.prepare()
+    with Recorder(tmp_path, WandB("disabled"), {}, "x", None) as recorder:
+        prepared.run(recorder, Console(quiet=True), logging.getLogger())
+    penalty = EWCPenalty(1.0, Online())
+    penalty.load_state_dict(torch.load(tmp_path / "checkpoints" / "penalty.pt"))
+    for name, parameter in prepared.model.named_parameters():
+        torch.testing.assert_close(penalty.terms[-1].anchor[name], parameter.detach())
