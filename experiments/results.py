@@ -87,7 +87,8 @@ def bars_table(bars: list[dict[str, Any]], jobs: Mapping[str, Jobs]) -> list[str
             optionally a ``remark`` each; without a ``bar`` the value is only shown.  The
             value is the mean accuracy, at least the bar; with ``decades: true`` the decades
             of strength within a point of the best, at least the bar; with ``default`` the
-            points by which this strength is under the best one, at most the bar.
+            points by which this strength is under the best one, each over the seeds that both
+            have, at most the bar.
         jobs: the results by recipe.
     """
     rows = []
@@ -115,13 +116,27 @@ def measured(bar: Mapping[str, Any], jobs: Jobs) -> tuple[float | None, str]:
         value = decades_within(jobs, 1.0)
         return value, f"{value:g} (strengths in steps of ten)"
     if "default" in bar:
-        means = means_by_strength(jobs)
-        if bar["default"] not in means:
+        leads = leads_over(jobs, bar["default"])
+        if not leads:
             return None, "not run"
-        value = max(means.values()) - means[bar["default"]]
-        return value, f"{value:.2f} under the best of {len(means)} strengths"
+        value = max(leads.values())
+        return value, f"{value:.2f} under the best of {len(leads)} strengths"
     value = statistics.fmean(100 * job["average_accuracy"] for job in jobs)
     return value, f"{value:.2f} ({len(jobs)} seed{'s' * (len(jobs) > 1)})"
+
+
+def leads_over(jobs: Jobs, default: float) -> dict[float, float]:
+    """By how many points every strength is over a default one, on the seeds that both have."""
+    found: dict[float, dict[int, float]] = {}
+    for job in jobs:
+        strength = float(job["config"]["strategy"]["strength"])
+        found.setdefault(strength, {})[job["seed"]] = 100 * job["average_accuracy"]
+    reference = found.get(default, {})
+    return {
+        strength: statistics.fmean(by_seed[seed] - reference[seed] for seed in common)
+        for strength, by_seed in sorted(found.items())
+        if (common := by_seed.keys() & reference.keys())
+    }
 
 
 def kept_table(recipes: Sequence[Path], jobs: Mapping[str, Jobs]) -> list[str]:

@@ -12,7 +12,14 @@ from experiments import pictures
 from experiments.command_line import CONFIGS
 from experiments.metrics import average_accuracies, average_accuracy
 from experiments.report import has_options, markdown, options_of, sweep_table
-from experiments.results import bars_table, decades_within, kept_table, of_recipe, report_of
+from experiments.results import (
+    bars_table,
+    decades_within,
+    kept_table,
+    leads_over,
+    of_recipe,
+    report_of,
+)
 
 
 def job(accuracy, **settings):
@@ -22,6 +29,7 @@ def job(accuracy, **settings):
     return {
         "overrides": options,
         "average_accuracy": accuracy,
+        "seed": settings.get("seed", 0),
         "forgetting": 0.0,
         "seconds": {"total": 1.0},
         "config": {"strategy": {"strength": float(settings.get("strength", 1))}},
@@ -85,6 +93,21 @@ def test_bars_are_compared_with_the_mean_of_their_jobs():
         ["0.8", "0.90 under the best of 3 strengths", "no", ""],
         ["1", "not run", "", ""],
     ]
+
+
+def test_strengths_are_compared_on_the_seeds_that_both_have():
+    jobs = [
+        job(0.80, strength=3, seed=0),
+        job(0.90, strength=3, seed=1),
+        job(0.85, strength=10, seed=0),  # 5 over, where the means of all say none
+        job(0.91, strength=30, seed=0),
+        job(0.70, strength=30, seed=1),
+        job(0.99, strength=100, seed=2),  # nothing to compare with
+    ]
+    leads = leads_over(jobs, 3)
+    assert list(leads) == [3, 10, 30]
+    assert list(leads.values()) == pytest.approx([0, 5, (11 - 20) / 2])
+    assert leads_over(jobs, 7) == {}
 
 
 def test_a_table_has_its_columns_and_rows():
@@ -203,7 +226,7 @@ def test_other_seeds_and_options_are_no_jobs_of_a_recipe():
 def test_what_is_kept_is_counted_against_the_sweep():
     recipe = Path(CONFIGS) / "experiment" / "strength_split_mnist.yaml"
     lines = kept_table([recipe], {recipe.stem: [{}] * 3})
-    assert lines[-1] == "| strength_split_mnist | 3 | 28 |"  # 2 scenarios, 2 strategies, 7
+    assert lines[-1] == "| strength_split_mnist | 3 | 72 |"  # 2 scenarios, 2 strategies, 6, 3
 
 
 def test_numbers_are_written_short():
