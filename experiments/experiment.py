@@ -60,11 +60,10 @@ class Training:
     log_every: int = 1
 
     def __post_init__(self) -> None:
-        """Check the counts."""
-        for name in ("batch_size", "epochs", "eval_batch_size", "log_every"):
-            check_count(getattr(self, name), name)
-        if self.iterations is not None:
-            check_count(self.iterations, "iterations")
+        """Check the counts and the share."""
+        for name in ("batch_size", "epochs", "iterations", "eval_batch_size", "log_every"):
+            if (count := getattr(self, name)) is not None:
+                check_count(count, name)
         check_share(self.tail_average, "tail_average")
 
 

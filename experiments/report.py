@@ -239,9 +239,13 @@ def means_by_strength(jobs: Sequence[Mapping[str, Any]]) -> dict[float, float]:
     """The mean accuracy in per cent at every strength, the smallest strength first."""
     found: dict[float, list[float]] = {}
     for job in jobs:
-        strength = float(job["config"]["strategy"]["strength"])
-        found.setdefault(strength, []).append(100 * job["average_accuracy"])
+        found.setdefault(strength_of(job), []).append(100 * job["average_accuracy"])
     return {strength: statistics.fmean(found[strength]) for strength in sorted(found)}
+
+
+def strength_of(job: Mapping[str, Any]) -> float:
+    """The strength that a job ran with."""
+    return float(job["config"]["strategy"]["strength"])
 
 
 def options_of(job: Mapping[str, Any]) -> dict[str, str]:

@@ -24,6 +24,7 @@ from experiments.report import (
     means_by_strength,
     options_of,
     read_jobs,
+    strength_of,
     sweep_table,
 )
 
@@ -129,8 +130,7 @@ def leads_over(jobs: Jobs, default: float) -> dict[float, float]:
     """By how many points every strength is over a default one, on the seeds that both have."""
     found: dict[float, dict[int, float]] = {}
     for job in jobs:
-        strength = float(job["config"]["strategy"]["strength"])
-        found.setdefault(strength, {})[job["seed"]] = 100 * job["average_accuracy"]
+        found.setdefault(strength_of(job), {})[job["seed"]] = 100 * job["average_accuracy"]
     reference = found.get(default, {})
     return {
         strength: statistics.fmean(by_seed[seed] - reference[seed] for seed in common)

@@ -33,6 +33,16 @@ class Watch(SupervisedPlugin):
         self.rates[-1].append(strategy.optimizer.param_groups[0]["lr"])
 
 
+def run(folder, training, strategy):
+    """Two tasks by gradient descent at a rate of 0.2; the network after them."""
+    optimizer = partial(torch.optim.SGD, lr=0.2)
+    experiment = Experiment(Split(Digits(), 2), MLP([8]), optimizer, training, strategy)
+    prepared = experiment.prepare()
+    with Recorder(folder, WandB("disabled"), {}, "x", None) as recorder:
+        prepared.run(recorder, Console(quiet=True), logging.getLogger())
+    return prepared.model
+
+
 @pytest.mark.parametrize("reset", [True, False])
 @pytest.mark.parametrize("sizes", [{"iterations": 7}, {"epochs": 2}])
 @pytest.mark.parametrize("strategy", [Naive(), EWC(1.0), EWC(1.0, implicit_every=3)])
@@ -43,10 +53,7 @@ def test_the_learning_rate_falls_to_nothing_over_every_task(
     plugins = type(strategy).plugins
     monkeypatch.setattr(type(strategy), "plugins", lambda *a: [*plugins(*a), watch])
     training = Training(100, reset_optimizer=reset, anneal=True, **sizes)
-    optimizer = partial(torch.optim.SGD, lr=0.2)
-    experiment = Experiment(Split(Digits(), 2), MLP([8]), optimizer, training, strategy)
-    with Recorder(tmp_path, WandB("disabled"), {}, "x", None) as recorder:
-        experiment.prepare().run(recorder, Console(quiet=True), logging.getLogger())
+    run(tmp_path, training, strategy)
     assert len(watch.rates) == 2
     for rates in watch.rates:
         steps = len(rates)
@@ -59,10 +66,7 @@ def test_without_annealing_the_learning_rate_stays(tmp_path, monkeypatch):
     watch = Watch()
     monkeypatch.setattr(Strategy, "plugins", lambda *_: [watch])
     training = Training(100, iterations=4)
-    optimizer = partial(torch.optim.SGD, lr=0.2)
-    experiment = Experiment(Split(Digits(), 2), MLP([8]), optimizer, training, Naive())
-    with Recorder(tmp_path, WandB("disabled"), {}, "x", None) as recorder:
-        experiment.prepare().run(recorder, Console(quiet=True), logging.getLogger())
+    run(tmp_path, training, Naive())
     assert watch.rates == [[0.2] * 4] * 2
 
 
@@ -93,10 +97,7 @@ def test_the_network_takes_the_mean_of_its_last_parameters(
     plugins = type(strategy).plugins
     monkeypatch.setattr(type(strategy), "plugins", lambda *a: [watch, *plugins(*a)])
     training = Training(100, tail_average=share, **sizes)
-    optimizer = partial(torch.optim.SGD, lr=0.2)
-    experiment = Experiment(Split(Digits(), 2), MLP([8]), optimizer, training, strategy)
-    with Recorder(tmp_path, WandB("disabled"), {}, "x", None) as recorder:
-        experiment.prepare().run(recorder, Console(quiet=True), logging.getLogger())
+    run(tmp_path, training, strategy)
     assert len(watch.left) == 2
     for steps, left in zip(watch.steps, watch.left, strict=True):
         assert len(steps) == 8
@@ -105,12 +106,8 @@ def test_the_network_takes_the_mean_of_its_last_parameters(
 
 def test_the_penalty_is_anchored_at_the_mean(tmp_path):
     training = Training(100, iterations=8, tail_average=0.5)
-    optimizer = partial(torch.optim.SGD, lr=0.2)
-    experiment = Experiment(Split(Digits(), 2), MLP([8]), optimizer, training, OnlineEWC(1.0))
-    prepared = experiment.prepare()
-    with Recorder(tmp_path, WandB("disabled"), {}, "x", None) as recorder:
-        prepared.run(recorder, Console(quiet=True), logging.getLogger())
+    model = run(tmp_path, training, OnlineEWC(1.0))
     penalty = EWCPenalty(1.0, Online())
     penalty.load_state_dict(torch.load(tmp_path / "checkpoints" / "penalty.pt"))
-    for name, parameter in prepared.model.named_parameters():
+    for name, parameter in model.named_parameters():
         torch.testing.assert_close(penalty.terms[-1].anchor[name], parameter.detach())
