@@ -226,7 +226,8 @@ def test_other_seeds_and_options_are_no_jobs_of_a_recipe():
 def test_what_is_kept_is_counted_against_the_sweep():
     recipe = Path(CONFIGS) / "experiment" / "strength_split_mnist.yaml"
     lines = kept_table([recipe], {recipe.stem: [{}] * 3})
-    assert lines[-1] == "| strength_split_mnist | 3 | 72 |"  # 2 scenarios, 2 strategies, 6, 3
+    # 2 scenarios, 2 strategies, 7 strengths and 6 seeds
+    assert lines[-1] == "| strength_split_mnist | 3 | 168 |"
 
 
 def test_numbers_are_written_short():
