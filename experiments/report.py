@@ -186,11 +186,16 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
 
 
 def read_jobs(folder: Path) -> list[dict[str, Any]]:
-    """The results of every finished job of a sweep, in the order of the jobs."""
+    """What every job of a sweep that has ended wrote, in the order of the jobs."""
     folders = sorted(
         (path.parent for path in folder.glob("*/results.json")), key=lambda f: (len(f.name), f)
     )
     return [results for folder in folders if (results := read_results(folder))]
+
+
+def finished(jobs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The jobs that have results; the others diverged."""
+    return [job for job in jobs if "diverged" not in job]
 
 
 def sweep_table(
@@ -201,7 +206,7 @@ def sweep_table(
     """A row for each setting that was swept, over its seeds.
 
     Args:
-        jobs: the results of the jobs.
+        jobs: what the jobs wrote; those that diverged count as no seeds of their row.
         published: see :class:`SweepReport`.
         shown: options that have a column although all jobs have the same.
 
@@ -218,16 +223,22 @@ def sweep_table(
     rows = []
     for key, members in groups.items():
         values = dict(key)
-        accuracies = [100 * job["average_accuracy"] for job in members]
-        drops = [100 * job["forgetting"] for job in members]
-        total = statistics.fmean(job["seconds"]["total"] for job in members)
+        done = finished(members)
+        measured = [
+            [100 * job["average_accuracy"] for job in done],
+            [100 * job["forgetting"] for job in done],
+        ]
+        accuracy, drop = map(mean_and_error, measured)
+        if failed := len(members) - len(done):
+            accuracy = f"{accuracy} ({failed} diverged)" if done else "diverged"
+        total = f"{statistics.fmean(j['seconds']['total'] for j in done):.1f}" if done else ""
         rows.append(
             [
                 *(_shown(values.get(name, "")) for name in varied),
-                str(len(members)),
-                _mean_and_error(accuracies),
-                _mean_and_error(drops),
-                f"{total:.1f}",
+                str(len(done)),
+                accuracy,
+                drop,
+                total,
                 *([_published(values, published)] if published else []),
             ]
         )
@@ -283,7 +294,10 @@ def _published(values: Mapping[str, str], published: Mapping[str, str]) -> str:
     return ""
 
 
-def _mean_and_error(values: Sequence[float]) -> str:
+def mean_and_error(values: Sequence[float]) -> str:
+    """The mean ± its standard error, of one value without; nothing of none."""
+    if not values:
+        return ""
     mean = statistics.fmean(values)
     if len(values) == 1:
         return f"{mean:.2f}"

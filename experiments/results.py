@@ -19,14 +19,17 @@ from omegaconf import OmegaConf
 from experiments.command_line import CONFIGS
 from experiments.pictures import Jobs
 from experiments.report import (
+    finished,
     has_options,
     markdown,
+    mean_and_error,
     means_by_strength,
     options_of,
     read_jobs,
     strength_of,
     sweep_table,
 )
+from experiments.schema import plain, same_outcome
 
 INTRODUCTION = """\
 # Results
@@ -56,7 +59,7 @@ def title_of(recipe: Path) -> str:
 
 def section(jobs: Jobs, recipe: Path, pictures: Path) -> str:
     """The heading, the command, the table and the pictures of one recipe."""
-    report = report_of(recipe)
+    report, done = report_of(recipe), finished(jobs)
     lines = [
         f"## {recipe.stem}",
         "",
@@ -67,12 +70,12 @@ def section(jobs: Jobs, recipe: Path, pictures: Path) -> str:
         *markdown(*sweep_table(jobs, report.get("published"), list(swept_by(recipe)))),
     ]
     for name in report.get("pictures", ["over_tasks"]):
-        figure = hydra.utils.get_method(f"experiments.pictures.{name}")(jobs, recipe.stem)
+        figure = hydra.utils.get_method(f"experiments.pictures.{name}")(done, recipe.stem)
         path = pictures / f"{recipe.stem}_{name}.png"
         figure.savefig(path, dpi=110)
         lines += ["", f"![{name.replace('_', ' ')}]({pictures.name}/{path.name})"]
     versions: dict[str, dict[str, None]] = {}
-    for job in jobs:
+    for job in done:
         for name, version in job["versions"].items():
             versions.setdefault(name, {})[version] = None
     named = (f"{name} {' and '.join(found)}" for name, found in versions.items())
@@ -89,14 +92,14 @@ def bars_table(bars: list[dict[str, Any]], jobs: Mapping[str, Jobs]) -> list[str
             value is the mean accuracy, at least the bar; with ``decades: true`` the decades
             of strength within a point of the best, at least the bar; with ``default`` the
             points by which this strength is under the best one, each over the seeds that both
-            have, at most the bar.
+            have, at most the bar, and no verdict where it is the smallest or largest one.
         jobs: the results by recipe.
     """
     rows = []
     for bar in bars:
         members = [
             job
-            for job in jobs.get(bar["recipe"], [])
+            for job in finished(jobs.get(bar["recipe"], []))
             if has_options(options_of(job), bar["settings"])
         ]
         value, shown = measured(bar, members)
@@ -120,22 +123,32 @@ def measured(bar: Mapping[str, Any], jobs: Jobs) -> tuple[float | None, str]:
         leads = leads_over(jobs, bar["default"])
         if not leads:
             return None, "not run"
-        value = max(leads.values())
-        return value, f"{value:.2f} under the best of {len(leads)} strengths"
+        best = max(leads.values(), key=statistics.fmean)
+        shown = (
+            f"{mean_and_error(best)} under the best of {len(leads)} strengths "
+            f"({min(leads):g} to {max(leads):g}, {_seeds(best)})"
+        )
+        # Where the default is the smallest or largest there is, the best may lie beyond.
+        inside = min(leads) < bar["default"] < max(leads)
+        return statistics.fmean(best) if inside else None, shown
     value = statistics.fmean(100 * job["average_accuracy"] for job in jobs)
-    return value, f"{value:.2f} ({len(jobs)} seed{'s' * (len(jobs) > 1)})"
+    return value, f"{value:.2f} ({_seeds(jobs)})"
 
 
-def leads_over(jobs: Jobs, default: float) -> dict[float, float]:
-    """By how many points every strength is over a default one, on the seeds that both have."""
+def _seeds(of: Sequence[Any]) -> str:
+    return f"{len(of)} seed{'s' * (len(of) > 1)}"
+
+
+def leads_over(jobs: Jobs, default: float) -> dict[float, list[float]]:
+    """By how many points every strength is over a default one, on each seed that both have."""
     found: dict[float, dict[int, float]] = {}
     for job in jobs:
         found.setdefault(strength_of(job), {})[job["seed"]] = 100 * job["average_accuracy"]
     reference = found.get(default, {})
     return {
-        strength: statistics.fmean(by_seed[seed] - reference[seed] for seed in common)
+        strength: [by_seed[seed] - reference[seed] for seed in common]
         for strength, by_seed in sorted(found.items())
-        if (common := by_seed.keys() & reference.keys())
+        if (common := sorted(by_seed.keys() & reference.keys()))
     }
 
 
@@ -189,6 +202,21 @@ def of_recipe(jobs: Jobs, recipe: Path) -> Jobs:
     return [job for _, job in sorted(found, key=lambda pair: pair[0])]
 
 
+def as_configured(jobs: Jobs, recipe: Path) -> Jobs:
+    """The jobs that came from the configuration as it is now, and not before a default changed."""
+    composed: dict[tuple[str, ...], dict[str, Any]] = {}
+    found = []
+    with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
+        for job in jobs:
+            options = tuple(o for o in job["overrides"] if not o.startswith("seed="))
+            if options not in composed:  # composing takes a while, and seeds differ in no more
+                overrides = [f"experiment={recipe.stem}", *options]
+                composed[options] = plain(hydra.compose("config", overrides=overrides))
+            if same_outcome(job["config"], composed[options] | {"seed": job["seed"]}):
+                found.append(job)
+    return found
+
+
 def swept_by(recipe: Path) -> dict[str, list[str]]:
     """The options that a recipe varies, and their values; none if it is a single run."""
     config: Any = OmegaConf.to_container(OmegaConf.load(recipe), resolve=False)
@@ -210,10 +238,12 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=Path("RESULTS.md"))
     arguments = parser.parse_args()
     recipes = sorted((Path(CONFIGS) / "experiment").glob("*.yaml"))
-    jobs = {
-        recipe.stem: of_recipe(read_jobs(arguments.results / recipe.stem), recipe)
-        for recipe in recipes
-    }
+    jobs = {}
+    for recipe in recipes:
+        asked = of_recipe(read_jobs(arguments.results / recipe.stem), recipe)
+        jobs[recipe.stem] = as_configured(asked, recipe)
+        if others := len(asked) - len(jobs[recipe.stem]):
+            print(f"{recipe.stem}: {others} jobs left out, which ran with another configuration")
     parts = [INTRODUCTION]
     if (path := arguments.results / "bars.yaml").exists():
         bars: Any = OmegaConf.to_container(OmegaConf.load(path))

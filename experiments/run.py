@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -20,19 +21,27 @@ _log = logging.getLogger(__name__)
 
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="config")
 def run(config: DictConfig) -> float:
-    """Run one experiment; its average accuracy is what a sweeper maximises."""
+    """Run one experiment; its average accuracy is what a sweeper maximises.
+
+    A job of a sweep that diverges has NaN, and a row in the sweep's report that says so.
+    """
     directory = Path(HydraConfig.get().runtime.output_dir)
     single = HydraConfig.get().mode == RunMode.RUN
     try:
         return _run(plain(config), directory)
-    except (ConfigurationError, FloatingPointError) as error:
-        # A run that diverged keeps its records, for they show how.
-        if isinstance(error, ConfigurationError):
-            remove_traces(directory)
-        # A sweep must hear of it as an exception, and go on with its other jobs.
+    except ConfigurationError as error:
+        remove_traces(directory)
+        # A sweep must hear of it as an exception.
         if single:
             sys.exit(f"error: {error}")
         raise
+    except FloatingPointError as error:
+        # What a run that diverged has recorded stays, for it shows how.
+        if single:
+            sys.exit(f"error: {error}")
+        _log.error("diverged: %s", error)
+        _keep_diverged(directory, plain(config), str(error))
+        return math.nan
 
 
 def _run(config: dict[str, Any], directory: Path) -> float:
@@ -46,7 +55,7 @@ def _run(config: dict[str, Any], directory: Path) -> float:
     if (done := report.read_results(directory)) and same_outcome(done["config"], config):
         # A sweep into the same folder goes on where it stopped.
         _log.info("already done: %s", os.path.relpath(directory))
-        return float(done["average_accuracy"])
+        return float(done.get("average_accuracy", math.nan))
     experiment = build(config)
     assert isinstance(experiment, Experiment)
     try:
@@ -87,6 +96,15 @@ def _run(config: dict[str, Any], directory: Path) -> float:
     if recorder.sync_command:
         print(f"to upload the run to Weights & Biases: {recorder.sync_command}")
     return float(results["average_accuracy"])
+
+
+def _keep_diverged(directory: Path, config: dict[str, Any], reason: str) -> None:
+    """What a sweep keeps of a job without results: that it has run, and how it ended."""
+    from experiments import report
+
+    overrides = list(HydraConfig.get().overrides.task)
+    job = {"diverged": reason, "seed": config["seed"], "config": config, "overrides": overrides}
+    report.write_results(directory / "results.json", job)
 
 
 def _steps(directory: Path) -> list[dict[str, float]]:

@@ -318,6 +318,21 @@ def test_a_sweep_goes_on_where_it_stopped_and_its_page_is_rebuilt(tmp_path):
     assert (tmp_path / "results" / "split_digits_strategies_over_tasks.png").exists()
 
 
+def test_a_job_that_diverges_does_not_end_the_sweep(tmp_path):
+    arguments = ["-m", *SMALL, "strategy=naive", "optimizer=sgd", "optimizer.lr=1e30,1e-1"]
+    for _ in range(2):  # the second time both jobs are done
+        done = command(tmp_path, *arguments)
+        assert done.returncode == 0, done.stderr
+        text = (tmp_path / "sweep" / "report.md").read_text()
+        rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| 1e+30 |")]
+        assert [row[1:3] for row in rows] == [["0", "diverged"]]
+        assert "| 0.1 | 1 |" in text
+    jobs = report.read_jobs(tmp_path / "sweep")
+    (failed,) = [job["diverged"] for job in jobs if "diverged" in job]
+    assert "in task 1, step 2" in failed
+    assert "already done" in done.stdout + done.stderr
+
+
 def test_a_wrong_option_removes_nothing_that_was_there(tmp_path):
     folder = tmp_path / "out" / "now"
     folder.mkdir(parents=True)

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import hydra
 import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -13,6 +14,7 @@ from experiments.command_line import CONFIGS
 from experiments.metrics import average_accuracies, average_accuracy
 from experiments.report import has_options, markdown, options_of, sweep_table
 from experiments.results import (
+    as_configured,
     bars_table,
     decades_within,
     kept_table,
@@ -20,6 +22,7 @@ from experiments.results import (
     of_recipe,
     report_of,
 )
+from experiments.schema import plain
 
 
 def job(accuracy, **settings):
@@ -79,6 +82,7 @@ def test_bars_are_compared_with_the_mean_of_their_jobs():
         row | {"bar": 1, "recipe": "curve", "settings": {}, "decades": True},
         row | {"bar": 1, "recipe": "curve", "settings": {}, "default": 10},
         row | {"bar": 0.8, "recipe": "curve", "settings": {}, "default": 10},
+        row | {"bar": 1, "recipe": "curve", "settings": {}, "default": 100},
         row | {"bar": 1, "recipe": "curve", "settings": {}, "default": 3},
     ]
     lines = bars_table(bars, jobs)
@@ -89,8 +93,9 @@ def test_bars_are_compared_with_the_mean_of_their_jobs():
         ["", "96.00 (2 seeds)", "", ""],
         ["1", "not run", "", ""],
         ["1", "1 (strengths in steps of ten)", "yes", ""],
-        ["1", "0.90 under the best of 3 strengths", "yes", ""],
-        ["0.8", "0.90 under the best of 3 strengths", "no", ""],
+        ["1", "0.90 under the best of 3 strengths (1 to 100, 1 seed)", "yes", ""],
+        ["0.8", "0.90 under the best of 3 strengths (1 to 100, 1 seed)", "no", ""],
+        ["1", "0.00 under the best of 3 strengths (1 to 100, 1 seed)", "", ""],  # at the edge
         ["1", "not run", "", ""],
     ]
 
@@ -106,7 +111,11 @@ def test_strengths_are_compared_on_the_seeds_that_both_have():
     ]
     leads = leads_over(jobs, 3)
     assert list(leads) == [3, 10, 30]
-    assert list(leads.values()) == pytest.approx([0, 5, (11 - 20) / 2])
+    assert [pytest.approx(of_strength) for of_strength in leads.values()] == [
+        [0, 0],
+        [5],
+        [11, -20],
+    ]
     assert leads_over(jobs, 7) == {}
 
 
@@ -221,6 +230,31 @@ def test_other_seeds_and_options_are_no_jobs_of_a_recipe():
     ]
     (found,) = of_recipe([own, *others], recipe)
     assert found["overrides"] == ["strategy=ewc", "seed=1"]  # not where its data were
+
+
+def test_jobs_from_before_a_default_changed_are_left_out():
+    recipe = Path(CONFIGS) / "experiment" / "split_digits_strategies.yaml"
+    jobs = []
+    for seed in ("1", "2"):
+        options = ["strategy=kfac_ewc", f"seed={seed}"]
+        with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
+            config = hydra.compose("config", overrides=[f"experiment={recipe.stem}", *options])
+        jobs.append({"overrides": options, "seed": int(seed), "config": plain(config)})
+    assert as_configured(jobs, recipe) == jobs
+    jobs[0]["config"]["data_root"] = "elsewhere"  # decides nothing
+    jobs[1]["config"]["strategy"]["strength"] += 1
+    assert as_configured(jobs, recipe) == jobs[:1]
+
+
+def test_what_diverged_has_a_row_and_no_accuracy():
+    jobs = [job(0.5, strength=1, seed=0), job(0.7, strength=1, seed=1)]
+    jobs += [{"diverged": "in task 2", "overrides": ["strategy.strength=1", "seed=2"]}]
+    jobs += [{"diverged": "in task 2", "overrides": ["strategy.strength=10", "seed=0"]}]
+    _, rows = sweep_table(jobs)
+    assert rows == [
+        ["1", "2", "60.00 ± 10.00 (1 diverged)", "0.00 ± 0.00", "1.0"],
+        ["10", "0", "diverged", "", ""],
+    ]
 
 
 def test_what_is_kept_is_counted_against_the_sweep():
