@@ -48,7 +48,7 @@ def _run(config: dict[str, Any], directory: Path) -> float:
     # Slow to import, and not needed to find a wrong option on the command line.
     from rich.console import Console
 
-    from experiments import report
+    from experiments import pictures, report
     from experiments.experiment import Experiment
     from experiments.tracking import Recorder
 
@@ -73,10 +73,10 @@ def _run(config: dict[str, Any], directory: Path) -> float:
         results = prepared.run(recorder, Console(stderr=True), _log)
         results |= {"config": config, "overrides": list(job.overrides.task)}
         matrix = results["accuracy_matrix"]
-        pictures = {n: directory / f"{n}.png" for n in ("accuracy_matrix", "learning_curves")}
-        report.draw_accuracy_matrix(matrix, title, pictures["accuracy_matrix"])
-        report.draw_learning_curves(matrix, _steps(directory), title, pictures["learning_curves"])
-        for picture, path in pictures.items():
+        paths = {n: directory / f"{n}.png" for n in ("accuracy_matrix", "learning_curves")}
+        pictures.draw_accuracy_matrix(matrix, title, paths["accuracy_matrix"])
+        pictures.draw_learning_curves(matrix, _steps(directory), title, paths["learning_curves"])
+        for picture, path in paths.items():
             recorder.picture(picture, path)
         recorder.table("accuracy", *report.accuracy_table(matrix))
         final = ("average_accuracy", "forgetting", "backward_transfer")
