@@ -159,7 +159,8 @@ def kept_table(recipes: Sequence[Path], jobs: Mapping[str, Jobs]) -> list[str]:
         if swept := swept_by(recipe):
             size = math.prod(len(values) for values in swept.values())
             rows.append([recipe.stem, str(len(jobs[recipe.stem])), str(size)])
-    return ["## What is kept", "", *markdown(["recipe", "jobs kept", "jobs in all"], rows)]
+    why = "What is missing has not been run, for want of time; its recipe's command runs it."
+    return ["## What is kept", "", why, "", *markdown(["recipe", "jobs kept", "jobs in all"], rows)]
 
 
 def decades_within(jobs: Jobs, points: float) -> float:
