@@ -164,11 +164,10 @@ def sweep_table(
     for key, members in groups.items():
         values = dict(key)
         done = finished(members)
-        measured = [
-            [100 * job["average_accuracy"] for job in done],
-            [100 * job["forgetting"] for job in done],
-        ]
-        accuracy, drop = map(mean_and_error, measured)
+        accuracy, drop = (
+            mean_and_error([100 * job[name] for job in done])
+            for name in ("average_accuracy", "forgetting")
+        )
         if failed := len(members) - len(done):
             accuracy = f"{accuracy} ({failed} diverged)" if done else "diverged"
         total = f"{statistics.fmean(j['seconds']['total'] for j in done):.1f}" if done else ""

@@ -69,6 +69,8 @@ def section(jobs: Jobs, recipe: Path, pictures: Path) -> str:
         "",
         *markdown(*sweep_table(jobs, report.get("published"), list(swept_by(recipe)))),
     ]
+    if not done:  # all diverged: there is nothing to draw
+        return "\n".join(lines)
     for name in report.get("pictures", ["over_tasks"]):
         figure = hydra.utils.get_method(f"experiments.pictures.{name}")(done, recipe.stem)
         path = pictures / f"{recipe.stem}_{name}.png"

@@ -28,7 +28,8 @@ def run(config: DictConfig) -> float:
     directory = Path(HydraConfig.get().runtime.output_dir)
     single = HydraConfig.get().mode == RunMode.RUN
     try:
-        return _run(plain(config), directory)
+        settings = plain(config)
+        return _run(settings, directory)
     except ConfigurationError as error:
         remove_traces(directory)
         # A sweep must hear of it as an exception.
@@ -40,7 +41,7 @@ def run(config: DictConfig) -> float:
         if single:
             sys.exit(f"error: {error}")
         _log.error("diverged: %s", error)
-        _keep_diverged(directory, plain(config), str(error))
+        _keep_diverged(directory, settings, str(error))
         return math.nan
 
 

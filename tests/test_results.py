@@ -21,6 +21,7 @@ from experiments.results import (
     leads_over,
     of_recipe,
     report_of,
+    section,
 )
 from experiments.schema import plain
 
@@ -217,6 +218,10 @@ def test_published_figures_and_bars_are_of_jobs_that_a_recipe_runs(recipe):
         if bar["recipe"] == recipe.stem:
             wanted = bar["settings"]
             assert any(has_options(options_of(job), wanted) for job in jobs), bar["name"]
+            if "default" in bar:
+                with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
+                    config = hydra.compose("config", overrides=[f"strategy={wanted['strategy']}"])
+                assert bar["default"] == config.strategy.strength, bar["name"]
 
 
 def test_other_seeds_and_options_are_no_jobs_of_a_recipe():
@@ -255,6 +260,13 @@ def test_what_diverged_has_a_row_and_no_accuracy():
         ["1", "2", "60.00 ± 10.00 (1 diverged)", "0.00 ± 0.00", "1.0"],
         ["10", "0", "diverged", "", ""],
     ]
+
+
+def test_a_recipe_whose_jobs_all_diverged_has_a_table_and_no_picture(tmp_path):
+    recipe = Path(CONFIGS) / "experiment" / "split_digits_strategies.yaml"
+    jobs = [{"diverged": "in task 2", "overrides": ["strategy=ewc", "seed=2"]}]
+    assert "| ewc | 0 | diverged |" in section(jobs, recipe, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_kept_is_counted_against_the_sweep():
