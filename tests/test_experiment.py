@@ -354,7 +354,7 @@ def test_a_wrong_option_removes_nothing_that_was_there(tmp_path):
         (["sed=3"], "Unknown option 'sed': allowed are benchmark, model, "),
         (
             ["strategy=ewcc"],
-            "'strategy/ewcc': allowed are avalanche_ewc, ewc, joint, kfac_ewc, l2, lwf, mas,",
+            "'strategy/ewcc': allowed are avalanche_ewc, ewc, implicit_kfac_ewc, joint, kfac_ewc,",
         ),
         (["+training.steps=3"], "Unknown option 'training.steps': allowed are training.batch_si"),
         (["training.iterations=few"], "Option 'training.iterations' is 'few': Input should be a"),
