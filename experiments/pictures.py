@@ -80,7 +80,8 @@ def draw_learning_curves(
 def over_tasks(jobs: Jobs, title: str) -> Figure:
     """Average accuracy over the tasks so far: a panel a scenario, a line for other settings."""
     scenarios = list(dict.fromkeys(_scenario(job) for job in jobs))
-    figure = Figure(figsize=(8 if len(scenarios) == 1 else 4 * len(scenarios), 4.5))
+    width = 8 if len(scenarios) == 1 else 4 * len(scenarios)
+    figure = Figure(figsize=(width, 4.5), layout="constrained")
     panels = figure.subplots(1, len(scenarios), squeeze=False)[0]
     settings = by_setting(jobs, but=("benchmark.scenario",))
     for axes, scenario in zip(panels, scenarios, strict=True):
@@ -95,19 +96,17 @@ def over_tasks(jobs: Jobs, title: str) -> Figure:
         axes.set(xlabel="tasks learnt", title=scenario or title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small", ncols=1 if len(scenarios) > 1 else 2)
     panels[0].set_ylabel("average accuracy in %")
     if len(scenarios) > 1:
         figure.suptitle(title)
-    figure.tight_layout()
-    return figure
+    return _labelled(figure)
 
 
 def over_single_tasks(jobs: Jobs, title: str) -> Figure:
     """The accuracy on every task by itself from when it was learnt, a panel a task."""
     settings = by_setting(jobs)
     size = len(jobs[0]["accuracy_matrix"])
-    figure = Figure(figsize=(9, 3.6))
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(1, size, sharey=True, squeeze=False)[0]
     for task, axes in enumerate(panels):
         for label, members in settings.items():
@@ -118,10 +117,8 @@ def over_single_tasks(jobs: Jobs, title: str) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("test accuracy in %")
-    panels[0].legend(fontsize="x-small")
     figure.suptitle(title)
-    figure.tight_layout()
-    return figure
+    return _labelled(figure)
 
 
 def over_strength(jobs: Jobs, title: str) -> Figure:
@@ -131,7 +128,7 @@ def over_strength(jobs: Jobs, title: str) -> Figure:
         means = means_by_strength(members)
         axes.plot(list(means), list(means.values()), marker=".", label=label)
     axes.set_xscale("log")
-    return _finished(figure, axes)
+    return _labelled(figure)
 
 
 def overlap_by_layer(jobs: Jobs, title: str) -> Figure:
@@ -150,7 +147,7 @@ def overlap_by_layer(jobs: Jobs, title: str) -> Figure:
         axes.errorbar(range(1, len(means) + 1), means, errors, marker="o", capsize=3, label=label)
     axes.set_ylim(0, 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _finished(figure, axes)
+    return _labelled(figure)
 
 
 def by_setting(jobs: Jobs, but: Sequence[str] = ()) -> dict[str, list[Mapping[str, Any]]]:
@@ -173,14 +170,26 @@ def _scenario(job: Mapping[str, Any]) -> str:
 
 
 def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8, 4.5))
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     axes.set(xlabel=x, ylabel=y, title=title)
     axes.grid(alpha=0.3)
     return figure, axes
 
 
-def _finished(figure: Figure, axes: Axes) -> Figure:
-    axes.legend(fontsize="x-small", ncols=2)
-    figure.tight_layout()
+def _labelled(figure: Figure) -> Figure:
+    """One legend for all panels, under them, where it covers no line."""
+    handles: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    # Some 20 letters of this size to the inch; a handle and its spaces are as wide as 9.
+    columns = int(20 * figure.get_figwidth() / (9 + max(map(len, handles))))
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        fontsize="x-small",
+        ncols=max(1, min(columns, 5)),
+    )
     return figure
