@@ -238,6 +238,7 @@ class Prepared:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "seed": experiment.seed,
             "versions": _versions(),
+            "device": str(experiment.torch_device),
         }
 
     def _save(self, folder: Path, ewc: EWCPlugin | None) -> None:

@@ -223,6 +223,7 @@ def test_the_command_line_leaves_everything_behind(tmp_path):
     assert results["seed"] == 5
     assert results["config"]["model"]["hidden"] == [32]
     assert results["versions"]["torch"] == torch.__version__
+    assert results["device"] == ("cuda" if torch.cuda.is_available() else "cpu")  # not "auto"
     matrix = results["accuracy_matrix"]
     assert results["average_accuracy"] == pytest.approx(sum(matrix[1]) / 2)
     assert results["forgetting"] == pytest.approx(matrix[0][0] - matrix[1][0])
