@@ -95,13 +95,14 @@ def fisher_by_moments(model, examples, log_prob, supports):
         c = output.numel()
         zero = torch.zeros_like(output)
         base = _gradient(log_prob(output, zero).sum(), parameters)
+        values = torch.tensor(supports, dtype=output.dtype)
+        probabilities = log_prob(output, values[:, None]).exp().detach()  # [supports, outputs]
         slopes, means, variances = [], [], []
         for k in range(c):
             unit = zero.clone()
             unit[k] = 1
             slopes.append(_gradient(log_prob(output, unit).sum(), parameters) - base)
-            values = torch.tensor(supports, dtype=output.dtype)
-            weights = torch.stack([log_prob(output, zero + v)[k].exp().detach() for v in values])
+            weights = probabilities[:, k]
             mean = (weights * values).sum()
             means.append(mean)
             variances.append((weights * (values - mean) ** 2).sum())
