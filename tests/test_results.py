@@ -272,8 +272,8 @@ def test_a_recipe_whose_jobs_all_diverged_has_a_table_and_no_picture(tmp_path):
 def test_what_is_kept_is_counted_against_the_sweep():
     recipe = Path(CONFIGS) / "experiment" / "strength_split_mnist.yaml"
     lines = kept_table([recipe], {recipe.stem: [{}] * 3})
-    # 3 scenarios, 2 strategies, 7 strengths and 6 seeds
-    assert lines[-1] == "| strength_split_mnist | 3 | 252 |"
+    # 3 scenarios, 2 strategies, 9 strengths and 6 seeds
+    assert lines[-1] == "| strength_split_mnist | 3 | 324 |"
 
 
 def test_numbers_are_written_short():
