@@ -146,7 +146,7 @@ def sweep_table(
     """A row for each setting that was swept, over its seeds.
 
     Args:
-        jobs: what the jobs wrote; those that diverged count as no seeds of their row.
+        jobs: what the jobs wrote; those that diverged are counted beside the accuracy.
         published: see :class:`SweepReport`.
         shown: options that have a column although all jobs have the same.
 
@@ -174,7 +174,7 @@ def sweep_table(
         rows.append(
             [
                 *(_shown(values.get(name, "")) for name in varied),
-                str(len(done)),
+                _seeds(members),
                 accuracy,
                 drop,
                 total,
@@ -223,6 +223,14 @@ def _shown(text: str) -> str:
     """A value as a person writes it: 1e+11, not 100000000000.0."""
     value = _value(text)
     return f"{value:g}" if isinstance(value, float) else value
+
+
+def _seeds(jobs: Sequence[Mapping[str, Any]]) -> str:
+    """The jobs' seeds, three or more in a row as ``first to last``."""
+    seeds = sorted({int(job["seed"]) for job in jobs})
+    if len(seeds) > 2 and seeds[-1] - seeds[0] == len(seeds) - 1:
+        return f"{seeds[0]} to {seeds[-1]}"
+    return ", ".join(map(str, seeds))
 
 
 def _published(values: Mapping[str, str], published: Mapping[str, str]) -> str:

@@ -155,14 +155,22 @@ def leads_over(jobs: Jobs, default: float) -> dict[float, list[float]]:
 
 
 def kept_table(recipes: Sequence[Path], jobs: Mapping[str, Jobs]) -> list[str]:
-    """How many jobs of every sweep are kept, and how many it has."""
+    """How many jobs of every sweep are kept, how many it has, and values without any."""
     rows = []
     for recipe in recipes:
         if swept := swept_by(recipe):
             size = math.prod(len(values) for values in swept.values())
-            rows.append([recipe.stem, str(len(jobs[recipe.stem])), str(size)])
+            given = [options_of(job) for job in jobs[recipe.stem]]
+            without = [
+                f"{name}={value}"
+                for name, values in swept.items()
+                for value in values
+                if name != "seed" and not any(has_options(own, {name: value}) for own in given)
+            ]
+            rows.append([recipe.stem, str(len(given)), str(size), ", ".join(without)])
     why = "What is missing has not been run, for want of time; its recipe's command runs it."
-    return ["## What is kept", "", why, "", *markdown(["recipe", "jobs kept", "jobs in all"], rows)]
+    columns = ["recipe", "jobs kept", "jobs in all", "without any job"]
+    return ["## What is kept", "", why, "", *markdown(columns, rows)]
 
 
 def decades_within(jobs: Jobs, points: float) -> float:

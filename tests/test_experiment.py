@@ -41,7 +41,7 @@ def run(directory, *overrides):
 
 
 STRATEGIES = ["naive", "joint", "ewc", "online_ewc", "kfac_ewc", "si", "mas", "l2", "lwf"]
-STRATEGIES += ["smoothed_ewc", "avalanche_ewc"]
+STRATEGIES += ["smoothed_ewc", "implicit_kfac_ewc", "avalanche_ewc"]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -63,6 +63,12 @@ def test_every_strategy_runs_on_every_scenario(tmp_path, strategy, benchmark, sc
     assert (results["seconds"]["fisher"] > 0) == (
         strategy not in {"naive", "joint", "lwf", "avalanche_ewc"}
     )
+
+
+def test_implicit_kfac_ewc_differs_in_the_penalty_s_way_only():
+    implicit = compose("strategy=implicit_kfac_ewc")
+    assert implicit["strategy"]["implicit_every"] == 10
+    assert implicit == compose("strategy=kfac_ewc", "strategy.implicit_every=10")
 
 
 def test_a_seed_decides_everything(tmp_path):
@@ -131,17 +137,26 @@ def test_reports_of_sweeps_average_over_seeds():
     jobs = [
         {
             "overrides": [f"strategy={name}", f"seed={seed}", "model.hidden=[3]"],
+            "seed": seed,
             "average_accuracy": accuracy,
             "forgetting": 0.1,
             "seconds": {"total": 2.0},
         }
-        for name, seed, accuracy in [("ewc", 0, 0.8), ("ewc", 1, 0.9), ("naive", 0, 0.5)]
+        for name, seed, accuracy in [
+            ("ewc", 0, 0.8),
+            ("ewc", 1, 0.9),
+            ("naive", 7, 0.5),
+            *(("si", seed, 0.6) for seed in (12, 10, 11)),
+            *(("l2", seed, 0.6) for seed in (2, 0, 3)),
+        ]
     ]
     columns, rows = report.sweep_table(jobs)
     assert columns == ["strategy", "seeds", "average accuracy", "forgetting", "seconds"]
     assert rows == [
-        ["ewc", "2", "85.00 ± 5.00", "10.00 ± 0.00", "2.0"],
-        ["naive", "1", "50.00", "10.00", "2.0"],
+        ["ewc", "0, 1", "85.00 ± 5.00", "10.00 ± 0.00", "2.0"],
+        ["naive", "7", "50.00", "10.00", "2.0"],
+        ["si", "10 to 12", "60.00 ± 0.00", "10.00 ± 0.00", "2.0"],
+        ["l2", "0, 2, 3", "60.00 ± 0.00", "10.00 ± 0.00", "2.0"],
     ]
 
 
@@ -149,6 +164,7 @@ def test_published_figures_stand_beside_their_rows():
     jobs = [
         {
             "overrides": [f"benchmark.scenario={scenario}", f"strategy={name}", "seed=0"],
+            "seed": 0,
             "average_accuracy": 0.5,
             "forgetting": 0.1,
             "seconds": {"total": 2.0},
@@ -288,7 +304,7 @@ def test_a_sweep_runs_its_jobs_in_parallel_and_reports(tmp_path):
     ]
     text = (tmp_path / "sweep" / "report.md").read_text()
     assert "| strategy | seeds | average accuracy |" in text
-    assert "| ewc | 2 |" in text
+    assert "| ewc | 0, 1 |" in text
 
 
 def test_a_sweep_goes_on_where_it_stopped_and_its_page_is_rebuilt(tmp_path):
@@ -315,7 +331,7 @@ def test_a_sweep_goes_on_where_it_stopped_and_its_page_is_rebuilt(tmp_path):
     assert "1 tables" in page.stdout
     text = (tmp_path / "RESULTS.md").read_text()
     assert "## split_digits_strategies" in text
-    assert "| kfac_ewc | 1 |" in text
+    assert "| kfac_ewc | 0 |" in text
     assert (tmp_path / "results" / "split_digits_strategies_over_tasks.png").exists()
 
 
@@ -327,7 +343,7 @@ def test_a_job_that_diverges_does_not_end_the_sweep(tmp_path):
         text = (tmp_path / "sweep" / "report.md").read_text()
         rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| 1e+30 |")]
         assert [row[1:3] for row in rows] == [["0", "diverged"]]
-        assert "| 0.1 | 1 |" in text
+        assert "| 0.1 | 0 |" in text
     jobs = report.read_jobs(tmp_path / "sweep")
     (failed,) = [job["diverged"] for job in jobs if "diverged" in job]
     assert "in task 1, step 2" in failed

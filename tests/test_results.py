@@ -253,27 +253,32 @@ def test_jobs_from_before_a_default_changed_are_left_out():
 
 def test_what_diverged_has_a_row_and_no_accuracy():
     jobs = [job(0.5, strength=1, seed=0), job(0.7, strength=1, seed=1)]
-    jobs += [{"diverged": "in task 2", "overrides": ["strategy.strength=1", "seed=2"]}]
-    jobs += [{"diverged": "in task 2", "overrides": ["strategy.strength=10", "seed=0"]}]
+    jobs += [{"diverged": "in task 2", "overrides": ["strategy.strength=1"], "seed": 2}]
+    jobs += [{"diverged": "in task 2", "overrides": ["strategy.strength=10"], "seed": 0}]
     _, rows = sweep_table(jobs)
     assert rows == [
-        ["1", "2", "60.00 ± 10.00 (1 diverged)", "0.00 ± 0.00", "1.0"],
+        ["1", "0 to 2", "60.00 ± 10.00 (1 diverged)", "0.00 ± 0.00", "1.0"],
         ["10", "0", "diverged", "", ""],
     ]
 
 
 def test_a_recipe_whose_jobs_all_diverged_has_a_table_and_no_picture(tmp_path):
     recipe = Path(CONFIGS) / "experiment" / "split_digits_strategies.yaml"
-    jobs = [{"diverged": "in task 2", "overrides": ["strategy=ewc", "seed=2"]}]
-    assert "| ewc | 0 | diverged |" in section(jobs, recipe, tmp_path)
+    jobs = [{"diverged": "in task 2", "overrides": ["strategy=ewc"], "seed": 2}]
+    assert "| ewc | 2 | diverged |" in section(jobs, recipe, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_what_is_kept_is_counted_against_the_sweep():
     recipe = Path(CONFIGS) / "experiment" / "strength_split_mnist.yaml"
-    lines = kept_table([recipe], {recipe.stem: [{}] * 3})
+    options = ["benchmark.scenario=task", "strategy=kfac_ewc"]
+    kept = [{"overrides": [*options, f"strategy.strength={s}"]} for s in (1, 3, 10, 20, 100, 200)]
+    lines = kept_table([recipe], {recipe.stem: kept})
     # 3 scenarios, 2 strategies, 9 strengths and 6 seeds
-    assert lines[-1] == "| strength_split_mnist | 3 | 324 |"
+    assert lines[-1] == (
+        "| strength_split_mnist | 6 | 324 | benchmark.scenario=domain, benchmark.scenario=class, "
+        "strategy=smoothed_ewc, strategy.strength=30, strategy.strength=60, strategy.strength=600 |"
+    )
 
 
 def test_numbers_are_written_short():
