@@ -184,7 +184,7 @@ def _labelled(figure: Figure) -> Figure:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     # Some 20 letters of this size to the inch; a handle and its spaces are as wide as 9.
-    columns = int(20 * figure.get_figwidth() / (9 + max(map(len, handles), default=0)))
+    columns = int(20 * figure.get_figwidth() / (9 + max(map(len, handles))))
     figure.legend(
         handles.values(),
         handles.keys(),

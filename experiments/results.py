@@ -128,16 +128,16 @@ def measured(bar: Mapping[str, Any], jobs: Jobs) -> tuple[float | None, str]:
         best = max(leads.values(), key=statistics.fmean)
         shown = (
             f"{mean_and_error(best)} under the best of {len(leads)} strengths "
-            f"({min(leads):g} to {max(leads):g}, {_seeds(best)})"
+            f"({min(leads):g} to {max(leads):g}, {_number_of_seeds(best)})"
         )
         # Where the default is the smallest or largest there is, the best may lie beyond.
         inside = min(leads) < bar["default"] < max(leads)
         return statistics.fmean(best) if inside else None, shown
     value = statistics.fmean(100 * job["average_accuracy"] for job in jobs)
-    return value, f"{value:.2f} ({_seeds(jobs)})"
+    return value, f"{value:.2f} ({_number_of_seeds(jobs)})"
 
 
-def _seeds(of: Sequence[Any]) -> str:
+def _number_of_seeds(of: Sequence[Any]) -> str:
     return f"{len(of)} seed{'s' * (len(of) > 1)}"
 
 
