@@ -48,13 +48,13 @@ def selected_parameters(model: nn.Module, selection: Sequence[Selection] | None)
         selection: names, patterns, modules or parameters; ``None`` for all.
 
     Raises:
-        ValueError: there is no trainable parameter, the selection is empty, or an item
-            selects none.
+        ValueError: there is no trainable parameter, the selection is empty, an item
+            selects none, or a chosen parameter is complex.
         TypeError: an item is something else.
     """
     parameters = trainable_parameters(model)
     if selection is None:
-        return parameters
+        return _real(parameters)
     if isinstance(selection, str | nn.Module | nn.Parameter):
         selection = [selection]
     if not selection:
@@ -81,7 +81,20 @@ def selected_parameters(model: nn.Module, selection: Sequence[Selection] | None)
                 f"they are {', '.join(parameters)}."
             )
         chosen |= found
-    return {name: parameter for name, parameter in parameters.items() if name in chosen}
+    return _real({name: value for name, value in parameters.items() if name in chosen})
+
+
+def _real(parameters: Parameters) -> Parameters:
+    """The same parameters, if all are real numbers."""
+    for name, parameter in parameters.items():
+        if parameter.is_complex():
+            raise ValueError(
+                f"Parameter {name!r} is of type {parameter.dtype}: the Fisher information is one "
+                "over real numbers, so keep its real and imaginary parts as a parameter "
+                "[..., 2] (torch.view_as_complex in the forward pass), or leave it out by "
+                "parameters=."
+            )
+    return parameters
 
 
 def shapes_of(parameters: Mapping[str, Tensor]) -> Shapes:

@@ -9,12 +9,15 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ewc.fisher.accumulator import Accumulator, Configured
+from ewc.fisher.agreement import same
 from ewc.fisher.arguments import Arguments, Caller
 from ewc.fisher.diagonal import DiagonalFisher
 from ewc.fisher.distributed import joined, rank_in
 from ewc.fisher.estimators import Estimator, Exact
-from ewc.fisher.evaluation import plain_operations, undisturbed
+from ewc.fisher.evaluation import dense_parts, plain_operations, undisturbed
+from ewc.fisher.graph import Graph
 from ewc.fisher.matrix import FisherMatrix
+from ewc.fisher.per_example import INDEPENDENT, reproducible
 from ewc.fisher.pullback import DEFAULT_MEMORY, Chunk
 from ewc.fisher.tape import Memory, Tape
 from ewc.likelihoods import Categorical, Likelihood
@@ -27,6 +30,9 @@ EXAMPLES_AT_ONCE = 512
 
 CACHE = 2**24
 """Bytes up to which the gradients of one operation stay in a processor's last cache."""
+
+FEW = 8
+"""Examples of which it is seen whether they depend on each other."""
 
 SORTED_AT_ONCE = 64
 """Where examples need more or fewer vectors, those that need as many go together."""
@@ -136,6 +142,8 @@ class Network:
         self.memory = memory
         self.caller = Caller(model, next(iter(parameters.values())).device)
         self.seen = Memory()
+        self.independent = False
+        """Whether examples were seen to give alone what they give in their batch."""
         self.fitting: dict[tuple[torch.Size, ...], tuple[int, int]] = {}
         """How many examples and score vectors fit into memory at once, by the inputs' shapes."""
 
@@ -158,6 +166,9 @@ class Network:
         """One batch in chunks that fit into memory, with their score vectors."""
         if targets.shape[0] == 0:
             return
+        if not self.independent and targets.shape[0] > 1:
+            self._check_independence(arguments, targets, index)
+            self.independent = True
         one = arguments[:1]
         key = tuple(tensor.shape for tensor in one.tensors())
         if key not in self.fitting:
@@ -185,11 +196,54 @@ class Network:
         if not self.estimator.varies:
             return None
         needed = []
-        with torch.no_grad():
-            for start in range(0, len(arguments), at_once):
-                outputs = arguments[start : start + at_once](self.model)
-                needed.append(self.estimator.vectors_needed(self.likelihood, outputs))
+        for start in range(0, len(arguments), at_once):
+            outputs = arguments[start : start + at_once](self.model).detach()
+            needed.append(self.estimator.vectors_needed(self.likelihood, outputs))
         return torch.cat(needed).argsort()
+
+    def _check_independence(self, arguments: Arguments, targets: Tensor, index: int) -> None:
+        """Check that examples give alone what they give together with a few others.
+
+        The first and the last of them: a recurrence over the examples leaves the first as
+        it is, and a reversed one the last.
+
+        Raises:
+            ValueError: they do not.
+        """
+        few, count = arguments[:FEW], min(FEW, len(targets))
+        try:
+            together, first, last = (
+                some(self.model) for some in (few, few[:1], few[count - 1 : count])
+            )
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+            arguments(self.model)  # A fault of the network itself, or of the batch, shows here.
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"Batch {index}: the model takes the batch, but fails for its first {count} "
+                f"examples or for one alone ({reason}). {INDEPENDENT}"
+            ) from error
+        if not isinstance(together, Tensor) or len(together) != count:
+            return  # Which is said where the whole batch is looked at.
+        together = together.detach()
+        spread = float((together - together.mean(0)).norm()) / count**0.5
+        for place, alone in ((0, first.detach()), (count - 1, last.detach())):
+            there = together[place : place + 1]
+            if alone.shape != there.shape or alone.isnan().any() or there.isnan().any():
+                continue
+            if same(alone, there, spread):
+                continue
+            # Outputs may differ by what the likelihood does not see, such as a shift of logits.
+            one, other = (
+                self.estimator.score_vectors(
+                    self.likelihood, outputs, targets[place : place + 1], torch.Generator()
+                )
+                for outputs in (alone, there)
+            )
+            if not same(one, other) and reproducible(self.model, few):
+                raise ValueError(
+                    f"Batch {index}: example {place} alone has other outputs than in its "
+                    f"batch. {INDEPENDENT}"
+                )
 
     def _scores(
         self, outputs: Any, targets: Tensor, generator: torch.Generator, index: int
@@ -264,11 +318,18 @@ def saved_bytes(forward: Callable[[], Any], parameters: Parameters) -> tuple[int
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            sizes[storage.data_ptr()] = storage.nbytes()
+        for part in dense_parts(tensor):
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in own:
+                sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = forward()
+    except RuntimeError:
+        # Derivatives that torch.func takes inside of the network allow no hooks: all results
+        # count. A fault of the network itself shows again here.
         outputs = forward()
+        return Graph(outputs).bytes_of_results(), outputs
     return sum(sizes.values()), outputs

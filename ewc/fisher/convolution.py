@@ -54,19 +54,21 @@ class Convolution(Operation):
             )
         return convolution
 
-    def pullback(self, gradient: Tensor, rows: Rows, num_examples: int, memory: int) -> Pullback:
+    def pullbacks(
+        self, gradient: Tensor, rows: Rows, num_examples: int, memory: int
+    ) -> list[Pullback]:
         """Outer products of output gradients and inputs under the kernel."""
         if self.weight is None:
             assert self.bias is not None
             summed = rows.by_example(gradient.flatten(3).sum(3), num_examples, 1).sum(2)
-            return Stored({self.bias.name: summed}, memory)
+            return [Stored({self.bias.name: summed}, memory)]
         g = rows.by_example(gradient, num_examples, 1)
         a = rows.by_example(self.input.to(g.dtype), num_examples)
         shape = self.geometry
         layout = WeightLayout(self.weight.shape, shape.groups, shape.transposed)
         bias = self.bias.name if self.bias is not None else None
         factors = ConvolutionFactors(a, g, shape)
-        return OuterProducts(self.weight.name, bias, layout, [factors], memory)
+        return [OuterProducts(self.weight.name, bias, layout, [factors], memory)]
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,9 @@ class Normalisation(Operation):
             norm.normalised = _normalised(node)
         return norm if norm.row_dims else None
 
-    def pullback(self, gradient: Tensor, rows: Rows, num_examples: int, memory: int) -> Pullback:
+    def pullbacks(
+        self, gradient: Tensor, rows: Rows, num_examples: int, memory: int
+    ) -> list[Pullback]:
         """The gradients, times the normalised inputs for the scale, summed over positions."""
         found = {}
         if self.weight is not None:
@@ -54,7 +56,7 @@ class Normalisation(Operation):
             if not self.features_last and entries.dim() > 3:
                 entries = entries.flatten(3).sum(3)  # noqa: PLW2901
             found[name] = rows.by_example(entries, num_examples, 1).sum(2)
-        return Stored(found, memory)
+        return [Stored(found, memory)]
 
 
 def _normalised(node: Any) -> Tensor:
@@ -109,7 +111,9 @@ class Broadcast(Operation):
         self.row_dims = next((d for d, size in enumerate(shape) if size != 1), len(shape))
         return gradient.flatten(1, self.row_dims) if self.row_dims else gradient[:, None]
 
-    def pullback(self, gradient: Tensor, rows: Rows, num_examples: int, memory: int) -> Pullback:
+    def pullbacks(
+        self, gradient: Tensor, rows: Rows, num_examples: int, memory: int
+    ) -> list[Pullback]:
         """The gradients times the other input, summed over what the parameter does not see."""
         assert self.weight is not None
         entries = self.sign * gradient
@@ -122,7 +126,7 @@ class Broadcast(Operation):
         for dim, size in enumerate(rest, start=2):
             if size == 1:
                 summed = summed.sum(dim, keepdim=True)
-        return Stored({self.weight.name: summed.reshape(*summed.shape[:2], *shape)}, memory)
+        return [Stored({self.weight.name: summed.reshape(*summed.shape[:2], *shape)}, memory)]
 
 
 class Lookup(Operation):
@@ -146,11 +150,13 @@ class Lookup(Operation):
         lookup.row_dims = lookup.indices.dim()
         return lookup if lookup.row_dims else None
 
-    def pullback(self, gradient: Tensor, rows: Rows, num_examples: int, memory: int) -> Pullback:
+    def pullbacks(
+        self, gradient: Tensor, rows: Rows, num_examples: int, memory: int
+    ) -> list[Pullback]:
         """The gradients and where they belong; the padding has none."""
         assert self.weight is not None
         indices = self.indices.flatten().long()
-        return Lookups(
+        lookups = Lookups(
             self.weight.name,
             self.weight.shape,
             rows.by_example(indices, num_examples),
@@ -158,3 +164,4 @@ class Lookup(Operation):
             memory=memory,
             padding=self.padding if self.padding < self.weight.shape[0] else None,
         )
+        return [lookups]

@@ -50,9 +50,27 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = mode
             with torch.no_grad():
                 for module, name, buffer, was in buffers:
-                    if buffer is not None and was is not None and not torch.equal(buffer, was):
+                    if buffer is not None and was is not None and not _same(buffer, was):
                         buffer.copy_(was)
                     module._buffers[name] = buffer
+
+
+def _same(buffer: Tensor, was: Tensor) -> bool:
+    """Whether a buffer is as it was; sparse ones have no comparison of their own."""
+    if buffer.layout == torch.strided:
+        return torch.equal(buffer, was)
+    return all(map(torch.equal, dense_parts(buffer), dense_parts(was)))
+
+
+def dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in memory that a tensor consists of: itself, or a sparse one's parts."""
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,)
 
 
 def copied(model: nn.Module, weights: Parameters | None = None) -> nn.Module:

@@ -6,9 +6,12 @@ the steps of a recurrence.  Views of a parameter (transposes, casts, blocks of r
 followed to the nodes that compute with them.
 """
 
+import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +63,16 @@ Uses = dict[Node, dict[int, View]]
 """The nodes that compute with parameters: of each, which of its inputs is which view."""
 
 
+Structure = tuple[tuple[str, tuple[Any, ...], tuple[tuple[int, int], ...], tuple[int, ...]], ...]
+"""See :meth:`Graph.structure`."""
+
+MOVES_ROWS = re.compile(
+    "^(Index|Gather|Scatter|Take|Masked(Select|Scatter)|Sort|Topk|Cpp|_?Pack|EmbeddingBag"
+    "|Segment|CopySlices|.*Nested)|Sparse|Backward$"
+)
+"""Nodes that may put rows elsewhere for every batch; one's own functions end so, unnumbered."""
+
+
 class Graph:
     """The autograd graph behind a tensor.
 
@@ -74,15 +87,15 @@ class Graph:
         self.consumers: dict[Node, list[tuple[Node, int, int]]] = defaultdict(list)
         """The nodes that take a node's results: the node, its input, the result's number."""
         self.leaves: dict[int, Node] = {}
-        self.kinds: list[str] = []
-        """The types of all nodes, in an order that follows from the graph."""
+        self.nodes: dict[Node, int] = {}
+        """All nodes but the leaves, numbered in an order that follows from the graph."""
         root = outputs.grad_fn
         stack = [root] if root is not None else []
         seen: set[Node] = set(stack)
         while stack:
             node = stack.pop()
-            self.kinds.append(type(node).__name__)
-            if self.kinds[-1] == "CheckpointFunctionBackward":
+            self.nodes[node] = len(self.nodes)
+            if type(node).__name__ == "CheckpointFunctionBackward":
                 raise ValueError(
                     "A reentrant checkpoint hides the parameters inside from the autograd "
                     "graph: use torch.utils.checkpoint with use_reentrant=False."
@@ -96,6 +109,34 @@ class Graph:
                 elif source not in seen:
                     seen.add(source)
                     stack.append(source)
+
+    def structure(self) -> Structure:
+        """All that the graph shows but the values of tensors.
+
+        Of every node its kind, the numbers it saved (sizes, dimensions, indices, shifts),
+        where its inputs come from, and the sizes of dimensions that it cuts.
+        """
+        return tuple(
+            (
+                type(node).__name__,
+                _saved_numbers(node),
+                tuple((self.nodes.get(source, -1), number) for source, number in inputs(node)),
+                _cut_sizes(node),
+            )
+            for node in self.nodes
+        )
+
+    def bytes_of_results(self) -> int:
+        """What the results of all nodes take."""
+        results = [meta for node in self.nodes for meta in node._input_metadata]
+        return sum(prod(meta.shape) * meta.dtype.itemsize for meta in results)
+
+    def moves_rows(self, uses: Uses) -> bool:
+        """Whether a node may put rows elsewhere for every batch, by the values of a tensor.
+
+        An index, a mask, a permutation as a matrix: what its graph looks like does not tell.
+        """
+        return any(_may_move_rows(node, uses.get(node, {})) for node in self.nodes)
 
     def uses(self, parameters: Parameters) -> Uses:
         """The nodes that compute with parameters: of each, which input is which view."""
@@ -127,6 +168,87 @@ class Graph:
             if type(following).__name__ not in ("ViewBackward0", "UnsafeViewBackward0"):
                 return following, place
             node = following
+
+
+def inputs(node: Node) -> Iterator[tuple[Node, int]]:
+    """The inputs of a node that are in the graph: the node they come from, and its result."""
+    for source, number in node.next_functions:
+        if source is not None:
+            yield source, number
+
+
+def alike(one: Structure, other: Structure, n: int, m: int) -> bool:
+    """Whether two structures are one, but for numbers that are proportional to the examples.
+
+    A dimension that is cut must be the same: a shift by four rows leaves four as they are.
+
+    Args:
+        one: the structure of a graph for ``n`` examples.
+        other: that of a graph for ``m``.
+        n: examples.
+        m: examples.
+    """
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, tuple) and isinstance(b, tuple):
+            return len(a) == len(b) and all(map(same, a, b))
+        if type(a) is int and type(b) is int:
+            return a == b or a * m == b * n
+        return bool(a == b)
+
+    return len(one) == len(other) and all(
+        (a[0], *a[2:]) == (b[0], *b[2:]) and same(a[1], b[1])
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+_NUMBERS: dict[str, tuple[str, ...]] = {}
+"""By the kind of node, the names of what it saves that are no tensors."""
+
+
+def _saved_numbers(node: Node) -> tuple[Any, ...]:
+    """The sizes, dimensions, indices and the like that a node saved; no tensor is read."""
+    kind = type(node).__name__
+    names = _NUMBERS.get(kind)
+    if names is None:
+        names = _NUMBERS[kind] = tuple(
+            name
+            for name in dir(type(node))
+            # Tensors that a node saved under names of their own have a raw form beside them.
+            if name.startswith("_saved_") and not hasattr(type(node), f"_raw{name}")
+        )
+    return tuple(getattr(node, name) for name in names)
+
+
+CUTS = re.compile("^(Slice|Select|Split|Roll|AsStrided|Unfold|Diagonal)")
+"""Nodes that take parts of a dimension, or move them."""
+
+
+def _cut_sizes(node: Node) -> tuple[int, ...]:
+    """The sizes of the dimensions that a node cuts, none for most."""
+    if not CUTS.match(type(node).__name__):
+        return ()
+    shape = getattr(node, "_saved_self_sym_sizes", None)
+    if shape is None:
+        shape = tuple(node._input_metadata[0].shape)
+    dims: tuple[int, ...] = getattr(node, "_saved_dims", ())
+    if hasattr(node, "_saved_dim"):
+        dims = (node._saved_dim,)
+    # Counted from the end, a dimension is saved as 2^64 less.
+    return tuple(shape[d - 2**64 if d >= 2**63 else d] for d in dims) or tuple(shape)
+
+
+def _may_move_rows(node: Node, views: Mapping[int, View]) -> bool:
+    kind = type(node).__name__
+    if MOVES_ROWS.search(kind):
+        return True
+    sources = [source for source, _ in node.next_functions]
+    if kind.startswith("Where"):
+        return None not in sources[-2:]
+    if re.match("(Mm|Addmm|Bmm|Baddbmm)Backward", kind):
+        # A constant matrix before rows of activations, not before a weight.
+        return sources[-2] is None and sources[-1] is not None and len(sources) - 1 not in views
+    return False
 
 
 def _seen_through(node: Node, view: View) -> View | None:

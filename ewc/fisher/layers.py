@@ -52,7 +52,9 @@ class Operation(ABC):
         """
 
     @abstractmethod
-    def pullback(self, gradient: Tensor, rows: Rows, num_examples: int, memory: int) -> Pullback:
+    def pullbacks(
+        self, gradient: Tensor, rows: Rows, num_examples: int, memory: int
+    ) -> list[Pullback]:
         """The vectors of the parameters.
 
         Args:
@@ -109,20 +111,38 @@ class MatrixProduct(Operation):
                 product.bias = _bias_added_to(node, weight, uses, graph)
         return product
 
-    def pullback(self, gradient: Tensor, rows: Rows, num_examples: int, memory: int) -> Pullback:
+    def pullbacks(
+        self, gradient: Tensor, rows: Rows, num_examples: int, memory: int
+    ) -> list[Pullback]:
         """Outer products of output gradients and inputs, position by position."""
         g = rows.by_example(gradient, num_examples, 1)
-        if self.weight is None:
-            assert self.bias is not None
-            return Stored({self.bias.name: self.bias.widened(g.sum(2), 2)}, memory)
-        if self.weight.transposed:
-            g = self.weight.widened(g, 3)
-        a = rows.by_example(self.input.to(g.dtype), num_examples)
-        factors = TensorFactors(a[:, None], g[:, :, None])
-        # Seen transposed, the parameter is [o, i], as in a linear layer.
-        layout = WeightLayout(self.weight.shape, transposed=not self.weight.transposed)
-        bias = self.bias.name if self.bias is not None else None
-        return OuterProducts(self.weight.name, bias, layout, [factors], memory)
+        weight, bias = self.weight, self.bias
+        found: list[Pullback] = []
+        together = weight is not None and bias is not None and _side_by_side(weight, bias)
+        if bias is not None and not together:
+            found.append(Stored({bias.name: bias.widened(g.sum(2), 2)}, memory))
+        if weight is not None:
+            if weight.transposed:
+                g = weight.widened(g, 3)
+            a = rows.by_example(self.input.to(g.dtype), num_examples)
+            factors = TensorFactors(a[:, None], g[:, :, None])
+            # Seen transposed, the parameter is [o, i], as in a linear layer.
+            layout = WeightLayout(weight.shape, transposed=not weight.transposed)
+            name = bias.name if together and bias is not None else None
+            found.append(OuterProducts(weight.name, name, layout, [factors], memory))
+        return found
+
+
+def _side_by_side(weight: View, bias: View) -> bool:
+    """Whether the rows that are seen of a bias are those of its weight's outputs.
+
+    Chunks need not run in parallel: attention with keys of another width has a weight for
+    each of queries, keys and values, and one bias for all.
+    """
+    if not weight.transposed:
+        return bias.all_rows
+    places = [(view.first, view.count, view.shape[0]) for view in (weight, bias)]
+    return places[0] == places[1]
 
 
 def _bias_added_to(node: Node, weight: View, uses: Uses, graph: Graph) -> View | None:
@@ -133,8 +153,7 @@ def _bias_added_to(node: Node, weight: View, uses: Uses, graph: Graph) -> View |
     bias = uses.get(following, {}).get(1 - place)
     outputs = weight.count if weight.transposed else weight.shape[1]
     fits = bias is not None and len(bias.shape) == 1 and bias.count == outputs
-    same = bias is not None and (bias.first == weight.first or not weight.transposed)
-    if not (fits and same) or following._saved_alpha != 1:  # type: ignore[attr-defined]
+    if not fits or following._saved_alpha != 1:  # type: ignore[attr-defined]
         return None
     del uses[following]
     return bias

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
 
+from ewc.fisher.per_example import UNSUPPORTED, chosen_parameters
 from ewc.fisher.pieces import Piece
 from ewc.fisher.pullback import DEFAULT_MEMORY, Pullback
 from ewc.fisher.tape import Memory, Tape
@@ -27,7 +28,7 @@ class NetworkProduct:
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         self.model = model
-        self.parameters: Parameters = {name: model.get_parameter(name) for name in names}
+        self.parameters = chosen_parameters(model, names)
         self.dtype = accumulation_dtype(self.parameters[names[0]].dtype)
         self._seen = Memory()
         self._differentiates = True
@@ -42,7 +43,7 @@ class NetworkProduct:
         if self._differentiates and len(piece.scores):
             try:
                 return self._derivative(piece, direction)
-            except (NotImplementedError, RuntimeError) as error:
+            except UNSUPPORTED as error:
                 # Custom autograd functions, in-place writes and the like. A fault of the
                 # network itself shows again below.
                 _log.info("products by pulled-back vectors: %s", error)
@@ -59,7 +60,7 @@ class NetworkProduct:
         if self._differentiates and len(piece.scores):
             try:
                 _, moved = self._moved(piece, direction)
-            except (NotImplementedError, RuntimeError) as error:
+            except UNSUPPORTED as error:
                 _log.info("products by pulled-back vectors: %s", error)
                 self._differentiates = False
             else:
@@ -119,7 +120,7 @@ class NetworkProduct:
             # move an embedding's padding).
             _, push, *_ = vjp(pull, torch.zeros_like(piece.scores[0]))
             (moved,) = push((direction,))
-        except (NotImplementedError, RuntimeError):
+        except UNSUPPORTED:
             with warnings.catch_warnings():
                 # torch's own rules for forward derivatives use what it has deprecated.
                 warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)

@@ -6,7 +6,7 @@ any parameter used in any way gets its right answer.
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,11 +14,35 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
+from ewc.fisher.agreement import agree, same
 from ewc.fisher.arguments import Arguments
 from ewc.fisher.pullback import Pullback
 from ewc.parameters import Parameters, Shapes, accumulation_dtype
 
 _log = logging.getLogger(__name__)
+
+
+UNSUPPORTED = (NotImplementedError, RuntimeError, AttributeError)
+"""What torch.func raises for operations it cannot take, and for compiled modules."""
+
+INDEPENDENT = (
+    "The Fisher information is a sum over examples: the outputs of each must depend on that "
+    "example alone (statistics of the batch, a missing batch_first=True or a graph as input "
+    "make them depend on others)."
+)
+
+
+def chosen_parameters(model: nn.Module, names: Iterable[str]) -> Parameters:
+    """Some parameters of a network by name; compiled modules know ``named_parameters`` alone."""
+    every = dict(model.named_parameters(remove_duplicate=False))
+    return {name: every[name] for name in names}
+
+
+@torch.enable_grad()
+def reproducible(model: nn.Module, arguments: Arguments) -> bool:
+    """Whether the network returns the same twice: one that draws random numbers does not."""
+    once, again = (arguments(model).detach() for _ in range(2))
+    return same(once, again)
 
 
 @contextmanager
@@ -39,7 +63,8 @@ class PerExample(Pullback):
         scores: the score vectors, ``[k, n, c]``.
         memory: bytes that intermediate results may take.
         vectorises: whether the network can be vectorised over examples, as far as known
-            from earlier batches, by the parameters' names; kept up to date.
+            from earlier batches, by the parameters' names and the shapes of what goes in;
+            kept up to date.
     """
 
     def __init__(
@@ -50,14 +75,15 @@ class PerExample(Pullback):
         scores: Tensor,
         *,
         memory: int,
-        vectorises: dict[tuple[str, ...], bool],
+        vectorises: dict[tuple[Any, ...], bool],
     ) -> None:
         self.model = model
         self.shapes = shapes
         self.arguments = arguments
         self.scores = scores
         self.num_vectors, self.num_examples = scores.shape[:2]
-        self.dtype = accumulation_dtype(model.get_parameter(next(iter(shapes))).dtype)
+        self.parameters = chosen_parameters(model, shapes)
+        self.dtype = accumulation_dtype(next(iter(self.parameters.values())).dtype)
         self.memory = memory
         self.vectorises = vectorises
 
@@ -73,39 +99,64 @@ class PerExample(Pullback):
 
     def _gradients(self, examples: slice) -> Parameters:
         arguments, scores = self.arguments[examples], self.scores[:, examples]
-        key = tuple(self.shapes)
-        if self.vectorises.get(key, True):
+        shapes = (tensor.shape for tensor in (scores, *arguments.tensors()))
+        key = (*self.shapes, *shapes)
+        known = self.vectorises.get(key)
+        if known is not False:
             try:
                 with quiet_about_speed():
-                    found = self._vectorised(self.arguments[examples], scores)
-                if key in self.vectorises or self._confirmed(found, arguments, scores):
+                    found = self._vectorised(arguments, scores)
+                if known or self._confirmed(found, arguments, scores):
+                    self.vectorises[key] = True
                     return found
-            except RuntimeError as error:
+            except UNSUPPORTED as error:
                 # Operations that vmap cannot take: branches on data, in-place writes, custom
                 # autograd functions.  A fault of the network itself shows again below.
                 _log.info("examples one at a time for %s: %s", list(self.shapes), error)
-        return self._one_by_one(arguments, scores)
+        found = self._one_by_one(arguments, scores)
+        if known is None:
+            if not self._confirmed(found, arguments, scores) and reproducible(
+                self.model, arguments
+            ):
+                raise ValueError(
+                    f"Examples depend on each other through {', '.join(self.shapes)}: their "
+                    "gradients in a batch are not those that they have alone. " + INDEPENDENT
+                )
+            self.vectorises[key] = False
+        return found
 
+    @torch.enable_grad()
     def _confirmed(self, found: Parameters, arguments: Arguments, scores: Tensor) -> bool:
-        """Whether plain differentiation gives the same for the first and the last example.
+        """Whether one plain backward pass of the batch gives a random combination of ``found``.
 
         Some operations have a wrong rule for vmap: torch 2.15 returns another example's
-        gradient for a PReLU.
+        gradient for a PReLU.  And no rule is right for examples that depend on each other.
         """
-        n = scores.shape[1]
-        for i in {0, n - 1}:
-            plain = self._one_by_one(arguments[i : i + 1], scores[:, i : i + 1])
-            for name, vectors in plain.items():
-                gap = (found[name][:, i] - vectors[:, 0]).norm()
-                if not gap <= 0.01 * vectors.norm():
-                    self.vectorises[tuple(self.shapes)] = False
-                    return False
-        if n > 1:
-            self.vectorises[tuple(self.shapes)] = True
+        generator = torch.Generator().manual_seed(1)
+        weights = torch.randn(scores.shape[:2], generator=generator).to(scores)
+        outputs = arguments(self.model)
+        parameters = list(self.parameters.values())
+        size = scores.norm(dim=(0, 2))[:, None]
+        like = torch.randn(outputs.shape, generator=generator).to(scores)
+        plain, typical = (
+            torch.autograd.grad(outputs, parameters, score, retain_graph=True, allow_unused=True)
+            for score in (torch.einsum("kn,knc->nc", weights, scores), size * like)
+        )
+        for name, gradient, other in zip(self.shapes, plain, typical, strict=True):
+            combined = torch.tensordot(weights.to(found[name].dtype), found[name], 2)
+            if gradient is None or other is None:
+                gradient = other = torch.zeros_like(combined)  # noqa: PLW2901
+            gradient, other = (g.to_dense() if g.is_sparse else g for g in (gradient, other))  # noqa: PLW2901
+            # What cancels between outputs is rounding, and agrees with nothing.  A derivative
+            # that does not exist is named where the sums are looked at.
+            rounding = 100 * torch.finfo(other.dtype).eps * other.norm()
+            right = agree(combined, gradient) or (combined - gradient).norm() <= rounding
+            if not (right or gradient.isnan().any()):
+                return False
         return True
 
     def _vectorised(self, arguments: Arguments, scores: Tensor) -> Parameters:
-        parameters = {name: self.model.get_parameter(name).detach() for name in self.shapes}
+        parameters = {name: value.detach() for name, value in self.parameters.items()}
 
         def vectors(scores_n: Tensor, *tensors: Tensor) -> Parameters:
             one = arguments.with_tensors([tensor[None] for tensor in tensors])
@@ -128,7 +179,7 @@ class PerExample(Pullback):
 
     @torch.enable_grad()
     def _one_by_one(self, arguments: Arguments, scores: Tensor) -> Parameters:
-        parameters = [self.model.get_parameter(name) for name in self.shapes]
+        parameters = list(self.parameters.values())
         k, n = scores.shape[:2]
         result = [parameter.new_zeros(k, n, *parameter.shape) for parameter in parameters]
         for i in range(n):

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ewc.fisher.agreement import margin
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -31,13 +33,18 @@ BATCH_FIRST = Rows(outer=1, inner=None)
 TIME_FIRST = Rows(outer=None, inner=1)
 
 
-def matching_rows(before: Tensor, after: Tensor, factors: Tensor) -> list[Rows]:
+def matching_rows(before: Tensor, after: Tensor, factors: Tensor, noise: float) -> list[Rows]:
     """The layouts by which rows may have been scaled by their example's factor.
+
+    A row was, if it is within a margin of its scaled self, by norms: no entry of a row needs
+    to be reproducible, which on an accelerator none is.
 
     Args:
         before: gradients, ``[rows, ...]``.
         after: the same with the scores of each example scaled.
         factors: by what, ``[n]``.
+        noise: how much of a row of typical size the arithmetic itself changes from one time
+            to the next, as :func:`row_noise` has it; smaller rows tell nothing.
     """
     n, rows = len(factors), before.shape[0]
     if rows % n:
@@ -45,12 +52,31 @@ def matching_rows(before: Tensor, after: Tensor, factors: Tensor) -> list[Rows]:
     length = rows // n
     layouts = [BATCH_FIRST, TIME_FIRST] if length > 1 else [BATCH_FIRST]
     layouts += [Rows(d, length // d) for d in range(2, length) if length % d == 0]
-    factors = factors.to(before.dtype)
+    dtype = torch.promote_types(before.dtype, torch.float32)
+    before, after = (tensor.reshape(rows, -1).to(dtype) for tensor in (before, after))
+    factors = factors.to(before)
+    # Rounding is exact, for the factors are powers of 2; the noise is that of both.
+    floor = 4 * noise * (_typical(after) + float(factors.max()) * _typical(before))
     found = []
     for layout in layouts:
         outer = length // (layout.inner or 1) if layout.outer is None else layout.outer
-        scale = factors.repeat_interleave(length // outer).repeat(outer)
-        # Far from rounding, which is exact here, and from a factor of 2.
-        if torch.allclose((before.T * scale).T, after, rtol=0.1, atol=0.0):
+        scale = factors.repeat_interleave(length // outer).repeat(outer)[:, None]
+        gap = torch.linalg.vector_norm(after - scale * before, dim=1)
+        size = torch.linalg.vector_norm(scale * before, dim=1)
+        if bool((gap <= margin(before.dtype) * size + floor).all()):
             found.append(layout)
     return found
+
+
+def row_noise(once: Tensor, again: Tensor) -> float:
+    """The largest change of a row between two runs, in units of a typical row's norm."""
+    dtype = torch.promote_types(once.dtype, torch.float32)
+    once, again = (tensor.reshape(len(tensor), -1).to(dtype) for tensor in (once, again))
+    change = torch.linalg.vector_norm(again - once, dim=1)
+    return float(change.max() / _typical(once)) if bool(change.any()) else 0.0
+
+
+def _typical(rows: Tensor) -> Tensor:
+    """The root mean square of the norms of ``rows``."""
+    typical: Tensor = torch.linalg.vector_norm(rows) / max(1, len(rows)) ** 0.5
+    return typical

@@ -7,11 +7,10 @@ A rule is trusted only where it is known to be right: every use of the parameter
 graph must be one that a rule knows, and every row of its result must belong to one
 example.  Which one is seen from the gradients themselves: when the scores of each example
 are scaled by a factor of its own, so are its rows.  It is looked at once for every
-structure of the graph that comes up.  All other parameters go to
-:class:`~ewc.fisher.per_example.PerExample`.
+structure of the graph that comes up, and in every batch where the structure does not
+decide it.  All other parameters go to :class:`~ewc.fisher.per_example.PerExample`.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -21,16 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from ewc.fisher.agreement import agree
 from ewc.fisher.arguments import Arguments
 from ewc.fisher.backward import all_together, one_by_one
 from ewc.fisher.convolution import Convolution
 from ewc.fisher.elementwise import Broadcast, Lookup, Normalisation
-from ewc.fisher.graph import Graph
+from ewc.fisher.graph import Graph, Uses, alike
 from ewc.fisher.layers import MatrixProduct, Operation
 from ewc.fisher.outer import OuterProducts
 from ewc.fisher.per_example import PerExample
 from ewc.fisher.pullback import Pullback, Summed
-from ewc.fisher.rows import BATCH_FIRST, Rows, matching_rows
+from ewc.fisher.rows import BATCH_FIRST, Rows, matching_rows, row_noise
 from ewc.parameters import Parameters, Shapes, accumulation_dtype
 
 RULES: dict[str, type[Operation]] = {
@@ -40,15 +40,11 @@ RULES: dict[str, type[Operation]] = {
 }
 """The rule of each kind of node."""
 
-MOVES_ROWS = re.compile(
-    "^(Index|Gather|Scatter|Take|Masked(Select|Scatter)|Sort|Cpp|_?Pack)|Backward$"
-)
-"""Nodes that may put rows elsewhere for every batch; one's own functions end so, unnumbered."""
-
 FEW = 4
 """Examples on which a graph is tried out."""
 
 Signature = tuple[Any, ...]
+"""What decides the rows of a graph's operations: its structure, and its uses of parameters."""
 
 
 @dataclass
@@ -58,13 +54,17 @@ class Memory:
     Attributes:
         rows: of every structure of the graph seen so far, the rows of its operations;
             ``None`` for an operation whose rows are not the examples in order.
-        together: whether pulling several vectors back at once was seen to be right, and fast.
+        together: of every structure and number of vectors seen so far, whether pulling the
+            vectors back at once was seen to be right, and fast.
         vectorises: see :class:`~ewc.fisher.per_example.PerExample`.
+        noise: how much the arithmetic changes a row from one time to the next
+            (:func:`~ewc.fisher.rows.row_noise`); ``None`` before it was measured.
     """
 
     rows: dict[Signature, list[Rows | None]] = field(default_factory=dict)
-    together: bool | None = None
-    vectorises: dict[tuple[str, ...], bool] = field(default_factory=dict)
+    together: dict[tuple[Signature, int], bool] = field(default_factory=dict)
+    vectorises: dict[tuple[Any, ...], bool] = field(default_factory=dict)
+    noise: float | None = None
 
 
 class Tape:
@@ -93,13 +93,17 @@ class Tape:
         self.memory = memory
         self.num_examples = outputs.shape[0]
         graph = Graph(outputs)
-        self.present = [name for name, p in parameters.items() if id(p) in graph.leaves]
-        self.operations = operations_of(graph, parameters)
-        uses = [tuple((v.name, v.first) for v in o.views) for o in self.operations]
-        shapes = [operation.output._input_metadata[0].shape for operation in self.operations]
-        per_example = [prod(shape) / self.num_examples for shape in shapes]
-        self.signature: Signature = (*graph.kinds, *uses, *per_example)
-        self.lasting = not any(MOVES_ROWS.search(kind) for kind in graph.kinds)
+        uses = graph.uses(parameters)
+        self.lasting = not graph.moves_rows(uses)
+        self.structure = graph.structure()
+        operations = operations_of(graph, uses)
+        # A layer that is called on no rows has no part in the outputs.
+        self.operations = [o for o in operations if prod(o.output._input_metadata[0].shape)]
+        idle = {view.name for o in operations if o not in self.operations for view in o.views}
+        idle -= {view.name for o in self.operations for view in o.views}
+        self.present = [n for n, p in parameters.items() if id(p) in graph.leaves and n not in idle]
+        used = tuple(tuple((v.name, v.first) for v in o.views) for o in self.operations)
+        self.signature: Signature = (self.num_examples, used, self.structure)
 
     @property
     def edges(self) -> list[GradientEdge]:
@@ -144,20 +148,20 @@ class Tape:
                     g = operation.rows_of(gradient.to(accumulation_dtype(dtype)))
                     rows = layouts[id(operation)]
                     assert rows is not None
-                    found.append(operation.pullback(g, rows, self.num_examples, memory))
+                    found += operation.pullbacks(g, rows, self.num_examples, memory)
             if others:
                 found.append(self._one_at_a_time(others, part, memory))
             yield merged(found)
 
     def _pulled_back(self, scores: Tensor, *, retain_graph: bool) -> list[Tensor]:
         """Gradients with respect to the operations' results, all vectors together if it pays."""
-        if len(scores) > 1:
-            if self.memory.together is None:
-                self.memory.together = self._few().go_together(scores)
-            if self.memory.together:
-                found = all_together(self.outputs, self.edges, scores)
-                if found is not None:
-                    return found
+        key = self.signature, len(scores)
+        if len(scores) > 1 and self.memory.together.get(key, True):
+            found = all_together(self.outputs, self.edges, scores)
+            if key not in self.memory.together:
+                self.memory.together[key] = found is not None and self._right(found, scores)
+            if found is not None and self.memory.together[key]:
+                return found
         return one_by_one(self.outputs, self.edges, scores, retain_graph=retain_graph)
 
     def _one_at_a_time(self, shapes: Shapes, scores: Tensor, memory: int) -> PerExample:
@@ -166,7 +170,22 @@ class Tape:
             self.model, shapes, self.arguments, scores, memory=memory, vectorises=seen
         )
 
-    # --- what is tried out on a few examples ----------------------------------------------
+    def _right(self, found: list[Tensor], scores: Tensor) -> bool:
+        """Whether vectors that were pulled back together are right; some rules for vmap are not.
+
+        Pulling back is linear: a combination of the vectors must give theirs.
+        """
+        weights = torch.randn(len(scores), generator=torch.Generator().manual_seed(1))
+        weights = weights.to(scores)
+        score = torch.einsum("k,knc->nc", weights, scores)[None]
+        plain = one_by_one(self.outputs, self.edges, score, retain_graph=True)
+        noise = self.memory.noise or 0.0
+        return all(
+            agree(torch.tensordot(weights.to(g.dtype), g, 1), h[0], noise)
+            for g, h in zip(found, plain, strict=True)
+        )
+
+    # --- which example a row belongs to -------------------------------------------------
 
     def _few(self) -> "Tape":
         """The tape of some of the examples, if its graph is the same; else this one."""
@@ -178,28 +197,8 @@ class Tape:
         if not isinstance(outputs, Tensor) or outputs.shape != self.outputs[:FEW].shape:
             return self
         tape = Tape(self.model, self.parameters, some, outputs, self.memory)
-        return tape if tape.signature == self.signature else self
-
-    def go_together(self, scores: Tensor) -> bool:
-        """Whether all vectors can be pulled back together; some rules for vmap are wrong.
-
-        Pulling back is linear: a combination of the vectors must give theirs.
-        """
-        scores = scores[:, : self.num_examples]
-        found = all_together(self.outputs, self.edges, scores)
-        if found is None:
-            return False
-        weights = torch.randn(len(scores), generator=torch.Generator().manual_seed(1))
-        weights = weights.to(scores)
-        score = torch.einsum("k,knc->nc", weights, scores)[None]
-        plain = one_by_one(self.outputs, self.edges, score, retain_graph=True)
-        for g, h in zip(found, plain, strict=True):
-            gap = torch.tensordot(weights.to(g.dtype), g, 1) - h[0]
-            if not bool(gap.norm() <= max(0.01, 16 * torch.finfo(g.dtype).eps) * h.norm()):
-                return False
-        return True
-
-    # --- which example a row belongs to -------------------------------------------------
+        same = alike(tape.structure, self.structure, FEW, self.num_examples)
+        return tape if same else self
 
     def _rows(self, scores: Tensor) -> list[Rows | None]:
         """The rows of every operation, found out if this structure of the graph is new."""
@@ -225,31 +224,35 @@ class Tape:
         if not self.operations:
             return [], True
         n = self.num_examples
-        scores = scores[:, :n]
         generator = torch.Generator().manual_seed(0)
-        weights = torch.randn(len(scores), generator=generator).to(scores)
-        score = torch.einsum("k,knc->nc", weights, scores)
+        weights = torch.randn(scores.shape[0], n, generator=generator).to(scores)
+        score = torch.einsum("kn,knc->nc", weights, scores[:, :n])
+        # Examples of one size: none hides in the rounding of the others.
+        score = torch.nn.functional.normalize(score, eps=torch.finfo(score.dtype).tiny)
         # Powers of 2, which scale without rounding, and never two alike in a row.
         steps = torch.randint(1, 4, (n,), generator=generator).cumsum(0) % 4
         factors = 2.0 ** steps.to(score)
-        plain, scaled = (
-            one_by_one(self.outputs, self.edges, some[None], retain_graph=True)
-            for some in (score, factors[:, None] * score)
-        )
+        plain, scaled = self._rows_of(score), self._rows_of(factors[:, None] * score)
+        if self.memory.noise is None:
+            again = self._rows_of(score)
+            self.memory.noise = max(map(row_noise, plain, again))
         rows: list[Rows | None] = []
         certain = True
-        for operation, one, other in zip(self.operations, plain, scaled, strict=True):
-            before, after = operation.rows_of(one)[0], operation.rows_of(other)[0]
-            before, after = (g.reshape(len(g), -1) for g in (before, after))
-            found = matching_rows(before, after, factors)
+        for before, after in zip(plain, scaled, strict=True):
+            found = matching_rows(before, after, factors, self.memory.noise)
             certain = certain and len(found) < 2 and bool(before.any())
             rows.append(found[0] if found else None)
         return rows, certain
 
+    def _rows_of(self, score: Tensor) -> list[Tensor]:
+        """The rows of all operations' gradients for one score vector an example, ``[n, c]``."""
+        gradients = one_by_one(self.outputs, self.edges, score[None], retain_graph=True)
+        pairs = zip(self.operations, gradients, strict=True)
+        return [operation.rows_of(gradient)[0] for operation, gradient in pairs]
 
-def operations_of(graph: Graph, parameters: Parameters) -> list[Operation]:
+
+def operations_of(graph: Graph, uses: Uses) -> list[Operation]:
     """The operations that together are all uses of some of the parameters."""
-    uses = graph.uses(parameters)
     found: list[Operation] = []
     unknown: set[str] = set()
     # Products come first: they take in the biases that are added to them.
@@ -258,7 +261,8 @@ def operations_of(graph: Graph, parameters: Parameters) -> list[Operation]:
         if views is None:
             continue
         rule = RULES.get(type(node).__name__)
-        operation = rule.of(node, uses, graph) if rule is not None else None
+        complex_ = node._input_metadata[0].dtype.is_complex
+        operation = None if rule is None or complex_ else rule.of(node, uses, graph)
         if operation is None:
             unknown |= {view.name for view in views.values()}
         else:
