@@ -420,3 +420,135 @@ def test_mistakes_in_the_arguments_are_named():
             fisher_information(tied, data, memory=memory)
     with pytest.raises(ValueError, match=r"Batch 0 is a tuple \(ndarray, Tensor\): the data must"):
         fisher_information(tied, [(data[0][0].numpy(), data[0][1])])
+
+
+@pytest.fixture
+def _in_double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+# --- operations that a network may use inside ---------------------------------------------
+
+
+class Experts(nn.Module):
+    """Every expert is called, on no rows if need be."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(6, 5), nn.ModuleList(nn.Linear(6, 3) for _ in range(5))
+
+    def forward(self, x):
+        p, out = self.gate(x).softmax(1), x.new_zeros(len(x), 3)
+        for i, expert in enumerate(self.experts):
+            (rows,) = torch.where(p.argmax(1) == i)
+            out = out.index_add(0, rows, expert(x[rows]) * p[rows, i, None])
+        return out
+
+
+class Energy(nn.Module):
+    """Derivatives that torch.func takes inside of the forward pass."""
+
+    def __init__(self, derivative):
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.derivative = derivative
+
+    def forward(self, x):
+        return self.derivative(lambda z: self.energy(z)[..., 0], x)[:, :3]
+
+
+def slopes(function, x):
+    return torch.func.vmap(torch.func.grad(function))(x)
+
+
+def forward_slopes(function, x):
+    return torch.func.vmap(torch.func.jacfwd(function))(x)
+
+
+def along_axes(function, x):
+    pushed = [torch.func.jvp(function, (x,), (axis.expand_as(x),))[1] for axis in torch.eye(6)[:3]]
+    return torch.stack(pushed, 1)
+
+
+class SparseMixing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.register_buffer("mixing", ((torch.rand(6, 6) > 0.5) * 1.0).to_sparse())
+
+    def forward(self, x):
+        return self.head(torch.sparse.mm(self.mixing, self.inner(x).tanh().T).T)
+
+
+class SparseWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(5, 6)), nn.Linear(5, 3)
+
+    def forward(self, x):
+        weight = self.weight * (self.weight.detach() > 0)
+        return self.head(torch.sparse.mm(weight.to_sparse(), x.T).T.tanh())
+
+
+class Compiled(nn.Module):
+    """Scripted and traced modules inside of an ordinary one."""
+
+    def __init__(self):
+        super().__init__()
+        self.scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5)))
+        self.traced = torch.jit.trace(nn.Linear(5, 4), torch.randn(2, 5))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.traced(self.scripted(x).tanh()).tanh())
+
+
+class ComplexInside(nn.Module):
+    """Real parameters in complex arithmetic."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts, self.inner = nn.Parameter(torch.randn(6, 4, 2)), nn.Linear(6, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        kind = torch.promote_types(x.dtype, torch.complex64)
+        h = x.to(kind) @ torch.view_as_complex(self.parts)
+        cast = nn.functional.linear(1j * x, self.inner.weight.to(kind), self.inner.bias.to(kind))
+        return self.head((h * cast).abs())
+
+
+@pytest.mark.usefixtures("_in_double")
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:Sparse CSR")
+@pytest.mark.parametrize("structure", [DiagonalFisher, DenseFisher, ImplicitFisher], ids=str)
+@pytest.mark.parametrize(
+    "build",
+    [
+        Experts,
+        *(lambda d=d: Energy(d) for d in (slopes, forward_slopes, along_axes)),
+        *(SparseMixing, SparseWeight, Compiled, ComplexInside),
+    ],
+)
+def test_any_operation_of_torch_may_be_inside(build, structure):
+    torch.manual_seed(0)
+    model, x = build(), torch.randn(7, 6)
+    expected = reference.categorical_fisher(model, [(row,) for row in x])
+    batches = [(part, torch.zeros(len(part), dtype=torch.long)) for part in x.split(4)]
+    found = fisher_information(model, batches, structure=structure)
+    torch.testing.assert_close(flatten(found.diagonal()), expected.diagonal(), **EXACT)
+    if structure is DenseFisher:
+        torch.testing.assert_close(found.to_dense(), expected, **EXACT)
+
+
+def test_complex_parameters_are_refused_or_left_out():
+    model = nn.Sequential(nn.Linear(4, 3))
+    model.phase = nn.Parameter(torch.randn(2, dtype=torch.cfloat))
+    data = [(torch.randn(5, 4), torch.zeros(5, dtype=torch.long))]
+    with pytest.raises(ValueError, match=r"'phase' is of type torch.complex64.*view_as_complex"):
+        fisher_information(model, data)
+    assert fisher_information(model, data, parameters=["0.*"]).shapes.keys() == {
+        "0.weight",
+        "0.bias",
+    }

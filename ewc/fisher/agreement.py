@@ -17,6 +17,11 @@ def margin(dtype: torch.dtype, noise: float = 0.0) -> float:
     return max(MARGIN, 16 * torch.finfo(dtype).eps, 4 * noise)
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """What arithmetic of that type may lose, relatively; TF32 calls itself float32."""
+    return 1e-8 if dtype == torch.float64 else max(2e-3, 16 * torch.finfo(dtype).eps)
+
+
 def agree(one: Tensor, other: Tensor, noise: float = 0.0) -> bool:
     """Whether two tensors are one by their norms, never entry by entry.
 
@@ -36,8 +41,7 @@ def same(one: Tensor, other: Tensor, spread: float = 0.0) -> bool:
         spread: how far outputs of other examples are away: a small share of it does not count.
     """
     gap, size = _gap_and_size(one, other)
-    rounding = 1e-8 if one.dtype == torch.float64 else max(2e-3, 16 * torch.finfo(one.dtype).eps)
-    return gap <= max(rounding * size, MARGIN * spread)
+    return gap <= max(rounding(one.dtype) * size, MARGIN * spread)
 
 
 def _gap_and_size(one: Tensor, other: Tensor) -> tuple[float, float]:

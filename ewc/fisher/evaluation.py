@@ -91,7 +91,11 @@ def copied(model: nn.Module, weights: Parameters | None = None) -> nn.Module:
         for value in vars(module).values()
         if isinstance(value, Tensor) and value.grad_fn is not None
     }
-    own = copy.deepcopy(model, computed).eval()
+    with torch.no_grad():  # else a compiled module's copy would be computed from its original
+        own = copy.deepcopy(model, computed).eval()
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    for name, parameter in own.named_parameters():
+        parameter.requires_grad_(trainable[name])
     if weights is not None:
         # A tied weight is one parameter under several names, and stays one.
         tied: dict[int, nn.Parameter] = {}

@@ -2,13 +2,14 @@ r"""Products with the Fisher information of a network, by differentiating it."""
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
 
+from ewc.fisher.agreement import agree, margin, rounding
 from ewc.fisher.per_example import UNSUPPORTED, chosen_parameters
 from ewc.fisher.pieces import Piece
 from ewc.fisher.pullback import DEFAULT_MEMORY, Pullback
@@ -32,6 +33,7 @@ class NetworkProduct:
         self.dtype = accumulation_dtype(self.parameters[names[0]].dtype)
         self._seen = Memory()
         self._differentiates = True
+        self._checked: set[int] = set()
 
     def product(self, piece: Piece, direction: Parameters) -> Parameters:
         r"""The product :math:`\sum_n J_n^\top \sum_k s_{kn} (s_{kn}^\top J_n v)` over one piece.
@@ -40,15 +42,13 @@ class NetworkProduct:
             piece: the examples.
             direction: ``v``.
         """
-        if self._differentiates and len(piece.scores):
-            try:
-                return self._derivative(piece, direction)
-            except UNSUPPORTED as error:
-                # Custom autograd functions, in-place writes and the like. A fault of the
-                # network itself shows again below.
-                _log.info("products by pulled-back vectors: %s", error)
-                self._differentiates = False
-        return self._combination(piece, direction)
+        if (derivative := self._derivative(piece, direction)) is None:
+            return self._combination(piece, direction)
+        pull, moved = derivative
+        along = torch.einsum("knc,nc->kn", piece.scores, moved)
+        (found,) = pull(torch.einsum("kn,knc->nc", along, piece.scores))
+        result: Parameters = found
+        return result
 
     def along(self, piece: Piece, direction: Parameters) -> Tensor:
         r"""The products :math:`s_{kn}^\top J_n v` over one piece, ``[k, n]``.
@@ -57,14 +57,8 @@ class NetworkProduct:
             piece: the examples.
             direction: ``v``.
         """
-        if self._differentiates and len(piece.scores):
-            try:
-                _, moved = self._moved(piece, direction)
-            except UNSUPPORTED as error:
-                _log.info("products by pulled-back vectors: %s", error)
-                self._differentiates = False
-            else:
-                return torch.einsum("knc,nc->kn", piece.scores, moved)
+        if (derivative := self._derivative(piece, direction)) is not None:
+            return torch.einsum("knc,nc->kn", piece.scores, derivative[1])
         directions = {name: d[None].to(self.dtype) for name, d in direction.items()}
         parts = [
             sum(pullback.project(directions)[..., 0] for pullback in pullbacks)
@@ -93,12 +87,55 @@ class NetworkProduct:
                 tape = Tape(self.model, self.parameters, piece.arguments, outputs, self._seen)
                 yield from tape.pullbacks(piece.scores, len(piece.scores), DEFAULT_MEMORY)
 
-    def _derivative(self, piece: Piece, direction: Parameters) -> Parameters:
-        pull, moved = self._moved(piece, direction)
-        along = torch.einsum("knc,nc->kn", piece.scores, moved)
-        (product,) = pull(torch.einsum("kn,knc->nc", along, piece.scores))
-        result: Parameters = product
-        return result
+    def _derivative(
+        self, piece: Piece, direction: Parameters
+    ) -> tuple[Callable[[Tensor], Any], Tensor] | None:
+        """What pulls vectors back, and how the outputs move, ``[n, c]``; ``None`` where neither is.
+
+        Not every operation has these derivatives, and some have wrong ones: a compiled module
+        keeps its own parameters whatever it is called with.
+        """
+        if not (self._differentiates and len(piece.scores)):
+            return None
+        try:
+            pull, moved = self._moved(piece, direction)
+            if id(piece) in self._checked or self._right(piece, direction, pull, moved):
+                self._checked.add(id(piece))
+                return pull, moved
+            error: Exception | None = None
+        except UNSUPPORTED as caught:
+            # Custom autograd functions, in-place writes and the like. A fault of the network
+            # itself shows again where vectors are pulled back.
+            error = caught
+        _log.info("products by pulled-back vectors: %s", error or "wrong derivatives")
+        self._differentiates = False
+        return None
+
+    def _right(
+        self, piece: Piece, direction: Parameters, pull: Callable[[Tensor], Any], moved: Tensor
+    ) -> bool:
+        """Whether both derivatives agree with one plain backward pass of all examples."""
+        generator = torch.Generator().manual_seed(1)
+        weights = torch.randn(piece.scores.shape[:2], generator=generator).to(piece.scores)
+        score = torch.einsum("kn,knc->nc", weights, piece.scores)
+        with torch.enable_grad():
+            outputs = piece.arguments(self.model)
+        if not outputs.requires_grad:
+            return not moved.any()
+        plain = torch.autograd.grad(
+            outputs, list(self.parameters.values()), score, allow_unused=True
+        )
+        (pulled,) = pull(score)
+        along = size = 0.0
+        for (name, vector), gradient in zip(pulled.items(), plain, strict=True):
+            expected = torch.zeros_like(vector) if gradient is None else gradient
+            expected = expected.to_dense() if expected.is_sparse else expected
+            if not agree(vector, expected):
+                return False
+            along += float((expected * direction[name]).sum())
+            size += float(expected.norm() * direction[name].norm())
+        gap = abs(float((score * moved).sum()) - along)
+        return gap <= margin(moved.dtype) * abs(along) + rounding(moved.dtype) * size
 
     def _moved(self, piece: Piece, direction: Parameters) -> tuple[Any, Tensor]:
         """What pulls vectors back, and how the outputs move in a direction, ``[n, c]``."""
