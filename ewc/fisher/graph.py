@@ -8,8 +8,9 @@ followed to the nodes that compute with them.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -89,6 +90,8 @@ class Graph:
         self.leaves: dict[int, Node] = {}
         self.nodes: dict[Node, int] = {}
         """All nodes but the leaves, numbered in an order that follows from the graph."""
+        self.inputs: list[tuple[tuple[Node | None, int], ...]] = []
+        """Of every node the nodes that its inputs come from, and which of their results."""
         root = outputs.grad_fn
         stack = [root] if root is not None else []
         seen: set[Node] = set(stack)
@@ -100,7 +103,8 @@ class Graph:
                     "A reentrant checkpoint hides the parameters inside from the autograd "
                     "graph: use torch.utils.checkpoint with use_reentrant=False."
                 )
-            for place, (source, number) in enumerate(node.next_functions):
+            self.inputs.append(node.next_functions)
+            for place, (source, number) in enumerate(self.inputs[-1]):
                 if source is None:
                     continue
                 self.consumers[source].append((node, place, number))
@@ -116,15 +120,16 @@ class Graph:
         Of every node its kind, the numbers it saved (sizes, dimensions, indices, shifts),
         where its inputs come from, and the sizes of dimensions that it cuts.
         """
-        return tuple(
-            (
-                type(node).__name__,
-                _saved_numbers(node),
-                tuple((self.nodes.get(source, -1), number) for source, number in inputs(node)),
-                _cut_sizes(node),
-            )
-            for node in self.nodes
-        )
+        number_of = self.nodes.get
+        entries = []
+        for node, sources in zip(self.nodes, self.inputs, strict=True):
+            kind = type(node)
+            # Sizes, dimensions, indices and the like; no tensor is read.
+            numbers = tuple([getattr(node, name) for name in _numbers_of(kind)])
+            origins = tuple([(number_of(source, -1), place) for source, place in sources])  # type: ignore[arg-type]
+            cut = _cut_sizes(node) if _cuts(kind) else ()
+            entries.append((kind.__name__, numbers, origins, cut))
+        return tuple(entries)
 
     def bytes_of_results(self) -> int:
         """What the results of all nodes take."""
@@ -136,7 +141,11 @@ class Graph:
 
         An index, a mask, a permutation as a matrix: what its graph looks like does not tell.
         """
-        return any(_may_move_rows(node, uses.get(node, {})) for node in self.nodes)
+        return any(
+            _may_move_rows(node, uses.get(node, {}))
+            for node in self.nodes
+            if _moves_sometimes(type(node))
+        )
 
     def uses(self, parameters: Parameters) -> Uses:
         """The nodes that compute with parameters: of each, which input is which view."""
@@ -170,13 +179,6 @@ class Graph:
             node = following
 
 
-def inputs(node: Node) -> Iterator[tuple[Node, int]]:
-    """The inputs of a node that are in the graph: the node they come from, and its result."""
-    for source, number in node.next_functions:
-        if source is not None:
-            yield source, number
-
-
 def alike(one: Structure, other: Structure, n: int, m: int) -> bool:
     """Whether two structures are one, but for numbers that are proportional to the examples.
 
@@ -202,32 +204,28 @@ def alike(one: Structure, other: Structure, n: int, m: int) -> bool:
     )
 
 
-_NUMBERS: dict[str, tuple[str, ...]] = {}
-"""By the kind of node, the names of what it saves that are no tensors."""
-
-
-def _saved_numbers(node: Node) -> tuple[Any, ...]:
-    """The sizes, dimensions, indices and the like that a node saved; no tensor is read."""
-    kind = type(node).__name__
-    names = _NUMBERS.get(kind)
-    if names is None:
-        names = _NUMBERS[kind] = tuple(
-            name
-            for name in dir(type(node))
-            # Tensors that a node saved under names of their own have a raw form beside them.
-            if name.startswith("_saved_") and not hasattr(type(node), f"_raw{name}")
-        )
-    return tuple(getattr(node, name) for name in names)
+@cache
+def _numbers_of(kind: type[Node]) -> tuple[str, ...]:
+    """The names of what nodes of a kind save that are no tensors."""
+    return tuple(
+        name
+        for name in dir(kind)
+        # Tensors have a raw form beside them.
+        if name.startswith("_saved_") and not hasattr(kind, f"_raw{name}")
+    )
 
 
 CUTS = re.compile("^(Slice|Select|Split|Roll|AsStrided|Unfold|Diagonal)")
 """Nodes that take parts of a dimension, or move them."""
 
 
+@cache
+def _cuts(kind: type[Node]) -> bool:
+    return CUTS.match(kind.__name__) is not None
+
+
 def _cut_sizes(node: Node) -> tuple[int, ...]:
-    """The sizes of the dimensions that a node cuts, none for most."""
-    if not CUTS.match(type(node).__name__):
-        return ()
+    """The sizes of the dimensions that a node cuts."""
     shape = getattr(node, "_saved_self_sym_sizes", None)
     if shape is None:
         shape = tuple(node._input_metadata[0].shape)
@@ -238,6 +236,12 @@ def _cut_sizes(node: Node) -> tuple[int, ...]:
     return tuple(shape[d - 2**64 if d >= 2**63 else d] for d in dims) or tuple(shape)
 
 
+@cache
+def _moves_sometimes(kind: type[Node]) -> bool:
+    name = kind.__name__
+    return bool(MOVES_ROWS.search(name) or re.match("(Where|Mm|Addmm|Bmm|Baddbmm)Backward", name))
+
+
 def _may_move_rows(node: Node, views: Mapping[int, View]) -> bool:
     kind = type(node).__name__
     if MOVES_ROWS.search(kind):
@@ -245,10 +249,8 @@ def _may_move_rows(node: Node, views: Mapping[int, View]) -> bool:
     sources = [source for source, _ in node.next_functions]
     if kind.startswith("Where"):
         return None not in sources[-2:]
-    if re.match("(Mm|Addmm|Bmm|Baddbmm)Backward", kind):
-        # A constant matrix before rows of activations, not before a weight.
-        return sources[-2] is None and sources[-1] is not None and len(sources) - 1 not in views
-    return False
+    # A constant matrix before rows of activations, not before a weight.
+    return sources[-2] is None and sources[-1] is not None and len(sources) - 1 not in views
 
 
 def _seen_through(node: Node, view: View) -> View | None:
