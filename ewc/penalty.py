@@ -135,23 +135,30 @@ class EWCPenalty(nn.Module):
 
     @num_examples.setter
     def num_examples(self, value: int | None) -> None:
-        if value is not None and not value >= 1:
-            raise ValueError(f"num_examples is {value}: it must be 1 or more, or None.")
-        self._num_examples = value
+        check_count(value, "num_examples", optional=True)
+        self._num_examples = None if value is None else int(value)
 
-    def consolidate(self, fisher: FisherMatrix, model: nn.Module) -> None:
-        """Remember a task: its Fisher information, and the model's parameters as anchor.
+    def consolidate(
+        self, fisher: FisherMatrix, model: nn.Module, *, num_examples: int | None = None
+    ) -> None:
+        r"""Remember a task: its Fisher information, and the model's parameters as anchor.
 
         Args:
             fisher: the mean Fisher information of the task at the model's parameters.
             model: the model that has just learnt the task.
+            num_examples: :math:`N_t`, the size of the task, where the matrix was taken from
+                a sample of its examples; ``None`` for those of the matrix.
 
         Raises:
-            ValueError: the names or shapes of ``fisher`` do not fit the model.
+            ValueError: the names or shapes of ``fisher`` do not fit the model, or the number
+                of examples is not a whole number, 1 or more.
             TypeError: the structure cannot be shrunk.
             FloatingPointError: an entry is not finite, or overflows times the number of
                 examples.  In either case the penalty is as it was.
         """
+        fisher = fisher.with_num_examples(
+            fisher.num_examples if num_examples is None else num_examples
+        )
         precision = shrunk(fisher, self.shrinkage).precision
         terms = joined(self.terms, precision, model, self.consolidation)
         if self.rank is not None:

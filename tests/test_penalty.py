@@ -82,6 +82,60 @@ def test_separate_equals_the_sum_over_tasks(count, num_examples):
     assert len(penalty.terms) == 1
 
 
+STRUCTURES = {
+    "diagonal": DiagonalFisher,
+    "block_diagonal": BlockDiagonalFisher,
+    "kronecker": KroneckerFisher,
+    "eigenvalue_corrected": EigenvalueCorrectedFisher,
+    "low_rank": LowRankFisher.configured(rank=3),
+    "dense": DenseFisher,
+    "implicit": ImplicitFisher,
+}
+
+
+@pytest.mark.parametrize("name", [*STRUCTURES, "sum"])
+@pytest.mark.parametrize("consolidation", [Separate(), Online(0.5, exact=True)], ids=repr)
+@pytest.mark.parametrize("size", [None, 50])
+def test_a_sample_stands_for_its_task(name, consolidation, size):
+    model, penalty = small_model(), EWCPenalty(2.0, consolidation)
+    penalty.num_examples = size
+    tasks = []
+    for sample, num_examples in ((4, 30), (6, 70)):
+        move(model)
+        data = [(torch.randn(sample, 3, dtype=torch.float64), torch.randint(2, (sample,)))]
+        if name == "sum":
+            one = fisher_information(model, data, structure=KroneckerFisher)
+            fisher = one + fisher_information(model, data, structure=ImplicitFisher)
+        else:
+            fisher = fisher_information(model, data, structure=STRUCTURES[name])
+        penalty.consolidate(fisher, model, num_examples=num_examples)
+        anchor = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+        tasks.append((num_examples, fisher.to_dense(), anchor))
+    move(model)
+    theta = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    (_, first, anchor), (_, second, last) = tasks
+    decay = 1.0 if consolidation == Separate() else 0.5
+    away = theta - (anchor if decay == 1.0 else last)
+    nats = 0.5 * 30 * decay * away @ first @ away
+    nats = nats + 0.5 * 70 * (theta - last) @ second @ (theta - last)
+    torch.testing.assert_close(penalty(model).detach(), 2.0 * nats / (size or 70), **TIGHT)
+    assert penalty.predicted_rise(model) == pytest.approx(float(nats) / 100, rel=1e-12)
+    assert penalty.remembered_examples == 100
+    trace = 30 * decay * float(first.trace()) + 70 * float(second.trace())
+    assert penalty.fisher_trace == pytest.approx(trace, rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [0, -5, 2.5, 30.0, math.inf, math.nan, True, "30"])
+def test_task_sizes_that_are_no_counts_are_refused(size):
+    model, penalty = small_model(), EWCPenalty()
+    with pytest.raises(ValueError, match=r"num_examples is .*: it must be .*1 or more"):
+        penalty.consolidate(random_fisher(model, 10), model, num_examples=size)
+    assert penalty.terms == []
+    with pytest.raises(ValueError, match=r"num_examples is .*: it must be .*1 or more, or None"):
+        penalty.num_examples = size
+    assert penalty.num_examples is None
+
+
 def test_separate_keeps_single_precision_over_many_tasks():
     model, penalty = small_model().float(), EWCPenalty(2.5)
     tasks = consolidated(penalty, model, 100)
@@ -178,13 +232,6 @@ def test_half_precision_models_keep_single_precision_terms():
     (gradient,) = torch.autograd.grad(value, model[0].weight)
     assert gradient.dtype == torch.float16
     torch.testing.assert_close(gradient, torch.full_like(gradient, 5.0), rtol=1e-2, atol=0)
-
-
-@pytest.mark.parametrize("value", [0, -5, math.nan])
-def test_impossible_task_sizes_are_refused(value):
-    penalty = EWCPenalty()
-    with pytest.raises(ValueError, match=r"num_examples is .*: it must be 1 or more, or None"):
-        penalty.num_examples = value
 
 
 def test_separate_terms_may_go_on_as_online():

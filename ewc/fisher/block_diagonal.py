@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from ewc.checks import check_count
 from ewc.fisher.accumulator import Accumulator
 from ewc.fisher.composite import joined_states, split_states
 from ewc.fisher.damped_inverse import Blocks, DampedInverse
@@ -155,6 +156,12 @@ class BlockDiagonalFisher(FisherMatrix):
         """Every block times ``factor``."""
         blocks = [block.scaled(factor) for block in self.blocks]
         return type(self)(blocks, self.shapes, self.num_examples)
+
+    def with_num_examples(self, num_examples: int) -> Self:
+        """The same blocks, each as the information of another number of examples."""
+        check_count(num_examples, "num_examples")
+        blocks = [block.with_num_examples(num_examples) for block in self.blocks]
+        return type(self)(blocks, self.shapes, int(num_examples))
 
     def __add__(self, other: FisherMatrix) -> FisherMatrix:
         """The sum; where the other matrix has the same blocks, block by block.

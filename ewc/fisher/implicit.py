@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
 
-from ewc.checks import check_not_negative
+from ewc.checks import check_count, check_not_negative
 from ewc.fisher.accumulator import Accumulator
 from ewc.fisher.diagonal import DiagonalSum
 from ewc.fisher.evaluation import copied, plain_operations
@@ -255,6 +255,12 @@ class ImplicitFisher(FisherMatrix):
     def scaled(self, factor: float) -> "ImplicitFisher":
         """The same products times ``factor``."""
         return self._with(factor=factor * self.factor)
+
+    def with_num_examples(self, num_examples: int) -> "ImplicitFisher":
+        """The same products: the sum over the data is divided by the new number, and scaled."""
+        check_count(num_examples, "num_examples")
+        factor = self.factor * int(num_examples) / self.num_examples
+        return self._with(num_examples=int(num_examples), factor=factor)
 
     def embedded(self, shapes: Shapes) -> "ImplicitFisher":
         """The same products, zero for new names and new last rows."""

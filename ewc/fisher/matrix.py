@@ -5,6 +5,7 @@ verb has a slow, correct default here, built from the definition; a structure ov
 those it can do faster.
 """
 
+import copy
 import json
 import os
 from abc import ABC, abstractmethod
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ewc.checks import check_not_negative
+from ewc.checks import check_count, check_not_negative
 from ewc.fisher.accumulator import Accumulator, Configured
 from ewc.fisher.damped_inverse import DampedInverse, Solving
 from ewc.parameters import (
@@ -215,6 +216,23 @@ class FisherMatrix(ABC):
     def precision(self) -> "FisherMatrix":
         """``N F``: the information of the whole data set, a Laplace posterior's precision."""
         return self.scaled(float(self.num_examples))
+
+    def with_num_examples(self, num_examples: int) -> Self:
+        """The same mean, as the information of another number of examples.
+
+        For a matrix that was taken from a sample of a data set: its mean is the data set's
+        up to the noise of the sample, its :attr:`precision` is not.
+
+        Args:
+            num_examples: the size of the data set, 1 or more.
+
+        Raises:
+            ValueError: it is not a whole number, 1 or more.
+        """
+        check_count(num_examples, "num_examples")
+        result = copy.copy(self)
+        result.num_examples = int(num_examples)
+        return result
 
     @property
     def num_parameters(self) -> int:

@@ -2,6 +2,7 @@ r"""Kronecker matrices with some of the eigenvectors of their input factors."""
 
 import torch
 
+from ewc.checks import check_count
 from ewc.fisher.block_diagonal import BlockDiagonalFisher
 from ewc.fisher.kronecker_product import KroneckerProduct
 from ewc.fisher.matrix import FisherMatrix
@@ -13,10 +14,9 @@ def check_rank(rank: int | None) -> None:
     """Refuse what is no number of eigenvectors.
 
     Raises:
-        ValueError: the rank is below 1.
+        ValueError: the rank is not a whole number, 1 or more, or ``None`` for all.
     """
-    if rank is not None and not rank >= 1:
-        raise ValueError(f"rank is {rank}: it must be 1 or more, or None for all eigenvectors.")
+    check_count(rank, "rank", optional=True)
 
 
 def truncated(matrix: FisherMatrix, rank: int) -> FisherMatrix:
