@@ -1,4 +1,4 @@
-"""Checks of numbers that users give, with a message that says what is allowed."""
+"""Checks of what users give, with a message that says what is allowed."""
 
 import math
 from numbers import Integral, Real
@@ -39,6 +39,24 @@ def check_not_negative(value: float, name: str) -> None:
         raise ValueError(f"{name} is {value!r}: it must be a finite number, 0 or above.")
 
 
+def check_positive(value: float | None, name: str, *, optional: bool = False) -> None:
+    """Check for a finite number above 0.
+
+    Args:
+        value: the number.
+        name: what it is, for the message.
+        optional: whether ``None`` is allowed too.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if value is None and optional:
+        return
+    if not (is_number(value) and value > 0):  # type: ignore[operator]
+        none = ", or None" if optional else ""
+        raise ValueError(f"{name} is {value!r}: it must be a finite number above 0{none}.")
+
+
 def check_count(value: int | None, name: str, least: int = 1, *, optional: bool = False) -> None:
     """Check that a number is whole and large enough to count something.
 
@@ -57,3 +75,35 @@ def check_count(value: int | None, name: str, least: int = 1, *, optional: bool 
         kind = "" if is_whole(value) else "a whole number, "
         none = ", or None" if optional else ""
         raise ValueError(f"{name} is {value!r}: it must be {kind}{least} or more{none}.")
+
+
+def check_whole(value: int, name: str) -> None:
+    """Check for a whole number.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not is_whole(value):
+        raise ValueError(f"{name} is {value!r}: it must be a whole number.")
+
+
+def check_instance(value: object, kind: Any, name: str, allowed: str) -> None:
+    """Check that a choice is a value of its kind, not a class or a string.
+
+    Args:
+        value: the choice.
+        kind: what it must be an instance of, as ``isinstance`` takes it.
+        name: what the choice is called, for the message.
+        allowed: what it may be, for the message.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {allowed}, got {shown(value)}.")
+
+
+def shown(value: object) -> str:
+    """A value for a message: short ones as they are, of others their class."""
+    short = isinstance(value, str | Real | type) or value is None
+    return repr(value) if short else f"a {type(value).__name__}"

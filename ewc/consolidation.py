@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ewc.checks import check_share
+from ewc.checks import check_instance, check_share
 from ewc.fisher.diagonal import DiagonalFisher
 from ewc.fisher.kronecker import KroneckerFisher
 from ewc.fisher.nearest_kronecker import nearest_kronecker
@@ -67,14 +67,16 @@ class Online:
 
     Raises:
         ValueError: ``decay`` is outside [0, 1].
+        TypeError: ``exact`` is not a truth value.
     """
 
     decay: float = 1.0
     exact: bool = False
 
     def __post_init__(self) -> None:
-        """Check the decay."""
+        """Check the decay and the choice."""
         check_share(self.decay, "decay")
+        check_instance(self.exact, bool, "exact", "True or False")
 
     def consolidated(self, terms: list[Quadratic], new: Quadratic) -> list[Quadratic]:
         """The one term after a task whose own term is ``new``."""
@@ -87,3 +89,13 @@ class Online:
 
 
 Consolidation = Separate | Online
+
+
+def check_consolidation(value: Consolidation) -> None:
+    """Check that a consolidation is one.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    allowed = "an instance of Separate or Online such as Separate()"
+    check_instance(value, Separate | Online, "consolidation", allowed)

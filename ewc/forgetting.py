@@ -2,6 +2,8 @@ r"""A budget for forgetting: the strength as a Lagrange multiplier."""
 
 import math
 
+from ewc.checks import check_positive
+
 SMOOTHING = 0.9
 """What a step leaves of the running mean of the rise, for penalties that take a share of the
 eigenvectors a step are estimates."""
@@ -40,8 +42,7 @@ class ForgettingBudget:
 
     def __init__(self, nats: float, rate: float = 0.05) -> None:
         for name, value in (("budget", nats), ("rate", rate)):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} is {value}: it must be a finite number above 0.")
+            check_positive(value, name)
         self.nats = nats
         self.rate = rate
         self.start()

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ewc.checks import check_instance, check_positive
+
 
 class Likelihood(ABC):
     r"""The density :math:`p(y \mid f)` of a target given a network's outputs."""
@@ -153,8 +155,7 @@ class Gaussian(Likelihood):
 
     def __post_init__(self) -> None:
         """Check the variance."""
-        if not (math.isfinite(self.variance) and self.variance > 0):
-            raise ValueError(f"variance is {self.variance}: it must be a finite number above 0.")
+        check_positive(self.variance, "variance")
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         r""":math:`-\|y - f\|^2 / (2 \sigma^2) - \frac{c}{2} \log 2 \pi \sigma^2`, ``[n]``."""
@@ -298,3 +299,12 @@ class Poisson(Likelihood):
 def _along_axes(lengths: Tensor) -> Tensor:
     """One vector an output, along its axis: ``[n, c]`` as ``[c, n, c]``."""
     return torch.diag_embed(lengths).transpose(0, 1)
+
+
+def check_likelihood(value: Likelihood) -> None:
+    """Check that a likelihood is one.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    check_instance(value, Likelihood, "likelihood", "a Likelihood instance such as Categorical()")

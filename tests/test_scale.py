@@ -197,7 +197,7 @@ def test_a_thousand_classes_by_sampling_with_an_error_bar():
     assert float(fisher.trace()) == pytest.approx(estimate.value)
     assert fisher.num_examples == 20
     assert 0 < estimate.standard_error < 0.2 * estimate.value
-    with pytest.raises(ValueError, match="num_samples is 1: an error bar needs 2 or more"):
+    with pytest.raises(ValueError, match="num_samples is 1: it must be 2 or more"):
         sampled_fisher(model, data, num_samples=1)
     with pytest.raises(ValueError, match="list_iterator, which can be read once"):
         sampled_fisher(model, iter(data))

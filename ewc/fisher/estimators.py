@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ewc.checks import check_count, check_instance, check_whole, is_number
 from ewc.likelihoods import Likelihood
 
 
@@ -90,8 +91,8 @@ class Exact(Estimator):
 
     def __post_init__(self) -> None:
         """Check the tolerance."""
-        if not 0 <= self.tolerance < 1:
-            raise ValueError(f"tolerance is {self.tolerance}: it must be from 0 to below 1.")
+        if not (is_number(self.tolerance) and 0 <= self.tolerance < 1):
+            raise ValueError(f"tolerance is {self.tolerance!r}: it must be from 0 to below 1.")
 
     def score_vectors(
         self,
@@ -138,18 +139,16 @@ class MonteCarlo(Estimator):
         seed: the seed; the same seed gives the same matrix, whatever the batch size.
 
     Raises:
-        ValueError: ``num_samples`` is below 1.
+        ValueError: ``num_samples`` is not a whole number, 1 or more, or the seed not whole.
     """
 
     num_samples: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the number of samples."""
-        if not isinstance(self.num_samples, int) or self.num_samples < 1:
-            raise ValueError(
-                f"num_samples is {self.num_samples}: it must be a whole number above 0."
-            )
+        """Check the number of samples and the seed."""
+        check_count(self.num_samples, "num_samples")
+        check_whole(self.seed, "seed")
 
     def score_vectors(
         self,
@@ -183,3 +182,12 @@ class Empirical(Estimator):
     ) -> Tensor:
         """The scores of the observed targets, shape ``[1, n, c]``."""
         return likelihood.score(outputs, targets)[None]
+
+
+def check_estimator(value: Estimator) -> None:
+    """Check that an estimator is one.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    check_instance(value, Estimator, "estimator", "an Estimator instance such as Exact()")

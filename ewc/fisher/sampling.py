@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from ewc.checks import check_count
 from ewc.fisher.accumulator import Configured
 from ewc.fisher.compute import fisher_information
 from ewc.fisher.diagonal import DiagonalFisher
@@ -54,8 +55,7 @@ def sampled_fisher(
     Raises:
         ValueError: ``num_samples`` is below 2, or the data can be read only once.
     """
-    if num_samples < 2:
-        raise ValueError(f"num_samples is {num_samples}: an error bar needs 2 or more.")
+    check_count(num_samples, "num_samples", least=2)
     if iter(data) is data:
         raise ValueError(
             f"The data are a {type(data).__name__}, which can be read once: every sample is a "

@@ -12,7 +12,7 @@ import torch
 from scipy.special import chdtrc, ndtri
 from torch import Tensor
 
-from ewc.checks import check_count
+from ewc.checks import check_count, is_number
 from ewc.fisher.matrix import FisherMatrix
 from ewc.parameters import Parameters, check_same_shapes, shapes_of
 from ewc.statistics.bounds import Function, cramer_rao_bound, jacobian_of
@@ -83,8 +83,8 @@ def confidence_intervals(
     Raises:
         ValueError: the level is not between 0 and 1, or names or shapes differ.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}: it must lie between 0 and 1.")
+    if not (is_number(level) and 0 < level < 1):
+        raise ValueError(f"level is {level!r}: it must lie between 0 and 1.")
     own = {name: parameters[name] for name in errors if name in parameters}
     check_same_shapes(shapes_of(own), shapes_of(errors), "The set of parameters")
     z = float(ndtri((1 + level) / 2))

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.func import jacfwd, jacrev, vmap
 
-from ewc.checks import check_count
+from ewc.checks import check_count, check_positive
 from ewc.parameters import Parameters, Shapes, check_same_shapes, flatten, shapes_of, unflatten
 from ewc.statistics.metric import Metric, fisher_metric
 
@@ -89,8 +89,7 @@ def geodesic(
             way, or the path too bent for the polynomials.
     """
     check_count(num_points, "num_points", least=2)
-    if not tolerance > 0:
-        raise ValueError(f"tolerance is {tolerance}: it must be above 0.")
+    check_positive(tolerance, "tolerance")
     shapes = shapes_of(start)
     check_same_shapes(shapes_of(end), shapes, "The end")
     ends = torch.stack([flatten({n: p[n] for n in shapes}).detach().double() for p in (start, end)])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from ewc.checks import check_count
 from ewc.fisher.dense import DenseFisher
 from ewc.parameters import Parameters, Shapes, flatten, shapes_of, unflatten
 from ewc.statistics.expectation import Density, expectation
@@ -80,8 +81,7 @@ def sampled_parametric_fisher(
         ValueError: ``num_samples`` is below 2.
         TypeError: the family is a :class:`~ewc.statistics.expectation.Density`.
     """
-    if num_samples < 2:
-        raise ValueError(f"num_samples is {num_samples}: a standard error needs 2 or more.")
+    check_count(num_samples, "num_samples", least=2)
     theta, shapes = _flat(parameters)
     distribution = family(unflatten(theta, shapes))
     if isinstance(distribution, Density):
