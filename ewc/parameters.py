@@ -3,7 +3,8 @@ r"""Vectors over a network's parameters: one tensor a name, in the order of the 
 Everything in this library that lives in parameter space (a gradient, an anchor, a
 diagonal, a direction :math:`v`) is a ``Parameters``: a plain ``dict`` from the names of
 ``model.named_parameters()`` to tensors of the same shapes.  The order of the dict is the
-order of the flat vector.
+order of the flat vector.  Wrappers around a model (:mod:`ewc.wrappers`) have no part in the
+names.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,9 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+
+from ewc.checks import check_count, check_instance
+from ewc.wrappers import named_parameters
 
 Parameters = dict[str, Tensor]
 """Tensors by parameter name; the order of the keys is the flat order."""
@@ -26,7 +30,7 @@ def trainable_parameters(model: nn.Module) -> Parameters:
         ValueError: the model has no trainable parameter.
     """
     parameters: Parameters = {
-        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+        name: parameter for name, parameter in named_parameters(model) if parameter.requires_grad
     }
     if not parameters:
         raise ValueError(
@@ -64,7 +68,7 @@ def selected_parameters(model: nn.Module, selection: Sequence[Selection] | None)
     chosen: set[str] = set()
     for item in selection:
         if isinstance(item, str):
-            every = model.named_parameters(remove_duplicate=False)
+            every = named_parameters(model, remove_duplicate=False)
             places = {id(p) for name, p in every if name == item or fnmatchcase(name, item)}
         elif isinstance(item, nn.Module | nn.Parameter):
             own = [item] if isinstance(item, nn.Parameter) else item.parameters()
@@ -157,6 +161,32 @@ def check_same_shapes(
             )
 
 
+def size_of(sizes: Sequence[int]) -> torch.Size:
+    """A shape from its sizes, as they come from a file.
+
+    Raises:
+        ValueError: one is not a whole number, 0 or more.
+        TypeError: it is no list.
+    """
+    check_instance(sizes, list | tuple, "A shape", "a list")
+    for size in sizes:
+        check_count(size, "A size", least=0)
+    return torch.Size(sizes)
+
+
+def check_shape(tensor: Tensor, shape: Sequence[int], what: str) -> None:
+    """Check that a tensor has a shape, and a floating-point type.
+
+    Raises:
+        ValueError: it has not; ``what`` names it in the message.
+    """
+    if list(tensor.shape) != list(shape) or not tensor.is_floating_point():
+        raise ValueError(
+            f"{what} has shape {list(tensor.shape)} and type {tensor.dtype}: shape "
+            f"{list(shape)} and a floating-point type are needed."
+        )
+
+
 def grown_shapes(old: Mapping[str, torch.Size], new: Mapping[str, torch.Size]) -> Shapes:
     """The union of two sets of shapes, where a parameter may only have grown in rows.
 
@@ -185,18 +215,9 @@ def padded(parameters: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -
     for name, shape in shapes.items():
         old = parameters.get(name)
         if old is None or old.shape != shape:
-            result[name] = like.new_zeros(shape)
+            result[name] = (like if old is None else old).new_zeros(shape)
             if old is not None:
                 result[name][: old.shape[0]] = old
         else:
             result[name] = old
     return result
-
-
-def parameter_of(model: nn.Module, name: str) -> nn.Parameter | None:
-    """The parameter of that full name, ``None`` if there is none."""
-    module: nn.Module | None = model
-    *path, leaf = name.split(".")
-    for part in path:
-        module = module._modules.get(part) if module is not None else None
-    return module._parameters.get(leaf) if module is not None else None

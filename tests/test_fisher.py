@@ -249,7 +249,7 @@ def test_wrong_models_are_named():
     squeezed.register_forward_hook(lambda _module, _args, output: output.squeeze())
     with pytest.raises(ValueError, match=r"returned \[3\] for 1 examples: .* for one example too"):
         fisher_information(squeezed, [(x, y)])
-    with pytest.raises(TypeError, match="is no Estimator: an instance of one is needed"):
+    with pytest.raises(TypeError, match="estimator must be an Estimator instance such as"):
         fisher_information(CalledTwice(), [(x, y)], estimator=Empirical)
     nan = x * torch.nan
     with pytest.raises(FloatingPointError, match=r"Batch 0: the scores .* are not finite"):

@@ -8,20 +8,22 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from ewc.checks import is_whole
 from ewc.fisher.accumulator import Accumulator, Configured
 from ewc.fisher.agreement import same
 from ewc.fisher.arguments import Arguments, Caller
 from ewc.fisher.diagonal import DiagonalFisher
 from ewc.fisher.distributed import joined, rank_in
-from ewc.fisher.estimators import Estimator, Exact
+from ewc.fisher.estimators import Estimator, Exact, check_estimator
 from ewc.fisher.evaluation import dense_parts, plain_operations, undisturbed
 from ewc.fisher.graph import Graph
-from ewc.fisher.matrix import FisherMatrix
+from ewc.fisher.matrix import FisherMatrix, check_structure
 from ewc.fisher.per_example import INDEPENDENT, reproducible
 from ewc.fisher.pullback import DEFAULT_MEMORY, Chunk
 from ewc.fisher.tape import Memory, Tape
-from ewc.likelihoods import Categorical, Likelihood
+from ewc.likelihoods import Categorical, Likelihood, check_likelihood
 from ewc.parameters import Parameters, Selection, selected_parameters
+from ewc.wrappers import unwrapped
 
 Structure = TypeVar("Structure", bound=FisherMatrix)
 
@@ -88,20 +90,15 @@ def fisher_information(
             statistics (its examples are not independent), or no parameter is trainable or
             chosen; the data are an iterator where the structure needs two passes.
         FloatingPointError: the outputs, or the scores they give, are not finite.
-        TypeError: the likelihood or the estimator is none.
+        TypeError: the likelihood, the estimator or the structure is none.
     """
-    for value, kind in ((likelihood, Likelihood), (estimator, Estimator)):
-        if not isinstance(value, kind):
-            raise TypeError(f"{value!r} is no {kind.__name__}: an instance of one is needed.")
-    if not isinstance(structure, type | Configured) or not hasattr(structure, "accumulator"):
-        raise TypeError(
-            f"{structure!r} is no structure: a class such as DiagonalFisher is needed, or "
-            "LowRankFisher.configured(rank=50)."
-        )
-    if not isinstance(memory, int) or memory < 1:
-        raise ValueError(f"memory is {memory}: it must be a whole number of bytes above 0.")
+    check_likelihood(likelihood)
+    check_estimator(estimator)
+    check_structure(structure)
+    if not is_whole(memory) or memory < 1:
+        raise ValueError(f"memory is {memory!r}: it must be a whole number of bytes above 0.")
     chosen = selected_parameters(model, parameters)
-    with undisturbed(model), plain_operations(model):
+    with unwrapped(model) as bare, undisturbed(bare), plain_operations(bare):
         total = structure.accumulator(chosen)
         if total.passes > 1 and iter(data) is data:
             raise ValueError(
@@ -110,7 +107,7 @@ def fisher_information(
             )
         while True:
             with torch.enable_grad():
-                network = Network(model, chosen, likelihood, estimator, memory)
+                network = Network(bare, chosen, likelihood, estimator, memory)
                 num_examples = network.summed_up(data, total, rank_in(group))
             if group is not None:
                 num_examples = joined(total, num_examples, group)

@@ -36,6 +36,7 @@ from ewc.likelihoods import Categorical, Likelihood
 from ewc.parameters import Parameters, flatten, unflatten
 from ewc.statistics.leverage import Own, each
 from ewc.statistics.network import NetworkFunction
+from ewc.wrappers import named_parameters
 
 CHUNK = 256
 """Examples whose own gradients are held at once."""
@@ -209,7 +210,7 @@ def parameters_without(
             example holds more curvature than it.
     """
     batches = list(examples)
-    own = dict(model.named_parameters())
+    own = dict(named_parameters(model))
     if leverage:
         network = NetworkFunction(model, fisher.shapes, likelihood)
         parts = list(each(network, batches, fisher))

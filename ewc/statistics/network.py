@@ -11,6 +11,7 @@ from ewc.fisher.arguments import Arguments, Caller
 from ewc.fisher.evaluation import plain_operations, undisturbed
 from ewc.likelihoods import Likelihood
 from ewc.parameters import Parameters
+from ewc.wrappers import bare, named_parameters, unwrapped
 
 
 class NetworkFunction:
@@ -23,16 +24,16 @@ class NetworkFunction:
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str], likelihood: Likelihood) -> None:
-        self.model = model
+        self.model = bare(model)
         self.likelihood = likelihood
-        own = dict(model.named_parameters())
+        own = dict(named_parameters(model))
         self.parameters = {name: own[name].detach() for name in names}
-        self.caller = Caller(model, next(iter(self.parameters.values())).device)
+        self.caller = Caller(self.model, next(iter(self.parameters.values())).device)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode, without fused kernels, inside."""
-        with undisturbed(self.model), plain_operations(self.model):
+        with unwrapped(self.model), undisturbed(self.model), plain_operations(self.model):
             yield
 
     def batches(self, data: Iterable[object]) -> Iterator[tuple[Arguments, Tensor]]:
