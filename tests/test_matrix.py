@@ -10,6 +10,7 @@ from ewc import (
     DiagonalFisher,
     EigenvalueCorrectedFisher,
     FisherMatrix,
+    Gaussian,
     ImplicitFisher,
     KroneckerFisher,
     LowRankFisher,
@@ -187,6 +188,108 @@ def test_conversion_keeps_the_structure(fisher):
     torch.testing.assert_close(single.to_dense().double(), fisher.to_dense(), rtol=1e-6, atol=1e-8)
 
 
+def implicit_sum():
+    model, data = model_and_data()
+    one = fisher_information(model, data, structure=ImplicitFisher)
+    other = [(x.sin(), y) for x, y in data]
+    return one + 2.0 * fisher_information(model, other, structure=ImplicitFisher)
+
+
+def implicit_blocks():
+    """Matrix-free blocks, one of them a sum."""
+    model, data = model_and_data()
+    blocks = [
+        fisher_information(model, data, structure=ImplicitFisher, parameters=[f"{layer}.*"])
+        for layer in (0, 2)
+    ]
+    blocks[1] = blocks[1] + blocks[1]
+    shapes = {name: shape for block in blocks for name, shape in block.shapes.items()}
+    return BlockDiagonalFisher(blocks, shapes, 9)
+
+
+NESTED = {
+    "implicit_sum": implicit_sum,
+    "implicit_blocks": implicit_blocks,
+    "sum_of_sums": lambda: (implicit_sum() + mixed_sum()) + kronecker_sum(),
+    "sum_of_blocks": lambda: implicit_blocks() + mixed_sum().precision,
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_sums_and_blocks_keep_the_networks_of_what_is_inside(name, tmp_path):
+    fisher = NESTED[name]()
+    dense, v = fisher.to_dense(), vector(fisher)
+    single = fisher.to(dtype=torch.float32)
+    assert type(single) is type(fisher)
+    assert single.num_examples == fisher.num_examples
+    assert (single.dtype, single.device) == (torch.float32, fisher.device)
+    torch.testing.assert_close(single.to_dense().double(), dense, rtol=1e-5, atol=1e-6)
+    same = fisher.mapped(torch.clone)
+    torch.testing.assert_close(same.to_dense(), dense, **CLOSE)
+    torch.testing.assert_close((3 * fisher).to_dense(), 3 * dense, **CLOSE)
+    torch.testing.assert_close((fisher + 2 * same).to_dense(), 3 * dense, **CLOSE)
+    torch.testing.assert_close(flatten(fisher.matvec(v)), dense @ flatten(v), **CLOSE)
+    larger = fisher.embedded(dict(fisher.shapes) | {"last": torch.Size([2])})
+    torch.testing.assert_close(larger.trace(), dense.trace(), **CLOSE)
+    fisher.save(tmp_path / "fisher")
+    loaded = FisherMatrix.load(tmp_path / "fisher", model_and_data()[0])
+    assert loaded.num_examples == fisher.num_examples
+    torch.testing.assert_close(loaded.to_dense(), dense, **CLOSE)
+
+
+def test_two_losses_on_the_same_examples_count_them_once(fisher):
+    both = fisher.plus_on_same_examples(0.5 * fisher)
+    torch.testing.assert_close(both.to_dense(), 1.5 * fisher.to_dense(), **CLOSE)
+    assert both.num_examples == fisher.num_examples
+    expected = 1.5 * fisher.num_examples * fisher.to_dense()
+    torch.testing.assert_close(both.precision.to_dense(), expected, **CLOSE)
+    again = both.plus_on_same_examples(fisher)
+    assert again.num_examples == fisher.num_examples
+    torch.testing.assert_close(again.to_dense(), 2.5 * fisher.to_dense(), **CLOSE)
+    with pytest.raises(ValueError, match=f"are of {fisher.num_examples} and .* examples: those"):
+        fisher.plus_on_same_examples(fisher + fisher)
+
+
+def test_two_losses_are_one_of_the_sum_of_their_log_likelihoods():
+    """Class and value of the same examples, by two heads of one network, from the definition."""
+    model = nn.Linear(3, 5).double()
+    x = torch.randn(7, 3, dtype=torch.float64)
+    data = [(x, torch.zeros(7, dtype=torch.long))]
+    values = [(x, torch.zeros(7, 2, dtype=torch.float64))]
+
+    class Part(nn.Module):
+        def __init__(self, columns):
+            super().__init__()
+            self.model, self.columns = model, columns
+
+        def forward(self, x):
+            return self.model(x)[:, self.columns]
+
+    classes = fisher_information(Part(slice(3)), data, structure=DenseFisher)
+    numbers = fisher_information(Part(slice(3, 5)), values, Gaussian(0.5), structure=DenseFisher)
+    both = classes.plus_on_same_examples(numbers)
+    expected = torch.zeros(20, 20, dtype=torch.float64)
+    for example in x:
+        p = model(example)[:3].softmax(0).detach()
+        outputs = torch.block_diag(torch.diag(p) - torch.outer(p, p), torch.eye(2) / 0.5)
+        jacobian = torch.block_diag(*[example[None]] * 5)
+        jacobian = torch.cat([jacobian, torch.eye(5, dtype=torch.float64)], 1)
+        expected += jacobian.T @ outputs @ jacobian / 7
+    torch.testing.assert_close(both.to_dense(), expected, **CLOSE)
+    assert both.num_examples == 7
+
+
+@pytest.mark.parametrize("size", [1, 400])
+def test_another_number_of_examples_leaves_the_mean(fisher, size):
+    other = fisher.with_num_examples(size)
+    assert other.num_examples == size
+    assert type(other) is type(fisher)
+    torch.testing.assert_close(other.to_dense(), fisher.to_dense(), **CLOSE)
+    torch.testing.assert_close(other.precision.to_dense(), size * fisher.to_dense(), **CLOSE)
+    torch.testing.assert_close(other.trace(), fisher.trace(), **CLOSE)
+    assert fisher.num_examples != size
+
+
 def test_flat_order_is_the_order_of_the_parameters():
     model, data = model_and_data()
     fisher = fisher_information(model, data, structure=DenseFisher)
@@ -226,7 +329,7 @@ def test_mistakes_are_named(tmp_path):
         _ = fisher + fisher_information(nn.Linear(3, 3).double(), data)
     with pytest.raises(ValueError, match=r"shape \[2, 3\]"):
         DenseFisher(torch.zeros(2, 3), {"a": torch.Size([2])}, 1)
-    with pytest.raises(TypeError, match="add matrices with"):
+    with pytest.raises(TypeError, match="a SumFisher is made of other matrices"):
         fisher_information(model, data, structure=SumFisher)
     with pytest.raises(FileNotFoundError, match="no Fisher matrix at"):
         FisherMatrix.load(tmp_path / "missing")

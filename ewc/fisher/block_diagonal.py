@@ -1,6 +1,6 @@
 r"""The Fisher information of every layer by itself: a matrix of blocks along the diagonal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -14,7 +14,7 @@ from ewc.fisher.dense import BlockSums, DenseFisher
 from ewc.fisher.diagonal import DiagonalFisher
 from ewc.fisher.matrix import FisherMatrix, State
 from ewc.fisher.pullback import Chunk
-from ewc.parameters import Parameters, Shapes, check_same_shapes, shapes_of
+from ewc.parameters import Parameters, Shapes, check_same_shapes, shapes_of, size_of
 
 
 def layer_of(name: str) -> str:
@@ -211,6 +211,26 @@ class BlockDiagonalFisher(FisherMatrix):
                 blocks.append(DiagonalFisher({name: zeros}, self.num_examples))
         return type(self)(blocks, shapes, self.num_examples)
 
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The blocks, each with ``function`` applied: matrix-free ones keep their network."""
+        blocks = [block.mapped(function) for block in self.blocks]
+        return type(self)(blocks, self.shapes, self.num_examples)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of the first block."""
+        return self.blocks[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first block is."""
+        return self.blocks[0].device
+
+    def check_entries(self) -> None:
+        """Check the entries of every block."""
+        for block in self.blocks:
+            block.check_entries()
+
     def attached(self, model: nn.Module) -> Self:
         """The blocks with the network that matrix-free ones among them need."""
         blocks = [block.attached(model) for block in self.blocks]
@@ -236,7 +256,7 @@ class BlockDiagonalFisher(FisherMatrix):
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
         """The matrix of the blocks described."""
-        shapes = {name: torch.Size(shape) for name, shape in about["shapes"].items()}
+        shapes = {name: size_of(shape) for name, shape in about["shapes"].items()}
         return cls(split_states(tensors, about["blocks"]), shapes, about["num_examples"])
 
     @staticmethod

@@ -18,6 +18,7 @@ from ewc.parameters import (
     accumulation_dtype,
     check_same_shapes,
     shapes_of,
+    size_of,
     unflatten,
 )
 
@@ -115,6 +116,15 @@ class DenseFisher(FisherMatrix):
         matrix[kept[:, None], kept[None, :]] = self._matrix
         return DenseFisher(matrix, shapes, self.num_examples)
 
+    def check_entries(self) -> None:
+        """Check the diagonal, that all entries are finite, and the eigenvalues."""
+        super().check_entries()
+        self._check_semidefinite(self._matrix)
+
+    def diagonal(self) -> Parameters:
+        """A copy of the diagonal, by parameter."""
+        return unflatten(self._matrix.diagonal().clone(), self.shapes)
+
     def state(self) -> State:
         """The matrix; the shapes in the flat order."""
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
@@ -123,7 +133,7 @@ class DenseFisher(FisherMatrix):
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
         """The matrix of these entries."""
-        shapes = {name: torch.Size(shape) for name, shape in about["shapes"].items()}
+        shapes = {name: size_of(shape) for name, shape in about["shapes"].items()}
         return cls(tensors["matrix"], shapes, about["num_examples"])
 
 

@@ -10,8 +10,8 @@ from ewc.checks import check_not_negative
 from ewc.fisher.damped_inverse import DampedInverse, InEigenbasis
 from ewc.fisher.layer_matrix import LayerMatrix, LayerWeights, one_more
 from ewc.fisher.leading import leading_columns
-from ewc.fisher.matrix import State
-from ewc.parameters import Parameters
+from ewc.fisher.matrix import ROUNDING, State
+from ewc.parameters import Parameters, check_shape
 
 
 class EigenvalueCorrectedProduct(LayerMatrix):
@@ -25,6 +25,9 @@ class EigenvalueCorrectedProduct(LayerMatrix):
         inputs: :math:`Q_A`, ``[g, i, i]``, orthogonal; ``None`` for the identity.
         spectrum: :math:`S`, the eigenvalues, ``[g, o, i]``.
         num_examples: the examples behind the mean.
+
+    Raises:
+        ValueError: a basis or the spectrum does not have the layer's shape.
     """
 
     def __init__(
@@ -36,6 +39,11 @@ class EigenvalueCorrectedProduct(LayerMatrix):
         num_examples: int,
     ) -> None:
         super().__init__(weights, num_examples)
+        g, o, i = weights.matrix_shape
+        check_shape(outputs, [g, o, o], "The first basis")
+        if inputs is not None:
+            check_shape(inputs, [g, i, i], "The second basis")
+        check_shape(spectrum, [g, o, i], "The spectrum")
         self.outputs = outputs
         self.inputs = inputs
         self.spectrum = spectrum
@@ -179,6 +187,13 @@ class EigenvalueCorrectedProduct(LayerMatrix):
         if self.inputs is None or basis.inputs is None:
             return spectrum  # of one-hot inputs, which have the identity in every matrix
         return spectrum @ (self.inputs.mT @ basis.inputs).square()
+
+    def check_entries(self) -> None:
+        """Check that all entries are finite, and the eigenvalues."""
+        self._check_finite()
+        # Rounding can leave an eigenvalue that is 0 a little below it.
+        slack = ROUNDING * float(self.spectrum.abs().max())
+        self._check_not_negative(self.spectrum, "eigenvalue", slack=slack)
 
     def state(self) -> State:
         """The eigenvectors and eigenvalues; what layer they are of."""

@@ -27,10 +27,13 @@ from ewc.parameters import (
     accumulation_dtype,
     check_same_shapes,
     flatten,
+    grown_shapes,
     padded,
     shapes_of,
+    size_of,
     unflatten,
 )
+from ewc.wrappers import unwrapped
 
 
 class ImplicitFisher(FisherMatrix):
@@ -239,7 +242,8 @@ class ImplicitFisher(FisherMatrix):
             ValueError: the network has other parameters.
         """
         try:
-            own = copied(model, self.weights)
+            with unwrapped(model) as bare:
+                own = copied(bare, self.weights)
         except RuntimeError as error:
             raise ValueError(
                 f"{type(model).__name__} does not fit the saved Fisher matrix: {error}"
@@ -286,6 +290,10 @@ class ImplicitFisher(FisherMatrix):
         }
         return ImplicitFisher(**(now | changes))
 
+    def check_entries(self) -> None:
+        """Check the diagonal: a network may well hold infinite buffers, such as masks."""
+        self._check_diagonal()
+
     def description(self) -> State:
         """What :meth:`state` returns, and the name of the structure with it.
 
@@ -313,13 +321,21 @@ class ImplicitFisher(FisherMatrix):
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
-        """The matrix of these parameters and data, still without a network."""
+        """The matrix of these parameters and data, still without a network.
+
+        Raises:
+            ValueError: the parts do not fit together.
+        """
         prefix = "weights/"
         weights = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         own, shapes = (
-            {name: torch.Size(shape) for name, shape in about[key].items()}
+            {name: size_of(shape) for name, shape in about[key].items()}
             for key in ("own", "shapes")
         )
+        check_same_shapes(shapes_of({name: weights[name] for name in own}), own, "The network")
+        check_same_shapes(grown_shapes(own, shapes), shapes, "The set of parameters")
+        check_count(about["num_examples"], "num_examples")
+        check_not_negative(about["factor"], "factor")
         return cls(
             None,
             weights,

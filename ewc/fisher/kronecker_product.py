@@ -13,7 +13,7 @@ from ewc.fisher.eigenbasis import EigenvalueCorrectedProduct
 from ewc.fisher.layer_matrix import LayerMatrix, LayerWeights, one_more
 from ewc.fisher.leading import leading_inverse
 from ewc.fisher.matrix import State
-from ewc.parameters import Parameters
+from ewc.parameters import Parameters, check_shape
 
 
 class KroneckerProduct(LayerMatrix):
@@ -26,12 +26,18 @@ class KroneckerProduct(LayerMatrix):
         outputs: :math:`G`, the second moments of the output gradients, ``[g, o, o]``.
         inputs: :math:`A`, those of the inputs, ``[g, i, i]``, or ``[g, i]`` if diagonal.
         num_examples: the examples behind the mean.
+
+    Raises:
+        ValueError: a factor does not have the layer's shape.
     """
 
     def __init__(
         self, weights: LayerWeights, outputs: Tensor, inputs: Tensor, num_examples: int
     ) -> None:
         super().__init__(weights, num_examples)
+        g, o, i = weights.matrix_shape
+        check_shape(outputs, [g, o, o], "The first factor")
+        check_shape(inputs, [g, i] if inputs.dim() == 2 else [g, i, i], "The second factor")
         self.outputs = outputs
         self.inputs = inputs
         self._bases: dict[str, tuple[Tensor, Tensor]] = {}
@@ -153,6 +159,15 @@ class KroneckerProduct(LayerMatrix):
             bias = self.weights.bias is not None
             inputs = one_more(self.inputs, more, identity=False, keep_last=bias)
         return KroneckerProduct(weights, outputs, inputs, self.num_examples)
+
+    def check_entries(self) -> None:
+        """Check the diagonal, that all entries are finite, and the factors' eigenvalues."""
+        super().check_entries()
+        self._check_semidefinite(self.outputs)
+        if self.inputs.dim() == 2:
+            self._check_not_negative(self.inputs, "eigenvalue")
+        else:
+            self._check_semidefinite(self.inputs)
 
     def state(self) -> State:
         """The factors; what layer they are of."""

@@ -8,10 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ewc.checks import check_count, check_instance
 from ewc.fisher.dense import DenseFisher
 from ewc.fisher.matrix import FisherMatrix
 from ewc.fisher.outer import WeightLayout
-from ewc.parameters import Parameters, Shapes, check_same_shapes, shapes_of, unflatten
+from ewc.parameters import (
+    Parameters,
+    Shapes,
+    check_same_shapes,
+    shapes_of,
+    size_of,
+    unflatten,
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,12 @@ class LayerWeights:
             groups, outputs, _ = self.layout.matrix_shape
             shapes[self.bias] = torch.Size([groups * outputs])
         return shapes
+
+    @property
+    def matrix_shape(self) -> tuple[int, int, int]:
+        """``g``, ``o`` and ``i``, with the column of the bias."""
+        groups, outputs, inputs = self.layout.matrix_shape
+        return groups, outputs, inputs + (self.bias is not None)
 
     def to_matrix(self, v: Mapping[str, Tensor]) -> Tensor:
         """The parameters as a matrix ``[g, o, i]``."""
@@ -77,9 +91,17 @@ class LayerWeights:
 
     @classmethod
     def from_description(cls, about: Mapping[str, Any]) -> "LayerWeights":
-        """The inverse of :meth:`description`."""
-        shape = torch.Size(about["shape"])
-        layout = WeightLayout(shape, about["groups"], about["transposed"])
+        """The inverse of :meth:`description`.
+
+        Raises:
+            ValueError: a number is not a size.
+            TypeError: something is of another type.
+        """
+        check_instance(about["weight"], str, "weight", "a name")
+        check_instance(about["bias"], str | None, "bias", "a name or None")
+        check_instance(about["transposed"], bool, "transposed", "True or False")
+        check_count(about["groups"], "groups")
+        layout = WeightLayout(size_of(about["shape"]), about["groups"], about["transposed"])
         return cls(about["weight"], about["bias"], layout)
 
 
@@ -90,6 +112,8 @@ class LayerMatrix(FisherMatrix):
         weights: the parameters.
         num_examples: the examples behind the mean.
     """
+
+    made_by_pass = False
 
     def __init__(self, weights: LayerWeights, num_examples: int) -> None:
         self.weights = weights

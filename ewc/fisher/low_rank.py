@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ewc.checks import check_not_negative
+from ewc.checks import check_count, check_not_negative
 from ewc.fisher.accumulator import Accumulator
 from ewc.fisher.diagonal import DiagonalSum
 from ewc.fisher.matrix import FisherMatrix, State
@@ -17,6 +17,7 @@ from ewc.parameters import (
     Shapes,
     accumulation_dtype,
     check_same_shapes,
+    check_shape,
     flatten,
     padded,
     shapes_of,
@@ -43,11 +44,17 @@ class LowRankFisher(FisherMatrix):
         values: the diagonal of :math:`\Lambda`, ``[r]``.
         rest: :math:`D`, by parameter.
         num_examples: the examples behind the mean.
+
+    Raises:
+        ValueError: the vectors or the values do not fit the parameters.
     """
 
     def __init__(
         self, vectors: Tensor, values: Tensor, rest: Parameters, num_examples: int
     ) -> None:
+        size = sum(entries.numel() for entries in rest.values())
+        check_shape(values, [len(values)], "The set of values")
+        check_shape(vectors, [size, len(values)], "The set of vectors")
         self.vectors = vectors
         self.values = values
         self.rest = rest
@@ -152,6 +159,13 @@ class LowRankFisher(FisherMatrix):
         vectors = torch.stack([flatten(column) for column in columns], 1)
         return LowRankFisher(vectors, self.values, padded(self.rest, shapes), self.num_examples)
 
+    def check_entries(self) -> None:
+        """Check the diagonal, that all entries are finite, and both parts' eigenvalues."""
+        super().check_entries()
+        self._check_not_negative(self.values, "eigenvalue")
+        for name, entries in self.rest.items():
+            self._check_not_negative(entries, "rest of its diagonal", name)
+
     def state(self) -> State:
         """The two parts; the names in the flat order."""
         tensors = {"vectors": self.vectors, "values": self.values}
@@ -197,9 +211,8 @@ class SketchSum(Accumulator):
     """
 
     def __init__(self, parameters: Parameters, rank: int, oversampling: int, seed: int) -> None:
-        for name, value, least in (("rank", rank, 1), ("oversampling", oversampling, 0)):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is {value}: it must be a whole number, {least} or above.")
+        check_count(rank, "rank")
+        check_count(oversampling, "oversampling", least=0)
         self.rank = rank
         self.diagonal = DiagonalSum(parameters)
         self.shapes = shapes_of(parameters)

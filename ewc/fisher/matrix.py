@@ -6,31 +6,33 @@ those it can do faster.
 """
 
 import copy
-import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from inspect import signature
+from inspect import isabstract, signature
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ewc.checks import check_count, check_not_negative
+from ewc.checks import check_count, check_not_negative, shown
 from ewc.fisher.accumulator import Accumulator, Configured
 from ewc.fisher.damped_inverse import DampedInverse, Solving
+from ewc.fisher.matrix_file import read, write
 from ewc.parameters import (
     Parameters,
     Shapes,
+    accumulation_dtype,
     check_same_shapes,
     dot,
     flatten,
     shapes_of,
     unflatten,
 )
+
+ROUNDING = 0.02
+"""Negative eigenvalues that may be of rounding, as a share of a matrix's Frobenius norm."""
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """A matrix as tensors by name, and a description that JSON can hold."""
@@ -45,8 +47,10 @@ class FisherMatrix(ABC):
     Attributes:
         shapes: the parameters by name, in the flat order.
         num_examples: :math:`N`, the examples behind the mean.
+        made_by_pass: whether a pass over data can be asked for this structure.
     """
 
+    made_by_pass: ClassVar[bool] = True
     shapes: Shapes
     num_examples: int
 
@@ -188,11 +192,29 @@ class FisherMatrix(ABC):
         r"""The exact sum of two matrices over the same parameters.
 
         ``num_examples`` add up, so ``(A.precision + B.precision) * (1 / N)`` with the
-        summed ``N`` is the mean over both sets of examples.
+        summed ``N`` is the mean over both sets of examples.  For two losses on the same
+        examples, which must not count twice, see :meth:`plus_on_same_examples`.
         """
         from ewc.fisher.sum import SumFisher  # a sum is a structure: it builds on this class
 
         return SumFisher([self, other])
+
+    def plus_on_same_examples(self, other: "FisherMatrix") -> "FisherMatrix":
+        r"""The exact sum of two matrices of the same examples, which count once.
+
+        The information of two losses on the same :math:`N` examples: where targets are
+        independent given the inputs, log-likelihoods add up, and so do their means over the
+        examples.  ``A + B`` is the same matrix for :math:`2 N` examples.
+
+        Raises:
+            ValueError: the numbers of examples or the parameters differ.
+        """
+        if self.num_examples != other.num_examples:
+            raise ValueError(
+                f"The matrices are of {self.num_examples} and {other.num_examples} examples: "
+                "those of the same examples have as many; + adds matrices of different ones."
+            )
+        return (self + other).with_num_examples(self.num_examples)
 
     def __mul__(self, factor: float) -> "FisherMatrix":
         """The matrix :math:`c F`, with the same ``num_examples``.
@@ -209,6 +231,59 @@ class FisherMatrix(ABC):
     def __radd__(self, nothing: int) -> "FisherMatrix":
         """The matrix itself behind ``0``, with which ``sum(matrices)`` starts."""
         return self if nothing == 0 else NotImplemented
+
+    def check_entries(self) -> None:
+        """Check that the matrix can be a Fisher matrix: finite, and without a negative square.
+
+        The diagonal must not be negative anywhere.  Dense matrices and Kronecker factors must
+        have no eigenvalue below minus :data:`ROUNDING` times their Frobenius norm; smaller
+        ones may be the rounding of half or TF32 precision, and are let pass.
+
+        Raises:
+            FloatingPointError: an entry is not finite.
+            ValueError: an entry of the diagonal or, beyond rounding, an eigenvalue is negative.
+        """
+        self._check_diagonal()
+        self._check_finite()
+
+    def _check_diagonal(self) -> None:
+        for name, entries in self.diagonal().items():
+            if not bool(entries.isfinite().all()):
+                raise FloatingPointError(f"The Fisher information of {name!r} is not finite.")
+            self._check_not_negative(entries, "entry on its diagonal", name)
+
+    def _check_finite(self) -> None:
+        for tensor in self.state()[0].values():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise FloatingPointError(
+                    f"The Fisher information of {', '.join(self.shapes)} is not finite."
+                )
+
+    def _check_not_negative(
+        self, values: Tensor, what: str, name: str | None = None, slack: float = 0.0
+    ) -> None:
+        """Check that no value is below ``-slack``."""
+        least = float(values.min()) if values.numel() else 0.0
+        if least < -slack:
+            where = ", ".join(self.shapes) if name is None else repr(name)
+            raise ValueError(
+                f"The Fisher information of {where} has a negative {what} ({least:.3g}): a "
+                "Fisher matrix has none."
+            )
+
+    def _check_semidefinite(self, matrices: Tensor) -> None:
+        """Check that matrices ``[..., d, d]`` have no negative eigenvalue beyond rounding."""
+        matrices = matrices.to(accumulation_dtype(matrices.dtype))
+        # Of a common size: the squares in the norm must not overflow.
+        largest = matrices.abs().amax((-2, -1), keepdim=True)
+        room = matrices / torch.where(largest > 0, largest, 1.0)
+        norm = torch.linalg.matrix_norm(room)[..., None]
+        room.diagonal(dim1=-2, dim2=-1).add_(torch.where(norm > 0, ROUNDING * norm, 1.0))
+        if bool(torch.linalg.cholesky_ex(room).info.any()):
+            raise ValueError(
+                f"The Fisher information of {', '.join(self.shapes)} has a negative eigenvalue: "
+                "a Fisher matrix has none."
+            )
 
     # --- what all structures share ----------------------------------------------------
 
@@ -276,15 +351,37 @@ class FisherMatrix(ABC):
         """The matrix, of whatever structure, that :meth:`description` described.
 
         Raises:
-            ValueError: there is no structure of that name.
+            ValueError: nothing is described so: there is no structure of that name, or what
+                it is made of is missing, of another type, or does not fit together.
         """
-        return structure_named(about["structure"]).from_state(tensors, about)
+        try:
+            fisher = structure_named(about["structure"]).from_state(tensors, about)
+            check_count(fisher.num_examples, "num_examples", least=0)
+            if not fisher.dtype.is_floating_point:
+                raise TypeError(f"entries of {fisher.dtype}")  # noqa: TRY301
+        # No parameters end in a StopIteration, a deep nest of sums in a RecursionError.
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            StopIteration,
+            TypeError,
+        ) as error:
+            raise ValueError(
+                f"This describes no Fisher matrix ({type(error).__name__}: {error})."
+            ) from error
+        return fisher
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the matrix to ``path`` in the safetensors format (no pickle)."""
-        tensors, about = self.description()
-        copies = {key: value.detach().contiguous().clone() for key, value in tensors.items()}
-        save_file(copies, os.fspath(path), metadata={"ewc": json.dumps(about)})
+        """Write the matrix to ``path`` in the safetensors format (no pickle).
+
+        The file carries a checksum, and is written whole or not at all.
+
+        Raises:
+            OSError: the file cannot be written; one that was there before still is.
+        """
+        write(path, *self.description())
 
     @staticmethod
     def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> "FisherMatrix":
@@ -297,20 +394,16 @@ class FisherMatrix(ABC):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file holds no Fisher matrix.
+            ValueError: the file holds no Fisher matrix, was damaged since it was saved, or has
+                no checksum, as those of earlier versions; the network does not fit.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no Fisher matrix at {os.fspath(path)!r}.")
+        tensors, about = read(path)
         try:
-            with safe_open(os.fspath(path), framework="pt") as file:
-                about = json.loads((file.metadata() or {})["ewc"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (KeyError, SafetensorError) as error:
-            raise ValueError(
-                f"{os.fspath(path)!r} holds no Fisher matrix: only files written by "
-                "FisherMatrix.save can be loaded."
-            ) from error
-        fisher = FisherMatrix.from_description(tensors, about)
+            fisher = FisherMatrix.from_description(tensors, about)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)!r} holds no Fisher matrix: {error}") from error
         return fisher if model is None else fisher.attached(model)
 
     def __repr__(self) -> str:
@@ -332,6 +425,29 @@ class FisherMatrix(ABC):
         dense = self.to_dense()
         dense.diagonal().add_(damping)
         return dense
+
+
+Structure = type[FisherMatrix] | Configured[Any]
+"""What a pass over data may be asked for: a structure, or one with options."""
+
+
+def check_structure(structure: Structure) -> None:
+    """Check that a pass over data can make this structure.
+
+    Raises:
+        TypeError: it is something else than a structure, or one that no pass makes.
+    """
+    kind = structure.structure if isinstance(structure, Configured) else structure
+    if not (isinstance(kind, type) and issubclass(kind, FisherMatrix)) or isabstract(kind):
+        raise TypeError(
+            "structure must be a FisherMatrix class such as DiagonalFisher, or one with options "
+            f"such as LowRankFisher.configured(rank=50), got {shown(structure)}."
+        )
+    if not kind.made_by_pass:
+        raise TypeError(
+            f"structure must be one that a pass over data makes, such as DiagonalFisher: a "
+            f"{kind.__name__} is made of other matrices."
+        )
 
 
 def structure_named(name: str) -> type[FisherMatrix]:

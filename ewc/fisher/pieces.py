@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ewc.checks import check_instance
 from ewc.fisher.arguments import Arguments
 
 
@@ -36,9 +37,16 @@ def described(pieces: Sequence[Piece]) -> tuple[dict[str, Tensor], list[Any]]:
 
 
 def from_description(tensors: Mapping[str, Tensor], calls: Sequence[Any]) -> list[Piece]:
-    """The pieces that :func:`described` described."""
-    pieces = []
+    """The pieces that :func:`described` described.
+
+    Raises:
+        ValueError: the tensors are not those of the description.
+        TypeError: something in the description is of another type.
+    """
+    pieces: list[Piece] = []
     for index, call in enumerate(calls):
+        for keys in [call["positional"], call["named"], *filter(None, call["positional"])]:
+            check_instance(keys, list, "a part of a call", "a list")
         positional = tuple(
             torch.empty(0) if keys is None else dict.fromkeys(keys, torch.empty(0))
             for keys in call["positional"]
@@ -49,4 +57,8 @@ def from_description(tensors: Mapping[str, Tensor], calls: Sequence[Any]) -> lis
             [tensors[f"arguments/{index}/{place}"] for place in range(count)]
         )
         pieces.append(Piece(arguments, tensors[f"scores/{index}"]))
+    if missing := described(pieces)[0].keys() ^ {
+        key for key in tensors if key.startswith(("scores/", "arguments/"))
+    }:
+        raise ValueError(f"No call of the network takes {min(missing)!r}.")
     return pieces

@@ -1,8 +1,9 @@
 r"""A sum of Fisher matrices that has no closed form of its own: kept term by term."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Self
 
+import torch
 from torch import Tensor, nn
 
 from ewc.checks import check_not_negative
@@ -29,6 +30,8 @@ class SumFisher(FisherMatrix):
     Raises:
         ValueError: the parameters of the terms differ.
     """
+
+    made_by_pass = False
 
     def __init__(self, terms: Sequence[FisherMatrix], num_examples: int | None = None) -> None:
         self.terms: list[FisherMatrix] = []
@@ -78,6 +81,25 @@ class SumFisher(FisherMatrix):
     def embedded(self, shapes: Shapes) -> "SumFisher":
         """Every term over more parameters."""
         return SumFisher([term.embedded(shapes) for term in self.terms], self.num_examples)
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "SumFisher":
+        """The terms, each with ``function`` applied: matrix-free ones keep their network."""
+        return SumFisher([term.mapped(function) for term in self.terms], self.num_examples)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of the first term."""
+        return self.terms[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first term is."""
+        return self.terms[0].device
+
+    def check_entries(self) -> None:
+        """Check the entries of every term."""
+        for term in self.terms:
+            term.check_entries()
 
     def attached(self, model: nn.Module) -> "SumFisher":
         """The terms with the network that matrix-free ones among them need."""

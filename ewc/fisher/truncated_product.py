@@ -10,7 +10,7 @@ from torch import Tensor
 from ewc.fisher.kronecker_product import KroneckerProduct
 from ewc.fisher.layer_matrix import LayerMatrix, LayerWeights
 from ewc.fisher.matrix import State
-from ewc.parameters import Parameters
+from ewc.parameters import Parameters, check_shape
 
 
 class TruncatedProduct(LayerMatrix):
@@ -26,6 +26,9 @@ class TruncatedProduct(LayerMatrix):
         vectors: the :math:`u_j` as rows, orthonormal, ``[k, i]``.
         values: the :math:`a_j`, ``[k]``.
         num_examples: the examples behind the mean.
+
+    Raises:
+        ValueError: a tensor does not have the layer's shape.
     """
 
     def __init__(
@@ -37,6 +40,10 @@ class TruncatedProduct(LayerMatrix):
         num_examples: int,
     ) -> None:
         super().__init__(weights, num_examples)
+        g, o, i = weights.matrix_shape
+        check_shape(outputs, [g, o, o], "The first factor")
+        check_shape(values, [len(vectors)], "The set of values")
+        check_shape(vectors, [len(values), i], "The set of vectors")
         self.outputs = outputs
         self.vectors = vectors
         self.values = values
@@ -128,6 +135,12 @@ class TruncatedProduct(LayerMatrix):
         return TruncatedProduct(
             self.weights, self.outputs, self.vectors, factor * self.values, self.num_examples
         )
+
+    def check_entries(self) -> None:
+        """Check the diagonal, that all entries are finite, and the eigenvalues."""
+        super().check_entries()
+        self._check_semidefinite(self.outputs)
+        self._check_not_negative(self.values, "eigenvalue")
 
     def state(self) -> State:
         """The first factor, the vectors and their values; what layer they are of."""

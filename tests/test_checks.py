@@ -1,0 +1,143 @@
+"""Numbers and choices that cannot be meant are refused when they are given."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ewc import (
+    BlockDiagonalFisher,
+    Categorical,
+    DiagonalFisher,
+    Exact,
+    Gaussian,
+    KroneckerFisher,
+    LowRankFisher,
+    MonteCarlo,
+    SmoothedCategorical,
+    fisher_information,
+    sampled_fisher,
+)
+from ewc.checks import check_count, check_not_negative, check_positive, check_share
+from ewc.consolidation import Online, Separate, check_consolidation
+from ewc.fisher import SumFisher
+from ewc.fisher.eigenbasis import EigenvalueCorrectedProduct
+from ewc.fisher.estimators import check_estimator
+from ewc.fisher.layer_matrix import LayerMatrix
+from ewc.fisher.matrix import FisherMatrix, check_structure
+from ewc.forgetting import ForgettingBudget
+from ewc.likelihoods import check_likelihood
+
+NO_NUMBERS = [True, "1", None, [1.0], math.nan, math.inf, -math.inf, 1j, torch.ones(2)]
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
+@pytest.mark.parametrize("check", [check_share, check_not_negative, check_positive])
+def test_what_is_no_finite_number_is_refused(check, value):
+    with pytest.raises(ValueError, match=r"it is .*: it must"):
+        check(value, "it")
+
+
+@pytest.mark.parametrize("value", [*NO_NUMBERS, 1.5, 2.0, 0, -3, np.float64(2.0)], ids=repr)
+def test_what_counts_nothing_is_refused(value):
+    with pytest.raises(ValueError, match=r"it is .*: it must be (a whole number, )?1 or more\.$"):
+        check_count(value, "it")
+    if value is not None:
+        with pytest.raises(ValueError, match=r"1 or more, or None\.$"):
+            check_count(value, "it", optional=True)
+
+
+def test_numbers_of_other_libraries_are_numbers():
+    check_count(np.int64(3), "it")
+    check_count(None, "it", optional=True)
+    check_positive(None, "it", optional=True)
+    for value in (np.float32(0.5), np.int64(1), torch.tensor(0.5), 1, 0.5):
+        check_share(value, "it")
+        check_not_negative(value, "it")
+        check_positive(value, "it")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Exact(True),
+        lambda: Exact(math.nan),
+        lambda: MonteCarlo(True),
+        lambda: MonteCarlo(2.0),
+        lambda: MonteCarlo(1, 0.5),
+        lambda: MonteCarlo(1, True),
+        lambda: Gaussian(True),
+        lambda: Gaussian("1"),
+        lambda: SmoothedCategorical(True),
+        lambda: ForgettingBudget(True),
+        lambda: ForgettingBudget(0.1, math.inf),
+        lambda: LowRankFisher.accumulator({"a": torch.zeros(2)}, rank=True),
+        lambda: LowRankFisher.accumulator({"a": torch.zeros(2)}, oversampling=1.0),
+        lambda: sampled_fisher(nn.Linear(2, 2), [], num_samples=2.5),
+        lambda: fisher_information(nn.Linear(2, 2), [], memory=True),
+        lambda: math.inf * DiagonalFisher({"a": torch.ones(2)}, 1),
+        lambda: DiagonalFisher({"a": torch.ones(2)}, 1).solve({"a": torch.ones(2)}, True),
+    ],
+)
+def test_options_that_are_no_such_numbers_are_refused(make):
+    with pytest.raises(ValueError, match=r" is .*: it must"):
+        make()
+
+
+def test_truth_values_are_no_numbers_and_numbers_no_truth_values():
+    with pytest.raises(TypeError, match="exact must be True or False, got 1"):
+        Online(0.5, exact=1)
+
+
+@pytest.mark.parametrize(
+    ("check", "right", "wrong", "message"),
+    [
+        (
+            check_structure,
+            [DiagonalFisher, KroneckerFisher, LowRankFisher.configured(rank=2)],
+            [
+                "diagonal",
+                None,
+                int,
+                Exact(),
+                FisherMatrix,
+                LayerMatrix,
+                DiagonalFisher({"a": torch.ones(2)}, 1),
+            ],
+            r"structure must be a FisherMatrix class such as DiagonalFisher",
+        ),
+        (
+            check_structure,
+            [BlockDiagonalFisher],
+            [SumFisher, EigenvalueCorrectedProduct],
+            r"structure must be one that a pass over data makes",
+        ),
+        (
+            check_estimator,
+            [Exact(), MonteCarlo(2)],
+            ["exact", None, Exact, Categorical()],
+            r"estimator must be an Estimator instance such as Exact\(\), got",
+        ),
+        (
+            check_likelihood,
+            [Categorical(), Gaussian(2.0)],
+            ["gaussian", None, Gaussian, Exact()],
+            r"likelihood must be a Likelihood instance such as Categorical\(\), got",
+        ),
+        (
+            check_consolidation,
+            [Online(0.5), Separate()],
+            ["online", None, Online, 0.5],
+            r"consolidation must be an instance of Separate or Online such as Separate\(\), got",
+        ),
+    ],
+    ids=["structure", "made_by_pass", "estimator", "likelihood", "consolidation"],
+)
+def test_choices_of_another_kind_are_refused(check, right, wrong, message):
+    for value in right:
+        check(value)
+    for value in wrong:
+        with pytest.raises(TypeError, match=message):
+            check(value)
