@@ -10,8 +10,38 @@ from torch import nn
 
 from ewc.consolidation import Consolidation
 from ewc.fisher.matrix import FisherMatrix
-from ewc.parameters import Parameters, check_same_shapes, grown_shapes, parameter_of, shapes_of
-from ewc.quadratic import Quadratic
+from ewc.parameters import (
+    Parameters,
+    accumulation_dtype,
+    check_same_shapes,
+    grown_shapes,
+    shapes_of,
+)
+from ewc.quadratic import Quadratic, type_for
+from ewc.wrappers import bare, named_parameters, parameter_of
+
+
+def precision_of(fisher: FisherMatrix, model: nn.Module) -> FisherMatrix:
+    """A task's precision, where the model's parameters are, in :func:`type_for` them.
+
+    Args:
+        fisher: over parameters of the model.
+        model: the network.
+
+    Raises:
+        ValueError: the names or shapes do not fit the model, or an entry is negative that
+            cannot be (:meth:`FisherMatrix.check_entries`).
+        FloatingPointError: an entry is not finite, or overflows times the number of examples.
+    """
+    parameters = dict(named_parameters(model))
+    present: Parameters = {n: parameters[n] for n in fisher.shapes if n in parameters}
+    check_same_shapes(shapes_of(present), fisher.shapes, type(bare(model)).__name__)
+    place = next(iter(present.values())).device, type_for(present)
+    if (fisher.device, fisher.dtype) != place:
+        fisher = fisher.to(*place)
+    precision = fisher.precision
+    precision.check_entries()
+    return precision
 
 
 def joined(
@@ -24,23 +54,11 @@ def joined(
 
     Args:
         terms: the quadratics so far.
-        precision: of the task, over parameters of the model.
+        precision: of the task, over parameters of the model: :func:`precision_of`.
         model: which has just learnt the task: its parameters are the task's anchor.
         consolidation: how quadratics over the same parameters are put together.
-
-    Raises:
-        ValueError: the names or shapes of ``precision`` do not fit the model.
-        FloatingPointError: an entry of its diagonal is not finite.
     """
-    parameters = dict(model.named_parameters())
-    present = {name: parameters[name] for name in precision.shapes if name in parameters}
-    check_same_shapes(shapes_of(present), precision.shapes, type(model).__name__)
-    for name, entries in precision.diagonal().items():
-        if not bool(entries.isfinite().all()):
-            raise FloatingPointError(
-                f"The Fisher information of parameter {name!r} is not finite: it cannot "
-                "be consolidated."
-            )
+    parameters: Parameters = dict(named_parameters(model))
     union = dict(precision.shapes)
     for term in terms:
         # A parameter that is frozen by now is not in the new matrix, but still in the
@@ -51,10 +69,16 @@ def joined(
     if union != precision.shapes:
         precision = precision.embedded(union)
     values = {n: t for term in terms for n, t in term.anchor.items()} | parameters
-    anchor = {n: values[n].detach().to(precision.dtype, copy=True) for n in union}
+    # The parameters' own type, whatever the matrix's: rounded it would be another point.
+    # Single precision holds half precision exactly, and differences from it too.
+    anchor = {
+        n: values[n].detach().to(dtype=accumulation_dtype(values[n].dtype), copy=True)
+        for n in union
+    }
+    new = Quadratic(precision, anchor).beside(anchor)
     old = [term.beside(anchor) for term in terms]
     old = [term if term.precision.shapes == union else term.embedded(union) for term in old]
-    return consolidation.consolidated(old, Quadratic(precision, anchor))
+    return consolidation.consolidated(old, new)
 
 
 def fitted(terms: Sequence[Quadratic], model: nn.Module) -> tuple[list[Quadratic], Parameters]:
@@ -75,7 +99,7 @@ def fitted(terms: Sequence[Quadratic], model: nn.Module) -> tuple[list[Quadratic
         parameter = parameter_of(model, name)
         if parameter is None:
             raise ValueError(
-                f"{type(model).__name__} has no parameter {name!r}, which the penalty "
+                f"{type(bare(model)).__name__} has no parameter {name!r}, which the penalty "
                 "remembers: a model may gain parameters between tasks, not lose them."
             )
         fits = fits and parameter.shape == tensor.shape

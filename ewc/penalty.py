@@ -19,12 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ewc.checks import check_count, check_not_negative, check_share
-from ewc.consolidation import Consolidation, Online, Separate
+from ewc.checks import (
+    check_count,
+    check_instance,
+    check_not_negative,
+    check_share,
+    is_number,
+)
+from ewc.consolidation import Consolidation, Online, Separate, check_consolidation
 from ewc.fisher.matrix import FisherMatrix
 from ewc.fisher.shrinkage import shrunk
 from ewc.fisher.truncation import check_rank, truncated
-from ewc.matching import fitted, joined
+from ewc.matching import fitted, joined, precision_of
 from ewc.pacing import ScaledTerms
 from ewc.parameters import Parameters
 from ewc.proximal import implicit_step
@@ -63,6 +69,7 @@ class EWCPenalty(nn.Module):
     Raises:
         ValueError: the strength is negative or not finite, the shrinkage not in [0, 1],
             the share not in (0, 1], or the rank below 1.
+        TypeError: the consolidation is none.
     """
 
     def __init__(
@@ -98,6 +105,16 @@ class EWCPenalty(nn.Module):
         self._strength = float(value)
 
     @property
+    def consolidation(self) -> Consolidation:
+        """How tasks are put together, of tasks that are consolidated from now on."""
+        return self._consolidation
+
+    @consolidation.setter
+    def consolidation(self, value: Consolidation) -> None:
+        check_consolidation(value)
+        self._consolidation = value
+
+    @property
     def shrinkage(self) -> float:
         r""":math:`\alpha`, of tasks that are consolidated from now on; in [0, 1]."""
         return self._shrinkage
@@ -114,8 +131,8 @@ class EWCPenalty(nn.Module):
 
     @eigenvector_share.setter
     def eigenvector_share(self, value: float) -> None:
-        if not 0 < value <= 1:
-            raise ValueError(f"eigenvector_share is {value}: it must be above 0 and at most 1.")
+        if not (is_number(value) and 0 < value <= 1):
+            raise ValueError(f"eigenvector_share is {value!r}: it must be above 0 and at most 1.")
         self._eigenvector_share = float(value)
 
     @property
@@ -150,16 +167,19 @@ class EWCPenalty(nn.Module):
                 a sample of its examples; ``None`` for those of the matrix.
 
         Raises:
-            ValueError: the names or shapes of ``fisher`` do not fit the model, or the number
-                of examples is not a whole number, 1 or more.
+            ValueError: the names or shapes of ``fisher`` do not fit the model, it has negative
+                entries (:meth:`FisherMatrix.check_entries`), or the number of examples is not
+                a whole number, 1 or more.
             TypeError: the structure cannot be shrunk.
             FloatingPointError: an entry is not finite, or overflows times the number of
-                examples.  In either case the penalty is as it was.
+                examples.  In every case the penalty is as it was.
         """
+        check_instance(fisher, FisherMatrix, "fisher", "a FisherMatrix")
+        check_instance(model, nn.Module, "model", "the network, an nn.Module")
         fisher = fisher.with_num_examples(
             fisher.num_examples if num_examples is None else num_examples
         )
-        precision = shrunk(fisher, self.shrinkage).precision
+        precision = shrunk(precision_of(fisher, model), self.shrinkage)
         terms = joined(self.terms, precision, model, self.consolidation)
         if self.rank is not None:
             terms = [replace(t, precision=truncated(t.precision, self.rank)) for t in terms]
@@ -261,18 +281,41 @@ class EWCPenalty(nn.Module):
         }
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`get_extra_state`; called by ``load_state_dict``."""
-        self.strength = state["strength"]
-        # Penalties that were saved before there were these options have none of them.
-        self.shrinkage = state.get("shrinkage", 0.0)
-        self.eigenvector_share = state.get("eigenvector_share", 1.0)
-        self.rank = state.get("rank")
-        self._step = state.get("step", 0)
-        online = state["online"]
-        self.consolidation = Separate() if online is None else Online(**online)
-        self.num_examples = state["num_examples"]
-        self._last_num_examples = state["last_num_examples"]
-        self.terms = [Quadratic.from_state(term) for term in state["terms"]]
+        """The inverse of :meth:`get_extra_state`; called by ``load_state_dict``.
+
+        Raises:
+            ValueError: it is not the state of a penalty.  The penalty is then as it was.
+        """
+        try:
+            online = state["online"]
+            # Penalties that were saved before there were these options have none of them.
+            loaded = EWCPenalty(
+                state["strength"],
+                Separate() if online is None else Online(**online),
+                shrinkage=state.get("shrinkage", 0.0),
+                eigenvector_share=state.get("eigenvector_share", 1.0),
+                rank=state.get("rank"),
+            )
+            loaded.num_examples = state["num_examples"]
+            loaded._step = state.get("step", 0)
+            loaded._last_num_examples = state["last_num_examples"]
+            loaded.terms = [Quadratic.from_state(term) for term in state["terms"]]
+            check_count(loaded._step, "step", least=0)
+            check_count(
+                loaded._last_num_examples, "last_num_examples", least=min(1, len(loaded.terms))
+            )
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"The state is not one of an EWCPenalty ({type(error).__name__}: {error}): "
+                "nothing was loaded."
+            ) from error
+        # All or nothing: what can fail has succeeded.
+        for name in ("strength", "consolidation", "shrinkage", "eigenvector_share", "rank"):
+            setattr(self, name, getattr(loaded, name))
+        self.num_examples = loaded.num_examples
+        self.terms = loaded.terms
+        self._step = loaded._step
+        self._last_num_examples = loaded._last_num_examples
         self._attached = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -80,7 +80,7 @@ def implicit_step(
     for term in terms:
         names = [name for name in term.precision.shapes if id(parameters[name]) in sizes]
         here = {name: parameters[name] for name in term.precision.shapes}
-        away = {name: tensor - term.anchor[name] for name, tensor in here.items()}
+        away = term.step_to(here)
         own = {name: sizes[id(here[name])] for name in names}
         moved = _shrunk(term.precision, away, own, num_steps)
         for name in names:

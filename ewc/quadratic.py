@@ -1,14 +1,24 @@
 r"""Quadratics around anchors, and their sum as a differentiable value."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ewc.checks import check_not_negative
 from ewc.fisher.matrix import FisherMatrix
-from ewc.parameters import Parameters, Shapes, accumulation_dtype, dot, padded
+from ewc.parameters import (
+    Parameters,
+    Shapes,
+    accumulation_dtype,
+    check_same_shapes,
+    dot,
+    padded,
+    shapes_of,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,20 +40,40 @@ class Quadratic:
         anchor = padded(self.anchor, shapes)
         return Quadratic(self.precision.embedded(shapes), anchor, self.constant)
 
+    @cached_property
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        """Where the precision is, and its type."""
+        return self.precision.device, self.precision.dtype
+
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Quadratic":
-        """The function with ``function`` applied to every tensor (a move, a cast)."""
-        anchor = {name: function(tensor) for name, tensor in self.anchor.items()}
-        return Quadratic(self.precision.mapped(function), anchor, self.constant)
+        """The function with ``function`` (a move, a cast) applied to its tensors.
+
+        The anchor moves along, but keeps its type: rounded it would be another point.  The
+        precision keeps single precision at least, for half precision cannot hold ``N F``.
+        """
+
+        def wide(tensor: Tensor) -> Tensor:
+            changed = function(tensor)
+            if not tensor.is_floating_point():
+                return changed
+            return tensor.to(changed.device, accumulation_dtype(changed.dtype))
+
+        anchor = {name: t.to(function(t).device) for name, t in self.anchor.items()}
+        return Quadratic(self.precision.mapped(wide), anchor, self.constant)
 
     def beside(self, parameters: Parameters) -> "Quadratic":
-        """The function where the parameters are, in their type or in single precision."""
-        name, anchor = next(iter(self.anchor.items()))
-        here = parameters.get(name, next(iter(parameters.values())))
-        # Half precision cannot hold N F: sums over a data set overflow it.
-        dtype = accumulation_dtype(here.dtype)
-        if (here.device, dtype) == (anchor.device, anchor.dtype):
+        """The function where the parameters are, the precision in :func:`type_for` them."""
+        place = next(iter(parameters.values())).device, type_for(parameters)
+        if place == self.place:
             return self
-        return self.mapped(lambda tensor: tensor.to(here.device, dtype))
+        anchor = {name: tensor.to(place[0]) for name, tensor in self.anchor.items()}
+        return replace(self, precision=self.precision.to(*place), anchor=anchor)
+
+    def step_to(self, here: Parameters) -> Parameters:
+        """The way from the anchor to some parameters, in the type of the precision."""
+        differences = torch._foreach_sub(list(here.values()), [self.anchor[n] for n in here])
+        dtype = self.place[1]
+        return {name: d.to(dtype) for name, d in zip(here, differences, strict=True)}
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values, for a ``state_dict``."""
@@ -57,9 +87,24 @@ class Quadratic:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Quadratic":
-        """The quadratic of what :meth:`state` returned."""
+        """The quadratic of what :meth:`state` returned.
+
+        Raises:
+            ValueError: the anchor is not over the parameters of the matrix.
+        """
         precision = FisherMatrix.from_description(state["precision"], state["about"])
-        return cls(precision, dict(state["anchor"]), state["constant"])
+        anchor = dict(state["anchor"])
+        check_same_shapes(shapes_of(anchor), precision.shapes, "The anchor")
+        check_not_negative(state["constant"], "constant")
+        return cls(precision, anchor, state["constant"])
+
+
+def type_for(parameters: Parameters) -> torch.dtype:
+    """The widest of the parameters' types, single precision at least."""
+    dtype = torch.float32
+    for kind in {parameter.dtype for parameter in parameters.values()}:
+        dtype = torch.promote_types(dtype, kind)
+    return dtype
 
 
 class QuadraticForm(torch.autograd.Function):
@@ -102,10 +147,9 @@ def value_and_gradient(terms: list[Quadratic], here: Parameters) -> tuple[Tensor
     value: Tensor | float = 0.0
     gradient: Parameters = {}
     for term in terms:
-        differences = torch._foreach_sub(list(here.values()), [term.anchor[n] for n in here])
-        step = dict(zip(here, differences, strict=True))
+        step = term.step_to(here)
         # Under autocast products would come in half precision, which cannot hold N F.
-        with torch.autocast(differences[0].device.type, enabled=False):
+        with torch.autocast(term.place[0].type, enabled=False):
             product = term.precision.matvec(step)
         value = value + 0.5 * dot(step, product) + term.constant
         if gradient:
