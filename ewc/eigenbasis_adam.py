@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ewc.checks import check_not_negative
+from ewc.checks import check_not_negative, is_number
 from ewc.fisher.block_diagonal import BlockDiagonalFisher
 from ewc.fisher.eigenbasis import EigenvalueCorrectedProduct
 from ewc.fisher.kronecker_product import KroneckerProduct
 from ewc.fisher.matrix import FisherMatrix
+from ewc.optimizer_state import parameters_of, restore_types
+from ewc.wrappers import named_parameters
 
 
 class EigenbasisAdam(Optimizer):
@@ -43,11 +45,11 @@ class EigenbasisAdam(Optimizer):
     parameters that have no Kronecker block, it is plain Adam.  A layer of ``o`` outputs and
     ``i`` inputs costs :math:`4 o i (o + i)` operations a step more than with plain Adam: less
     than the network's own for small layers and large batches, several times as much for wide
-    layers.  Moments are forgotten when the basis changes; a ``state_dict`` has them without
-    the basis, so that :meth:`rotate` comes before ``load_state_dict``.
+    layers.  Moments are forgotten when the basis changes; a ``state_dict`` holds both.
 
     Args:
-        params: parameters, or groups of them; a layer's weight and bias in the same group.
+        params: parameters, or groups of them; a layer whose weight and bias are in different
+            groups keeps its coordinates.
         lr: the learning rate.
         betas: the decay of the first and of the second moment, in [0, 1).
         eps: what keeps the root from 0.
@@ -67,8 +69,8 @@ class EigenbasisAdam(Optimizer):
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             check_not_negative(value, name)
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas is {tuple(betas)}: both must lie in [0, 1).")
+        if len(betas) != 2 or not all(is_number(beta) and 0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas is {betas!r}: both must lie in [0, 1).")
         self._bases: dict[Tensor, tuple[EigenvalueCorrectedProduct, list[Tensor]]] = {}
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -84,14 +86,52 @@ class EigenbasisAdam(Optimizer):
         """
         self.state.clear()
         self._bases = {}
-        named = dict(model.named_parameters())
-        own = {parameter for group in self.param_groups for parameter in group["params"]}
+        named = dict(named_parameters(model))
+        groups = [set(group["params"]) for group in self.param_groups]
         for block in fisher.blocks if isinstance(fisher, BlockDiagonalFisher) else []:
             basis = block.eigen if isinstance(block, KroneckerProduct) else block
             members: list[Tensor] = [named[name] for name in block.shapes if name in named]
             fits = [p.shape for p in members] == list(block.shapes.values())
-            if isinstance(basis, EigenvalueCorrectedProduct) and fits and own.issuperset(members):
+            together = any(group.issuperset(members) for group in groups)
+            if isinstance(basis, EigenvalueCorrectedProduct) and fits and together:
                 self._bases |= dict.fromkeys(members, (basis, members))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What every optimizer has, with the bases.
+
+        Tensors and plain values, which ``torch.load`` takes with ``weights_only=True``.
+        """
+        numbers = {parameter: number for number, parameter in enumerate(parameters_of(self))}
+        bases = []
+        for first, (basis, members) in self._bases.items():
+            if first is members[0]:
+                tensors, about = basis.description()
+                places = [numbers[member] for member in members]
+                bases.append({"parameters": places, "tensors": tensors, "about": about})
+        return {**super().state_dict(), "bases": bases}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on as the optimizer whose ``state_dict`` it is would have gone on.
+
+        Raises:
+            ValueError: the state does not fit; the optimizer is then as it was.
+        """
+        own = parameters_of(self)
+        bases: dict[Tensor, tuple[EigenvalueCorrectedProduct, list[Tensor]]] = {}
+        for saved in state_dict.get("bases", []):
+            basis = FisherMatrix.from_description(saved["tensors"], saved["about"])
+            members = [own[number] for number in saved["parameters"] if number < len(own)]
+            fits = [p.shape for p in members] == list(basis.shapes.values())
+            if not (fits and isinstance(basis, EigenvalueCorrectedProduct)):
+                raise ValueError(
+                    f"The saved basis of {', '.join(basis.shapes)} does not fit the optimizer's "
+                    "parameters: they must be those of the saved one, in the same order."
+                )
+            bases |= dict.fromkeys(members, (basis.to(members[0].device), members))
+        super().load_state_dict(state_dict)
+        restore_types(self, state_dict)
+        if "bases" in state_dict:  # which states of earlier versions have not
+            self._bases = bases
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copies: with the bases."""
@@ -115,7 +155,7 @@ class EigenbasisAdam(Optimizer):
                     continue
                 basis, members = self._bases.get(parameter, (None, [parameter]))
                 done.update(members)
-                if any(member.grad is not None for member in members):
+                if any(member.grad is not None and member.requires_grad for member in members):
                     self._move(basis, members, group)
         return loss
 
@@ -126,10 +166,14 @@ class EigenbasisAdam(Optimizer):
         group: dict[str, Any],
     ) -> None:
         """Adam's step of one parameter, or of a layer's in its eigenbasis."""
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in members]
-        if group["weight_decay"]:
-            pairs = zip(gradients, members, strict=True)
-            gradients = [g.add(p, alpha=group["weight_decay"]) for g, p in pairs]
+        gradients = []
+        for member in members:
+            # A frozen member stays, although a gradient may be left of before.
+            free = member.requires_grad
+            gradient = member.grad if free and member.grad is not None else torch.zeros_like(member)
+            if free and group["weight_decay"]:
+                gradient = gradient.add(member, alpha=group["weight_decay"])
+            gradients.append(gradient)
         if basis is None:
             coordinates = gradients[0]
         else:
@@ -142,7 +186,8 @@ class EigenbasisAdam(Optimizer):
             turned = basis.weights.to_parameters(basis.rotated_back(moved))
             steps = [turned[name] for name in basis.shapes]
         for parameter, step in zip(members, steps, strict=True):
-            parameter.sub_(step.to(parameter.dtype), alpha=group["lr"])
+            if parameter.requires_grad:
+                parameter.sub_(step.to(parameter.dtype), alpha=group["lr"])
 
     @staticmethod
     def _adam(state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> Tensor:

@@ -1,14 +1,14 @@
 r"""Natural gradient descent (Amari 1998), with a Fisher matrix of any structure."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ewc.checks import check_not_negative, check_share
+from ewc.checks import check_instance, check_not_negative, check_positive, check_share, is_number
 from ewc.fisher.accumulator import Configured
 from ewc.fisher.compute import fisher_information
 from ewc.fisher.damped_inverse import DampedInverse
@@ -16,14 +16,16 @@ from ewc.fisher.eigenvalue_corrected import (
     EigenvalueCorrectedFisher,
     nearest_in_eigenbasis,
 )
-from ewc.fisher.estimators import Estimator, Exact
+from ewc.fisher.estimators import Estimator, Exact, check_estimator
 from ewc.fisher.implicit import ImplicitFisher
 from ewc.fisher.kronecker import KroneckerFisher
-from ewc.fisher.matrix import FisherMatrix
+from ewc.fisher.matrix import FisherMatrix, check_structure
 from ewc.fisher.nearest_kronecker import nearest_kronecker
 from ewc.fisher.sum import SumFisher
-from ewc.likelihoods import Categorical, Likelihood
-from ewc.parameters import Parameters, accumulation_dtype, dot
+from ewc.likelihoods import Categorical, Likelihood, check_likelihood
+from ewc.optimizer_state import restore_types
+from ewc.parameters import Parameters, accumulation_dtype, dot, trainable_parameters
+from ewc.wrappers import named_parameters
 
 DAMPING_FACTOR = 1.5
 """By how much :meth:`NaturalGradient.adapt_damping` changes the damping."""
@@ -68,7 +70,8 @@ class NaturalGradient(Optimizer):
     learning rate work as ever, and a damping may be set there at any time.
 
     Args:
-        model: the network, all of whose trainable parameters are optimised.
+        model: the network, all of whose trainable parameters are optimised: those that require
+            a gradient at a step and did at the last :meth:`update_fisher`.
         likelihood: what its outputs mean.
         lr: :math:`\eta`.
         momentum: :math:`\mu`, in [0, 1).
@@ -87,7 +90,8 @@ class NaturalGradient(Optimizer):
         structure: what is kept of the matrix.
 
     Raises:
-        ValueError: an option is outside its range.
+        ValueError: an option is outside its range, or the model has no trainable parameter.
+        TypeError: the model, the likelihood, the estimator or the structure is none.
     """
 
     def __init__(
@@ -107,12 +111,15 @@ class NaturalGradient(Optimizer):
     ) -> None:
         schedule = damping if callable(damping) else None
         first = damping(0) if callable(damping) else damping
+        check_instance(model, nn.Module, "model", "the network itself, not its parameters")
+        check_likelihood(likelihood)
+        check_estimator(estimator)
+        check_structure(structure)
         for name, value in (("lr", lr), ("weight_decay", weight_decay), ("damping", first)):
             check_not_negative(value, name)
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum is {momentum}: it must lie in [0, 1).")
-        if max_kl is not None and not (max_kl > 0 and math.isfinite(max_kl)):
-            raise ValueError(f"max_kl is {max_kl}: it must be above 0 nats, or None.")
+        if not (is_number(momentum) and 0 <= momentum < 1):
+            raise ValueError(f"momentum is {momentum!r}: it must lie in [0, 1).")
+        check_positive(max_kl, "max_kl", optional=True)
         check_share(decay, "decay")
         check_not_negative(tolerance, "tolerance")
         self.model = model
@@ -134,7 +141,70 @@ class NaturalGradient(Optimizer):
             "longest": math.inf,
             "num_steps": 0,
         }
-        super().__init__([p for p in model.parameters() if p.requires_grad], options)
+        trainable_parameters(model)  # there must be one
+        # The frozen too: they may be trained later, and their gradients must be cleared then.
+        super().__init__(model.parameters(), options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take parameters that the model has gained into the one group there is.
+
+        :meth:`update_fisher` finds them by itself.
+
+        Raises:
+            ValueError: a parameter is not of the model, or the group has options of its own.
+        """
+        if not self.param_groups:
+            super().add_param_group(param_group)
+            return
+        given = param_group["params"]
+        parameters = [given] if isinstance(given, Tensor) else list(given)
+        known = set(self.model.parameters())
+        if param_group.keys() != {"params"} or not known.issuperset(parameters):
+            raise ValueError(
+                "NaturalGradient has one group of parameters, those of its model: "
+                "add_param_group takes new ones of the model only, without options of their own."
+            )
+        self._adopt(parameters)
+
+    def _adopt(self, parameters: Iterable[Tensor]) -> None:
+        known = set(self.param_groups[0]["params"])
+        self.param_groups[0]["params"] += [p for p in parameters if p not in known]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What every optimizer has, with the running Fisher matrix and the last step.
+
+        Tensors and plain values, which ``torch.load`` takes with ``weights_only=True``.
+        """
+        fisher = None
+        if self.fisher is not None:
+            tensors, about = self.fisher.description()
+            fisher = {"tensors": tensors, "about": about}
+        last = None if self._last is None else self._last._asdict()
+        own = {"fisher": fisher, "last": last}
+        return {**super().state_dict(), "natural_gradient": own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on as the optimizer whose ``state_dict`` it is would have gone on.
+
+        Raises:
+            ValueError: the state does not fit; the optimizer is then as it was.
+        """
+        # States of earlier versions have no Fisher matrix: update_fisher must make one.
+        own = state_dict.get("natural_gradient", {"fisher": None, "last": None})
+        device = next(self.model.parameters()).device
+        fisher, last = None, None
+        if own["fisher"] is not None:
+            fisher = FisherMatrix.from_description(own["fisher"]["tensors"], own["fisher"]["about"])
+            fisher = fisher.to(device).attached(self.model)
+        if own["last"] is not None:
+            moved = {
+                key: {name: tensor.to(device) for name, tensor in own["last"][key].items()}
+                for key in ("gradient", "move")
+            }
+            last = _Step(**{**own["last"], **moved})
+        super().load_state_dict(state_dict)
+        restore_types(self, state_dict)
+        self.fisher, self._last = fisher, last
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copies: with all but the inverse, which is made again."""
@@ -152,6 +222,7 @@ class NaturalGradient(Optimizer):
             TypeError: with a ``decay``, means of this structure are not of its kind.
             ValueError: the data are none.
         """
+        self._adopt(self.model.parameters())
         fresh = fisher_information(
             self.model,
             data,
@@ -207,19 +278,25 @@ class NaturalGradient(Optimizer):
         options = self.param_groups[0]
         if self.schedule is not None:
             options["damping"] = self.schedule(options["num_steps"])
-        named = self.model.named_parameters()
-        here: Parameters = {name: p for name, p in named if name in self.fisher.shapes}
+        named = named_parameters(self.model)
+        here = {name: p for name, p in named if name in self.fisher.shapes}
+        # What was frozen since the last update_fisher is in the matrix, but stays.
+        free = {name: p for name, p in here.items() if p.requires_grad}
+        if not free:
+            return loss
         gradient = _gradient(here, options["weight_decay"])
         direction = self._inverse(options["damping"])(gradient)
-        move = self._with_momentum(here, direction, options["momentum"])
+        move = {name: torch.zeros_like(tensor) for name, tensor in direction.items()}
+        move |= self._with_momentum(free, direction, options["momentum"])
         if batch is not None:
-            self._bound(batch, gradient, move, options["damping"] + options["weight_decay"])
+            ridge = options["damping"] + options["weight_decay"]
+            self._bound(batch, free, gradient, move, ridge)
         length = min(options["lr"], options["longest"])
         if options["max_kl"] is not None:
             curvature = float(self.fisher.quadratic_form(move))
             if length**2 * curvature > 2 * options["max_kl"]:
                 length = math.sqrt(2 * options["max_kl"] / curvature)
-        for name, parameter in here.items():
+        for name, parameter in free.items():
             parameter.sub_(move[name].to(parameter.dtype), alpha=length)
         self._last = _Step(gradient, move, length, options["damping"])
         options["num_steps"] += 1
@@ -242,7 +319,10 @@ class NaturalGradient(Optimizer):
 
         Raises:
             RuntimeError: there was no step yet, or the damping follows a schedule.
+            ValueError: the change is not finite.
         """
+        if not is_number(change):
+            raise ValueError(f"change is {change!r}: it must be a finite number.")
         if self.schedule is not None:
             raise RuntimeError("The damping follows a schedule: it cannot be adapted as well.")
         if self._last is None or self.fisher is None:
@@ -267,19 +347,35 @@ class NaturalGradient(Optimizer):
             self._known_inverse = known = self.fisher, damping, inverse
         return known[2]
 
-    def _bound(self, batch: Any, gradient: Parameters, move: Parameters, ridge: float) -> None:
+    def _bound(
+        self,
+        batch: Any,
+        free: Mapping[str, nn.Parameter],
+        gradient: Parameters,
+        move: Parameters,
+        ridge: float,
+    ) -> None:
         """Find how far a step may go, where the loss bends by F and a ridge."""
-        exact = fisher_information(self.model, [batch], self.likelihood, structure=ImplicitFisher)
-        bend = float(exact.quadratic_form(move)) + ridge * float(dot(move, move))
+        exact = fisher_information(
+            self.model,
+            [batch],
+            self.likelihood,
+            structure=ImplicitFisher,
+            parameters=list(free.values()),
+        )
+        moved = {name: move[name] for name in exact.shapes}
+        bend = float(exact.quadratic_form(moved)) + ridge * float(dot(move, move))
         slope = float(dot(gradient, move))
         # Momentum may lead uphill on this batch: that says nothing of the length.
         if slope > 0 and bend > 0:
             self.param_groups[0]["longest"] = slope / bend
 
-    def _with_momentum(self, here: Parameters, direction: Parameters, mass: float) -> Parameters:
-        """The direction with what momentum adds to it."""
+    def _with_momentum(
+        self, here: Mapping[str, nn.Parameter], direction: Parameters, mass: float
+    ) -> Parameters:
+        """The direction of some parameters with what momentum adds to it."""
         if mass == 0:
-            return direction
+            return {name: direction[name] for name in here}
         move: Parameters = {}
         for name, parameter in here.items():
             velocity = self.state[parameter].get("momentum_buffer")
@@ -300,11 +396,15 @@ class _Step(NamedTuple):
     damping: float
 
 
-def _gradient(parameters: Parameters, weight_decay: float) -> Parameters:
-    """The gradients of the loss with those of the weight decay; 0 where there is none."""
+def _gradient(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> Parameters:
+    """The gradients of the loss with those of the weight decay; 0 where there is none.
+
+    What is frozen has none, although one may be left of before.
+    """
     found: Parameters = {}
     for name, parameter in parameters.items():
-        own = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-        own = own.to(accumulation_dtype(own.dtype))
-        found[name] = own.add(parameter, alpha=weight_decay) if weight_decay else own
+        free = parameter.requires_grad
+        own = parameter.grad if free and parameter.grad is not None else torch.zeros_like(parameter)
+        own = own.detach().to(accumulation_dtype(own.dtype))
+        found[name] = own.add(parameter, alpha=weight_decay) if free and weight_decay else own
     return found

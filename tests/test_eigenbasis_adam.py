@@ -1,6 +1,7 @@
 """Adam in an eigenbasis: plain Adam of the network with its weights written in that basis."""
 
 import copy
+import io
 import math
 import pickle
 
@@ -156,6 +157,72 @@ def test_frozen_and_foreign_parameters_are_left_alone(network, data):
     weight = network[0].weight.detach().clone()
     optimizer.step()
     assert torch.equal(network[0].weight, weight)
+
+
+@pytest.mark.parametrize("structure", [KroneckerFisher, EigenvalueCorrectedFisher])
+def test_what_is_frozen_later_stays(network, data, structure):
+    optimizer = EigenbasisAdam(network.parameters(), **OPTIONS)
+    optimizer.rotate(fisher_information(network, data, structure=structure), network)
+    train(network, optimizer, data, 2)  # leaves gradients and moments
+    network[0].weight.requires_grad_(False)
+    frozen, bias = network[0].weight.clone(), network[0].bias.detach().clone()
+    for parameter in (network[0].bias, *network[2].parameters()):
+        parameter.grad = None
+    x, y = data[0]
+    cross_entropy(network(x), y).backward()
+    optimizer.step()
+    assert torch.equal(network[0].weight, frozen)
+    assert not torch.equal(network[0].bias, bias)
+
+
+def test_a_layer_in_two_groups_is_moved_once(network, data):
+    """Its weight and bias have options of their own, and so their own coordinates."""
+    twin = copy.deepcopy(network)
+    groups = [
+        {"params": [p for n, p in network.named_parameters() if n.endswith(kind)]}
+        for kind in ("weight", "bias")
+    ]
+    split = EigenbasisAdam(groups, lr=0.1)
+    split.rotate(fisher_information(network, data, structure=KroneckerFisher), network)
+    plain = EigenbasisAdam(twin.parameters(), lr=0.1)
+    for model, optimizer in ((network, split), (twin, plain)):
+        x, y = data[0]
+        cross_entropy(model[2](model[0](x)), y).backward()
+        optimizer.step()
+    for name in ("weight", "bias"):
+        assert torch.equal(getattr(network[0], name), getattr(twin[0], name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_state_holds_the_basis(network, data, dtype):
+    network.to(dtype)
+    data = [(x.to(dtype), y) for x, y in data]
+    optimizer = EigenbasisAdam(network.parameters(), **OPTIONS)
+    optimizer.rotate(fisher_information(network, data, structure=KroneckerFisher), network)
+    train(network, optimizer, data, 3)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    twin = copy.deepcopy(network)
+    other = EigenbasisAdam(twin.parameters())
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for model, each in ((network, optimizer), (twin, other)):
+        train(model, each, data, 3)
+    for one, same in zip(network.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one, same)
+
+
+def test_a_basis_of_other_parameters_is_refused(network, data):
+    optimizer = EigenbasisAdam(network.parameters())
+    optimizer.rotate(fisher_information(network, data, structure=KroneckerFisher), network)
+    train(network, optimizer, data, 1)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["bases"][0]["parameters"].reverse()
+    bases, moments = dict(optimizer._bases), copy.deepcopy(optimizer.state_dict()["state"])
+    with pytest.raises(ValueError, match=r"saved basis of .* does not fit the optimizer's"):
+        optimizer.load_state_dict(state)
+    assert optimizer._bases == bases
+    torch.testing.assert_close(optimizer.state_dict()["state"], moments, rtol=0, atol=0)
 
 
 def test_a_head_that_grew_keeps_its_coordinates(network, data):

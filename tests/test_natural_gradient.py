@@ -1,6 +1,7 @@
 """Natural gradient descent against its definition, with dense matrices."""
 
 import copy
+import io
 import math
 import pickle
 
@@ -15,12 +16,16 @@ from ewc import (
     DiagonalFisher,
     EigenvalueCorrectedFisher,
     Empirical,
+    FisherMatrix,
     Gaussian,
+    ImplicitFisher,
     KroneckerFisher,
     LowRankFisher,
     fisher_information,
 )
+from ewc.fisher import SumFisher
 from ewc.fisher.eigenbasis import EigenvalueCorrectedProduct
+from ewc.fisher.kronecker_product import KroneckerProduct
 from ewc.natural_gradient import NaturalGradient
 from ewc.parameters import flatten
 
@@ -441,7 +446,7 @@ def test_what_is_refused(network: nn.Module, classified: list[tuple[Tensor, Tens
         ({"momentum": 1.0}, r"momentum is 1.0: it must lie in \[0, 1\)"),
         ({"weight_decay": math.nan}, "weight_decay is nan"),
         ({"damping": -0.1}, "damping is -0.1"),
-        ({"max_kl": 0.0}, "max_kl is 0.0: it must be above 0"),
+        ({"max_kl": 0.0}, "max_kl is 0.0: it must be a finite number above 0, or None"),
         ({"decay": 1.5}, "decay is 1.5"),
         ({"tolerance": -1.0}, "tolerance is -1.0"),
     ]:
@@ -458,3 +463,182 @@ def test_what_is_refused(network: nn.Module, classified: list[tuple[Tensor, Tens
     low_rank.update_fisher(classified)
     with pytest.raises(TypeError, match="the mean of two LowRankFisher is none"):
         low_rank.update_fisher(classified)
+
+
+STRUCTURES = {
+    "diagonal": DiagonalFisher,
+    "kronecker": KroneckerFisher,
+    "corrected": EigenvalueCorrectedFisher,
+    "low_rank": LowRankFisher.configured(rank=3),
+    "dense": DenseFisher,
+    "implicit": ImplicitFisher,
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_what_is_frozen_after_the_matrix_stays(
+    network: nn.Module, classified: list[tuple[Tensor, Tensor]], name: str, momentum: float
+) -> None:
+    """Whatever would move it: its neighbours, an old gradient, momentum, weight decay."""
+    optimizer = NaturalGradient(
+        network, momentum=momentum, weight_decay=0.1, max_kl=1.0, structure=STRUCTURES[name]
+    )
+    stepped(optimizer, classified)  # leaves a gradient and momentum
+    frozen = [network[0].weight, network[2].bias]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    before, all_before = [p.clone() for p in frozen], parameters_of(network)
+    for batch in (None, classified[0]):
+        for parameter in (network[0].bias, network[2].weight):
+            parameter.grad = None
+        mean_loss(network, classified).backward()
+        optimizer.step(batch=batch)
+    assert all(torch.equal(p, old) for p, old in zip(frozen, before, strict=True))
+    assert not torch.equal(parameters_of(network), all_before)
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    stepped(optimizer, classified)
+    assert not any(torch.equal(p, old) for p, old in zip(frozen, before, strict=True))
+
+
+def test_what_is_thawed_is_trained_with_its_own_gradient(
+    network: nn.Module, classified: list[tuple[Tensor, Tensor]]
+) -> None:
+    """Gradients of parameters that were frozen at the start are cleared like all others."""
+    network[0].requires_grad_(False)
+    optimizer = NaturalGradient(network, momentum=0.5)
+    network[0].requires_grad_(True)
+    optimizer.update_fisher(classified)
+    mean_loss(network, classified).backward()
+    optimizer.zero_grad()
+    assert network[0].weight.grad is None
+    before = network[0].weight.detach().clone()
+    stepped(optimizer, classified)
+    assert not torch.equal(network[0].weight, before)
+    assert set(optimizer.state_dict()["state"]) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_reloaded_optimizer_goes_on_exactly(
+    network: nn.Module,
+    classified: list[tuple[Tensor, Tensor]],
+    name: str,
+    dtype: torch.dtype,
+) -> None:
+    """Through a file without pickled objects: with the matrix, the momentum and the last step."""
+    network.to(dtype)
+    data = [(x.to(dtype), y) for x, y in classified]
+    options = {"momentum": 0.9, "structure": STRUCTURES[name], "decay": 0.0, "tolerance": 0.01}
+    optimizer = NaturalGradient(network, lr=0.3, max_kl=0.5, damping=0.3, **options)
+    stepped(optimizer, data)
+    optimizer.step(batch=data[0])
+    file = io.BytesIO()
+    torch.save({"model": network.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    twin = copy.deepcopy(network)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    twin.load_state_dict(saved["model"])
+    other = NaturalGradient(twin, **options)
+    other.load_state_dict(saved["optimizer"])
+    assert optimizer.adapt_damping(-0.01) == other.adapt_damping(-0.01)
+    for each in (optimizer, other):
+        for _ in range(2):
+            each.zero_grad()
+            mean_loss(each.model, data).backward()
+            each.step()
+    assert torch.equal(parameters_of(network), parameters_of(twin))
+
+
+def test_loading_does_not_tie_optimizers_together(
+    network: nn.Module, classified: list[tuple[Tensor, Tensor]]
+) -> None:
+    optimizer = NaturalGradient(network, momentum=0.9)
+    stepped(optimizer, classified)
+    other = NaturalGradient(copy.deepcopy(network), momentum=0.9)
+    other.load_state_dict(optimizer.state_dict())
+    before = optimizer.state[network[0].weight]["momentum_buffer"].clone()
+    stepped(other, classified)
+    assert torch.equal(optimizer.state[network[0].weight]["momentum_buffer"], before)
+
+
+def test_a_state_that_does_not_load_changes_nothing(
+    network: nn.Module, classified: list[tuple[Tensor, Tensor]]
+) -> None:
+    optimizer = NaturalGradient(network, momentum=0.9)
+    stepped(optimizer, classified)
+    fisher, groups = optimizer.fisher, copy.deepcopy(optimizer.state_dict()["param_groups"])
+    state = copy.deepcopy(NaturalGradient(network, lr=7.0).state_dict())
+    state["natural_gradient"]["fisher"] = {"tensors": {}, "about": {"structure": "Unknown"}}
+    with pytest.raises(ValueError, match="Unknown Fisher structure"):
+        optimizer.load_state_dict(state)
+    small = NaturalGradient(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="parameter group"):
+        optimizer.load_state_dict(small.state_dict())
+    assert optimizer.fisher is fisher
+    assert optimizer.state_dict()["param_groups"] == groups
+
+
+def test_new_parameters_of_the_model_join_and_others_are_refused(
+    network: nn.Module, classified: list[tuple[Tensor, Tensor]]
+) -> None:
+    optimizer = NaturalGradient(network, momentum=0.5)
+    stepped(optimizer, classified)
+    network.append(nn.Linear(3, 3).double())
+    late = network[3].weight
+    optimizer.add_param_group({"params": list(network.parameters())})
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == list(
+        map(id, network.parameters())
+    )
+    before = late.detach().clone()
+    stepped(optimizer, classified)
+    assert not torch.equal(late, before)
+    network.append(nn.Linear(3, 3).double())
+    optimizer.update_fisher(classified)  # finds them by itself
+    assert len(optimizer.param_groups[0]["params"]) == 8
+    for group in (
+        {"params": nn.Parameter(torch.zeros(2))},
+        {"params": [late], "lr": 0.1},
+        {"params": nn.Linear(2, 2).parameters()},
+    ):
+        with pytest.raises(ValueError, match="has one group of parameters, those of its model"):
+            optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+
+
+def test_wrong_types_are_refused_when_given(network: nn.Module) -> None:
+    parameters = network.parameters()
+    with pytest.raises(TypeError, match="model must be the network itself, not its parameters"):
+        NaturalGradient(parameters)  # type: ignore[arg-type]
+    for name, values, message in [
+        ("likelihood", ["categorical", Categorical], "likelihood must be a Likelihood instance"),
+        ("estimator", ["exact", Empirical], "estimator must be an Estimator instance"),
+        ("structure", ["kronecker", Empirical(), int], "structure must be a FisherMatrix class"),
+        ("structure", [FisherMatrix], "structure must be a FisherMatrix class"),
+        ("structure", [SumFisher, KroneckerProduct], "structure must be one that a pass over"),
+    ]:
+        for value in values:
+            with pytest.raises(TypeError, match=message):
+                NaturalGradient(network, **{name: value})
+    for options in (
+        {"momentum": True},
+        {"momentum": "0.5"},
+        {"lr": True},
+        {"lr": math.inf},
+        {"max_kl": math.inf},
+        {"decay": True},
+        {"tolerance": math.nan},
+        {"damping": lambda _: -1.0},
+    ):
+        (name,) = options
+        with pytest.raises(ValueError, match=f"{name} is .*: it must"):
+            NaturalGradient(network, **options)
+    with pytest.raises(ValueError, match="change is nan: it must be a finite number"):
+        NaturalGradient(network).adapt_damping(math.nan)
+    network.requires_grad_(False)
+    with pytest.raises(ValueError, match="Sequential has no trainable parameter"):
+        NaturalGradient(network)
