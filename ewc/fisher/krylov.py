@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ewc.checks import check_count
 from ewc.parameters import Parameters, dot
 
 
@@ -93,7 +94,11 @@ def hutchinson_trace(
         like: a flat vector whose size, type and device the samples have.
         num_samples: how many.
         seed: of the samples.
+
+    Raises:
+        ValueError: ``num_samples`` is not a whole number, 1 or more.
     """
+    check_count(num_samples, "num_samples")
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for _ in range(num_samples):
@@ -121,7 +126,11 @@ def lanczos_quadrature(
         like: a flat vector whose size, type and device the samples have.
         num_samples: how many.
         seed: of the samples.
+
+    Raises:
+        ValueError: ``num_samples`` is not a whole number, 1 or more.
     """
+    check_count(num_samples, "num_samples")
     generator = torch.Generator().manual_seed(seed)
     size = like.numel()
     samples = []
