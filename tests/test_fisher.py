@@ -226,14 +226,35 @@ def test_the_pass_leaves_the_model_as_it_was(fails):
         ([(torch.zeros(0, 6), torch.zeros(0, dtype=torch.long))], "The data are empty"),
         ([torch.zeros(2, 6)], "Batch 0 is a Tensor"),
         ([(torch.zeros(2, 6), torch.zeros(3, dtype=torch.long))], "must be equal"),
-        ([(torch.zeros(2, 6), torch.tensor([0, 3]))], "Label 3 is outside .* 0 to 2"),
-        ([(torch.zeros(2, 6), torch.tensor([-1, 0]))], "Label -1 is outside"),
-        ([(torch.zeros(2, 6), torch.zeros(2, 3))], "not class indices"),
+        ([(torch.zeros(2, 6), torch.zeros(3, 3))], "must be equal"),
     ],
 )
 def test_wrong_data_are_named(data, message):
     with pytest.raises(ValueError, match=message):
         fisher_information(CalledTwice(), data)
+
+
+@pytest.mark.parametrize(
+    ("targets", "likelihood", "message"),
+    [
+        (torch.tensor([0, 3]), Categorical(), "Batch 0: Label 3 is outside .* 0 to 2"),
+        (torch.tensor([-1, 0]), Categorical(), "Batch 0: Label -1 is outside"),
+        (torch.zeros(2, 3), Categorical(), "Batch 0: .* not class indices"),
+        (torch.tensor([0, 1]), Gaussian(), "Batch 0: Targets of shape .* do not fit"),
+    ],
+)
+def test_only_targets_that_are_used_must_fit_the_likelihood(targets, likelihood, message):
+    model = CalledTwice().double()
+    x, y = torch.randn(2, 6, dtype=torch.float64), torch.zeros(2, dtype=torch.long)
+    fitting = targets_for(model, x, y, likelihood)
+    for estimator in (Exact(), Exact(0.01), MonteCarlo(3)):
+        found, expected = (
+            fisher_information(model, [(x, t)], likelihood, estimator=estimator).diagonal()
+            for t in (targets, fitting)
+        )
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=message):
+        fisher_information(model, [(x, targets)], likelihood, estimator=Empirical())
 
 
 def test_wrong_models_are_named():

@@ -67,7 +67,8 @@ def fisher_information(
         data: batches ``(x, y)`` or ``(x, y, task)``.  The task labels go to a model whose
             ``forward`` takes a second argument, as Avalanche's multi-head models do.
             ``x`` may be a dict of tensors: it goes by name to a model that has arguments
-            of these names, else as one argument.
+            of these names, else as one argument.  :class:`Exact` and :class:`MonteCarlo`
+            take targets of their own: there ``y`` may be any tensor with a row an example.
         likelihood: what the outputs mean.
         estimator: how the expectation over targets is taken.
         structure: what of the matrix to keep: a class, or one with options, such as
@@ -85,8 +86,8 @@ def fisher_information(
         The matrix over the chosen parameters with ``requires_grad``, on their device.
 
     Raises:
-        ValueError: the data are empty or no batches, a target does not fit the outputs,
-            the outputs are not ``[n, c]``, a BatchNorm has no running
+        ValueError: the data are empty or no batches, a target that the estimator uses does
+            not fit the outputs, the outputs are not ``[n, c]``, a BatchNorm has no running
             statistics (its examples are not independent), or no parameter is trainable or
             chosen; the data are an iterator where the structure needs two passes.
         FloatingPointError: the outputs, or the scores they give, are not finite.
@@ -247,10 +248,11 @@ class Network:
     ) -> Tensor:
         """The estimator's score vectors ``[k, n, c]``, after checking what they come from."""
         check_outputs(outputs, targets.shape[0])
-        try:
-            self.likelihood.check_targets(outputs, targets)
-        except ValueError as error:
-            raise ValueError(f"Batch {index}: {error}") from None
+        if self.estimator.uses_targets:
+            try:
+                self.likelihood.check_targets(outputs, targets)
+            except ValueError as error:
+                raise ValueError(f"Batch {index}: {error}") from None
         scores = self.estimator.score_vectors(self.likelihood, outputs.detach(), targets, generator)
         if bool(outputs.isnan().any()) or not bool(scores.isfinite().all()):
             raise FloatingPointError(

@@ -34,12 +34,17 @@ class Estimator(ABC):
         Args:
             likelihood: the meaning of the outputs.
             outputs: shape ``[n, c]``.
-            targets: the observed targets.
+            targets: the observed targets, unchecked if the estimator does not use them.
             generator: the source of randomness, seeded with :attr:`seed` once a pass.
 
         Returns:
             Shape ``[k, n, c]``.
         """
+
+    @property
+    def uses_targets(self) -> bool:
+        """Whether the observed targets matter, so that they must fit the likelihood."""
+        return True
 
     @property
     def varies(self) -> bool:
@@ -112,6 +117,11 @@ class Exact(Estimator):
         return factor.gather(0, index) * ~negligible[:kept, :, None]
 
     @property
+    def uses_targets(self) -> bool:
+        """The model's own targets are taken."""
+        return False
+
+    @property
     def varies(self) -> bool:
         """Whether anything may be dropped."""
         return self.tolerance > 0
@@ -162,6 +172,11 @@ class MonteCarlo(Estimator):
         scores = [likelihood.score(outputs, draw) for draw in draws]
         vectors: Tensor = torch.stack(scores) / math.sqrt(self.num_samples)
         return vectors
+
+    @property
+    def uses_targets(self) -> bool:
+        """The model's own targets are taken."""
+        return False
 
 
 @dataclass(frozen=True)
