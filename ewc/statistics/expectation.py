@@ -1,8 +1,10 @@
 r"""Expectations under a distribution of one variable, exact where they can be.
 
-Over a finite set they are sums; over the counts a sum that ends when nothing is left of the
-mass; over an interval the tanh-sinh quadrature of scipy, which endures singular ends
-(Takahasi & Mori 1974, doi:10.2977/prims/1195192451).
+Over a finite set they are sums; over the counts a sum that begins at the likeliest and ends when
+nothing is left of the mass; over an interval a quadrature in a variable that runs over all real
+numbers, such as the logarithm of the distance to an end, so that singular ends become tails.  The
+mass is looked for by the log-density, so that no density is too narrow, too wide or too far away.
+The density is integrated together with the function: what was missed is known, and refused.
 """
 
 import math
@@ -10,18 +12,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.integrate import tanhsinh
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, VonMises, constraints
+from torch.nn.functional import logsigmoid
+
+from ewc.statistics.densities import KNOWN_BY_LOGARITHMS, Points, log_density
+from ewc.statistics.quadrature import integral
 
 COUNTS = 2**24
 """So many counts are summed before an expectation is given up."""
 
 TOLERANCE = 1e-12
-"""The relative error that quadrature and sums over counts aim at."""
+"""The share of an expectation that may be left where sums and integrals end."""
+
+SET = 1024
+"""Finite sets of so many numbers are summed in one go; more begin with a block of them."""
+
+WIDE = 2**16
+"""The sums over more counts are integrals, but for the first of them: see :func:`_sum`."""
+
+ACCEPTED = 1e-7
+"""The relative errors of the mass and of an entry, as estimated, that are not refused."""
+
+LEVELS = (100.0, 300.0, 750.0)
+"""Where tails are cut: nats below the largest density, until nothing is left of the function."""
+
+OFFSETS = 2.0 ** torch.arange(-60, 61, dtype=torch.float64)
+"""The distances at which the mass is looked for."""
 
 
 @dataclass(frozen=True)
@@ -51,34 +69,77 @@ def expectation(function: Callable[[Tensor], Tensor], under: Distribution | Dens
     Raises:
         ValueError: ``x`` is no scalar, or its support is neither a set of integers nor an
             interval.
-        ArithmeticError: the sum or the integral does not converge.
+        ArithmeticError: the sum or the integral does not converge, or the density is not
+            normalised to seven digits: where the numbers have too few of them to tell its points
+            apart, or the mass lies outside of them.
+    """
+    return expectation_at(lambda points: function(points.x), under)
+
+
+def expectation_at(function: Callable[[Points], Tensor], under: Distribution | Density) -> Tensor:
+    """The expectation of a function of :class:`~ewc.statistics.densities.Points`.
+
+    Arguments, result and errors as of :func:`expectation`.
     """
     if isinstance(under, Distribution) and (under.batch_shape or under.event_shape):
-        shape = [*under.batch_shape, *under.event_shape]
-        raise ValueError(f"The distribution is of shape {shape}: only that of a scalar is summed.")
+        own = [*under.batch_shape, *under.event_shape]
+        raise ValueError(f"The distribution is of shape {own}: only that of a scalar is summed.")
+    shape = torch.Size()  # of an entry, known once the function was called
+
+    def weighted(points: Points, log_weights: Tensor) -> Tensor:
+        """The weights and the weighted entries, ``[n, 1 + entries]``."""
+        nonlocal shape
+        weights = log_weights.exp()
+        # Far out the density underflows before the function overflows.
+        there = weights > 0
+        there[:1] |= not bool(there.any())  # the shape of an entry is wanted all the same
+        values = function(points[there]).detach().double()
+        shape = values.shape[1:]
+        share, entries = weights[there, None], values.reshape(int(there.sum()), -1)
+        terms = torch.zeros(len(weights), 1 + entries.shape[1], dtype=torch.float64)
+        terms[:, 0] = weights
+        terms[there, 1:] = torch.where(share > 0, share * entries, 0.0)
+        return terms
+
+    lower, upper, whole = _range(under)
+    if whole:
+        total = _sum(weighted, under, lower, upper)
+    else:
+        total = _integral(weighted, under, lower, upper)
+    if not bool(total.isfinite().all()):
+        raise ArithmeticError(
+            f"The expectation under {_name(under)} is not finite: the function is infinite or "
+            "undefined where there is mass."
+        )
+    mass = float(total[0])
+    if not abs(mass - 1) <= ACCEPTED:
+        raise ArithmeticError(
+            f"The mass of {_name(under)} that was found is {mass:.9g} and not 1: its density is "
+            "not normalised, loses digits, or has mass where numbers underflow or overflow; a "
+            "Density wants a location and a scale near its mass."
+        )
+    return (total[1:] / mass).view(shape)
+
+
+Weighted = Callable[[Points, Tensor], Tensor]
+
+
+def _log_density(under: Distribution | Density, points: Points) -> Tensor:
+    return log_density(under, points).detach().double().expand(len(points.x))
+
+
+def _name(under: Distribution | Density) -> str:
+    return f"the {type(under).__name__}"
+
+
+def _range(under: Distribution | Density) -> tuple[float, float, bool]:
+    """The ends of a support, and whether only whole numbers lie in it."""
     support: Any = under.support
     if isinstance(support, constraints.independent):
         support = support.base_constraint
-
-    def weighted(x: Tensor) -> Tensor:
-        p = under.log_prob(x).detach().double().exp()
-        # Far out the density underflows before the function overflows.
-        there = p > 0
-        values = function(x[there]).detach().double()
-        terms = torch.zeros(len(x), *values.shape[1:], dtype=torch.float64)
-        terms[there] = p[there].view(-1, *[1] * (values.dim() - 1)) * values
-        return terms
-
-    lower, upper, whole = _range(support)
-    if whole and math.isfinite(upper):
-        return weighted(torch.arange(lower, upper + 1, dtype=torch.float64)).sum(0)
-    if whole:
-        return _sum_over_counts(weighted, under, lower)
-    return _integral(weighted, under, lower, upper)
-
-
-def _range(support: Any) -> tuple[float, float, bool]:
-    """The ends of a support, and whether only whole numbers lie in it."""
+    if isinstance(under, VonMises):  # an angle, although torch says a real number
+        centre = float(under.loc)
+        return centre - math.pi, centre + math.pi, False
     if support is constraints.boolean:
         return 0.0, 1.0, True
     whole = isinstance(support, _WHOLE)
@@ -101,73 +162,180 @@ _CONTINUOUS = (
 )
 
 
-def _sum_over_counts(
-    weighted: Callable[[Tensor], Tensor], under: Distribution | Density, lower: float
-) -> Tensor:
-    """Blocks of counts, each as long as all before it, until the mass is used up."""
-    total: Tensor | None = None
-    mass, start, length = 0.0, lower, 256
-    while start - lower < COUNTS:
-        x = torch.arange(start, start + length, dtype=torch.float64)
-        block = weighted(x).sum(0)
-        found = float(under.log_prob(x).detach().double().exp().sum())
-        total = block if total is None else total + block
-        mass, start, length = mass + found, start + length, 2 * length
-        small = float(block.abs().max()) <= TOLERANCE * float(total.abs().max())
-        if small and mass > 1 - 1e-9 and found < TOLERANCE:
+def _sum(weighted: Weighted, under: Distribution | Density, lower: float, upper: float) -> Tensor:
+    """Blocks of whole numbers from the likeliest on, each as long as all before it."""
+
+    def block(start: float, end: float) -> Tensor:
+        points = Points.of(torch.arange(start, end, dtype=torch.float64))
+        return weighted(points, _log_density(under, points))
+
+    if upper - lower < SET:
+        return block(lower, upper + 1).sum(0)
+
+    def log_weights(x: Tensor) -> Tensor:
+        x = x.round()
+        there = (x >= lower) & (x <= upper) & (x < 2**53)
+        found = torch.full_like(x, -math.inf)
+        found[there] = _log_density(under, Points.of(x[there]))
+        return found.nan_to_num(-math.inf, -math.inf, -math.inf)
+
+    location, _ = _moments(under)
+    start = min(max(location, lower), upper, 2.0**52) if math.isfinite(location) else lower
+    centre = round(_highest(log_weights, start))
+    if not isinstance(under, Density):
+        breaks = _breaks(log_weights, centre, LEVELS[0])
+        if breaks[-1] - breaks[0] > WIDE:
+            return block(lower, lower + WIDE).sum(0) + _integral(
+                weighted, under, lower + WIDE - 0.5, upper + 0.5
+            )
+    first = block(centre, centre + 1)
+    total, size = first.sum(0), first.abs().sum(0)
+    below, above, length = float(centre), float(centre + 1), SET  # summed from here to there
+    while above - below < COUNTS:
+        reach = max(lower, below - length), min(upper + 1, above + length)
+        spans = [(reach[0], below), (above, reach[1])]
+        parts = [block(*span) for span in spans if span[0] < span[1]]
+        below, above = reach
+        length *= 2
+        added = torch.stack([part.abs().sum(0) for part in parts])
+        total = total + torch.stack([part.sum(0) for part in parts]).sum(0)
+        size = size + added.sum(0)
+        all_of_them = below == lower and above == upper + 1
+        if all_of_them or (bool((added <= TOLERANCE * size).all()) and total[0] > 1 - ACCEPTED):
             return total
     raise ArithmeticError(
-        f"The sum over counts has not ended after {COUNTS} of them, with {mass} of the mass."
+        f"The sum over counts has not ended after {COUNTS} of them, with {float(total[0])} of the "
+        "mass."
     )
 
 
+def _highest(function: Callable[[Tensor], Tensor], start: float) -> float:
+    """About where a function is largest, by steps of all lengths uphill."""
+    steps = torch.cat([-OFFSETS.flip(0), torch.zeros(1, dtype=torch.float64), OFFSETS])
+    here, before = start, -math.inf
+    for _ in range(200):
+        values = function(here + steps).nan_to_num(-math.inf, -math.inf, -math.inf)
+        best = int(values.argmax())
+        value = float(values[best])
+        if not value > before + 0.01:
+            break
+        here, before = here + float(steps[best]), value
+    return here
+
+
 def _integral(
-    weighted: Callable[[Tensor], Tensor],
-    under: Distribution | Density,
-    lower: float,
-    upper: float,
+    weighted: Weighted, under: Distribution | Density, lower: float, upper: float
 ) -> Tensor:
     """The integral over an interval, by a variable that runs over all real numbers."""
     location, scale = _place(under, lower, upper)
-    shape = weighted(torch.tensor([location], dtype=torch.float64)).shape[1:]
+    points_at = _chart(location, scale, lower, upper)
 
-    def substituted(u: Tensor) -> tuple[Tensor, Tensor]:
-        """``x`` and its derivative; the ends of the support are far away."""
+    def log_weights(u: Tensor) -> Tensor:
+        points, log_slope = points_at(u)
+        # Where rounding has reached an end, a density that torch has may be infinite.
+        found = torch.full_like(u, -math.inf)
+        there = (points.x > lower) & (points.x < upper) & points.x.isfinite()
+        there |= isinstance(under, KNOWN_BY_LOGARITHMS)
+        found[there] = _log_density(under, points[there]) + log_slope[there]
+        return found.nan_to_num(-math.inf, -math.inf, -math.inf)
+
+    def integrand(u: Tensor) -> Tensor:
+        return weighted(points_at(u)[0], log_weights(u))
+
+    top = _highest(log_weights, _start(location, lower, upper))
+    reached = None
+    for level in LEVELS:
+        breaks = _breaks(log_weights, top, level)
+        if reached is not None and torch.equal(breaks[[0, -1]], reached):
+            raise _diverges(under)  # there are no numbers farther out
+        reached = breaks[[0, -1]]
+        found = integral(integrand, breaks)
+        # The last panels hold what is left in the tails.
+        if bool((found.ends <= TOLERANCE * found.size).all()):
+            break
+    else:
+        raise _diverges(under)
+    if not bool((found.value.isfinite() & (found.error <= ACCEPTED * found.size)).all()):
+        raise _diverges(under)
+    return found.value
+
+
+def _diverges(under: Distribution | Density) -> ArithmeticError:
+    return ArithmeticError(
+        f"The integral over {_name(under)} does not converge: the function has no expectation, or "
+        "the mass lies where numbers underflow or overflow."
+    )
+
+
+def _breaks(log_weights: Callable[[Tensor], Tensor], top: float, level: float) -> Tensor:
+    """The ends of panels around the top, doubling in length, until the level is reached.
+
+    The first and the last panel hold tails in which nothing should be left.
+    """
+    peak = log_weights(torch.tensor([top], dtype=torch.float64))
+
+    def reach(drop: float, side: int) -> float:
+        """How far the density is that much below its top at most, to a part in 2^24."""
+        inside = torch.nonzero(peak - log_weights(top + side * OFFSETS) < drop)
+        if not len(inside):
+            return float(OFFSETS[0])
+        inner = float(OFFSETS[inside[-1]])
+        width = inner
+        for _ in range(4):
+            width /= 64
+            between = inner + width * torch.arange(65, dtype=torch.float64)
+            last = torch.nonzero(peak - log_weights(top + side * between) < drop)
+            inner = float(between[last[-1]]) if len(last) else inner
+        return inner
+
+    found = [torch.tensor([top], dtype=torch.float64)]
+    for side in (-1, 1):
+        end, wide = reach(level, side), reach(1.0, side)
+        tail = min(reach(0.6 * level, side), 0.9 * end)
+        lengths = wide * 2.0 ** torch.arange(-1, 122, dtype=torch.float64)
+        ends = torch.cat([lengths[lengths < tail], lengths.new_tensor([tail, end])])
+        found.append(top + side * ends)
+    return torch.cat(found).sort().values
+
+
+def _chart(
+    location: float, scale: float, lower: float, upper: float
+) -> Callable[[Tensor], tuple[Points, Tensor]]:
+    """From all real numbers to points, with the logarithm of the derivative."""
+
+    def points_at(u: Tensor) -> tuple[Points, Tensor]:
         if math.isfinite(lower) and math.isfinite(upper):
             width = upper - lower
-            return lower + width * u.sigmoid(), width * u.sigmoid() * (-u).sigmoid()
-        if math.isfinite(lower):
-            away = abs(location - lower) * u.exp()
-            return lower + away, away
-        if math.isfinite(upper):
-            away = abs(location - upper) * u.exp()
-            return upper - away, away
-        return location + scale * u, torch.full_like(u, scale)
+            left, right = math.log(width) + logsigmoid(u), math.log(width) + logsigmoid(-u)
+            x, slope = lower + left.exp(), left + logsigmoid(-u)
+        elif math.isfinite(lower):
+            left, right, slope = u, None, u
+            x = lower + u.exp()
+            if lower > 0:
+                left = torch.logaddexp(u, torch.full_like(u, math.log(lower)))
+        elif math.isfinite(upper):
+            left, right, slope = None, u, u
+            x = upper - u.exp()
+        else:
+            left, right = None, None
+            x = location + scale * u.sinh()
+            slope = math.log(scale / 2) + u.abs() + (-2 * u.abs()).exp().log1p()
+        # Of the distances to the ends as much is known as of the variable.
+        plain = Points.of(x)
+        log_x = left if left is not None and lower >= 0 else plain.log_x
+        log_rest = right if right is not None and upper == 1 else plain.log_rest
+        return Points(x, log_x, log_rest), slope
 
-    def integrand(u: NDArray[np.float64]) -> NDArray[np.float64]:
-        # All entries have the same abscissae, [entries] or [entries, points].
-        x, slope = substituted(torch.from_numpy(u.reshape(len(u), -1)[0]))
-        inside = (x > lower) & (x < upper) & x.isfinite()
-        values = torch.zeros(len(x), len(u), dtype=torch.float64)
-        # Where rounding has reached an end, the density may be infinite.
-        values[inside] = slope[inside, None] * weighted(x[inside]).reshape(-1, len(u))
-        return values.T.contiguous().numpy().reshape(u.shape)
+    return points_at
 
-    middle, end = np.zeros(max(1, math.prod(shape))), np.full(max(1, math.prod(shape)), np.inf)
-    # In two halves: many densities have their only corner, if they have one, in the middle.
-    # Entries that are 0 never reach a relative error: the error is compared below.
-    halves = [
-        tanhsinh(integrand, *ends, rtol=TOLERANCE, preserve_shape=True, maxlevel=9)
-        for ends in ((-end, middle), (middle, end))
-    ]
-    value = sum((torch.from_numpy(half.integral) for half in halves), torch.zeros(()))
-    error, size = float(max(half.error.max() for half in halves)), float(value.abs().max())
-    if not (bool(value.isfinite().all()) and error <= 1e-8 * size):
-        raise ArithmeticError(
-            f"The integral over the density does not converge, its error is {error}: a Density "
-            "wants a location and a scale near its mass."
-        )
-    return value.view(shape)
+
+def _start(location: float, lower: float, upper: float) -> float:
+    """Where the location lies on the chart."""
+    if math.isfinite(lower) and math.isfinite(upper):
+        return math.log(location - lower) - math.log(upper - location)
+    if math.isfinite(lower):
+        return math.log(location - lower)
+    return math.log(upper - location) if math.isfinite(upper) else 0.0
 
 
 def _place(under: Distribution | Density, lower: float, upper: float) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributions import (
     Bernoulli,
     Categorical,
@@ -25,6 +26,9 @@ from torch.distributions import (
 from ewc.checks import check_count
 from ewc.fisher.matrix import FisherMatrix
 from ewc.parameters import Parameters, check_same_shapes, shapes_of
+
+ROUNDING = 1e-6
+"""The share of a distance (of 1, of smaller ones) up to which rounding is not refused."""
 
 
 @singledispatch
@@ -45,6 +49,8 @@ def fisher_rao_distance(first: Distribution, second: Distribution) -> Any:
     Raises:
         TypeError: the family has no closed form here, or there are two of them.
         ValueError: of multivariate normals means and covariances both differ.
+        ArithmeticError: the covariances of multivariate normals are too far apart for the digits
+            of their type.
     """
     name = type(first).__name__
     raise TypeError(
@@ -64,38 +70,52 @@ def _check_family(first: Any, second: Any) -> None:
 @fisher_rao_distance.register
 def _(first: Bernoulli, second: Any) -> Any:
     _check_family(first, second)
-    angles = [torch.atan2(d.probs.sqrt(), (1 - d.probs).sqrt()) for d in (first, second)]
-    return 2 * (angles[0] - angles[1]).abs()
+    if all(d._param is d.logits for d in (first, second)):
+        # The angles are arctangents of exp(z / 2), alike where a probability rounds to 1; their
+        # difference is that of sinh((z - w) / 4) over cosh((z + w) / 4), here without overflow.
+        apart, sum_ = (first.logits - second.logits) / 4, (first.logits + second.logits).abs() / 4
+        top = torch.maximum(apart.abs(), sum_)
+        across = (apart.abs() - top).exp() - (-apart.abs() - top).exp()
+        along = (sum_ - top).exp() + (-sum_ - top).exp()
+        return 2 * torch.atan2(across, along)
+    p, q = first.probs, second.probs
+    both, cross = (p * q).sqrt() + ((1 - p) * (1 - q)).sqrt(), (p * (1 - q)).sqrt()
+    sines = _quotient((p - q).abs(), cross + (q * (1 - p)).sqrt())
+    return 2 * torch.atan2(sines, both)
 
 
 @fisher_rao_distance.register
 def _(first: Categorical, second: Any) -> Any:
     _check_family(first, second)
-    one, two = first.probs.sqrt(), second.probs.sqrt()
+    p, q = first.probs, second.probs
+    one, two = p.sqrt(), q.sqrt()
     # The angle of two unit vectors, without the loss of digits of an arccosine near 1.
-    return 4 * torch.atan2((one - two).norm(dim=-1), (one + two).norm(dim=-1))
+    apart = _quotient(p - q, one + two)
+    return 4 * torch.atan2(apart.norm(dim=-1), (one + two).norm(dim=-1))
 
 
 @fisher_rao_distance.register
 def _(first: Poisson, second: Any) -> Any:
     _check_family(first, second)
-    return 2 * (first.rate.sqrt() - second.rate.sqrt()).abs()
+    p, q = first.rate, second.rate
+    return 2 * _quotient((p - q).abs(), p.sqrt() + q.sqrt())
 
 
 @fisher_rao_distance.register
 def _(first: Exponential, second: Any) -> Any:
     _check_family(first, second)
-    return (first.rate.log() - second.rate.log()).abs()
+    p, q = first.rate, second.rate
+    return 2 * torch.asinh((p - q).abs() / 2 / p.sqrt() / q.sqrt())
 
 
 @fisher_rao_distance.register
 def _(first: Normal, second: Any) -> Any:
     _check_family(first, second)
-    # The hyperbolic plane of (mean / sqrt 2, deviation), of curvature -1/2.
-    across = (first.loc - second.loc).square() / 2
-    near = (across + (first.scale - second.scale).square()).sqrt()
-    far = (across + (first.scale + second.scale).square()).sqrt()
-    return 2 * math.sqrt(2) * torch.atanh(near / far)
+    # The hyperbolic plane of (mean / sqrt 2, deviation), of curvature -1/2.  An inverse hyperbolic
+    # sine has its digits for near and for far pairs, where an inverse tangent rounds to that of 1.
+    across = (first.loc - second.loc) / math.sqrt(2)
+    chord = torch.hypot(across, first.scale - second.scale)
+    return 2 * math.sqrt(2) * torch.asinh(chord / 2 / first.scale.sqrt() / second.scale.sqrt())
 
 
 @fisher_rao_distance.register
@@ -112,10 +132,25 @@ def _(first: MultivariateNormal, second: Any) -> Any:
             "Means and covariances both differ: multivariate normal distributions then have no "
             "closed form of their distance: geodesic_distance finds it."
         )
-    # Logarithms of the relative eigenvalues, twice those of singular values.
-    left = torch.linalg.solve_triangular(root, other, upper=False)
-    logs = 2 * torch.linalg.svdvals(left).log()
-    return (logs.square().sum(-1) / 2).sqrt()
+    # Logarithms of the relative eigenvalues, twice those of singular values, which are known to the
+    # rounding of the largest: of either quotient those that are nearer to it.
+    one = torch.linalg.svdvals(torch.linalg.solve_triangular(root, other, upper=False))
+    two = torch.linalg.svdvals(torch.linalg.solve_triangular(other, root, upper=False)).flip(-1)
+    errors = one[..., :1] / one, two[..., -1:] / two
+    rounding = torch.finfo(one.dtype).eps * torch.minimum(*errors)
+    logs = 2 * torch.where(errors[0] < errors[1], one.log(), -two.log())
+    distance = (logs.square().sum(-1) / 2).sqrt()
+    if bool((rounding.amax(-1) > ROUNDING * distance.clamp_min(1)).any()):
+        raise ArithmeticError(
+            f"The relative deviations of the two go up to {float(one.max()):.2g} and down to "
+            f"{float(1 / two.max()):.2g}, which leaves too few digits of those between."
+        )
+    return distance
+
+
+def _quotient(above: Tensor, below: Tensor) -> Tensor:
+    """The quotient, 0 where both are 0."""
+    return torch.where(below > 0, above / below.clamp_min(torch.finfo(below.dtype).tiny), 0.0)
 
 
 def path_length(

@@ -20,7 +20,11 @@ from torch.distributions import Distribution
 from ewc.checks import check_count
 from ewc.fisher.dense import DenseFisher
 from ewc.parameters import Parameters, Shapes, flatten, shapes_of, unflatten
-from ewc.statistics.expectation import Density, expectation
+from ewc.statistics.densities import Points, log_density
+from ewc.statistics.expectation import Density, expectation_at
+
+MEAN = 1e-7
+"""What is taken for 0: an expected score over its root mean square, a gap over the information."""
 
 Family = Callable[[Parameters], Distribution | Density]
 r"""From parameters by name to :math:`p_\theta`."""
@@ -48,16 +52,18 @@ def parametric_fisher(family: Family, parameters: Parameters) -> DenseFisher:
     Raises:
         ValueError: the distribution is not of a scalar, or its support is neither a set of
             integers nor an interval.
-        ArithmeticError: the expectation does not converge.
+        ArithmeticError: the expectation does not converge or loses digits, or the expected score
+            is not 0, as where the support depends on the parameters.
     """
     theta, shapes = _flat(parameters)
     log_prob = _log_prob(family, shapes)
 
-    def squares(x: Tensor) -> Tensor:
-        score = _score(log_prob, theta, x)
-        return score[:, :, None] * score[:, None, :]
+    def moments(points: Points) -> Tensor:
+        score = _score(log_prob, theta, points)
+        return torch.cat([score[:, None], score[:, :, None] * score[:, None, :]], 1)
 
-    matrix = expectation(squares, family(unflatten(theta, shapes)))
+    mean, matrix = expectation_at(moments, family(unflatten(theta, shapes))).tensor_split([1])
+    _check_mean(mean[0], matrix)
     return DenseFisher(matrix, shapes, num_examples=1)
 
 
@@ -89,7 +95,7 @@ def sampled_parametric_fisher(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         x = distribution.sample((num_samples,))
-    score = _score(_log_prob(family, shapes), theta, x)
+    score = _score(_log_prob(family, shapes), theta, Points.of(x))
     mean = score.T @ score / num_samples
     second = score.square().T @ score.square() / num_samples
     variance = (second - mean.square()).clamp_min(0.0) / (num_samples - 1)
@@ -140,39 +146,83 @@ def formulations(
 
     Raises:
         ValueError: as :func:`parametric_fisher`.
-        ArithmeticError: likewise.
+        ArithmeticError: likewise; or the two differ without a ``truth``, as the log-density has
+            a corner or its second derivatives lose digits.
     """
     theta, shapes = _flat(parameters)
     log_prob = _log_prob(family, shapes)
-    hessian = torch.func.jacfwd(torch.func.jacrev(log_prob))
 
-    def both(x: Tensor) -> Tensor:
-        score = _score(log_prob, theta, x)
+    def hessian(points: Points) -> Tensor:
+        found: Tensor = torch.func.jacfwd(torch.func.jacrev(lambda own: log_prob(own, points)))(
+            theta
+        )
+        return found
+
+    def moments(points: Points) -> Tensor:
+        score = _score(log_prob, theta, points)
         # A reverse pass holds a vector of all draws for each: few at once.
-        curvature = -torch.cat([hessian(theta, part) for part in torch.split(x, 256)])
-        return torch.stack([score[:, :, None] * score[:, None, :], curvature], dim=1)
+        parts = [points[start : start + 256] for start in range(0, len(points.x), 256)]
+        curvature = -torch.cat([hessian(part) for part in parts])
+        return torch.cat([score[:, None], score[:, :, None] * score[:, None, :], curvature], 1)
 
     under = family(unflatten(theta, shapes)) if truth is None else truth
-    score, curvature = expectation(both, under)
+    mean, score, curvature = expectation_at(moments, under).tensor_split([1, 1 + len(theta)])
+    if truth is None:
+        _check_mean(mean[0], score)
+        _check_gap(score, curvature)
     return Formulations(score, curvature)
+
+
+def _check_mean(mean: Tensor, squares: Tensor) -> None:
+    """Check that the expected score is 0, as that of a density whose support stays.
+
+    Raises:
+        ArithmeticError: it is not.
+    """
+    unit = squares.diagonal().sqrt()
+    if bool((mean.abs() > MEAN * unit).any()):
+        index = int((mean.abs() / unit).nan_to_num(0.0).argmax())
+        raise ArithmeticError(
+            f"The expected score of parameter {index} is {float(mean[index]):.3g} and not 0: the "
+            "support depends on the parameters, or the log-density loses digits there, so that it "
+            "has no Fisher information that could be found."
+        )
 
 
 def _flat(parameters: Parameters) -> tuple[Tensor, Shapes]:
     return flatten(parameters).detach().double(), shapes_of(parameters)
 
 
-def _log_prob(family: Family, shapes: Shapes) -> Callable[[Tensor, Tensor], Tensor]:
-    """The log-density of ``x`` as a function of the flat parameters."""
+def _check_gap(score: Tensor, curvature: Tensor) -> None:
+    """Check that the formulations agree, as they do for a smooth density under itself.
 
-    def log_prob(theta: Tensor, x: Tensor) -> Tensor:
-        density: Tensor = family(unflatten(theta, shapes)).log_prob(x)
-        return density
+    Raises:
+        ArithmeticError: they do not.
+    """
+    root = score.diagonal().sqrt()
+    gaps = (score - curvature).abs() / root / root[:, None]
+    if bool((gaps > MEAN).any()):
+        raise ArithmeticError(
+            f"Under the family itself the formulations differ by {float(gaps.max()):.2g} of the "
+            "information: the log-density has a corner, where its second derivative says nothing, "
+            "or its second derivatives lose digits; parametric_fisher needs the first ones only."
+        )
+
+
+LogProb = Callable[[Tensor, Points], Tensor]
+
+
+def _log_prob(family: Family, shapes: Shapes) -> LogProb:
+    """The log-density of points as a function of the flat parameters."""
+
+    def log_prob(theta: Tensor, points: Points) -> Tensor:
+        return log_density(family(unflatten(theta, shapes)), points)
 
     return log_prob
 
 
-def _score(log_prob: Callable[[Tensor, Tensor], Tensor], theta: Tensor, x: Tensor) -> Tensor:
+def _score(log_prob: LogProb, theta: Tensor, points: Points) -> Tensor:
     """The scores of some draws, ``[n, p]``."""
     # Forward, as there are few parameters and many draws.
-    score: Tensor = torch.func.jacfwd(log_prob)(theta, x)
+    score: Tensor = torch.func.jacfwd(lambda own: log_prob(own, points))(theta)
     return score
