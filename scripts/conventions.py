@@ -14,7 +14,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from ewc import Empirical, Exact, KroneckerFisher, fisher_information
+from ewc import Categorical, Empirical, Exact, KroneckerFisher, fisher_information
 from ewc.fisher.kronecker_product import KroneckerProduct
 
 N, BATCH = 64, 16
@@ -34,9 +34,20 @@ def batches(size: int) -> list[tuple[Tensor, Tensor]]:
     return list(zip(x.split(size), y.split(size), strict=True))
 
 
-def ours(estimator: Exact | Empirical) -> Tensor:
+class ObservedProbability(Categorical):
+    """The observed label's score, weighted by its probability."""
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The score times the root of the weight, ``[n, c]``."""
+        weights = self.log_prob(outputs, targets).exp().sqrt()
+        return weights[:, None] * super().score(outputs, targets)
+
+
+def ours(estimator: Exact | Empirical, likelihood: Categorical | None = None) -> Tensor:
     """Our diagonal."""
-    fisher = fisher_information(network(), batches(N), estimator=estimator)
+    fisher = fisher_information(
+        network(), batches(N), likelihood or Categorical(), estimator=estimator
+    )
     return torch.cat([entries.flatten() for entries in fisher.diagonal().values()])
 
 
@@ -115,9 +126,23 @@ def laplace(kind: str) -> Tensor:
     return total.double()
 
 
+def mammoth() -> Tensor:
+    """The loop of ``EwcOn.end_task`` in mammoth's ``models/ewc_on.py``, repeated."""
+    model = network()
+    total = torch.zeros(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    for x, y in batches(1):
+        model.zero_grad()
+        log_probability = model(x).log_softmax(1)[0, y[0]]
+        log_probability.backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        total += log_probability.detach().exp() * gradient.square()
+    return total / N
+
+
 def main() -> None:
     """Measure every factor and print the table."""
     exact, empirical, product = ours(Exact()), ours(Empirical()), our_product()
+    weighted = ours(Empirical(), ObservedProbability())
     rows: list[tuple[str, str, Tensor, Callable[[], Tensor]]] = [
         ("Avalanche, importances, batch 1", "Empirical, diagonal", empirical, lambda: avalanche(1)),
         (f"the same, batch {BATCH}", "Empirical, diagonal", empirical, lambda: avalanche(BATCH)),
@@ -159,6 +184,8 @@ def main() -> None:
             empirical,
             lambda: laplace("CurvlinopsEF"),
         ),
+        ("mammoth ewc_on", "Empirical, ObservedProbability, diagonal", weighted, mammoth),
+        ("the same", "Empirical, diagonal", empirical, mammoth),
     ]
     print(f"N = {N} examples")
     print("| theirs | ours | theirs / ours | spread |")

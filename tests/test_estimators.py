@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import MODELS, batches, oracle, targets_for
 
-from ewc import Categorical, Exact, Gaussian, MonteCarlo, fisher_information
+from ewc import Categorical, Empirical, Exact, Gaussian, MonteCarlo, fisher_information
 from ewc.parameters import flatten
 
 
@@ -73,3 +73,30 @@ def test_monte_carlo_does_not_depend_on_the_batches(likelihood):
     )
     torch.testing.assert_close(one.diagonal(), other.diagonal())
     torch.testing.assert_close(one.diagonal(), third.diagonal())
+
+
+class ObservedProbability(Categorical):
+    """As in docs/fisher.md."""
+
+    def score(self, outputs, targets):
+        weights = self.log_prob(outputs, targets).exp().sqrt()
+        return weights[:, None] * super().score(outputs, targets)
+
+
+def test_a_likelihood_of_three_lines_gives_the_matrix_of_mammoth(network):
+    """The loop of EwcOn.end_task: squared gradients of log p(y), times p(y)."""
+    model, x, y = network
+    model.eval()
+    fish = 0.0
+    for x_n, y_n in zip(x, y, strict=True):
+        model.zero_grad()
+        log_probability = model(x_n[None]).log_softmax(1)[0, y_n]
+        log_probability.backward()
+        gradient = flatten({n: p.grad for n, p in model.named_parameters()})
+        fish = fish + log_probability.detach().exp() * gradient.square()
+    found = fisher_information(
+        model, batches(x, y, 3), ObservedProbability(), estimator=Empirical()
+    ).diagonal()
+    torch.testing.assert_close(flatten(found), fish / len(x))
+    plain = fisher_information(model, [(x, y)], estimator=Empirical()).trace()
+    assert float(fish.sum()) / len(x) < 0.9 * plain.item()

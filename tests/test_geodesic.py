@@ -17,10 +17,17 @@ from torch.distributions import (
     Distribution,
     Exponential,
     Gamma,
+    InverseGamma,
+    Kumaraswamy,
+    Laplace,
+    LogNormal,
     MultivariateNormal,
     NegativeBinomial,
     Normal,
+    Pareto,
     Poisson,
+    Uniform,
+    Weibull,
 )
 
 from ewc.statistics import (
@@ -258,3 +265,35 @@ def test_the_checks_of_distributions_are_left_as_they_were():
 
 def broken(_):
     raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize(
+    ("family", "parameters"),
+    [
+        (lambda p: Weibull(p["a"], p["b"]), {"a": t(1.0), "b": t(2.0)}),
+        (lambda p: Kumaraswamy(p["a"], p["b"]), {"a": t(1.0), "b": t(2.0)}),
+        (lambda p: Pareto(p["a"], p["b"]), {"a": t(1.0), "b": t(2.0)}),
+        (lambda p: Uniform(0.0, p["b"]), {"b": t(2.0)}),
+    ],
+)
+def test_divergences_that_give_no_metric_are_refused(family, parameters):
+    with pytest.raises(ValueError, match="depends on the parameters"):
+        fisher_metric(family)(parameters)
+    farther = {name: 2 * value for name, value in parameters.items()}
+    with pytest.raises(ValueError, match="depends on the parameters"):
+        geodesic_distance(family, parameters, farther)
+
+
+@pytest.mark.parametrize(
+    ("family", "parameters"),
+    [
+        (lambda p: Laplace(p["a"], p["b"]), {"a": t(0.3), "b": t(2.0)}),
+        (lambda p: Bernoulli(p["a"]), {"a": t(1e-20)}),
+        (lambda p: Pareto(2.0, p["a"]), {"a": t(0.3)}),
+        (lambda p: LogNormal(p["a"], p["b"]), {"a": t(0.3), "b": t(0.01)}),
+        (lambda p: InverseGamma(p["a"], p["b"]), {"a": t(0.3), "b": t(0.01)}),
+    ],
+)
+def test_the_metric_is_the_information(family, parameters):
+    expected = parametric_fisher(family, parameters).to_dense()
+    torch.testing.assert_close(fisher_metric(family)(parameters), expected, rtol=1e-8, atol=1e-8)

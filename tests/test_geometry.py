@@ -137,6 +137,47 @@ def test_batches_and_far_and_near_pairs():
     assert fisher_rao_distance(*close).item() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (Normal(t(0.0), t(1e-3)), Normal(t(10.0), t(1e-3)), 25.070518449342345),
+        (Normal(t(0.0), t(1.0)), Normal(t(0.0), t(1e16)), math.sqrt(2) * 16 * math.log(10)),
+        (Normal(t(0.0), t(1e-150)), Normal(t(0.0), t(1e150)), math.sqrt(2) * 300 * math.log(10)),
+        (Normal(t(0.0), t(1.0)), Normal(t(1e-9), t(1.0)), 1e-9),
+        (Normal(t(0.0), t(1e-200)), Normal(t(1e-200), t(1e-200)), 0.9802581434685472),
+        (Exponential(t(3.0)), Exponential(t(3 * (1 + 2.0**-40))), 2.0**-40),
+        (Exponential(t(1e-300)), Exponential(t(1e300)), 600 * math.log(10)),
+        (Poisson(t(4.0)), Poisson(t(4 * (1 + 2.0**-40))), 2.0**-39),
+        (Bernoulli(logits=t(40.0)), Bernoulli(logits=t(50.0)), 2 * (math.exp(-20) - math.exp(-25))),
+        (Bernoulli(logits=t(4000.0)), Bernoulli(logits=t(0.0)), math.pi / 2),
+        (Bernoulli(t(0.5)), Bernoulli(t(0.5 + 2.0**-40)), 2.0**-39),
+        (
+            MultivariateNormal(t(0.0, 0.0), torch.diag(t(1e-32, 1.0))),
+            MultivariateNormal(t(0.0, 0.0), torch.diag(t(1.0, 4.0))),
+            math.hypot(32 * math.log(10), math.log(4)) / math.sqrt(2),
+        ),
+    ],
+)
+def test_very_far_and_very_near_pairs_keep_their_digits(first, second, expected):
+    assert fisher_rao_distance(first, second).item() == pytest.approx(expected, rel=1e-11)
+    assert fisher_rao_distance(second, first).item() == pytest.approx(expected, rel=1e-11)
+
+
+def test_covariances_too_far_apart_are_right_or_refused():
+    """Relative deviations 10^k, 1 and 10^-k in turned axes."""
+    axes, _ = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))
+    mean = torch.zeros(3, dtype=torch.float64)
+    unit = MultivariateNormal(mean, torch.eye(3, dtype=torch.float64))
+    for k in (2, 3):
+        turned = axes @ torch.diag(10.0 ** (2 * k * t(1.0, 0.0, -1.0))) @ axes.T
+        found = fisher_rao_distance(unit, MultivariateNormal(mean, (turned + turned.T) / 2))
+        assert found.item() == pytest.approx(2 * k * math.log(10), rel=1e-4)
+    lower = torch.tensor([[1e12, 0, 0], [1, 1, 0], [1, 1, 1e-12]], dtype=torch.float64)
+    far = MultivariateNormal(mean, scale_tril=lower)
+    with pytest.raises(ArithmeticError, match="too few digits of those between"):
+        fisher_rao_distance(unit, far)
+
+
 def test_mistakes_are_named():
     with pytest.raises(TypeError, match="Bernoulli and Poisson are two families"):
         fisher_rao_distance(Bernoulli(t(0.5)), Poisson(t(1.0)))

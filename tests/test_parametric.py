@@ -1,25 +1,35 @@
 """The Fisher information of parametric families, against closed forms."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from scipy.special import i0e, i1e
 from torch.distributions import (
     Bernoulli,
     Beta,
     Binomial,
     Categorical,
     Cauchy,
+    Chi2,
     Exponential,
     Gamma,
     Geometric,
+    HalfCauchy,
+    InverseGamma,
     Laplace,
     LogNormal,
+    MixtureSameFamily,
     MultivariateNormal,
+    NegativeBinomial,
     Normal,
     Pareto,
     Poisson,
     StudentT,
+    Uniform,
+    VonMises,
+    Weibull,
     constraints,
 )
 
@@ -110,6 +120,114 @@ def test_both_formulations_agree_where_the_family_is_right(name):
     check(found.score, expected)
     check(found.curvature, expected)
     assert found.gap < 1e-8
+
+
+def gamma_information(a, b):
+    return [[trigamma(a), -1 / b], [-1 / b, a / b**2]]
+
+
+def beta_information(a, b):
+    both = trigamma(a + b)
+    return [[trigamma(a) - both, -both], [-both, trigamma(b) - both]]
+
+
+def von_mises_information(k):
+    """By scipy's scaled Bessel functions, or their asymptotic series."""
+    ratio = i1e(k) / i0e(k)
+    spread = 1 - ratio / k - ratio**2 if k < 1e3 else 0.5 / k**2 + 0.25 / k**3 + 0.375 / k**4
+    return [[k * ratio, 0], [0, spread]]
+
+
+def normal_information(scale):
+    return [[1 / scale**2, 0], [0, 2 / scale**2]]
+
+
+EULER = 0.5772156649015329
+WEIBULL = (1 - EULER) ** 2 + math.pi**2 / 6
+EXTREMES = [
+    *((LogNormal, ab, normal_information(ab[1]))
+      for ab in ((0.0, 0.01), (5.0, 1e-6), (-300.0, 0.5), (0.0, 500.0))),
+    *((Normal, ab, normal_information(ab[1])) for ab in ((0.0, 1e-100), (1e6, 1.0), (3e100, 1e99))),
+    *((Beta, ab, beta_information(*ab))
+      for ab in ((2e3, 5e3), (1e-3, 1e-3), (2.0, 0.01), (0.5, 0.5), (1e5, 0.1), (1e6, 1e6))),
+    *((Gamma, ab, gamma_information(*ab))
+      for ab in ((1e5, 1e-3), (1e9, 1e5), (1e-3, 1.0), (0.01, 1e3), (20.0, 1e-10))),
+    *((InverseGamma, ab, gamma_information(*ab)) for ab in ((1e5, 1e-3), (0.01, 1.0))),
+    *((VonMises, (1.0, k), von_mises_information(k))
+      for k in (1e-3, 0.5, 3.7, 3.75, 29.0, 100.0, 1e5, 1e8)),
+    *((Weibull, (s, k), [[k**2 / s**2, -(1 - EULER) / s], [-(1 - EULER) / s, WEIBULL / k**2]])
+      for s, k in ((1.0, 0.002), (1e5, 30.0), (1e-5, 1e4))),
+    *((Cauchy, ab, [[0.5 / ab[1] ** 2, 0], [0, 0.5 / ab[1] ** 2]])
+      for ab in ((1e3, 1e-3), (0.0, 1e-100))),
+    *((Chi2, (k,), [[trigamma(k / 2) / 4]]) for k in (1e-3, 1e5)),
+    *((HalfCauchy, (s,), [[0.5 / s**2]]) for s in (1e-100, 1e10)),
+    *((Geometric, (p,), [[1 / (p**2 * (1 - p))]]) for p in (1e-20, 1e-6, 0.999, 1 - 1e-12)),
+    *((Bernoulli, (p,), [[1 / (p * (1 - p))]]) for p in (1e-20, 1 - 1e-12)),
+    *((Poisson, (r,), [[1 / r]]) for r in (1e-100, 1e6, 1e12)),
+    *((partial(Binomial, n), (p,), [[n / (p * (1 - p))]])
+      for n, p in ((20, 1e-20), (10**6, 0.5), (10**10, 1e-12), (10**10, 0.3))),
+    *((partial(NegativeBinomial, t(r)), (p,), [[r / (p * (1 - p) ** 2)]])
+      for r, p in ((0.01, 1 - 1e-9), (5.0, 1e-12), (1e6, 0.999))),
+]  # fmt: skip
+
+
+def extreme(case):
+    name = getattr(case[0], "__name__", "") or f"{case[0].func.__name__}{case[0].args}"
+    return f"{name}{case[1]}"
+
+
+@pytest.mark.parametrize("case", EXTREMES, ids=extreme)
+def test_densities_that_are_narrow_wide_singular_or_far_away(case):
+    family, values, expected = case
+    names = [f"p{index}" for index in range(len(values))]
+    parameters = {name: t(value) for name, value in zip(names, values, strict=True)}
+
+    def member(p):
+        return family(*(p[name] for name in names))
+
+    check(parametric_fisher(member, parameters).to_dense(), expected)
+    found = formulations(member, parameters)
+    check(found.score, expected)
+    check(found.curvature, expected)
+
+
+def test_a_mixture_of_far_parts():
+    """Mixed of parts that do not overlap: the information of each, times its share."""
+    found = parametric_fisher(
+        lambda p: MixtureSameFamily(Categorical(t(0.3, 0.7)), Normal(p["m"], t(1.0, 0.5))),
+        {"m": t(0.0, 20.0)},
+    )
+    check(found.to_dense(), [[0.3, 0], [0, 2.8]])
+
+
+@pytest.mark.parametrize(
+    ("family", "parameters", "message"),
+    [
+        (lambda p: Uniform(t(0.0), p["a"]), {"a": t(1.0)}, "expected score of parameter 0 is -1"),
+        (lambda p: Pareto(p["a"], t(2.0)), {"a": t(1.0)}, "expected score of parameter 0 is 2 "),
+        (lambda p: Normal(p["a"], 1e-9), {"a": t(1e6)}, "does not converge"),
+        (lambda p: StudentT(t(0.01), p["a"]), {"a": t(0.0)}, "does not converge"),
+        (lambda p: Bernoulli(p["a"]), {"a": t(1.0)}, "expected score of parameter 0 is 1 |is not finite"),
+        (lambda p: Density(lambda x: -(x - p["a"]).square(), location=0.3), {"a": t(0.3)},
+         r"The mass of the Density that was found is 1\.77245385 and not 1"),
+    ],
+)  # fmt: skip
+def test_what_has_no_right_value_is_refused(family, parameters, message):
+    for function in (parametric_fisher, formulations):
+        with pytest.raises(ArithmeticError, match=message):
+            function(family, parameters)
+
+
+@pytest.mark.parametrize(
+    ("family", "parameters"),
+    [
+        (lambda p: Laplace(p["a"], t(1.0)), {"a": t(0.0)}),
+        (lambda p: StudentT(p["a"], t(0.0), t(1.0)), {"a": t(1e4)}),
+    ],
+)
+def test_second_derivatives_that_say_nothing_are_refused(family, parameters):
+    with pytest.raises(ArithmeticError, match="the formulations differ by"):
+        formulations(family, parameters)
 
 
 def test_the_gap_and_the_sandwich_of_a_wrong_family():

@@ -160,6 +160,25 @@ def test_online_decays_the_sum_and_moves_the_anchor(decay):
     torch.testing.assert_close(gradients(found, model), gradients(expected, model), **TIGHT)
 
 
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+def test_the_online_penalty_of_van_de_ven_is_ours_times_its_decay(gamma):
+    """His loop: the decay multiplies the old sum when it is stored, and the sum when it is used."""
+    model, penalty = small_model(), EWCPenalty(3.0, Online(gamma))
+    stored = {name: 0.0 for name, _ in model.named_parameters()}
+    for _ in range(3):
+        move(model)
+        fisher = random_fisher(model, 10)
+        penalty.consolidate(fisher, model)
+        stored = {name: f + gamma * stored[name] for name, f in fisher.diagonal().items()}
+        anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
+    move(model)
+    theirs = 3.0 * sum(
+        (gamma * stored[name] * (p - anchor[name]) ** 2).sum() / 2
+        for name, p in model.named_parameters()
+    )
+    torch.testing.assert_close(theirs, gamma * penalty(model))
+
+
 def test_dense_separate_keeps_every_cross_term():
     model, penalty = small_model(), EWCPenalty(1.5)
     tasks = []

@@ -25,10 +25,12 @@ from torch.distributions import (
     Gamma,
     Geometric,
     InverseGamma,
+    Kumaraswamy,
     LogNormal,
     NegativeBinomial,
     Pareto,
     Poisson,
+    RelaxedBernoulli,
     VonMises,
     Weibull,
 )
@@ -64,7 +66,17 @@ class Points:
         return Points(self.x[index], self.log_x[index], self.log_rest[index])
 
 
-KNOWN_BY_LOGARITHMS = (Beta, FisherSnedecor, Gamma, InverseGamma, LogNormal, Pareto, Weibull)
+KNOWN_BY_LOGARITHMS = (
+    Beta,
+    FisherSnedecor,
+    Gamma,
+    InverseGamma,
+    Kumaraswamy,
+    LogNormal,
+    Pareto,
+    RelaxedBernoulli,
+    Weibull,
+)
 """Families whose densities need no ``x``, but the logarithms of the distances to the ends."""
 
 
@@ -125,6 +137,21 @@ def _(distribution: Beta, points: Points) -> Tensor:
     a, b = distribution.concentration1, distribution.concentration0
     normaliser = torch.lgamma(a + b) - torch.lgamma(a) - torch.lgamma(b)
     return normaliser + (a - 1) * points.log_x + (b - 1) * points.log_rest
+
+
+@log_density.register
+def _(distribution: Kumaraswamy, points: Points) -> Tensor:
+    a, b = distribution.concentration1, distribution.concentration0
+    power = a * points.log_x
+    near, far = power.clamp_min(-1.0), power.clamp_max(-0.5)
+    rest = torch.where(power > -0.7, (-near.expm1()).log(), (-far.exp()).log1p())
+    return a.log() + b.log() + power - points.log_x + (b - 1) * rest
+
+
+@log_density.register
+def _(distribution: RelaxedBernoulli, points: Points) -> Tensor:
+    logits = log_density(distribution.base_dist, Points.of(points.log_x - points.log_rest))
+    return logits - points.log_x - points.log_rest
 
 
 @log_density.register

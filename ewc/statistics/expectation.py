@@ -26,10 +26,10 @@ COUNTS = 2**24
 TOLERANCE = 1e-12
 """The share of an expectation that may be left where sums and integrals end."""
 
-SET = 1024
+SET = 256
 """Finite sets of so many numbers are summed in one go; more begin with a block of them."""
 
-WIDE = 2**16
+WIDE = 2**13
 """The sums over more counts are integrals, but for the first of them: see :func:`_sum`."""
 
 ACCEPTED = 1e-7
@@ -135,7 +135,7 @@ def _name(under: Distribution | Density) -> str:
 def _range(under: Distribution | Density) -> tuple[float, float, bool]:
     """The ends of a support, and whether only whole numbers lie in it."""
     support: Any = under.support
-    if isinstance(support, constraints.independent):
+    if isinstance(support, constraints.independent | constraints.MixtureSameFamilyConstraint):
         support = support.base_constraint
     if isinstance(under, VonMises):  # an angle, although torch says a real number
         centre = float(under.loc)
@@ -200,8 +200,8 @@ def _sum(weighted: Weighted, under: Distribution | Density, lower: float, upper:
         added = torch.stack([part.abs().sum(0) for part in parts])
         total = total + torch.stack([part.sum(0) for part in parts]).sum(0)
         size = size + added.sum(0)
-        all_of_them = below == lower and above == upper + 1
-        if all_of_them or (bool((added <= TOLERANCE * size).all()) and total[0] > 1 - ACCEPTED):
+        finished = (below == lower and above == upper + 1) or not bool(total.isfinite().all())
+        if finished or (bool((added <= TOLERANCE * size).all()) and total[0] > 1 - ACCEPTED):
             return total
     raise ArithmeticError(
         f"The sum over counts has not ended after {COUNTS} of them, with {float(total[0])} of the "
@@ -342,7 +342,10 @@ def _place(under: Distribution | Density, lower: float, upper: float) -> tuple[f
     """About where the mass lies, within the support, and how wide."""
     location, scale = _moments(under)
     if not lower < location < upper:
-        location = lower + scale if math.isfinite(lower) else upper - scale
+        if math.isfinite(lower) and math.isfinite(upper):
+            location = (lower + upper) / 2
+        else:
+            location = lower + scale if math.isfinite(lower) else upper - scale
     return location, scale
 
 

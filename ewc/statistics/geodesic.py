@@ -130,14 +130,17 @@ def geodesic_distance(
         end: of the other.
 
     Raises:
-        ValueError: names or shapes differ, or parameters are not allowed.
+        ValueError: names or shapes differ, parameters are not allowed, or the support or how the
+            variable is transformed depends on them.
         NotImplementedError: ``torch.distributions`` has no divergence of the family.
         ArithmeticError: no geodesic was found.
     """
     for parameters in (start, end):
         # The distributions check their parameters, once.
         family({name: tensor.detach().double() for name, tensor in parameters.items()})
-    return geodesic(fisher_metric(family), start, end).distance
+    metric = fisher_metric(family)
+    metric({name: tensor.detach().double() for name, tensor in start.items()})
+    return geodesic(metric, start, end).distance
 
 
 class _Energy:

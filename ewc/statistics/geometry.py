@@ -105,7 +105,7 @@ def _(first: Poisson, second: Any) -> Any:
 def _(first: Exponential, second: Any) -> Any:
     _check_family(first, second)
     p, q = first.rate, second.rate
-    return 2 * torch.asinh((p - q).abs() / 2 / p.sqrt() / q.sqrt())
+    return 2 * torch.asinh(_over_roots((p - q).abs(), p, q) / 2)
 
 
 @fisher_rao_distance.register
@@ -115,7 +115,7 @@ def _(first: Normal, second: Any) -> Any:
     # sine has its digits for near and for far pairs, where an inverse tangent rounds to that of 1.
     across = (first.loc - second.loc) / math.sqrt(2)
     chord = torch.hypot(across, first.scale - second.scale)
-    return 2 * math.sqrt(2) * torch.asinh(chord / 2 / first.scale.sqrt() / second.scale.sqrt())
+    return 2 * math.sqrt(2) * torch.asinh(_over_roots(chord, first.scale, second.scale) / 2)
 
 
 @fisher_rao_distance.register
@@ -146,6 +146,11 @@ def _(first: MultivariateNormal, second: Any) -> Any:
             f"{float(1 / two.max()):.2g}, which leaves too few digits of those between."
         )
     return distance
+
+
+def _over_roots(above: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """The quotient by the roots of both, that of the larger first."""
+    return above / torch.maximum(p, q).sqrt() / torch.minimum(p, q).sqrt()
 
 
 def _quotient(above: Tensor, below: Tensor) -> Tensor:

@@ -5,10 +5,19 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import (
+    Distribution,
+    Kumaraswamy,
+    Laplace,
+    Pareto,
+    TransformedDistribution,
+    Weibull,
+    kl_divergence,
+)
 from torch.func import jacfwd, jacrev
 
 from ewc.parameters import Parameters, flatten, shapes_of, unflatten
+from ewc.statistics.densities import Points, log_density
 
 Metric = Callable[[Parameters], Tensor]
 r"""From parameters by name to :math:`F(\theta)`, ``[p, p]``, in torch operations."""
@@ -27,7 +36,9 @@ def fisher_metric(family: Callable[[Parameters], Distribution]) -> Metric:
         family: from parameters to a distribution; the components of a batch are independent.
 
     Returns:
-        The metric; it raises a ``NotImplementedError`` where there is no divergence.
+        The metric; it raises a ``NotImplementedError`` where there is no divergence, and a
+        ``ValueError`` where the support, or how the variable is transformed, depends on the
+        parameters, so that the divergence is not smooth or not known.
     """
 
     def metric(parameters: Parameters) -> Tensor:
@@ -39,6 +50,7 @@ def fisher_metric(family: Callable[[Parameters], Distribution]) -> Metric:
 
         with _unchecked():
             distribution = family(parameters)
+            _check_fixed(member, here, type(distribution).__name__)
             if distribution.has_enumerate_support:
                 return _by_sum(member, distribution, here)
             matrix: Tensor = jacfwd(jacrev(lambda there: _divergence(distribution, member(there))))(
@@ -56,14 +68,56 @@ def _by_sum(
     values = distribution.enumerate_support(expand=False)
 
     def log_prob(theta: Tensor) -> Tensor:
-        found: Tensor = member(theta).log_prob(values)
-        return found.flatten()
+        own = member(theta)
+        if own.batch_shape or own.event_shape:
+            found: Tensor = own.log_prob(values)
+            return found.flatten()
+        return log_density(own, Points.of(values))
 
     scores: Tensor = jacrev(log_prob)(here)
     return torch.einsum("x,xi,xj->ij", log_prob(here).exp(), scores, scores)
 
 
+def _check_fixed(member: Callable[[Tensor], Distribution], here: Tensor, name: str) -> None:
+    """Check that the support and the transforms of a family stay as they are.
+
+    Raises:
+        ValueError: they depend on the parameters.
+    """
+
+    def features(theta: Tensor) -> Tensor:
+        own = member(theta)
+        transforms = getattr(own, "transforms", []) if type(own) in _BY_TRANSFORMS else []
+        things = [own.support, *transforms]
+        values = [vars(thing).get(key) for thing in things for key in _FEATURES]
+        found = [value.flatten() for value in values if isinstance(value, Tensor)]
+        return torch.cat([theta[:0], *(value.to(theta) for value in found)])
+
+    slopes = jacfwd(features)(here)
+    try:
+        moved = bool((slopes != 0).any())
+    except RuntimeError:  # under vmap, where nobody looks at values
+        return
+    if moved:
+        raise ValueError(
+            f"The support of {name}, or how its variable is transformed, depends on the "
+            "parameters, where the divergence of torch.distributions gives no metric: give the "
+            "information to geodesic as one."
+        )
+
+
+_BY_TRANSFORMS = (TransformedDistribution, Kumaraswamy, Pareto, Weibull)
+"""Those whose divergence is that of what is transformed."""
+
+_FEATURES = ("lower_bound", "upper_bound", "loc", "scale", "exponent", "_exponent")
+
+
 def _divergence(first: Distribution, second: Distribution) -> Tensor:
+    if isinstance(first, Laplace) and isinstance(second, Laplace):
+        # Up to second order: what torch has is made of absolute values, which it derives to 0.
+        ratio = first.scale / second.scale
+        apart = (first.loc - second.loc).square() / (2 * first.scale * second.scale)
+        return (ratio - 1 - ratio.log() + apart).sum()
     try:
         found: Tensor = kl_divergence(first, second).sum()
     except NotImplementedError as error:
