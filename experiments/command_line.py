@@ -1,5 +1,6 @@
 """What the command lines share: where the configurations are, and how a wrong option ends."""
 
+import contextlib
 import os
 import re
 import sys
@@ -38,6 +39,15 @@ def ended_briefly(command: Callable[[], Any], config_name: str) -> None:
         OmegaConfBaseException,
     ) as error:
         sys.exit(f"error: {short_message(error, config_name)}")
+    except ValueError as error:
+        if "Config group override" not in str(error):
+            raise
+        sys.exit(f"error: {short_message(error, config_name)}")
+    except OSError as error:  # of the folders that Hydra makes
+        sys.exit(
+            f"error: {sentence(error)}; hydra.run.dir=DIR chooses another folder for a run, "
+            "hydra.sweep.dir=DIR for a sweep."
+        )
 
 
 def remove_traces(directory: Path) -> None:
@@ -50,11 +60,25 @@ def remove_traces(directory: Path) -> None:
     for log in directory.glob("*.log"):
         if log.stat().st_size == 0:
             log.unlink()
-    for folder in (directory / ".hydra", directory, *list(directory.parents)[:2]):
+    with contextlib.suppress(OSError):
+        (directory / ".hydra").rmdir()
+    remove_empty(directory)
+
+
+def remove_empty(directory: Path) -> None:
+    """Take away the folder made for this run, and those it is in, while they are empty."""
+    for folder in (directory, *list(directory.parents)[:2]):
         try:
             folder.rmdir()
         except OSError:
             return
+
+
+def sentence(error: Exception) -> str:
+    """What an error says first, on one line; of the system's which file it is about."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def short_message(error: Exception, config_name: str) -> str:
@@ -67,8 +91,20 @@ def short_message(error: Exception, config_name: str) -> str:
         r"Could not find '([^']+)'\s+Available options in.*?:\n(.*?)\n\S", text, re.S
     ):
         return f"Could not find {str(choice[1])!r}: allowed are {', '.join(choice[2].split())}."
+    if "Config group override must be a string" in text:
+        return _no_group(config_name)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(lines[:2])
+
+
+def _no_group(config_name: str) -> str:
+    """For a group of which the command line chooses nothing that it has."""
+    for override in sys.argv[1:]:
+        group, _, value = override.partition("=")
+        names = sorted(path.stem for path in (Path(CONFIGS) / group).glob("*.yaml"))
+        if names and value not in names:
+            return f"Option {group!r} is {value!r}: allowed are {', '.join(names)}."
+    return f"An option chooses nothing: allowed are {_allowed('', config_name)}."
 
 
 def _allowed(option: str, config_name: str) -> str:

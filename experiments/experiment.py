@@ -1,11 +1,12 @@
 """One experiment: tasks one after the other, measured after each."""
 
+import os
 import platform
 import random
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ewc import FisherMatrix
+from ewc import __version__ as ewc_version
 from ewc.checks import check_count, check_share
 from ewc.parameters import flatten, trainable_parameters
 from ewc.plugin import EWCPlugin
 from ewc.statistics import fisher_overlap_by_layer
 from experiments.benchmarks import Benchmark, Tasks
+from experiments.command_line import sentence
 from experiments.data import default_data_root
+from experiments.folder import NETWORK, PENALTY, only_warned, part_of
 from experiments.metrics import average_accuracy, backward_transfer, forgetting
 from experiments.models import MLP
 from experiments.observers import AccuracyObserver, TrainingObserver
@@ -86,7 +90,8 @@ class Experiment:
         threads: CPU threads; small networks are fastest with one a process.
 
     Raises:
-        ValueError: the device does not exist, or there are no threads.
+        ValueError: the device does not exist or does not compute, or there are no threads, or
+            more than CPUs.
     """
 
     benchmark: Benchmark
@@ -104,13 +109,19 @@ class Experiment:
     def __post_init__(self) -> None:
         """Check what can be checked before anything is written."""
         check_count(self.threads, "threads")
+        if self.threads > (most := os.cpu_count() or 1):
+            raise ValueError(
+                f"threads is {self.threads}: this machine has {most} CPUs, and more threads than "
+                "CPUs are no faster."
+            )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}: it must lie between 0 and {2**32 - 1}.")
         try:
-            torch.empty(0, device=self.torch_device)
+            torch.zeros(1, device=self.torch_device).item()  # "meta" has tensors without numbers
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device is {self.device!r}: {reason}") from None
+            raise ValueError(
+                f"device is {self.device!r}: {sentence(error)}; cpu is always there."
+            ) from None
 
     @property
     def torch_device(self) -> torch.device:
@@ -124,8 +135,9 @@ class Experiment:
 
         Raises:
             FileNotFoundError: the data are not there.
-            ValueError: the optimizer refuses its arguments, data are damaged, or the Fisher
-                matrix does not fit into memory.
+            ValueError: the optimizer refuses its arguments or cannot take a step by gradients
+                alone, data are damaged, or the network or the Fisher matrix does not fit into
+                memory.
         """
         torch.set_num_threads(self.threads)
         # Dead pixels and saturated outputs make denormal numbers, which cost up to 6x.
@@ -135,26 +147,64 @@ class Experiment:
         torch.manual_seed(self.seed)
         root = Path(self.data_root).expanduser() if self.data_root else default_data_root()
         tasks = self.benchmark.build(root, self.seed, self.torch_device)
-        model = self.model.build(tasks.num_pixels, tasks.num_outputs, tasks.num_heads)
-        model.to(self.torch_device)
-        try:
-            optimizer = self.optimizer(model.parameters())
-        except ValueError as error:
-            raise ValueError(f"optimizer: {error}") from error
+        model = self._network(tasks)
+        optimizer = self._optimizer(model)
         if self.strategy.plugins(self.fisher):
             # A matrix too large for the machine shows now, not after the first task.
             self.fisher.structure.accumulator(trainable_parameters(model))
-        return Prepared(self, tasks, model, optimizer)
+        return Prepared(self, tasks, model, optimizer, _versions())
+
+    def _network(self, tasks: Tasks) -> nn.Module:
+        """The network on its device, once it is known to fit."""
+        sizes = tasks.num_pixels, tasks.num_outputs, tasks.num_heads
+        try:
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):
+                parameters = list(self.model.build(*sizes).parameters())
+        except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond 64 bits
+            raise ValueError(f"model: {sentence(error)}") from error
+        # A CPU may promise memory that it does not have, and end the process when it is used.
+        needed = 2 * sum(p.numel() * p.element_size() for p in parameters)
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        count = sum(p.numel() for p in parameters)
+        too_large = (
+            f"model: {count} parameters and their gradients take {needed / 1e9:.0f} GB, more than "
+            "there is: take a smaller network."
+        )
+        if self.torch_device.type == "cpu" and needed > there:
+            raise ValueError(too_large)
+        try:
+            return self.model.build(*sizes).to(self.torch_device)
+        except RuntimeError as error:
+            raise ValueError(too_large) from error
+
+    def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer, once it has moved one number."""
+        try:
+            optimizer: torch.optim.Optimizer = self.optimizer(model.parameters())
+            trial = nn.Parameter(torch.zeros(1, 1, device=self.torch_device))
+            trial.grad = torch.ones_like(trial)
+            step = self.optimizer([trial]).step
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"optimizer: {sentence(error)}") from error
+        try:
+            step()
+        except Exception as error:
+            raise ValueError(
+                f"optimizer is {type(optimizer).__name__}, which takes no step by gradients alone "
+                f"({sentence(error)}): another is needed, such as torch.optim.SGD."
+            ) from error
+        return optimizer
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An experiment with its data, network and optimizer."""
+    """An experiment with its data, network and optimizer, and the versions it runs with."""
 
     experiment: Experiment
     tasks: Tasks
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    versions: dict[str, str]
 
     def run(self, recorder: Recorder, console: Console, log: Any) -> dict[str, Any]:
         """Train on every task, evaluate on all after each, and keep checkpoints.
@@ -223,7 +273,7 @@ class Prepared:
                     100 * matrix[-1][number],
                     100 * record["eval/average_accuracy"],
                 )
-                self._save(recorder.directory / "checkpoints", ewc)
+                self._save(recorder.directory, ewc)
         finally:
             observer.close()
         seconds["train"] = observer.train_seconds
@@ -237,17 +287,22 @@ class Prepared:
             "seconds": {key: round(value, 3) for key, value in seconds.items()},
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "seed": experiment.seed,
-            "versions": _versions(),
+            "versions": self.versions,
             "device": str(experiment.torch_device),
         }
 
     def _save(self, folder: Path, ewc: EWCPlugin | None) -> None:
         """Keep the network and what the penalty remembers, as they are after a task."""
-        folder.mkdir(exist_ok=True)
         state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
-        save_file(state, folder / "model.safetensors")
+        network, penalty = folder / NETWORK, folder / PENALTY
+        with only_warned(NETWORK):
+            network.parent.mkdir(exist_ok=True)
+            save_file(state, part_of(network))
+            part_of(network).replace(network)
         if ewc:
-            torch.save(ewc.penalty.state_dict(), folder / "penalty.pt")
+            with only_warned(PENALTY):
+                torch.save(ewc.penalty.state_dict(), part_of(penalty))
+                part_of(penalty).replace(penalty)
 
 
 def _task_record(
@@ -266,6 +321,15 @@ def _task_record(
 
 
 def _versions() -> dict[str, str]:
-    packages = ("ewc", "avalanche-lib", "hydra-core", "wandb", "numpy", "scikit-learn")
-    own = {"python": platform.python_version(), "torch": torch.__version__}
-    return own | {name: version(name) for name in packages}
+    """What a run depends on; of a package that was not installed but put on the path, unknown."""
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ewc": ewc_version,
+    }
+    for name in ("avalanche-lib", "hydra-core", "wandb", "numpy", "scikit-learn"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found

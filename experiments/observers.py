@@ -1,14 +1,22 @@
 """Plugins that watch a strategy: they measure and report, and change nothing."""
 
+import logging
+import math
 import time
 from typing import Any
 
 from avalanche.training.plugins import SupervisedPlugin
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
 
 from ewc.plugin import EWCPlugin, check_finite_loss
 from experiments.tracking import Recorder
+
+_log = logging.getLogger(__name__)
+
+RUINED_LOSS, RUINED_SIZE = 10.0, 1e6
+"""By what factor the loss and the parameters must have grown for a network to be called ruined."""
 
 
 class TrainingObserver(SupervisedPlugin):
@@ -46,6 +54,9 @@ class TrainingObserver(SupervisedPlugin):
         self.train_seconds = 0.0
         self.trained_at = 0.0
         self._started = 0.0
+        self._losses: list[Tensor] = []
+        self._size = math.nan
+        self._said = False
         self._progress: Progress | None = None
         self._bar: Any = None
 
@@ -65,6 +76,9 @@ class TrainingObserver(SupervisedPlugin):
                 f"task {number}/{self.num_tasks}", total=len(strategy.dataloader), loss=0.0
             )
             self._progress.start()
+        self._losses = []
+        if math.isnan(self._size):
+            self._size = _size(strategy.model)
         self._started = time.perf_counter()
 
     def before_backward(self, strategy: Any, **_: Any) -> None:
@@ -74,6 +88,8 @@ class TrainingObserver(SupervisedPlugin):
             FloatingPointError: the loss is not finite.
         """
         check_finite_loss(strategy)
+        # The task's own loss: the observer comes before the plugins that add to it.
+        self._losses = [*self._losses[:1], strategy.loss.detach()]
 
     def after_training_iteration(self, strategy: Any, **_: Any) -> None:
         """Record the step."""
@@ -99,10 +115,29 @@ class TrainingObserver(SupervisedPlugin):
         self.trained_at = time.perf_counter()
         self.train_seconds += self.trained_at - self._started
         self.close()
+        number = strategy.experience.current_experience + 1
         if not all(bool(p.isfinite().all()) for p in strategy.model.parameters()):
             raise FloatingPointError(
                 f"The parameters are not finite after the last step of task "
-                f"{strategy.experience.current_experience + 1}: a smaller learning rate is needed."
+                f"{number}: a smaller learning rate is needed."
+            )
+        self._warn_of_ruin(strategy.model, number)
+
+    def _warn_of_ruin(self, model: nn.Module, number: int) -> None:
+        """Say once that training has done harm, with numbers that are still finite."""
+        first, last = (float(self._losses[k]) for k in (0, -1))
+        growth = _size(model) / self._size
+        # Below a nat the loss may well rise tenfold, where a penalty holds the network.
+        ruined = growth > RUINED_SIZE or last > RUINED_LOSS * max(first, 1.0)
+        if ruined and not self._said:
+            self._said = True
+            _log.warning(
+                "In task %d the loss went from %.3g to %.3g, and the parameters are %.3g times as "
+                "large as before training: optimizer.lr is probably too large.",
+                number,
+                first,
+                last,
+                growth,
             )
 
     def close(self) -> None:
@@ -142,3 +177,8 @@ class AccuracyObserver(SupervisedPlugin):
     def after_eval_exp(self, strategy: Any, **_: Any) -> None:
         """End a task."""
         self.accuracies.append(float(self._correct) / self._seen)
+
+
+def _size(model: nn.Module) -> float:
+    """The length of all parameters as one vector."""
+    return math.sqrt(sum(float(p.detach().double().square().sum()) for p in model.parameters()))

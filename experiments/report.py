@@ -1,10 +1,10 @@
 """What a run and a sweep leave: results and tables."""
 
-import json
 import logging
 import math
 import os
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,26 +15,15 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from experiments.folder import DamagedResultsError, only_warned, read_results, write_whole
+
 _log = logging.getLogger(__name__)
+
+FAILURES = "failed.txt"
+"""In a sweep's folder: its jobs that failed, one a line."""
 
 NEAR_CHANCE = 10.0
 """Points within which a class-incremental run ends where fine-tuning does."""
-
-
-def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Write ``results.json`` whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
-def read_results(directory: Path) -> dict[str, Any] | None:
-    """What :func:`write_results` wrote into a run's folder, ``None`` if there is nothing."""
-    path = directory / "results.json"
-    if not path.exists():
-        return None
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return results
 
 
 # --- one run ------------------------------------------------------------------------------
@@ -92,31 +81,62 @@ class SweepReport(Callback):
         self.published = dict(published or {})
         self.pictures = list(pictures)
 
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Forget the failures of a sweep before into the same folder: its jobs run again."""
+        (Path(config.hydra.sweep.dir) / FAILURES).unlink(missing_ok=True)
+
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Put together what the jobs left."""
-        report_sweep(Path(config.hydra.sweep.dir), self.published)
+        """Put together what the jobs left.
+
+        Raises:
+            SystemExit: a job has failed.
+        """
+        folder = Path(config.hydra.sweep.dir)
+        with only_warned("report.md"):
+            report_sweep(folder, self.published)
+        if failed := failures(folder):
+            count = f"{len(failed)} job{'s' * (len(failed) > 1)}"
+            sys.exit(f"error: {count} of the sweep failed: {'; '.join(failed)}")
 
 
-def report_sweep(folder: Path, published: Mapping[str, str] | None = None) -> None:
+def note_failure(folder: Path, job: str, reason: str) -> None:
+    """Note in a sweep's folder that a job failed: processes of all kinds can read it there."""
+    with (folder / FAILURES).open("a", encoding="utf-8") as file:
+        file.write(f"{job}: {reason}\n")
+
+
+def failures(folder: Path) -> list[str]:
+    """The jobs of a sweep that failed the last time it ran, each with the reason."""
+    path = folder / FAILURES
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def report_sweep(folder: Path, published: Mapping[str, str] | None = None) -> int:
     """Write ``report.md`` over the finished jobs of a sweep, and print it.
 
     Args:
         folder: of the sweep.
         published: see :class:`SweepReport`.
+
+    Returns:
+        The number of jobs; nothing is written over none.
     """
     jobs = read_jobs(folder)
     if not jobs:
-        return
+        return 0
     columns, rows = sweep_table(jobs, published)
     text = "Accuracy and forgetting in %, mean ± standard error over the jobs of a row."
     lines = [text, "", *markdown(columns, rows), ""]
-    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    if failed := failures(folder):
+        lines += ["Without results, as they failed:", "", *(f"- {job}" for job in failed), ""]
+    write_whole(folder / "report.md", "\n".join(lines))
     table = Table(title=f"{len(jobs)} jobs: {os.path.relpath(folder)}")
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+    return len(jobs)
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -126,11 +146,21 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
 
 
 def read_jobs(folder: Path) -> list[dict[str, Any]]:
-    """What every job of a sweep that has ended wrote, in the order of the jobs."""
+    """What every job of a sweep that has ended wrote, in the order of the jobs.
+
+    Damaged results are named in a warning and left out.
+    """
     folders = sorted(
         (path.parent for path in folder.glob("*/results.json")), key=lambda f: (len(f.name), f)
     )
-    return [results for folder in folders if (results := read_results(folder))]
+    jobs = []
+    for job in folders:
+        try:
+            if results := read_results(job):
+                jobs.append(results)
+        except DamagedResultsError as error:
+            _log.warning("%s It is left out.", error)
+    return jobs
 
 
 def finished(jobs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -251,9 +281,11 @@ def mean_and_error(values: Sequence[float]) -> str:
     return f"{mean:.2f} ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}"
 
 
-if __name__ == "__main__":
-    import sys
-
-    if len(sys.argv) != 2 or not read_jobs(Path(sys.argv[1])):
+def main() -> None:
+    """Write a sweep's report again."""
+    if len(sys.argv) != 2 or not report_sweep(Path(sys.argv[1])):
         sys.exit("usage: python -m experiments.report SWEEP_DIR (a folder of jobs with results)")
-    report_sweep(Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()

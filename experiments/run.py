@@ -1,10 +1,12 @@
 """The command line: ``python -m experiments.run [option=value ...]``."""
 
+import contextlib
 import json
 import logging
 import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.command_line import CONFIGS, ended_briefly, remove_traces
-from experiments.schema import ConfigurationError, build, plain, same_outcome
+from experiments.command_line import CONFIGS, ended_briefly, remove_empty, sentence
+from experiments.schema import ConfigurationError, build, plain
 
 _log = logging.getLogger(__name__)
 
@@ -23,37 +25,42 @@ _log = logging.getLogger(__name__)
 def run(config: DictConfig) -> float:
     """Run one experiment; its average accuracy is what a sweeper maximises.
 
-    A job of a sweep that diverges has NaN, and a row in the sweep's report that says so.
+    A job of a sweep that fails has NaN, and so has one that diverges; the sweep goes on, and
+    its report names the job.
     """
-    directory = Path(HydraConfig.get().runtime.output_dir)
-    single = HydraConfig.get().mode == RunMode.RUN
+    job = HydraConfig.get()
+    directory = Path(job.runtime.output_dir)
+    single = job.mode == RunMode.RUN
     try:
-        settings = plain(config)
-        return _run(settings, directory)
-    except ConfigurationError as error:
-        remove_traces(directory)
-        # A sweep must hear of it as an exception.
+        return _run(plain(config), directory, single)
+    except (ConfigurationError, FloatingPointError) as error:
+        reason = sentence(error)
+        remove_empty(directory)
+    except OSError as error:
+        option = "hydra.run.dir" if single else "hydra.sweep.dir"
+        reason = f"{sentence(error)} ({option} is {directory})."
+        remove_empty(directory)
+    except Exception as error:
         if single:
-            sys.exit(f"error: {error}")
-        raise
-    except FloatingPointError as error:
-        # What a run that diverged has recorded stays, for it shows how.
-        if single:
-            sys.exit(f"error: {error}")
-        _log.error("diverged: %s", error)
-        _keep_diverged(directory, settings, str(error))
-        return math.nan
+            raise
+        _log.exception("The job failed.")
+        reason = f"{type(error).__name__}: {sentence(error)}"
+    if single:
+        sys.exit(f"error: {reason}")
+    from experiments.report import note_failure
+
+    _log.error("%s", reason)
+    sweep = Path(job.runtime.cwd) / job.sweep.dir
+    note_failure(sweep, f"job {job.job.num} ({' '.join(job.overrides.task)})", reason)
+    return math.nan
 
 
-def _run(config: dict[str, Any], directory: Path) -> float:
+def _run(config: dict[str, Any], directory: Path, single: bool) -> float:
     # Slow to import, and not needed to find a wrong option on the command line.
-    from rich.console import Console
-
-    from experiments import pictures, report
+    from experiments import folder
     from experiments.experiment import Experiment
-    from experiments.tracking import Recorder
 
-    if (done := report.read_results(directory)) and same_outcome(done["config"], config):
+    if done := folder.finished(directory, config):
         # A sweep into the same folder goes on where it stopped.
         _log.info("already done: %s", os.path.relpath(directory))
         return float(done.get("average_accuracy", math.nan))
@@ -63,29 +70,54 @@ def _run(config: dict[str, Any], directory: Path) -> float:
         prepared = experiment.prepare()
     except (FileNotFoundError, ValueError) as error:
         raise ConfigurationError(str(error)) from error
+    with folder.owned(directory, config), _logged(directory / "run.log"):
+        try:
+            return _train(prepared, config, directory)
+        except FloatingPointError as error:
+            # What a run that diverged has recorded stays, for it shows how.
+            if single:
+                raise
+            _log.error("diverged: %s", error)
+            # What a sweep keeps of it: that it has run, and how it ended.
+            overrides = list(HydraConfig.get().overrides.task)
+            job = {"seed": experiment.seed, "config": config, "overrides": overrides}
+            folder.write_results(directory, {"diverged": str(error), **job})
+            return math.nan
 
-    job = HydraConfig.get()
-    multirun = job.mode == RunMode.MULTIRUN
-    choices = job.runtime.choices
-    title = f"{choices['benchmark']} ({experiment.benchmark.scenario}), {choices['strategy']}"
+
+def _train(prepared: Any, config: dict[str, Any], directory: Path) -> float:
+    """Run it, keep its results, then all that can be had again from them, and show them."""
+    from rich.console import Console
+
+    from experiments import pictures, report
+    from experiments.folder import PICTURES, only_warned
+    from experiments.tracking import Recorder
+
+    job, experiment = HydraConfig.get(), prepared.experiment
+    choices, scenario = job.runtime.choices, experiment.benchmark.scenario
+    title = f"{choices['benchmark']} ({scenario}), {choices['strategy']}"
     name = f"{choices['benchmark']}-{choices['strategy']}-seed{experiment.seed}"
-    group = Path(job.sweep.dir).name if multirun else None
+    group = Path(job.sweep.dir).name if job.mode == RunMode.MULTIRUN else None
     with Recorder(directory, experiment.wandb, config, name, group) as recorder:
         results = prepared.run(recorder, Console(stderr=True), _log)
         results |= {"config": config, "overrides": list(job.overrides.task)}
+        _keep(directory, results)
         matrix = results["accuracy_matrix"]
-        paths = {n: directory / f"{n}.png" for n in ("accuracy_matrix", "learning_curves")}
-        pictures.draw_accuracy_matrix(matrix, title, paths["accuracy_matrix"])
-        pictures.draw_learning_curves(matrix, _steps(directory), title, paths["learning_curves"])
-        for picture, path in paths.items():
-            recorder.picture(picture, path)
+        with only_warned("config.yaml"):
+            OmegaConf.save(OmegaConf.create(config), directory / "config.yaml")
+        for picture in PICTURES:
+            path = directory / f"{picture}.png"
+            with only_warned(path.name):
+                if picture == "accuracy_matrix":
+                    pictures.draw_accuracy_matrix(matrix, title, path)
+                else:
+                    pictures.draw_learning_curves(matrix, recorder.steps, title, path)
+                recorder.picture(picture, path)
         recorder.table("accuracy", *report.accuracy_table(matrix))
         final = ("average_accuracy", "forgetting", "backward_transfer")
         recorder.summary({key: results[key] for key in final})
-        OmegaConf.save(OmegaConf.create(config), directory / "config.yaml")
-        report.write_results(directory / "results.json", results)
     console = Console()
-    report.show_results(results, title, experiment.benchmark.scenario, console)
+    report.show_results(results, title, scenario, console)
     seconds = ", ".join(f"{key} {value:.1f}" for key, value in results["seconds"].items())
     console.print(
         f"average accuracy {100 * results['average_accuracy']:.2f} %, forgetting "
@@ -99,19 +131,28 @@ def _run(config: dict[str, Any], directory: Path) -> float:
     return float(results["average_accuracy"])
 
 
-def _keep_diverged(directory: Path, config: dict[str, Any], reason: str) -> None:
-    """What a sweep keeps of a job without results: that it has run, and how it ended."""
-    from experiments import report
+def _keep(directory: Path, results: dict[str, Any]) -> None:
+    """Write the results, or show them where they cannot be written: there is no other copy."""
+    from experiments import folder
 
-    overrides = list(HydraConfig.get().overrides.task)
-    job = {"diverged": reason, "seed": config["seed"], "config": config, "overrides": overrides}
-    report.write_results(directory / "results.json", job)
+    try:
+        folder.write_results(directory, results)
+    except OSError:
+        print(json.dumps(results))
+        raise
 
 
-def _steps(directory: Path) -> list[dict[str, float]]:
-    """The recorded training steps."""
-    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [record for record in map(json.loads, lines) if "step" in record]
+@contextlib.contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Add what is logged to a file, in the form of Hydra's own, which opens it too early."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
 """Where a run's numbers go: ``metrics.jsonl`` and Weights & Biases, side by side."""
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -9,6 +11,8 @@ from typing import Any, Literal, Self
 
 import wandb
 
+from experiments.command_line import sentence
+from experiments.folder import METRICS, only_warned
 from experiments.schema import ConfigurationError
 
 
@@ -36,12 +40,22 @@ class WandB:
 class Recorder:
     """Writes every record of a run to ``metrics.jsonl`` and to W&B (a context manager).
 
+    Once it is open, no error of either ends the run: what cannot be written is a warning, and
+    nothing more goes there.
+
     Args:
         directory: the run's directory.
         options: how the run shows in W&B.
         config: the resolved configuration, kept with the run.
         name: the run's name, where ``options`` has none.
         group: its group, where ``options`` has none.
+
+    Attributes:
+        steps: the records of training steps so far.
+
+    Raises:
+        ConfigurationError: W&B cannot begin.
+        OSError: ``metrics.jsonl`` cannot be written.
     """
 
     def __init__(
@@ -54,44 +68,49 @@ class Recorder:
     ) -> None:
         self.directory = directory
         self.options = options
-        self._file = (directory / "metrics.jsonl").open(
-            "w", encoding="utf-8", buffering=1
-        )  # line by line: a run that is cut short keeps its records
-        try:
-            self.run = wandb.init(
-                mode=options.mode,
-                project=options.project,
-                entity=options.entity,
-                name=options.name or name,
-                group=options.group or group,
-                tags=options.tags,
-                job_type="train",
-                dir=directory,
-                config=dict(config),
-                reinit="finish_previous",
-                settings=wandb.Settings(
-                    silent=True, console="off", x_disable_stats=True, save_code=False
-                ),
-            )
-        except wandb.errors.UsageError as error:
-            self._file.close()
-            raise ConfigurationError(
-                f"wandb.mode is 'online' and W&B says: {error} wandb.mode=offline and "
-                "wandb.mode=disabled need no account."
-            ) from error
-        except wandb.errors.CommError as error:
-            self._file.close()
-            raise ConfigurationError(
-                "wandb.mode is 'online' and W&B cannot be reached: wandb.mode=offline keeps "
-                "the run on disk for a later `wandb sync`."
-            ) from error
-        # W&B drops what is logged under a smaller step than before; each kind of record
-        # has its own axis instead.
-        self.run.define_metric("step")
-        self.run.define_metric("task")
-        self.run.define_metric("train/*", step_metric="step")
-        for kind in ("eval", "fisher", "drift"):
-            self.run.define_metric(f"{kind}/*", step_metric="task")
+        self.steps: list[dict[str, float | int]] = []
+        self._writes, self._shows = True, True
+        self._closing = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            self._file = stack.enter_context(
+                (directory / METRICS).open("w", encoding="utf-8", buffering=1)
+            )  # line by line: a run that is cut short keeps its records
+            stack.enter_context(_staged_in(directory / "wandb"))
+            try:
+                self.run = wandb.init(
+                    mode=options.mode,
+                    project=options.project,
+                    entity=options.entity,
+                    name=options.name or name,
+                    group=options.group or group,
+                    tags=options.tags,
+                    job_type="train",
+                    dir=directory,
+                    config=dict(config),
+                    reinit="finish_previous",
+                    settings=wandb.Settings(
+                        silent=True, console="off", x_disable_stats=True, save_code=False
+                    ),
+                )
+            except wandb.errors.UsageError as error:
+                raise ConfigurationError(
+                    f"wandb.mode is {options.mode!r} and W&B says: {error} wandb.mode=offline and "
+                    "wandb.mode=disabled need no account."
+                ) from error
+            except (wandb.errors.Error, OSError) as error:
+                raise ConfigurationError(
+                    f"wandb.mode is {options.mode!r} and W&B cannot begin ({sentence(error)}): "
+                    "wandb.mode=offline keeps the run on disk for a later `wandb sync`, "
+                    "wandb.mode=disabled does without W&B."
+                ) from error
+            # W&B drops what is logged under a smaller step than before; each kind of record
+            # has its own axis instead.
+            self.run.define_metric("step")
+            self.run.define_metric("task")
+            self.run.define_metric("train/*", step_metric="step")
+            for kind in ("eval", "fisher", "drift"):
+                self.run.define_metric(f"{kind}/*", step_metric="task")
+            self._closing = stack.pop_all()
 
     def __enter__(self) -> Self:
         """Nothing more to open."""
@@ -104,25 +123,44 @@ class Recorder:
         trace: TracebackType | None,
     ) -> None:
         """Close both, the W&B run as failed if there was an error."""
-        self._file.close()
-        self.run.finish(exit_code=0 if error is None else 1)
+        with only_warned("the end of the W&B run"):
+            self.run.finish(exit_code=0 if error is None else 1)
+        with only_warned(METRICS):
+            self._closing.close()
 
     def log(self, record: Mapping[str, float | int]) -> None:
         """Write one record of scalars; it names its axis, ``step`` or ``task``."""
-        self._file.write(json.dumps(record) + "\n")
-        self.run.log(dict(record))
+        if "step" in record:
+            self.steps.append(dict(record))
+        if self._writes:
+            self._writes = False
+            with only_warned(METRICS):
+                self._file.write(json.dumps(record) + "\n")
+                self._writes = True
+        self._show(dict(record))
 
     def picture(self, name: str, path: Path) -> None:
         """Show a PNG file in the W&B run."""
-        self.run.log({name: wandb.Image(str(path))})
+        with only_warned(f"{name} in W&B"):
+            self.run.log({name: wandb.Image(str(path))})
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Show a table in the W&B run."""
-        self.run.log({name: wandb.Table(columns=list(columns), data=[list(r) for r in rows])})
+        with only_warned(f"{name} in W&B"):
+            table = wandb.Table(columns=list(columns), data=[list(r) for r in rows])
+            self.run.log({name: table})
 
     def summary(self, values: Mapping[str, float]) -> None:
         """Set the final figures of the W&B run."""
-        self.run.summary.update(dict(values))
+        with only_warned("the summary in W&B"):
+            self.run.summary.update(dict(values))
+
+    def _show(self, record: dict[str, Any]) -> None:
+        if self._shows:
+            self._shows = False
+            with only_warned("records in W&B"):
+                self.run.log(record)
+                self._shows = True
 
     @property
     def sync_command(self) -> str | None:
@@ -132,3 +170,19 @@ class Recorder:
         folder = Path(self.run.dir).parent
         here = Path.cwd()
         return f"wandb sync {folder.relative_to(here) if folder.is_relative_to(here) else folder}"
+
+
+@contextlib.contextmanager
+def _staged_in(folder: Path) -> Iterator[None]:
+    """Let W&B put files that wait for their upload there, not under the home directory.
+
+    The run then has them with it on another machine, and does without a home.
+    """
+    if "WANDB_DATA_DIR" in os.environ:  # the user's choice
+        yield
+        return
+    os.environ["WANDB_DATA_DIR"] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ["WANDB_DATA_DIR"]

@@ -1,0 +1,291 @@
+"""A run's folder: one process at a time, one configuration, and results that are whole.
+
+``run.json`` says which process runs in the folder, or ran there last, and with which
+configuration.  A process holds a lock on it for as long as it runs; the operating system
+ends the lock with the process, however that ends.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from experiments.schema import NO_OUTCOME, ConfigurationError, same_outcome
+
+_log = logging.getLogger(__name__)
+
+OWNER = "run.json"
+METRICS = "metrics.jsonl"
+NETWORK = "checkpoints/model.safetensors"
+PENALTY = "checkpoints/penalty.pt"
+PICTURES = ("accuracy_matrix", "learning_curves")
+"""Names of the pictures of a run, PNG files."""
+
+_RECORDS = (METRICS, NETWORK, PENALTY)
+_LEFT = (*_RECORDS, *(f"{name}.png" for name in PICTURES), "config.yaml", "results.json")
+"""What a run leaves in its folder, beside ``run.json``, its log and W&B's files."""
+
+
+# --- results ------------------------------------------------------------------------------
+
+
+class DamagedResultsError(ValueError):
+    """A ``results.json`` that is not what :func:`write_results` writes."""
+
+
+class _Job(BaseModel):
+    """What every ``results.json`` holds."""
+
+    model_config = ConfigDict(strict=True)
+    config: dict[str, Any]
+    overrides: list[str]
+    seed: int
+
+
+class _Finished(_Job):
+    """What it holds of a run that trained every task."""
+
+    average_accuracy: float
+    forgetting: float
+    backward_transfer: float
+    accuracy_matrix: list[list[float]]
+    fisher_overlap: list[dict[str, float]] = []
+    seconds: dict[str, float]
+    versions: dict[str, str]
+
+
+class _Diverged(_Job):
+    """What it holds of one that diverged."""
+
+    diverged: str
+
+
+def write_results(directory: Path, results: Mapping[str, Any]) -> None:
+    """Write ``results.json`` whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; an earlier one is as it was.
+    """
+    write_whole(directory / "results.json", json.dumps(results, indent=2) + "\n")
+
+
+def read_results(directory: Path) -> dict[str, Any] | None:
+    """What :func:`write_results` wrote into a run's folder, ``None`` if there is nothing.
+
+    Raises:
+        DamagedResultsError: there is something else; the message names the file.
+    """
+    path = directory / "results.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        kind = _Diverged if isinstance(results, dict) and "diverged" in results else _Finished
+        kind.model_validate(results)
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise _damaged(path, f"{where}: {first['msg']}" if where else first["msg"]) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from error
+    else:
+        matrix = results.get("accuracy_matrix", [[0.0]])
+        if not matrix or any(len(row) != len(matrix) for row in matrix):
+            raise _damaged(path, "accuracy_matrix: it has not as many columns as rows")
+        if "total" not in results.get("seconds", {"total": 0.0}):
+            raise _damaged(path, "seconds.total: Field required")
+        return dict(results)
+
+
+def _damaged(path: Path, reason: str) -> DamagedResultsError:
+    return DamagedResultsError(f"{os.path.relpath(path)} is damaged ({reason}).")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is there whole or not at all, also when the machine stops.
+
+    Raises:
+        OSError: it cannot be written; an earlier file of that name is as it was.
+    """
+    part = part_of(path)
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+    # The file is there; some file systems cannot sync a folder.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def part_of(path: Path) -> Path:
+    """Where a file is written before it takes the place of an earlier one of its name."""
+    return path.with_name(f"{path.name}.part")
+
+
+@contextlib.contextmanager
+def only_warned(what: str) -> Iterator[None]:
+    """Make a warning of any error of something that a run can do without.
+
+    Args:
+        what: what could not be done, for the message.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        _log.warning("%s: %s; the run goes on without.", what, reason)
+
+
+# --- one owner and one configuration ------------------------------------------------------
+
+
+def finished(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The results of a run with this configuration, ``None`` if it has yet to be run.
+
+    Nothing is written.  Damaged results are named and count as none.
+
+    Raises:
+        ConfigurationError: another process runs in the folder, or it holds a run of another
+            configuration, finished or not.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        descriptor = os.open(directory / OWNER, os.O_RDONLY)
+        try:
+            _lock(descriptor, fcntl.LOCK_SH, directory)
+        finally:
+            os.close(descriptor)
+    return _results_of_same(directory, config)
+
+
+@contextlib.contextmanager
+def owned(directory: Path, config: Mapping[str, Any]) -> Iterator[None]:
+    """Hold a run's folder, with nothing in it of an earlier run of the same configuration.
+
+    Raises:
+        ConfigurationError: another process runs in the folder, or it holds a finished run,
+            or one of another configuration.
+        OSError: the folder cannot be written.
+    """
+    descriptor = os.open(directory / OWNER, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _lock(descriptor, fcntl.LOCK_EX, directory)
+        if _results_of_same(directory, config):
+            raise ConfigurationError(
+                f"{os.path.relpath(directory)} has been finished by another process meanwhile."
+            )
+        owner = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "config": config,
+        }
+        content = (json.dumps(owner, indent=2) + "\n").encode()
+        # In place, as the lock is the file's; never empty between the two.
+        os.pwrite(descriptor, content, 0)
+        os.ftruncate(descriptor, len(content))
+        for name in _LEFT:
+            for path in (directory / name, part_of(directory / name)):
+                path.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(descriptor)  # and with it ends the lock
+
+
+def _lock(descriptor: int, kind: int, directory: Path) -> None:
+    """Lock ``run.json`` without waiting; ``kind`` is ``LOCK_EX``, or ``LOCK_SH`` for a look."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = _read_owner(directory)
+        holder = "another process"
+        if owner.keys() >= {"pid", "host", "started"}:
+            holder = f"process {owner['pid']} on {owner['host']} since {owner['started']}"
+        raise ConfigurationError(
+            f"{os.path.relpath(directory)} is in use by {holder}: wait for its end, or choose "
+            f"another folder with {_OPTIONS}."
+        ) from error
+    except OSError as error:
+        _log.warning(
+            "%s cannot be locked (%s): nothing but care keeps other runs out of it.",
+            os.path.relpath(directory),
+            error.strerror,
+        )
+
+
+_OPTIONS = "hydra.run.dir=DIR (of a sweep hydra.sweep.dir=DIR)"
+
+
+def _results_of_same(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The folder's results; raises if anything in it is of another configuration."""
+    results, damaged = None, None
+    try:
+        results = read_results(directory)
+    except DamagedResultsError as error:
+        damaged = error
+    known = _configurations(directory)
+    if results:
+        known.append(results["config"])
+    run = f"{os.path.relpath(directory)} holds {'a finished' if results else 'an unfinished'} run"
+    advice = f"choose another folder with {_OPTIONS}, or remove this one"
+    for other in known:
+        if not same_outcome(other, config):
+            difference = _difference(other, config)
+            raise ConfigurationError(f"{run} of another configuration{difference}: {advice}.")
+    if not known and any((directory / name).exists() for name in _RECORDS):
+        raise ConfigurationError(f"{run} and does not say of which configuration: {advice}.")
+    if damaged:
+        _log.warning("%s The run starts again.", damaged)
+    return results
+
+
+def _configurations(directory: Path) -> list[dict[str, Any]]:
+    """The configurations that the folder names, beside its results'.
+
+    Hydra's own file is of runs from before there was ``run.json``.
+    """
+    found = [_read_owner(directory).get("config")]
+    for name in ("config.yaml", ".hydra/config.yaml"):
+        with contextlib.suppress(Exception):  # whatever else it is, it is no run's
+            found.append(OmegaConf.to_container(OmegaConf.load(directory / name), resolve=True))
+    return [config for config in found if isinstance(config, dict) and config]
+
+
+def _read_owner(directory: Path) -> dict[str, Any]:
+    """What ``run.json`` says; nothing where it is not there or damaged."""
+    try:
+        owner = json.loads((directory / OWNER).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _difference(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> str:
+    """The first option with two values, in brackets; nothing where only one has the option."""
+    for name, value in there.items():
+        if (not path and name in NO_OUTCOME) or name not in here or value == here[name]:
+            continue
+        option = f"{path}.{name}" if path else name
+        if not (isinstance(value, Mapping) and isinstance(here[name], Mapping)):
+            return f" ({option} is {value!r} there and {here[name]!r} here)"
+        if deeper := _difference(value, here[name], option):
+            return deeper
+    return ""
