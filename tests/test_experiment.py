@@ -116,7 +116,7 @@ def test_checkpoints_hold_network_and_penalty(tmp_path):
 
 
 def test_records_are_on_disk_as_they_come(tmp_path):
-    """The learning curves are drawn from them before the run is closed."""
+    """A run that is cut short has them."""
     with Recorder(tmp_path, WandB(mode="disabled"), {}, "test", None) as recorder:
         recorder.log({"step": 1, "train/loss": 0.5})
         assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {

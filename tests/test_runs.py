@@ -1,0 +1,567 @@
+"""A run's folder and what goes wrong around a run: nothing is lost, mixed or half done."""
+
+import errno
+import json
+import logging
+import os
+import resource
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import wandb
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+
+import ewc
+from experiments import experiment, folder, report, run
+from experiments.experiment import Prepared
+from experiments.folder import OWNER, finished, owned, read_results, write_results
+from experiments.observers import TrainingObserver
+from experiments.schema import ConfigurationError
+from experiments.tracking import Recorder, WandB
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["model.hidden=[8]", "training.iterations=20", "training.batch_size=16"]
+SMALL += ["benchmark.num_tasks=2", "wandb.mode=disabled", "strategy=naive"]
+TRAINING = {"_target_": "experiments.experiment.Training", "epochs": 2}
+CONFIG = {"_target_": "experiments.experiment.Experiment", "seed": 0, "threads": 1}
+CONFIG |= {"training": TRAINING}
+RESULTS = {
+    "average_accuracy": 0.75,
+    "forgetting": 0.0,
+    "backward_transfer": 0.0,
+    "accuracy_matrix": [[1.0, 0.0], [0.5, 1.0]],
+    "seconds": {"total": 1.0},
+    "config": CONFIG,
+    "overrides": ["strategy=ewc", "seed=0"],
+    "seed": 0,
+    "versions": {"ewc": "1"},
+}
+DIVERGED = {key: RESULTS[key] for key in ("config", "overrides", "seed")} | {"diverged": "task 1"}
+
+
+def contents(directory):
+    """Every file of a folder and what is in it."""
+    return {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """The command line in this process: the exit code, what was printed, and errors."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    def call(*arguments, into="run"):
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        given = {argument.partition("=")[0] for argument in arguments}
+        missing = [option for option in SMALL if option.partition("=")[0] not in given]
+        places = [f"hydra.run.dir={tmp_path / into}", f"hydra.sweep.dir={tmp_path / into}"]
+        monkeypatch.setattr(sys, "argv", ["run", *arguments, *places, *missing])
+        code = 0
+        try:
+            run.main()
+        except SystemExit as end:
+            code = end.code
+        out, err = capsys.readouterr()
+        if isinstance(code, str):  # what Python prints, with status 1
+            code, err = 1, f"{err}{code}\n"
+        return code or 0, out, err
+
+    yield call
+    root.handlers[:], root.level = handlers, level
+
+
+# --- results are whole --------------------------------------------------------------------
+
+
+def test_results_reach_the_disk_before_their_name(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor):
+        calls.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    def noted_replace(*paths):
+        calls.append("name")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    write_results(tmp_path, RESULTS)
+    assert calls == ["file", "name", "folder"]
+    assert read_results(tmp_path) == RESULTS
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_results_that_cannot_be_written_leave_the_earlier_ones(tmp_path, monkeypatch, name):
+    write_results(tmp_path, RESULTS)
+    before = contents(tmp_path)
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, name, fail)
+    with pytest.raises(OSError, match="Input/output"):
+        write_results(tmp_path, RESULTS | {"seed": 1})
+    assert contents(tmp_path) == before
+
+
+WHOLE = json.dumps(RESULTS)
+DAMAGED = {
+    "empty": "",
+    "truncated": WHOLE[: len(WHOLE) // 2],
+    "not JSON": "average accuracy: 75 %",
+    "not text": b"\xff\xfe\x00",
+    "nested": "[" * 100_000,
+    "null": "null",
+    "a number": "0.75",
+    "a list": f"[{WHOLE}]",
+    "nothing": "{}",
+    "a word for a number": json.dumps(RESULTS | {"average_accuracy": "high"}),
+    "no seconds": json.dumps(RESULTS | {"seconds": {}}),
+    "no configuration": json.dumps(RESULTS | {"config": None}),
+    "a ragged matrix": json.dumps(RESULTS | {"accuracy_matrix": [[1.0], [0.5, 1.0]]}),
+    "no matrix": json.dumps(RESULTS | {"accuracy_matrix": []}),
+    "diverged and no more": '{"diverged": "task 1"}',
+    "a folder": None,
+}
+
+
+def damage(directory, content):
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "results.json"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_results_are_named_and_left_out(tmp_path, caplog, content):
+    for name, results in (("a", RESULTS), ("c", DIVERGED)):
+        (tmp_path / name).mkdir()
+        write_results(tmp_path / name, results)
+    damage(tmp_path / "b", content)
+    assert report.read_jobs(tmp_path) == [RESULTS, DIVERGED]
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert f"{os.path.relpath(tmp_path / 'b' / 'results.json')} is damaged" in message
+    assert "\n" not in message
+    assert report.report_sweep(tmp_path) == 2
+    assert "| ewc | 0 | 75.00 (1 diverged) |" in (tmp_path / "report.md").read_text()
+
+
+def test_the_kept_results_are_whole(caplog):
+    found = list((ROOT / "results").glob("*/*/results.json"))
+    assert all(read_results(path.parent) for path in found)
+    assert found
+
+
+# --- one configuration --------------------------------------------------------------------
+
+
+def leave(directory, *kinds, config=CONFIG):
+    """What a run of a configuration leaves behind at different points."""
+    directory.mkdir(exist_ok=True)
+    (directory / "checkpoints").mkdir(exist_ok=True)
+    for kind in kinds:
+        if kind == OWNER:
+            (directory / kind).write_text(json.dumps({"config": config}))
+        elif kind == "results.json":
+            write_results(directory, RESULTS | {"config": config})
+        elif kind.endswith(".yaml"):
+            (directory / kind).parent.mkdir(exist_ok=True)
+            (directory / kind).write_text(json.dumps(config))  # JSON is YAML
+        else:
+            (directory / kind).write_text("something")
+
+
+UNFINISHED = (OWNER, "metrics.jsonl", "checkpoints/model.safetensors")
+LEFT = [
+    UNFINISHED,
+    (OWNER,),
+    (*UNFINISHED, "results.json"),
+    ("results.json",),
+    (".hydra/config.yaml", "metrics.jsonl"),
+    ("config.yaml", "metrics.jsonl", "accuracy_matrix.png"),
+]
+
+
+@pytest.mark.parametrize("kinds", LEFT, ids=", ".join)
+@pytest.mark.parametrize("other", [{"seed": 1}, {"training": TRAINING | {"epochs": 3}}], ids=list)
+def test_a_folder_of_another_configuration_is_refused(tmp_path, kinds, other):
+    leave(tmp_path, *kinds)
+    before = contents(tmp_path)
+    (key,) = other
+    names = {"seed": "seed is 0 there and 1 here", "training": "training.epochs is 2 there and 3"}
+    state = "a finished" if "results.json" in kinds else "an unfinished"
+    with pytest.raises(ConfigurationError, match=f"{state} run of another .*{names[key]}"):
+        finished(tmp_path, CONFIG | other)
+    with (
+        pytest.raises(ConfigurationError, match="another configuration"),
+        owned(tmp_path, CONFIG | other),
+    ):
+        pytest.fail("the folder is another's")
+    after = contents(tmp_path)
+    assert {path: after[path] for path in before} == before
+
+
+def test_results_and_an_unfinished_run_of_two_configurations_are_refused(tmp_path):
+    leave(tmp_path, "results.json")
+    leave(tmp_path, *UNFINISHED, config=CONFIG | {"seed": 1})
+    for seed in (0, 1):
+        with pytest.raises(ConfigurationError, match="of another configuration"):
+            finished(tmp_path, CONFIG | {"seed": seed})
+
+
+@pytest.mark.parametrize("record", ["metrics.jsonl", "checkpoints/penalty.pt"])
+def test_a_run_of_an_unknown_configuration_is_refused(tmp_path, record):
+    leave(tmp_path, record)
+    with pytest.raises(ConfigurationError, match="does not say of which configuration"):
+        finished(tmp_path, CONFIG)
+    assert (tmp_path / record).exists()
+
+
+def test_an_unfinished_run_of_the_same_configuration_starts_over(tmp_path):
+    leave(tmp_path, *UNFINISHED, "checkpoints/penalty.pt", "learning_curves.png")
+    damage(tmp_path, "{")
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert finished(tmp_path, CONFIG | {"threads": 2}) is None  # which decides nothing
+    with owned(tmp_path, CONFIG):
+        left = {path.name for path in contents(tmp_path)}
+    assert left == {"run.json", "thesis.txt"}
+
+
+def test_finished_results_of_the_same_configuration_are_given(tmp_path):
+    leave(tmp_path, *UNFINISHED, "results.json")
+    before = contents(tmp_path)
+    assert finished(tmp_path, CONFIG) == RESULTS
+    with pytest.raises(ConfigurationError, match="finished by another process"):
+        owned(tmp_path, CONFIG).__enter__()
+    assert contents(tmp_path) == before
+
+
+# --- one owner ----------------------------------------------------------------------------
+
+HOLDER = """
+import json, sys, time
+from pathlib import Path
+from experiments.folder import owned
+with owned(Path(sys.argv[1]), json.loads(sys.argv[2])):
+    print("mine", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_folder_has_one_owner_until_its_process_ends(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path, json.dumps(CONFIG)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout.readline() == "mine\n"
+        before = contents(tmp_path)
+        named = f"in use by process {holder.pid} on {socket.gethostname()} since 20"
+        for config in (CONFIG, CONFIG | {"seed": 1}):
+            with pytest.raises(ConfigurationError, match=named):
+                finished(tmp_path, config)
+            with pytest.raises(ConfigurationError, match=named), owned(tmp_path, config):
+                pytest.fail("it is another's")
+        assert contents(tmp_path) == before
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        holder.stdout.close()
+    assert finished(tmp_path, CONFIG) is None
+    with owned(tmp_path, CONFIG):
+        assert json.loads((tmp_path / "run.json").read_text())["pid"] == os.getpid()
+        with pytest.raises(ConfigurationError, match=f"process {os.getpid()} on"):
+            finished(tmp_path, CONFIG)
+    assert finished(tmp_path, CONFIG) is None
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
+    def unsupported(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(folder.fcntl, "flock", unsupported)
+    with owned(tmp_path, CONFIG):
+        assert "cannot be locked (Operation not supported)" in caplog.text
+
+
+# --- the command line ---------------------------------------------------------------------
+
+
+def test_a_folder_is_neither_mixed_nor_overwritten(tmp_path, command, monkeypatch):
+    assert command("seed=0")[0] == 0
+    before = contents(tmp_path)
+    code, out, err = command("seed=1")
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert "a finished run of another configuration (seed is 0 there and 1 here)" in err
+    code, out, err = command("seed=0")
+    assert (code, err) == (0, "")
+    assert "already done" in out
+    assert contents(tmp_path) == before
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingObserver, "after_training_exp", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            command("seed=1", into="other")
+    assert len((tmp_path / "other" / "metrics.jsonl").read_text().splitlines()) == 20
+    before = contents(tmp_path)
+    code, _, err = command("seed=0", into="other")
+    assert code == 1
+    assert "an unfinished run of another configuration (seed is 1 there and 0 here)" in err
+    assert contents(tmp_path) == before
+    assert command("seed=1", into="other")[0] == 0
+    records = (tmp_path / "other" / "metrics.jsonl").read_text().splitlines()
+    assert len(records) == 2 * 20 + 2
+    assert read_results(tmp_path / "other")["seed"] == 1
+
+
+def broken(*_, **__):
+    raise OSError(errno.EIO, "Input/output error")
+
+
+class Gone:
+    """What W&B's run is when its process has ended."""
+
+    def __getattr__(self, name):
+        broken()
+
+
+def once_open(patch, fault):
+    """Have the fault when the run's records have been opened."""
+    enter = Recorder.__enter__
+
+    def entered(recorder):
+        fault(recorder)
+        return enter(recorder)
+
+    patch.setattr(Recorder, "__enter__", entered)
+
+
+def full_disk(recorder):
+    with Path("/dev/full").open("w") as full:
+        os.dup2(full.fileno(), recorder._file.fileno())
+
+
+FAULTS = {
+    "accuracy_matrix.png": lambda patch: patch.setattr(Figure, "savefig", broken),
+    "learning_curves in W&B": lambda patch: patch.setattr(wandb, "Image", broken),
+    "accuracy in W&B": lambda patch: patch.setattr(wandb, "Table", broken),
+    "the summary in W&B": lambda patch: once_open(patch, lambda r: setattr(r, "run", Gone())),
+    "records in W&B": lambda patch: once_open(patch, lambda r: setattr(r, "run", Gone())),
+    "the end of the W&B run": lambda patch: once_open(patch, lambda r: setattr(r, "run", Gone())),
+    "config.yaml": lambda patch: patch.setattr(OmegaConf, "save", broken),
+    "metrics.jsonl": lambda patch: once_open(patch, full_disk),
+    "checkpoints/model.safetensors": lambda patch: patch.setattr(experiment, "save_file", broken),
+    "checkpoints/penalty.pt": lambda patch: patch.setattr(torch, "save", broken),
+}
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_a_fault_of_what_is_not_the_result_is_a_warning(tmp_path, command, monkeypatch, what):
+    FAULTS[what](monkeypatch)
+    code, out, err = command("strategy=ewc")
+    assert (code, err) == (0, "")
+    assert f"{what}: [Errno" in out
+    assert read_results(tmp_path / "run")["average_accuracy"] > 0
+    assert (tmp_path / "run" / "learning_curves.png").exists() == (what != "accuracy_matrix.png")
+
+
+def test_results_come_before_pictures(tmp_path, command, monkeypatch):
+    there = []
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda *_, **__: there.append(read_results(tmp_path / "run")),
+    )
+    assert command()[0] == 0
+    assert len(there) == 2
+    assert all(there)
+
+
+def test_results_that_cannot_be_written_are_printed(tmp_path, command, monkeypatch):
+    monkeypatch.setattr(folder, "write_whole", broken)
+    code, out, err = command()
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert "Input/output error" in err
+    (printed,) = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert len(printed["accuracy_matrix"]) == 2
+
+
+def test_a_run_under_a_limit_of_file_size_has_results(tmp_path):
+    """The system refuses every file beyond 12 kB: pictures and checkpoints, not results."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "experiments.run", *SMALL, f"hydra.run.dir={tmp_path}/run"),
+            *("training.log_every=10", "model.hidden=[100]", "benchmark.num_tasks=5"),
+        ],
+        cwd=ROOT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000)),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(read_results(tmp_path / "run")["accuracy_matrix"]) == 5
+    assert "accuracy_matrix.png: [Errno" in done.stdout
+    assert "checkpoints/model.safetensors: " in done.stdout
+
+
+def test_wandb_needs_no_home(tmp_path, command, monkeypatch):
+    (tmp_path / "home").write_text("a file, no folder")
+    monkeypatch.delenv("WANDB_DATA_DIR")
+    for name in ("HOME", "XDG_DATA_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    code, out, err = command("wandb.mode=offline")
+    assert (code, err) == (0, "")
+    assert "WARNING" not in out
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/table/*.json"))
+    assert "WANDB_DATA_DIR" not in os.environ
+
+
+def test_curves_are_drawn_from_memory(tmp_path):
+    with Recorder(tmp_path, WandB(mode="disabled"), {}, "test", None) as recorder:
+        recorder.log({"step": 1, "train/loss": 0.5})
+        recorder.log({"task": 0, "eval/accuracy/task00": 0.5})
+        recorder.log({"step": 2, "train/loss": 0.25})
+        assert recorder.steps == [
+            {"step": 1, "train/loss": 0.5},
+            {"step": 2, "train/loss": 0.25},
+        ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model=null"], "Option 'model' is 'null': allowed are mlp."),
+        (["benchmark=3"], "Option 'benchmark' is '3': allowed are permuted_digits, "),
+        (["threads=100000"], "threads is 100000: this machine has"),
+        (["device=meta"], "device is 'meta': "),
+        (["model.hidden=[100000000000]"], "model: 7500000000010 parameters and their gradients"),
+        (["model.hidden=[100000000000,100000000000]"], "model: "),
+        ([f"model.hidden=[{10**30}]"], "model: "),
+        (
+            ["optimizer._target_=torch.optim.LBFGS", "~optimizer.betas", "~optimizer.fused"],
+            "optimizer is LBFGS, which takes no step by gradients alone",
+        ),
+        (
+            ["optimizer._target_=torch.optim.SparseAdam", "~optimizer.fused"],
+            "optimizer is SparseAdam, which takes no step by gradients alone",
+        ),
+    ],
+)
+def test_what_cannot_run_is_one_sentence(tmp_path, command, arguments, message):
+    drop = ["~optimizer.weight_decay"] if "optimizer._target_" in arguments[0] else []
+    code, _, err = command(*arguments, *drop)
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert err.startswith("error: ")
+    assert message in err
+    assert not list(tmp_path.rglob("*.json"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("obstacle", ["run", "run/run.json", "run/config.yaml"])
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, command, obstacle):
+    """A file where a folder is needed, or a folder where a file is: also for the superuser."""
+    path = tmp_path / obstacle
+    if obstacle == "run":
+        path.write_text("a file")
+    else:
+        path.mkdir(parents=True)
+    code, _, err = command()
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert str(tmp_path / "run") in err
+    assert "hydra.run.dir" in err
+    assert not list(tmp_path.rglob("results.json"))
+
+
+def test_a_ruined_network_is_said(command):
+    _, out, _ = command("optimizer.lr=1e9", into="ruined")
+    assert out.count("optimizer.lr is probably too large") == 1
+    assert "In task 1 the loss went from" in out
+    _, out, _ = command(into="sound")
+    assert "too large" not in out
+
+
+def test_a_clone_that_is_not_installed_runs(tmp_path, command, monkeypatch):
+    def version(name):
+        if name == "ewc":
+            raise experiment.PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(experiment, "version", version)
+    assert command()[0] == 0
+    assert read_results(tmp_path / "run")["versions"]["ewc"] == ewc.__version__
+
+
+def test_one_wrong_job_of_a_sweep_is_named_and_the_others_run(tmp_path, command):
+    sweep = ["-m", "strategy=ewc", "strategy.strength=1,-1,2"]
+    code, _, err = command(*sweep)
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert "error: 1 job of the sweep failed: job 1 (" in err
+    assert " strategy.strength=-1 " in err
+    assert "): strategy: strength is -1.0: it must be a finite number" in err
+    text = (tmp_path / "run" / "report.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith(("| 1 |", "| 2 |"))]
+    assert len(rows) == 2
+    assert "- job 1 (" in text
+    code, _, err = command(*sweep[:-1], "strategy.strength=1")
+    assert (code, err) == (0, "")
+    assert "failed" not in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), RuntimeError("a bug")])
+def test_a_job_that_fails_in_training_does_not_end_the_sweep(tmp_path, command, monkeypatch, error):
+    train = Prepared.run
+
+    def fail_once(self, *arguments):
+        if self.experiment.seed == 0:
+            raise error
+        return train(self, *arguments)
+
+    monkeypatch.setattr(Prepared, "run", fail_once)
+    code, _, err = command("-m", "seed=0,1")
+    assert code == 1
+    last = err.splitlines()[-1]
+    assert "error: 1 job of the sweep failed: job 0 (" in last
+    assert str(error.args[-1]) in last
+    assert [job["seed"] for job in report.read_jobs(tmp_path / "run")] == [1]
+    assert (tmp_path / "run" / "report.md").exists()
+
+
+def test_a_sweep_runs_a_job_with_damaged_results_again(tmp_path, command):
+    assert command("-m", "seed=0,1")[0] == 0
+    path, other = (tmp_path / "run" / str(job) / "results.json" for job in (0, 1))
+    whole, untouched = json.loads(path.read_text()), other.stat().st_mtime_ns
+    path.write_text(path.read_text()[:100])
+    code, out, err = command("-m", "seed=0,1")
+    assert (code, err) == (0, "")
+    assert f"{os.path.relpath(path)} is damaged" in out
+    assert json.loads(path.read_text())["accuracy_matrix"] == whole["accuracy_matrix"]
+    assert other.stat().st_mtime_ns == untouched
+
+
+def test_a_warning_of_torch_about_cuda_is_no_error():
+    """What it says where the first operation of a backward pass is a matrix product."""
+    warnings.warn(
+        "Attempting to run cuBLAS, but there was no current CUDA context! Attempting to set the "
+        "primary context... (Triggered internally at CublasHandlePool.cpp:330.)",
+        stacklevel=1,
+    )
