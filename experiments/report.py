@@ -96,7 +96,9 @@ class SweepReport(Callback):
             report_sweep(folder, self.published)
         if failed := failures(folder):
             count = f"{len(failed)} job{'s' * (len(failed) > 1)}"
-            sys.exit(f"error: {count} of the sweep failed: {'; '.join(failed)}")
+            more = f"; and {len(failed) - 3} more, in {folder / FAILURES}"
+            named = "; ".join(failed[:3]) + more * (len(failed) > 3)
+            sys.exit(f"error: {count} of the sweep failed: {named}")
 
 
 def note_failure(folder: Path, job: str, reason: str) -> None:

@@ -37,8 +37,10 @@ def run(config: DictConfig) -> float:
         reason = sentence(error)
         remove_empty(directory)
     except OSError as error:
-        option = "hydra.run.dir" if single else "hydra.sweep.dir"
-        reason = f"{sentence(error)} ({option} is {directory})."
+        reason = sentence(error)
+        if not error.filename or Path(error.filename).is_relative_to(directory):
+            option = "hydra.run.dir" if single else "hydra.sweep.dir"
+            reason += f"; {option}=DIR chooses another folder than {directory}."
         remove_empty(directory)
     except Exception as error:
         if single:

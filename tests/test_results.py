@@ -19,6 +19,7 @@ from experiments.results import (
     decades_within,
     kept_table,
     leads_over,
+    main,
     of_recipe,
     report_of,
     section,
@@ -279,6 +280,17 @@ def test_what_is_kept_is_counted_against_the_sweep():
         "| strength_split_mnist | 6 | 324 | benchmark.scenario=domain, benchmark.scenario=class, "
         "strategy=smoothed_ewc, strategy.strength=30, strategy.strength=60, strategy.strength=600 |"
     )
+
+
+def test_a_page_is_written_without_damaged_results(tmp_path, monkeypatch, capsys, caplog):
+    damaged = tmp_path / "results" / "split_digits_strategies" / "seed=0" / "results.json"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("{")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["results"])
+    main()
+    assert capsys.readouterr().out == "RESULTS.md: 0 tables\n"
+    assert f"{damaged.relative_to(tmp_path)} is damaged" in caplog.text
 
 
 def test_numbers_are_written_short():

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import warnings
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -503,7 +504,7 @@ def test_a_ruined_network_is_said(command):
 def test_a_clone_that_is_not_installed_runs(tmp_path, command, monkeypatch):
     def version(name):
         if name == "ewc":
-            raise experiment.PackageNotFoundError(name)
+            raise PackageNotFoundError(name)
         return "1"
 
     monkeypatch.setattr(experiment, "version", version)
