@@ -4,18 +4,83 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
+import hydra._internal.hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.schema import ConfigurationError
+from experiments.hydra_section import check_hydra_section
+from experiments.targets import ConfigurationError
 
 CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
+
+
+class CheckedLoader(ConfigLoaderImpl):
+    """Hydra's loader, which refuses what configuration files may not ask of Hydra.
+
+    All configurations pass through it, of runs, of sweeps and of every job in a sweep,
+    before Hydra builds or calls anything they name.
+
+    Raises:
+        ConfigurationError: files set ``trusted``, or have Hydra run code.
+    """
+
+    def __init__(self, config_search_path: ConfigSearchPath) -> None:
+        super().__init__(config_search_path)
+        self.trusted = _trusted(sys.argv[1:])
+
+    def load_configuration(
+        self,
+        config_name: str | None,
+        overrides: list[str],
+        run_mode: RunMode,
+        from_shell: bool = True,
+        validate_sweep_overrides: bool = True,
+    ) -> DictConfig:
+        """The composed configuration, checked."""
+        config = super().load_configuration(
+            config_name, overrides, run_mode, from_shell, validate_sweep_overrides
+        )
+        # The overrides of a job do not show whether the command line or a file has them.
+        written = OmegaConf.to_container(config, resolve=False)
+        assert isinstance(written, dict)
+        if (trusted := written.get("trusted", [])) != self.trusted:
+            raise ConfigurationError(
+                f"Option 'trusted' is {trusted!r} where the command line has {self.trusted}: a "
+                "file or a sweep cannot trust modules, only the command line, trusted=[MODULE]."
+            )
+        check_hydra_section(config.hydra, self.trusted)
+        return config
+
+
+@contextmanager
+def _checked_loader() -> Iterator[None]:
+    """Give Hydra the checked loader; it has no public way to be given one."""
+    module: Any = hydra._internal.hydra
+    loader = module.ConfigLoaderImpl
+    module.ConfigLoaderImpl = CheckedLoader
+    try:
+        yield
+    finally:
+        module.ConfigLoaderImpl = loader
+
+
+def _trusted(arguments: list[str]) -> list[str]:
+    """What the command line says of ``trusted``."""
+    options = [a for a in arguments if a.lstrip("+").startswith("trusted=")]
+    parsed = OverridesParser.create().parse_overrides(options)
+    values = [override.value() for override in parsed]
+    return list(values[-1]) if values and isinstance(values[-1], list) else []
 
 
 def ended_briefly(command: Callable[[], Any], config_name: str) -> None:
@@ -26,12 +91,14 @@ def ended_briefly(command: Callable[[], Any], config_name: str) -> None:
         config_name: the main configuration, for what is allowed beside an unknown option.
     """
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        command()
+        with _checked_loader():
+            command()
         return
     # Hydra then raises instead of printing a traceback itself.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        command()
+        with _checked_loader():
+            command()
     except (
         ConfigurationError,
         FloatingPointError,

@@ -88,6 +88,8 @@ class Experiment:
             or a folder in the user's cache.
         device: ``cpu``, ``cuda``, ...; ``auto`` for CUDA where there is one.
         threads: CPU threads; small networks are fastest with one a process.
+        trusted: modules whose classes the configuration may name beside those of the known
+            packages; the command line alone sets it.
 
     Raises:
         ValueError: the device does not exist or does not compute, or there are no threads, or
@@ -96,7 +98,7 @@ class Experiment:
 
     benchmark: Benchmark
     model: MLP
-    optimizer: partial[Any]
+    optimizer: partial[torch.optim.Optimizer]
     training: Training
     strategy: Strategy
     fisher: Fisher = field(default_factory=Fisher)
@@ -105,6 +107,7 @@ class Experiment:
     data_root: str | None = None
     device: str = "auto"
     threads: int = 1
+    trusted: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Check what can be checked before anything is written."""

@@ -66,8 +66,7 @@ def _run(config: dict[str, Any], directory: Path, single: bool) -> float:
         # A sweep into the same folder goes on where it stopped.
         _log.info("already done: %s", os.path.relpath(directory))
         return float(done.get("average_accuracy", math.nan))
-    experiment = build(config)
-    assert isinstance(experiment, Experiment)
+    experiment = build(config, Experiment)
     try:
         prepared = experiment.prepare()
     except (FileNotFoundError, ValueError) as error:

@@ -4,22 +4,36 @@ The schema is the code itself: every node with a ``_target_`` is the call of a c
 keys are checked against the signature and its values against the annotations, by pydantic.
 A key that does not exist, a value of the wrong type and an argument the class refuses all
 end as one :class:`ConfigurationError` that names the option and says what is allowed.
+
+A ``_target_`` is taken only where the annotation wants an object, and only if it names a
+class of that kind (:mod:`experiments.targets`).
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
+from experiments.targets import (
+    PACKAGES,
+    ConfigurationError,
+    checked_target,
+    is_within,
+    located,
+)
 
-class ConfigurationError(ValueError):
-    """An option is wrong; the message is one sentence for the person who set it."""
+__all__ = ["NO_OUTCOME", "ConfigurationError", "build", "plain", "same_outcome"]
+
+Built = TypeVar("Built")
+
+CLASS_ITSELF = "hydra.utils.get_class"
+"""The target of a node that stands for a class, named by ``path``, and makes no instance."""
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -36,48 +50,111 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()}
 
 
-def build(node: Mapping[str, Any], path: str = "") -> Any:
-    """The object that a configuration node describes, its children first.
+def build(config: Mapping[str, Any], wanted: type[Built]) -> Built:
+    """The object that a configuration describes, its children first.
 
     Args:
-        node: ``{_target_: dotted.name, [_partial_: true], argument: value, ...}``.
-        path: where the node stands, for messages.
+        config: ``{_target_: dotted.name, [_partial_: true], argument: value, ...}``; the
+            modules in its ``trusted`` may be named by targets, which the command line checks.
+        wanted: the class of which it must be.
 
     Raises:
-        ConfigurationError: the node does not fit its target.
+        ConfigurationError: a node does not fit its target, or a target not its place.
     """
-    call = _call(node, path)
+    trusted = _checked(config.get("trusted", []), list[str], "trusted")
+    built: Built = _built(config, [wanted], "", (*PACKAGES, *trusted))
+    return built
+
+
+def _built(node: Mapping[str, Any], wanted: list[Any], path: str, modules: Sequence[str]) -> Any:
+    if node.get("_target_") == CLASS_ITSELF:
+        return _class_itself(node, wanted, path, modules)
+    call = _call(node, wanted, path, modules)
     arguments: dict[str, Any] = {}
     for key, value in node.items():
         if key in ("_target_", "_partial_"):
             continue
-        option = f"{path}.{key}" if path else key
+        option = _option(path, key)
         if key not in call.hints and not call.takes_more:
             raise ConfigurationError(
                 f"Unknown option {option!r}: allowed are {_listing(path, call.hints)}."
             )
-        hint = call.hints.get(key, Any)
-        if isinstance(value, Mapping) and "_target_" in value:
-            arguments[key] = build(value, option)
-        elif isinstance(value, Mapping) and get_origin(hint) is not dict:
-            raise ConfigurationError(
-                f"Option {option!r} has no _target_: a group of options names what it builds."
-            )
-        else:
-            arguments[key] = _checked(value, hint, option)
+        arguments[key] = _argument(value, call.hints.get(key, Any), option, modules)
     if call.is_partial:
         return partial(call.target, **arguments)
     for name in call.needed:
         if name not in arguments:
-            option = f"{path}.{name}" if path else name
-            raise ConfigurationError(f"Option {option!r} is missing.")
+            raise ConfigurationError(f"Option {_option(path, name)!r} is missing.")
     try:
         return call.target(**arguments)
     except (ValueError, TypeError) as error:
         raise ConfigurationError(f"{path}: {error}" if path else str(error)) from error
 
 
-NO_OUTCOME = ("data_root", "threads", "wandb")
+def _argument(value: Any, hint: Any, option: str, modules: Sequence[str]) -> Any:
+    """A value, or what a node with a ``_target_`` describes where the annotation wants it."""
+    wanted = _objects(hint, modules)
+    if wanted and isinstance(value, Mapping):
+        if "_target_" in value:
+            return _built(value, wanted, option, modules)
+    elif (target := _target_in(value)) is not None:
+        raise ConfigurationError(
+            f"Option {option!r} names the target {target!r}: it takes a value "
+            f"({inspect.formatannotation(hint)}), nothing that is built."
+        )
+    if isinstance(value, Mapping) and get_origin(hint) is not dict:
+        raise ConfigurationError(
+            f"Option {option!r} has no _target_: a group of options names what it builds."
+        )
+    return _checked(value, hint, option)
+
+
+def _objects(hint: Any, modules: Sequence[str]) -> list[Any]:
+    """What a place may have built, by its annotation; empty where it takes a value.
+
+    Objects are classes of ``modules``, ``partial`` of one and ``type`` of one; ``None`` may
+    stand beside them.
+    """
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    members = tuple(member for member in members if member is not type(None))
+    for member in members:
+        is_wrapped = get_origin(member) in (partial, type)
+        core = get_args(member)[0] if is_wrapped else get_origin(member) or member
+        if not (inspect.isclass(core) and is_within(core.__module__, modules)):
+            return []
+    return list(members)
+
+
+def _target_in(value: Any) -> Any:
+    """The first ``_target_`` at any depth of a value, ``None`` if there is none."""
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            return value["_target_"]
+        value = list(value.values())
+    if isinstance(value, list):
+        found = (_target_in(element) for element in value)
+        return next((target for target in found if target is not None), None)
+    return None
+
+
+def _class_itself(
+    node: Mapping[str, Any], wanted: list[Any], path: str, modules: Sequence[str]
+) -> Any:
+    """The class that a node names, where the annotation wants a class."""
+    bounds = [get_args(member)[0] for member in wanted if get_origin(member) is type]
+    if not bounds:
+        raise _misfit(path, wanted)
+    option, name = _option(path, "path"), node.get("path")
+    if unknown := node.keys() - {"_target_", "path"}:
+        raise ConfigurationError(
+            f"Unknown option {_option(path, min(unknown, key=str))!r}: allowed is {option}."
+        )
+    found = located(name, option, modules)
+    checked_target(found, name, option, bounds)
+    return found
+
+
+NO_OUTCOME = ("data_root", "threads", "trusted", "wandb")
 """Options that do not decide what comes out: where data lie, how fast, and where it shows."""
 
 
@@ -98,13 +175,19 @@ def _same(one: Any, other: Any) -> bool:
         return bool(one == other)
     if one.get("_target_") != other.get("_target_"):
         return False
-    target = hydra.utils.get_object(str(one["_target_"])) if "_target_" in one else dict
-    defaults = {n: p.default for n, p in inspect.signature(target).parameters.items()}
-    missing = object()
+    defaults, missing = _defaults(one.get("_target_")), object()
     return all(
         _same(*(node.get(key, defaults.get(key, missing)) for node in (one, other)))
         for key in one.keys() | other.keys()
     )
+
+
+def _defaults(name: object) -> dict[str, Any]:
+    """The defaults of a target's arguments; those of trusted modules are not looked at."""
+    if not (isinstance(name, str) and is_within(name, PACKAGES)):
+        return {}
+    parameters = inspect.signature(located(name, "_target_", PACKAGES)).parameters
+    return {n: p.default for n, p in parameters.items()}
 
 
 class _Call(NamedTuple):
@@ -125,15 +208,20 @@ class _Call(NamedTuple):
     takes_more: bool
 
 
-def _call(node: Mapping[str, Any], path: str) -> _Call:
-    name = node.get("_target_")
-    try:
-        target = hydra.utils.get_object(str(name))
-    except (ImportError, ValueError) as error:
-        raise ConfigurationError(f"{path}._target_ is {name!r}: {error}") from error
+def _call(node: Mapping[str, Any], wanted: list[Any], path: str, modules: Sequence[str]) -> _Call:
+    name, option = node.get("_target_"), _option(path, "_target_")
+    is_partial = bool(node.get("_partial_"))
+    if is_partial:
+        bounds = [get_args(member)[0] for member in wanted if get_origin(member) is partial]
+    else:
+        members = (get_origin(member) or member for member in wanted)
+        bounds = [member for member in members if member not in (partial, type)]
+    if not bounds:
+        raise _misfit(path, wanted)
+    target = located(name, option, modules)
+    checked_target(target, name, option, bounds)
     parameters = inspect.signature(target).parameters.values()
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    is_partial = bool(node.get("_partial_"))
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     needed = [p.name for p in named if p.default is p.empty]
     return _Call(
@@ -159,6 +247,17 @@ def _checked(value: Any, hint: Any, option: str) -> Any:
         raise ConfigurationError(f"Option {option!r} is {value!r}: {reason}.") from error
 
 
+def _misfit(path: str, wanted: list[Any]) -> ConfigurationError:
+    kinds = " or ".join(map(inspect.formatannotation, wanted))
+    return ConfigurationError(
+        f"Option {path!r} must be {kinds}: _partial_: true makes a partial, the target "
+        f"{CLASS_ITSELF} a type, any other target an object."
+    )
+
+
+def _option(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
 def _listing(path: str, hints: Mapping[str, Any]) -> str:
-    prefix = f"{path}." if path else ""
-    return ", ".join(f"{prefix}{name}" for name in hints) or "none"
+    return ", ".join(_option(path, name) for name in hints) or "none"

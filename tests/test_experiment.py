@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from ewc import EWCPenalty
 from experiments import report
 from experiments.command_line import CONFIGS
+from experiments.experiment import Experiment
 from experiments.schema import build, plain
 from experiments.tracking import Recorder, WandB
 
@@ -35,7 +36,7 @@ class Silent:
 
 def run(directory, *overrides):
     directory.mkdir()
-    prepared = build(compose(*overrides)).prepare()
+    prepared = build(compose(*overrides), Experiment).prepare()
     with Recorder(directory, WandB(mode="disabled"), {}, "test", None) as recorder:
         return prepared.run(recorder, Console(quiet=True), Silent())
 

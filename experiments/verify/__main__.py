@@ -15,9 +15,11 @@ from experiments.schema import ConfigurationError, build, plain
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="verify")
 def run(config: DictConfig) -> None:
     """Measure the rows; ends with status 1 where a figure misses its bar."""
+    from experiments.verify.verification import Verification
+
     directory = Path(HydraConfig.get().runtime.output_dir)
     try:
-        verification = build(plain(config))
+        verification = build(plain(config), Verification)
     except ConfigurationError as error:
         remove_traces(directory)
         sys.exit(f"error: {error}")
@@ -25,9 +27,7 @@ def run(config: DictConfig) -> None:
     from rich.console import Console
 
     from experiments.verify.table import table_of
-    from experiments.verify.verification import Verification
 
-    assert isinstance(verification, Verification)
     outcomes = []
     for outcome in verification.outcomes(directory):
         outcomes.append(outcome)

@@ -1,0 +1,112 @@
+"""What a configuration may ask of Hydra itself: callbacks, launcher, sweeper and logging.
+
+Hydra builds these before a run begins, and its logging calls and imports what it is given.
+Only known classes are built, and logging writes to the console and to the job's own file.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.targets import ConfigurationError, checked_target, located
+
+PLACES: dict[str, tuple[type, tuple[str, ...]]] = {
+    "callbacks": (Callback, ("experiments", "hydra.experimental.callbacks")),
+    "launcher": (Launcher, ("hydra._internal.core_plugins", "hydra_plugins.hydra_joblib_launcher")),
+    "sweeper": (Sweeper, ("hydra._internal.core_plugins",)),
+}
+"""Where Hydra builds objects: the class that is wanted, and where it may lie."""
+
+HANDLERS = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler")
+
+FILES = (
+    "${hydra.runtime.output_dir}/${hydra.job.name}.log",
+    "hydra-${hydra.job.name}.log",
+)
+
+REFERENCES = ("ext://sys.stdout", "ext://sys.stderr", *FILES)
+"""What a logging configuration may refer to: the console, and Hydra's own files."""
+
+
+def check_hydra_section(section: DictConfig, trusted: Sequence[str]) -> None:
+    """Refuse what would run code, or copy the environment into files.
+
+    Args:
+        section: the configuration's ``hydra``, composed; nothing of it is built yet.
+        trusted: modules whose classes it may name as well.
+
+    Raises:
+        ConfigurationError: it names another class, another logging handler, or environment
+            variables.
+    """
+    written = OmegaConf.to_container(section, resolve=False)
+    assert isinstance(written, dict)
+    for place in ("job_logging", "hydra_logging"):
+        # As it is written: what an interpolation refers to may change until it is read.
+        _check_logging(written[place], f"hydra.{place}")
+    for place, (wanted, modules) in PLACES.items():
+        tree = _resolved(section, place)
+        for name, value in tree.items() if place == "callbacks" else [("", tree)]:
+            option = f"hydra.{place}.{name}".rstrip(".")
+            _check_built(value, option, wanted, (*modules, *trusted), trusted)
+        with open_dict(section):
+            section[place] = tree  # without interpolations: what is built is what was checked
+    for name in ("env_copy", "env_set"):
+        if section.job[name]:
+            raise ConfigurationError(
+                f"Option 'hydra.job.{name}' is not taken: environment variables are set in the "
+                "shell, before the command."
+            )
+
+
+def _resolved(section: DictConfig, place: str) -> dict[str, Any]:
+    try:
+        node = section[place]
+        tree: Any = OmegaConf.to_container(node, resolve=True) if node else {}
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError(f"Option 'hydra.{place}': {reason}") from error
+    assert isinstance(tree, dict)
+    return tree
+
+
+def _check_built(
+    value: Any, option: str, wanted: type, modules: Sequence[str], trusted: Sequence[str]
+) -> None:
+    """Check a node that Hydra builds; what it builds within must be of trusted modules."""
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            name, named = value["_target_"], f"{option}._target_"
+            checked_target(located(name, named, modules), name, named, [wanted])
+        value = {f"{option}.{key}": element for key, element in value.items()}
+    elif isinstance(value, list):
+        value = {f"{option}.{index}": element for index, element in enumerate(value)}
+    else:
+        return
+    for inner, element in value.items():
+        _check_built(element, inner, object, trusted, trusted)
+
+
+def _check_logging(value: Any, option: str) -> None:
+    """Check what ``logging.config.dictConfig`` gets."""
+    if isinstance(value, Mapping):
+        for key, element in value.items():
+            inner = f"{option}.{key}"
+            allowed = {"()": (), "class": HANDLERS, "filename": FILES}.get(str(key))
+            if allowed is not None and element not in allowed:
+                names = " and ".join(allowed) or "none"
+                raise ConfigurationError(f"Option {inner!r} is {element!r}: allowed are {names}.")
+            _check_logging(element, inner)
+    elif isinstance(value, list):
+        for element in value:
+            _check_logging(element, option)
+    elif isinstance(value, str) and ("://" in value or "${" in value) and value not in REFERENCES:
+        raise ConfigurationError(
+            f"Option {option!r} is {value!r}: allowed are plain values and "
+            f"{' and '.join(REFERENCES)}."
+        )

@@ -1,0 +1,94 @@
+"""Which classes a configuration may name: looked up by name, never before the name is allowed.
+
+A configuration may come from somebody else.  A ``_target_`` therefore names a class of the
+packages below, or of a module that the user trusts on the command line; the class is held
+against what its place wants before anything is called.
+"""
+
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any, get_origin, get_type_hints
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.resolvers import oc
+
+
+class ConfigurationError(ValueError):
+    """An option is wrong; the message is one sentence for the person who set it."""
+
+
+PACKAGES = ("ewc", "experiments", "torch", "torchvision", "avalanche", "timm")
+"""The packages whose classes a configuration may name where their kind is wanted."""
+
+
+VARIABLES = ("EWC_DATA", "HOME", "SCRATCH", "TMPDIR", "USER", "WANDB_MODE")
+"""The environment variables that a configuration may read: it is logged, and others are secret."""
+
+
+def _variable(name: str, *default: Any) -> Any:
+    """What ``${oc.env:NAME,default}`` stands for."""
+    if name not in VARIABLES and not name.startswith("SLURM_"):
+        raise ConfigurationError(
+            f"The environment variable {name!r} is not read: allowed in a configuration are "
+            f"{', '.join(VARIABLES)} and SLURM_*."
+        )
+    return oc.env(name, *default)
+
+
+OmegaConf.register_new_resolver("oc.env", _variable, replace=True)
+
+
+def is_within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a dotted name is one of the modules or lies in one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def located(name: object, option: str, modules: Sequence[str]) -> Any:
+    """The object of a dotted name; nothing is imported for a name outside ``modules``.
+
+    Args:
+        name: the dotted name.
+        option: where the configuration names it, for messages.
+        modules: the modules in which it may lie.
+
+    Raises:
+        ConfigurationError: the name is not allowed, or there is no such object.
+    """
+    if not isinstance(name, str) or not is_within(name, modules):
+        own = f"{', '.join(modules)} and " if modules else ""
+        raise ConfigurationError(
+            f"Option {option!r} is {name!r}: allowed are classes of {own}modules that the command "
+            "line trusts, trusted=[MODULE]."
+        )
+    try:
+        return hydra.utils.get_object(name)
+    except (ImportError, ValueError, HydraException) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError(f"Option {option!r} is {name!r}: {reason}") from error
+
+
+def checked_target(target: Any, name: object, option: str, wanted: Sequence[type]) -> None:
+    """Hold a target, not yet called, against the classes that its place wants.
+
+    Args:
+        target: a class, or a method of a class that says by its annotation what it returns.
+        name: its dotted name.
+        option: where the configuration names it, for messages.
+        wanted: the classes of which it must make an instance.
+
+    Raises:
+        ConfigurationError: it makes something else, or is another function.
+    """
+    made = target
+    if inspect.ismethod(target) and inspect.isclass(target.__self__):
+        hint = get_type_hints(target).get("return")
+        made = get_origin(hint) or hint
+    if not (inspect.isclass(made) and issubclass(made, tuple(wanted))):
+        names = " or ".join(f"{c.__module__}.{c.__qualname__}" for c in wanted)
+        kind = "class" if inspect.isclass(target) else type(target).__name__
+        raise ConfigurationError(
+            f"Option {option!r} is {name!r}: allowed are {names} and its subclasses, and this "
+            f"{kind} is none."
+        )
