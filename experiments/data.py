@@ -1,11 +1,6 @@
 """Images in memory: where they come from, and how tasks cut batches out of them."""
 
-import gzip
 import os
-import shutil
-import socket
-import tempfile
-import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ewc.checks import check_count
+from experiments.mnist_files import read_files
 
 
 @dataclass(frozen=True)
@@ -94,8 +90,8 @@ class Digits(ImageSource):
 class MNIST(ImageSource):
     """70,000 handwritten digits of 28x28 pixels (LeCun, Cortes, Burges).
 
-    Read from ``data_root/MNIST/raw``, the place torchvision uses; downloaded to it if they
-    are not there.
+    Read from ``data_root/MNIST/raw``, the place torchvision uses; what is not there is
+    downloaded to it. Every file is verified by its checksum.
 
     Attributes:
         standardize: subtract the mean of the training pixels (0.1307 of the largest value)
@@ -124,13 +120,10 @@ class MNIST(ImageSource):
         """60,000 training and 10,000 test images.
 
         Raises:
-            FileNotFoundError: the files are not there and cannot be downloaded.
-            ValueError: a file is damaged.
+            FileNotFoundError: a file is not there and cannot be downloaded.
+            ValueError: a file is damaged or cannot be read.
         """
-        raw = data_root / "MNIST" / "raw"
-        if not all(_find(raw, stem) for stem in _STEMS):
-            _download(data_root)
-        train_x, train_y, test_x, test_y = (_read_idx(_find(raw, stem)) for stem in _STEMS)
+        train_x, train_y, test_x, test_y = read_files(data_root / "MNIST" / "raw")
         edges = ((0, 0), (self.padding, self.padding), (self.padding, self.padding))
         train = _images(np.pad(train_x, edges), train_y)
         test = _images(np.pad(test_x, edges), test_y)
@@ -139,14 +132,6 @@ class MNIST(ImageSource):
             for images in (train, test):
                 images.pixels.sub_(mean).div_(deviation)
         return train, test
-
-
-_STEMS = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
 
 
 def default_data_root() -> Path:
@@ -159,48 +144,3 @@ def default_data_root() -> Path:
 def _images(pixels: NDArray[np.uint8], labels: NDArray[np.uint8]) -> Images:
     flat = torch.from_numpy(pixels).flatten(1)
     return Images(flat.float().div_(255), torch.from_numpy(labels).long())
-
-
-def _find(raw: Path, stem: str) -> Path | None:
-    """The file, plain or compressed."""
-    return next((path for path in (raw / stem, raw / f"{stem}.gz") if path.is_file()), None)
-
-
-def _read_idx(path: Path | None) -> NDArray[np.uint8]:
-    """An array of bytes in the IDX format: magic, sizes, then the values."""
-    assert path is not None
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-        dimensions = content[3]
-        sizes = np.frombuffer(content, ">u4", count=dimensions, offset=4).astype(int)
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(sizes).copy()
-    except (OSError, EOFError, IndexError, ValueError, zlib.error) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): remove it, or put the original file of MNIST there."
-        ) from error
-
-
-def _download(data_root: Path) -> None:
-    """Fetch MNIST whole or not at all."""
-    from torchvision import datasets
-
-    timeout = socket.getdefaulttimeout()
-    created = [folder for folder in (data_root, *data_root.parents) if not folder.exists()]
-    try:
-        socket.setdefaulttimeout(20)
-        data_root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=data_root) as folder:
-            datasets.MNIST(folder, download=True)
-            shutil.move(Path(folder) / "MNIST", data_root / "MNIST")
-    except Exception as error:
-        if created:
-            shutil.rmtree(created[-1], ignore_errors=True)
-        raise FileNotFoundError(
-            f"MNIST is not at {data_root / 'MNIST' / 'raw'} and could not be downloaded: put "
-            f"its four files there ({', '.join(_STEMS)}) or name another folder with "
-            "data_root=DIR; benchmark=split_digits and permuted_digits need no download."
-        ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)

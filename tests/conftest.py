@@ -17,7 +17,7 @@ from ewc import Categorical, Empirical, Gaussian
 
 torch.set_num_threads(1)
 
-MNIST_ROOT = Path(__file__).parents[2] / "shared" / "data"
+MNIST_ROOT = Path(os.environ.get("EWC_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,13 @@
 """Tasks cut from images, and the batches that strategies see."""
 
+import errno
 import gzip
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -9,6 +15,7 @@ import torch
 from experiments.benchmarks import Permuted, Split
 from experiments.data import MNIST, Digits, Images, ImageSource
 from experiments.loaders import EvaluationBatches, TrainingBatches
+from experiments.mnist_files import MNIST_FILES, IdxFile, read_files
 
 CPU = torch.device("cpu")
 NOWHERE = Path("/nonexistent")
@@ -192,40 +199,229 @@ def test_negative_padding_is_refused():
         MNIST(padding=-1)
 
 
-def test_missing_mnist_says_where_to_put_it(tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise OSError("no network")
+# --- the files of MNIST -------------------------------------------------------------------
 
-    monkeypatch.setattr("torchvision.datasets.MNIST.download", refuse)
+
+def test_missing_mnist_says_where_to_put_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:9/"])
     root = tmp_path / "new" / "root"
-    with pytest.raises(FileNotFoundError, match=r"MNIST is not at .*raw.*data_root=DIR.*digits"):
+    message = r"train-images-idx3-ubyte of MNIST is not in .*raw and .*data_root=DIR.*digits"
+    with pytest.raises(FileNotFoundError, match=message):
         MNIST().load(root)
     assert not root.parent.exists()
 
 
-def idx(*sizes, data):
-    return bytes([0, 0, 8, len(sizes)]) + b"".join(n.to_bytes(4, "big") for n in sizes) + data
+CONTENTS = {
+    "train-images": bytes([0, 0, 8, 3, *(0, 0, 0, 5), *(0, 0, 0, 2), *(0, 0, 0, 3), *range(30)]),
+    "train-labels": bytes([0, 0, 8, 1, *(0, 0, 0, 5), *range(5)]),
+    "test-images": bytes([0, 0, 8, 3, *(0, 0, 0, 2), *(0, 0, 0, 2), *(0, 0, 0, 3), *range(12)]),
+    "test-labels": bytes([0, 0, 8, 1, *(0, 0, 0, 2), 9, 0]),
+}
+SHAPES = {"train-images": (5, 2, 3), "train-labels": (5,), "test-images": (2, 2, 3)}
+SHAPES["test-labels"] = (2,)
+FILES = [
+    IdxFile(name, SHAPES[name], hashlib.sha256(content).hexdigest())
+    for name, content in CONTENTS.items()
+]
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "not gzip", "cut gzip"])
-def test_damaged_files_are_named(tmp_path, damage):
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for stem, size in (("train", 2), ("t10k", 2)):
-        (raw / f"{stem}-images-idx3-ubyte").write_bytes(idx(size, 28, 28, data=bytes(1568)))
-        (raw / f"{stem}-labels-idx1-ubyte").write_bytes(idx(size, data=bytes(size)))
-    train, test = MNIST().load(tmp_path)
-    assert train.pixels.shape == test.pixels.shape == (2, 784)
-    victim = raw / "train-images-idx3-ubyte"
-    content = {
-        "cut": victim.read_bytes()[:100],
-        "empty": b"",
-        "not gzip": b"nothing",
-        "cut gzip": gzip.compress(victim.read_bytes())[:-9],
-    }[damage]
-    victim.unlink()
-    if "gzip" in damage:
-        victim = victim.with_name(victim.name + ".gz")
+@pytest.fixture
+def raw(tmp_path):
+    """A folder with the four files, two of them compressed."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    for name, content in CONTENTS.items():
+        if name.startswith("train"):
+            (folder / name).write_bytes(content)
+        else:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+    return folder
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """A server of compressed files: its folder, its address, and what it was asked for."""
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+    for name, content in CONTENTS.items():
+        (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+    asked = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=folder)
+
+        def log_request(self, *_):
+            asked.append(self.path.removeprefix("/"))
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setenv("no_proxy", "*")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}/", asked
+        server.shutdown()
+
+
+def held(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def check_arrays(arrays):
+    for name, array in zip(CONTENTS, arrays, strict=True):
+        assert array.shape == SHAPES[name]
+        assert array.tobytes() == CONTENTS[name][-array.size :]
+
+
+def test_files_are_read_compressed_or_not(raw):
+    check_arrays(read_files(raw, FILES, []))
+
+
+def changed(content, place, value):
+    return content[:place] + bytes([value]) + content[place + 1 :]
+
+
+LABELS = CONTENTS["train-labels"]
+DAMAGES = {
+    "empty": b"",
+    "cut": LABELS[:-1],
+    "longer": LABELS + b"\0",
+    "one label fewer": bytes([0, 0, 8, 1, *(0, 0, 0, 4), *range(4)]),
+    "no labels": bytes([0, 0, 8, 1, *(0, 0, 0, 0)]),
+    "another type": changed(LABELS, 2, 0x0D),
+    "other dimensions": changed(LABELS, 3, 2),
+    "other sizes": changed(LABELS, 7, 4),
+    "a flipped bit": changed(LABELS, 10, LABELS[10] ^ 1),
+    "a label of 255": changed(LABELS, 12, 255),
+    "zeros": bytes(len(LABELS)),
+    "a page": b"<html>",
+}
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["", "compressed"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_are_named_and_kept(raw, mirror, damage, compressed):
+    victim, content = raw / "train-labels", DAMAGES[damage]
+    if compressed:
+        victim.unlink()
+        victim, content = raw / "train-labels.gz", gzip.compress(content)
     victim.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{victim.name} is damaged"):
-        MNIST().load(tmp_path)
+    (raw / "test-labels.gz").unlink()
+    before = held(raw)
+    with pytest.raises(ValueError, match=f"{victim.name} is damaged, it.*: put the original"):
+        read_files(raw, FILES, [mirror[1]])
+    assert held(raw) == before
+    assert mirror[2] == []
+
+
+@pytest.mark.parametrize("byte", range(len(gzip.compress(LABELS))))
+def test_damaged_compression_is_named_or_does_no_harm(raw, byte):
+    victim = raw / "train-labels.gz"
+    (raw / "train-labels").unlink()
+    whole = gzip.compress(LABELS)
+    for content in (whole[:byte], changed(whole, byte, whole[byte] ^ 255)):
+        victim.write_bytes(content)
+        try:
+            arrays = read_files(raw, FILES, [])
+        except ValueError as error:
+            assert f"{victim.name} is damaged, it" in str(error)  # noqa: PT017
+        else:
+            check_arrays(arrays)  # the header holds a date, too
+
+
+def test_files_that_cannot_be_read_are_not_called_damaged(raw, monkeypatch):
+    read = Path.read_bytes
+
+    def refuse(path):
+        if path.name == "train-labels":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return read(path)
+
+    before = held(raw)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    message = r"train-labels cannot be read \(Permission denied\): make it readable"
+    with pytest.raises(ValueError, match=message):
+        read_files(raw, FILES, [])
+    monkeypatch.undo()
+    assert held(raw) == before
+
+
+@pytest.mark.parametrize("missing", [[name] for name in CONTENTS] + [list(CONTENTS)])
+def test_only_missing_files_are_downloaded(raw, mirror, missing):
+    for name in missing:
+        (raw / name).unlink(missing_ok=True)
+        (raw / f"{name}.gz").unlink(missing_ok=True)
+    before = held(raw)
+    _, address, asked = mirror
+    check_arrays(read_files(raw, FILES, [address]))
+    assert asked == [f"{name}.gz" for name in missing]
+    assert held(raw) == before | {name: CONTENTS[name] for name in missing}
+    check_arrays(read_files(raw, FILES, []))
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"<html>", gzip.compress(LABELS)[:-9], gzip.compress(b"")]
+)
+def test_a_failed_download_leaves_what_is_there(tmp_path, mirror, content):
+    folder, address, _ = mirror
+    served = folder / "test-images.gz"
+    served.unlink() if content is None else served.write_bytes(content)
+    raw = tmp_path / "new" / "raw"
+    message = (
+        r"test-images of MNIST is not in .*raw and could not be downloaded \(http.*: .*\): put"
+    )
+    with pytest.raises(FileNotFoundError, match=message):
+        read_files(raw, FILES, [address])
+    # Those before it are whole, and the next run goes on from there.
+    assert held(raw) == {name: CONTENTS[name] for name in ("train-images", "train-labels")}
+    served.write_bytes(gzip.compress(CONTENTS["test-images"]))
+    check_arrays(read_files(raw, FILES, [address]))
+
+
+def test_another_mirror_is_tried(tmp_path, mirror):
+    folder, address, asked = mirror
+    (folder / "bad").mkdir()
+    (folder / "bad" / "train-images.gz").write_bytes(b"<html>")
+    check_arrays(read_files(tmp_path / "raw", FILES, [f"{address}bad/", address]))
+    assert asked[:2] == ["bad/train-images.gz", "train-images.gz"]
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path, mirror):
+    (tmp_path / "MNIST").write_text("a file where a folder is wanted")
+    with pytest.raises(FileNotFoundError, match=r"was downloaded but cannot be written \("):
+        read_files(tmp_path / "MNIST" / "raw", FILES, [mirror[1]])
+    assert (tmp_path / "MNIST").read_text().startswith("a file")
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path, mirror, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    raw = tmp_path / "raw"
+    with pytest.raises(FileNotFoundError, match=r"cannot be written \(No space left on device\)"):
+        read_files(raw, FILES, [mirror[1]])
+    assert held(raw) == {}
+
+
+def test_two_downloads_at_once_do_not_disturb_each_other(tmp_path, mirror):
+    folder, address, _ = mirror
+    (folder / "bad").mkdir()
+    raw = tmp_path / "raw"
+    with ThreadPoolExecutor(8) as pool:
+        addresses = [address, f"{address}bad/"] * 8
+        runs = [pool.submit(read_files, raw, FILES, [address]) for address in addresses]
+    for run in runs[::2]:
+        check_arrays(run.result())
+    assert held(raw) == CONTENTS
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_the_checksums_are_those_of_mnist(mnist_root, tmp_path, number):
+    file = MNIST_FILES[number]
+    content = (mnist_root / "MNIST" / "raw" / file.name).read_bytes()
+    assert file.array(content, is_compressed=False).shape == file.shape
+    (tmp_path / file.name).write_bytes(changed(content, 10**4, content[10**4] ^ 1))
+    with pytest.raises(ValueError, match=f"{file.name} is damaged, its SHA-256 is"):
+        read_files(tmp_path, [file], [])

@@ -11,6 +11,7 @@ import torch
 
 from ewc import Bernoulli, Empirical, Poisson
 from ewc.statistics import robust_covariance
+from experiments.mnist_files import DamagedFileError
 from experiments.verify import regressions
 from experiments.verify.check import Check
 from experiments.verify.digits import digits, principal_components
@@ -94,6 +95,7 @@ def test_checks_are_held_to_their_bars():
     ("error", "message"),
     [
         (FileNotFoundError("There is no MNIST."), "There is no MNIST."),
+        (DamagedFileError("A file is damaged."), "A file is damaged."),
         (
             ModuleNotFoundError("No module named 'statsmodels'", name="statsmodels"),
             "statsmodels is not installed: pip install -e '.[dev]' does it.",

@@ -14,6 +14,7 @@ import torch
 
 from ewc.checks import check_count
 from experiments.data import default_data_root
+from experiments.mnist_files import DamagedFileError
 from experiments.verify.check import Check, Surroundings
 
 TOPICS = {
@@ -116,7 +117,7 @@ def outcome_of(topic: str, surroundings: Surroundings) -> Outcome:
     start = time.perf_counter()
     try:
         checks = module.verify(surroundings)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, DamagedFileError) as error:
         return Outcome(topic, [], time.perf_counter() - start, str(error))
     except ModuleNotFoundError as error:
         # Of the packages for development, with which some rows compare.
