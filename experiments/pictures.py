@@ -150,6 +150,12 @@ def overlap_by_layer(jobs: Jobs, title: str) -> Figure:
     return _labelled(figure)
 
 
+OF_SWEEPS = {
+    f.__name__: f for f in (over_tasks, over_single_tasks, over_strength, overlap_by_layer)
+}
+"""The pictures that a recipe may ask for, by name."""
+
+
 def by_setting(jobs: Jobs, but: Sequence[str] = ()) -> dict[str, list[Mapping[str, Any]]]:
     """The jobs by what was swept besides the seed, written as on the command line."""
     swept: dict[str, list[Mapping[str, Any]]] = {}

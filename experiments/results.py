@@ -17,7 +17,7 @@ import hydra
 from omegaconf import OmegaConf
 
 from experiments.command_line import CONFIGS
-from experiments.pictures import Jobs
+from experiments.pictures import OF_SWEEPS, Jobs
 from experiments.report import (
     finished,
     has_options,
@@ -29,7 +29,7 @@ from experiments.report import (
     strength_of,
     sweep_table,
 )
-from experiments.schema import plain, same_outcome
+from experiments.schema import ConfigurationError, plain, same_outcome
 
 INTRODUCTION = """\
 # Results
@@ -72,7 +72,11 @@ def section(jobs: Jobs, recipe: Path, pictures: Path) -> str:
     if not done:  # all diverged: there is nothing to draw
         return "\n".join(lines)
     for name in report.get("pictures", ["over_tasks"]):
-        figure = hydra.utils.get_method(f"experiments.pictures.{name}")(done, recipe.stem)
+        if name not in OF_SWEEPS:
+            raise ConfigurationError(
+                f"{recipe}: {name!r} is no picture: allowed are {', '.join(OF_SWEEPS)}."
+            )
+        figure = OF_SWEEPS[name](done, recipe.stem)
         path = pictures / f"{recipe.stem}_{name}.png"
         figure.savefig(path, dpi=110)
         lines += ["", f"![{name.replace('_', ' ')}]({pictures.name}/{path.name})"]

@@ -24,7 +24,7 @@ from experiments.results import (
     report_of,
     section,
 )
-from experiments.schema import plain
+from experiments.schema import ConfigurationError, plain
 
 
 def job(accuracy, **settings):
@@ -268,6 +268,16 @@ def test_a_recipe_whose_jobs_all_diverged_has_a_table_and_no_picture(tmp_path):
     jobs = [{"diverged": "in task 2", "overrides": ["strategy=ewc"], "seed": 2}]
     assert "| ewc | 2 | diverged |" in section(jobs, recipe, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["Path", "np.savetxt", "draw_accuracy_matrix", "over_nothing"])
+def test_a_recipe_asks_for_pictures_of_sweeps_only(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    recipe = tmp_path / "given.yaml"
+    recipe.write_text(f"# Given.\nhydra: {{callbacks: {{report: {{pictures: [{name}]}}}}}}\n")
+    with pytest.raises(ConfigurationError, match=f"'{name}' is no picture: allowed are over_tasks"):
+        section([job(0.5, strength=1, seed=0) | {"versions": {}}], recipe, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["given.yaml"]
 
 
 def test_what_is_kept_is_counted_against_the_sweep():
