@@ -429,8 +429,8 @@ RECIPES = {
         "'hydra.job_logging.handlers.console.stream' is '${more}'",
     ),
     "log over a file": (
-        "hydra: {job_logging: {handlers: {file: {filename: results.json, mode: w}}}}",
-        "'hydra.job_logging.handlers.file.filename' is 'results.json'",
+        "hydra: {job_logging: {handlers: {file: {filename: FOLDER/trace, mode: w}}}}",
+        "'hydra.job_logging.handlers.file.filename' is ",
     ),
     "environment": (
         "hydra: {job: {env_set: {LD_PRELOAD: foreign.so}}}",
@@ -447,7 +447,7 @@ def run_recipe(folder, text, experiment="given", *options):
     """Run a recipe that a user was given."""
     path = folder / "configs" / "experiment" / "given.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"# @package _global_\n{text}\n")
+    path.write_text(f"# @package _global_\n{text}\n".replace("FOLDER", str(folder)))
     return subprocess.run(
         [
             *(sys.executable, "-m", "experiments.run", "--config-dir", str(folder / "configs")),
