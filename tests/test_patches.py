@@ -16,6 +16,15 @@ GRIDS = [
     for dilation in ((1, 1, 1)[:dims], (2, 1, 1)[:dims], (1, 2, 1)[:dims])
     if min(Grid(kernel, padding, dilation, (6, 7, 4)[:dims]).outputs) > 0
 ]
+# Some or all entries of the kernel see nothing but the zeros around the map.
+GRIDS += [
+    grid
+    for sizes in ((1,), (2,), (1, 1), (1, 3), (2, 1), (1, 2, 1))
+    for kernel in product((2, 5), repeat=len(sizes))
+    for padding in product((0, 1, 3), repeat=len(sizes))
+    for dilation in {(1,) * len(sizes), (3, 1, 1)[: len(sizes)]}
+    if min((grid := Grid(kernel, padding, dilation, sizes)).outputs) > 0
+]
 
 
 def unfolded(x, grid):
@@ -56,3 +65,4 @@ def test_multiplications_of_lags():
     assert Grid((3, 3), (1, 1), (1, 1), (400, 400)).share() == pytest.approx(13 / 45, rel=0.02)
     # One entry has one lag, as one product.
     assert Grid((1, 1), (0, 0), (1, 1), (5, 5)).share() == 1.0
+    assert all(grid.share() >= 0 for grid in GRIDS)

@@ -203,19 +203,14 @@ def one_hot(module):
 
 
 def patches(module):
-    """The rows of every group, one after the other along the columns."""
+    """What every kernel entry sees, by kernels of one entry; groups one after the other."""
+    inputs, *kernel = module.weight.shape[1:]
+    size = inputs * torch.Size(kernel).numel()
+    unit = torch.eye(size, dtype=torch.float64).reshape(size, inputs, *kernel)
+    unit = unit.repeat(module.groups, *[1] * (1 + len(kernel)))
 
     def positions(a, g):
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        padded = functional.pad(a[None], module._reversed_padding_repeated_twice, mode=mode)
-        options = module.kernel_size, module.dilation, (0,), module.stride
-        if a.dim() == 2:  # unfold takes images
-            padded = padded[:, :, None]
-            options = [((0,) if i == 2 else (1,)) + o for i, o in enumerate(options)]
-        else:
-            options = [o if len(o) == 2 else o * 2 for o in options]
-        a = functional.unfold(padded, *options)
-        return a[0].T, g.flatten(1).T
+        return module._conv_forward(a[None], unit, None)[0].flatten(1).T, g.flatten(1).T
 
     return positions
 
@@ -242,6 +237,11 @@ def test_kronecker_factors_equal_brute_force(layer, find, positions, reduce):
         model, module, [(x_n,) for x_n in x], positions(module), reduce and layer != "embedding"
     )
     fisher = computed(layer, "categorical", Exact(), KroneckerFisher.configured(reduce=reduce))
+    check_kronecker_block(fisher, model, module, a, g)
+
+
+def check_kronecker_block(fisher, model, module, a, g):
+    """A layer's block against its factors, groups one after the other along the rows."""
     name = next(n for n, p in model.named_parameters() if p is module.weight)
     (block,) = (b for b in fisher.blocks if name in b.shapes)
     assert isinstance(block, KroneckerProduct)
@@ -258,6 +258,79 @@ def test_kronecker_factors_equal_brute_force(layer, find, positions, reduce):
         products.append(g[rows_of, rows_of] @ matrix[group] @ a[columns][:, columns])
     expected = block.weights.to_parameters(torch.stack(products))
     torch.testing.assert_close(block.matvec(v), expected, **CLOSE)
+
+
+CONVOLUTIONS = {
+    # A kernel none or some of whose entries touch the map, in every number of dimensions.
+    "beyond_1d": (nn.Conv1d, (1,), {"kernel_size": 5, "padding": 2}),
+    "beyond_2d": (nn.Conv2d, (1, 1), {"kernel_size": 3, "padding": 1}),
+    "beyond_3d": (nn.Conv3d, (1, 2, 1), {"kernel_size": 3, "padding": 1}),
+    "beside_2d": (nn.Conv2d, (2, 3), {"kernel_size": (3, 4), "padding": 4, "dilation": (1, 2)}),
+    "larger_2d": (nn.Conv2d, (2, 1), {"kernel_size": (2, 5), "padding": (0, 2), "groups": 2}),
+    "strided_beyond": (nn.Conv2d, (1, 2), {"kernel_size": 3, "padding": 1, "stride": 2}),
+    "valid_1d": (nn.Conv1d, (5,), {"kernel_size": 2, "padding": "valid"}),
+    "valid_2d": (nn.Conv2d, (3, 4), {"kernel_size": 2, "padding": "valid", "stride": (1, 2)}),
+    "valid_3d": (nn.Conv3d, (2, 2, 3), {"kernel_size": 2, "padding": "valid", "groups": 2}),
+    "valid_dilated": (nn.Conv2d, (3, 4), {"kernel_size": 2, "padding": "valid", "dilation": 2}),
+    "same_1d": (nn.Conv1d, (4,), {"kernel_size": 4, "padding": "same", "dilation": 2}),
+    "same_2d": (nn.Conv2d, (2, 3), {"kernel_size": (2, 3), "padding": "same", "bias": False}),
+    "same_3d": (nn.Conv3d, (1, 2, 2), {"kernel_size": (3, 2, 1), "padding": "same"}),
+    "reflect": (nn.Conv2d, (3, 3), {"kernel_size": 3, "padding": 2, "padding_mode": "reflect"}),
+    "replicate": (
+        nn.Conv3d,
+        (1, 2, 1),
+        {"kernel_size": 3, "padding": 1, "padding_mode": "replicate"},
+    ),
+    "circular": (
+        nn.Conv1d,
+        (4,),
+        {"kernel_size": 3, "padding": "same", "padding_mode": "circular", "groups": 2},
+    ),
+    "depthwise": (nn.Conv2d, (2, 2), {"kernel_size": 3, "padding": 2, "groups": 16}),
+}
+TRANSPOSED = {
+    "transposed_1d": (nn.ConvTranspose1d, (1,), {"kernel_size": 3, "padding": 1}),
+    "transposed_2d": (
+        nn.ConvTranspose2d,
+        (2, 1),
+        {"kernel_size": (2, 3), "stride": 2, "groups": 2, "output_padding": 1},
+    ),
+    "transposed_3d": (
+        nn.ConvTranspose3d,
+        (1, 1, 2),
+        {"kernel_size": 2, "stride": (1, 2, 1), "dilation": 2, "padding": 1},
+    ),
+}
+
+
+def convolutional(kind, sizes, options, classes=3):
+    """16 channels, so that they go by lags and shifts, and 5 examples."""
+    torch.manual_seed(0)
+    layer = kind(16, 16, **options)
+    features = layer(torch.zeros(1, 16, *sizes)).numel()
+    model = nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.Linear(features, classes)).double()
+    x = torch.randn(NUM_EXAMPLES, 16, *sizes, dtype=torch.float64)
+    return model, x, torch.zeros(NUM_EXAMPLES, dtype=torch.long)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("classes", [2, 4])  # of one score vector, and of several
+@pytest.mark.parametrize("name", CONVOLUTIONS | TRANSPOSED)
+def test_convolutions_of_every_geometry_equal_brute_force(name, classes):
+    model, x, y = convolutional(*(CONVOLUTIONS | TRANSPOSED)[name], classes)
+    expected = reference.categorical_fisher(model, [(x_n,) for x_n in x], torch.square)
+    found = fisher_information(model, [(x, y)])
+    torch.testing.assert_close(flatten(found.diagonal()), expected, **CLOSE)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_kronecker_factors_of_every_geometry_equal_brute_force(name):
+    model, x, y = convolutional(*CONVOLUTIONS[name])
+    examples = [(x_n,) for x_n in x]
+    a, g = reference.kronecker_factors(model, model[0], examples, patches(model[0]))
+    fisher = fisher_information(model, [(x, y)], structure=KroneckerFisher)
+    check_kronecker_block(fisher, model, model[0], a, g)
 
 
 @pytest.mark.parametrize("structure", [KroneckerFisher, EigenvalueCorrectedFisher])

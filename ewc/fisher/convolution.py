@@ -43,12 +43,13 @@ class Convolution(Operation):
         convolution = cls()
         convolution.output, convolution.weight, convolution.bias = node, views.get(1), views.get(2)
         if convolution.weight is not None:
+            kernel = convolution.weight.shape[2:]
             convolution.input = node._saved_input
             convolution.geometry = Geometry(
-                kernel=convolution.weight.shape[2:],
-                stride=tuple(node._saved_stride),
-                padding=tuple(node._saved_padding),
-                dilation=tuple(node._saved_dilation),
+                kernel=kernel,
+                stride=_for_every_axis(node._saved_stride, kernel),
+                padding=_for_every_axis(node._saved_padding, kernel),
+                dilation=_for_every_axis(node._saved_dilation, kernel),
                 groups=node._saved_groups,
                 transposed=node._saved_transposed,
             )
@@ -69,6 +70,11 @@ class Convolution(Operation):
         bias = self.bias.name if self.bias is not None else None
         factors = ConvolutionFactors(a, g, shape)
         return [OuterProducts(self.weight.name, bias, layout, [factors], memory)]
+
+
+def _for_every_axis(numbers: Sequence[int], kernel: torch.Size) -> tuple[int, ...]:
+    """One number an axis: torch saves a single one as it was given, as for "valid"."""
+    return tuple(numbers) * (len(kernel) if len(numbers) == 1 else 1)
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,13 @@ class Grid:
 
     def valid(self, axis: int, lag: Index) -> tuple[int, int]:
         """Where both ``q`` and ``q + lag`` are inside of the input."""
-        return max(0, -lag[axis]), self.sizes[axis] - max(0, lag[axis])
+        return _range(-lag[axis], self.sizes[axis] - max(0, lag[axis]))
+
+    def seen(self, axis: int, lag: Index, offset: int) -> tuple[int, int]:
+        """Of these, what the kernel's entry at ``offset`` sees."""
+        start, stop = self.valid(axis, lag)
+        first = offset - self.padding[axis]
+        return _range(max(start, first), min(stop, first + self.outputs[axis]))
 
     def outside(self, axis: int, lag: Index, offset: int) -> Iterator[tuple[int, int]]:
         """Of these, what the kernel's entry at ``offset`` does not see."""
@@ -96,7 +102,7 @@ class Grid:
         total = 0.0
         stored, offsets = prod(self.stored), self.offsets()
         for lag, pairs in self.lags().items():
-            total += (self.sizes[0] - lag[0]) * prod(self.stored[1:])
+            total += max(0, self.sizes[0] - lag[0]) * prod(self.stored[1:])
             prefixes = {offsets[i][:axis] for i, _ in pairs for axis in range(1, len(lag) + 1)}
             for prefix in prefixes:
                 axis = len(prefix) - 1
@@ -104,6 +110,14 @@ class Grid:
                 total += sum(b - a for a, b in slabs) * stored / self.stored[axis]
         entries = prod(self.kernel)
         return total / (prod(self.outputs) * entries * (entries + 1) / 2)
+
+
+def _range(start: int, stop: int) -> tuple[int, int]:
+    """A range of indices, empty where it would end before it begins or before 0.
+
+    A kernel may lie beside its map, or be larger than it.
+    """
+    return max(0, start), max(0, start, stop)
 
 
 def add_patch_squares(total: Tensor, x: Tensor, g: Tensor, grid: Grid) -> None:
@@ -193,11 +207,8 @@ def _restricted(
     last = len(prefix) - 1
     ranges = []
     for axis in range(len(lag)):
-        start, stop = grid.valid(axis, lag)
-        if axis < last:
-            first = prefix[axis] - grid.padding[axis]
-            start, stop = max(start, first), min(stop, first + grid.outputs[axis])
-        ranges.append((start, stop))
+        seen = axis < last
+        ranges.append(grid.seen(axis, lag, prefix[axis]) if seen else grid.valid(axis, lag))
     restricted = whole
     for slab in grid.outside(last, lag, prefix[last]):
         ranges[last] = slab
