@@ -332,6 +332,19 @@ except ValueError as error:
 else:
     raise SystemExit("half of the data were saved")
 assert not os.path.exists("never")
+class Heads(nn.Module):  # every process sees another head
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Linear(6, 3), nn.Linear(6, 3)]).double()
+    def forward(self, x, task):
+        return self.heads[int(task[0])](x)
+heads = Heads()
+by_task = [(x[:8], y[:8], torch.zeros(8)), (x[8:], y[8:], torch.ones(3))]
+for structure in (KroneckerFisher, EigenvalueCorrectedFisher):
+    found = fisher_information(heads, [by_task[rank]], structure=structure,
+                               group=distributed.group.WORLD)
+    expected = fisher_information(heads, by_task, structure=structure)
+    torch.testing.assert_close(found.to_dense(), expected.to_dense(), rtol=1e-9, atol=1e-11)
 traces = [fisher_information(model, [(x, y)], estimator=MonteCarlo(1)).trace()]
 joint = fisher_information(model, [(x, y)], estimator=MonteCarlo(1), group=distributed.group.WORLD)
 assert joint.num_examples == 22 and abs(joint.trace() - traces[0]) > 1e-6  # other draws

@@ -10,10 +10,11 @@ from ewc.checks import check_count
 from ewc.fisher.accumulator import Accumulator
 from ewc.fisher.composite import joined_states, split_states
 from ewc.fisher.damped_inverse import Blocks, DampedInverse
-from ewc.fisher.dense import BlockSums, DenseFisher
+from ewc.fisher.dense import BlockSums
 from ewc.fisher.diagonal import DiagonalFisher
 from ewc.fisher.matrix import FisherMatrix, State
 from ewc.fisher.pullback import Chunk
+from ewc.fisher.sum import SumFisher
 from ewc.parameters import Parameters, Shapes, check_same_shapes, shapes_of, size_of
 
 
@@ -237,15 +238,14 @@ class BlockDiagonalFisher(FisherMatrix):
         return type(self)(blocks, self.shapes, self.num_examples)
 
     def __repr__(self) -> str:
-        """One line with size and trace, and the layers that have an exact block instead."""
-        exact = [
-            name
-            for block in self.blocks
-            if not isinstance(block, self.form)
-            for name in block.shapes
-        ]
-        line = super().__repr__()
-        return line if not exact else f"{line[:-1]}, exact blocks: {', '.join(exact)})"
+        """One line with size and trace, and the layers that have another form."""
+        others = [block for block in self.blocks if not isinstance(block, self.form)]
+        line = super().__repr__()[:-1]
+        for kind, diagonal in (("exact blocks", False), ("exact diagonals", True)):
+            of_kind = [b for b in others if isinstance(b, DiagonalFisher) == diagonal]
+            if names := [name for block in of_kind for name in block.shapes]:
+                line += f", {kind}: {', '.join(names)}"
+        return f"{line})"
 
     def state(self) -> State:
         """The tensors of all blocks, numbered; a description a block."""
@@ -286,8 +286,31 @@ class BlockDiagonalSum(Accumulator):
 
     def mean(self, num_examples: int) -> BlockDiagonalFisher:
         """The mean blocks."""
-        blocks = [
-            DenseFisher(self.blocks.totals[key].div_(num_examples), shapes, num_examples)
-            for key, shapes in self.blocks.blocks.items()
-        ]
+        blocks = [self.blocks.mean(key, num_examples) for key in self.blocks.blocks]
         return BlockDiagonalFisher(blocks, self.shapes, num_examples)
+
+
+def disjoint(terms: Sequence[FisherMatrix], num_examples: int) -> list[FisherMatrix]:
+    """Blocks that share no parameter: matrices that do are put into one, their sum."""
+    groups: list[list[FisherMatrix]] = []
+    for term in terms:
+        touching = [g for g in groups if any(term.shapes.keys() & t.shapes.keys() for t in g)]
+        groups = [group for group in groups if group not in touching]
+        groups.append([other for group in touching for other in group] + [term])
+    return [group[0] if len(group) == 1 else _sum(group, num_examples) for group in groups]
+
+
+def _sum(terms: Sequence[FisherMatrix], num_examples: int) -> FisherMatrix:
+    """The sum of matrices over overlapping parameters."""
+    shapes = {name: shape for term in terms for name, shape in term.shapes.items()}
+    like = terms[0]
+    whole: list[FisherMatrix] = []
+    for term in terms:
+        zeros = {
+            name: torch.zeros(shape, dtype=like.dtype, device=like.device)
+            for name, shape in shapes.items()
+            if name not in term.shapes
+        }
+        blocks = [term, DiagonalFisher(zeros, num_examples)]
+        whole.append(BlockDiagonalFisher(blocks, shapes, num_examples) if zeros else term)
+    return SumFisher(whole, num_examples)

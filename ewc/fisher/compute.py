@@ -181,13 +181,27 @@ class Network:
             some = arguments[part]
             outputs = some(self.model)
             scores = self._scores(outputs, targets[part], generator, index)
-            if not (scores.shape[0] and outputs.requires_grad):
-                yield Chunk(self.model, some, scores, lambda: iter(()))
-                continue
-            with torch.no_grad():
-                tape = Tape(self.model, self.parameters, some, outputs, self.seen)
-            pullbacks = partial(tape.pullbacks, scores, vectors_at_once, self.memory // 2)
-            yield Chunk(self.model, some, scores, pullbacks)
+            yield self._chunk(some, outputs, scores, vectors_at_once)
+
+    def _chunk(
+        self, arguments: Arguments, outputs: Tensor, scores: Tensor, vectors_at_once: int
+    ) -> Chunk:
+        """The examples of one forward pass with their score vectors."""
+        alone = partial(self._alone, arguments, scores, vectors_at_once)
+        if not (scores.shape[0] and outputs.requires_grad):
+            return Chunk(self.model, arguments, scores, lambda: iter(()), alone)
+        with torch.no_grad():
+            tape = Tape(self.model, self.parameters, arguments, outputs, self.seen)
+        pullbacks = partial(tape.pullbacks, scores, vectors_at_once, self.memory // 2)
+        return Chunk(self.model, arguments, scores, pullbacks, alone)
+
+    def _alone(self, arguments: Arguments, scores: Tensor, vectors_at_once: int) -> Iterator[Chunk]:
+        """The examples of a chunk one by one."""
+        for i in range(len(arguments)):
+            one = arguments[i : i + 1]
+            with torch.enable_grad():
+                outputs = one(self.model)
+            yield self._chunk(one, outputs, scores[:, i : i + 1], vectors_at_once)
 
     def _by_effort(self, arguments: Arguments, at_once: int) -> Tensor | None:
         """The examples by how many vectors they need, so that few get more than that."""

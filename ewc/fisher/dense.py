@@ -1,6 +1,6 @@
 r"""The whole Fisher information matrix, for networks of some thousand parameters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from ewc.checks import check_not_negative
 from ewc.fisher.accumulator import Accumulator
 from ewc.fisher.damped_inverse import DampedInverse, Factorised
+from ewc.fisher.diagonal import DiagonalFisher
 from ewc.fisher.gram import add_gram
 from ewc.fisher.matrix import FisherMatrix, State
 from ewc.fisher.pullback import Chunk, Pullback, slices
@@ -144,6 +145,10 @@ class BlockSums:
         blocks: the parameters of every block, by a name of the block.
         like: a tensor whose device and type the sums have, in single precision at least.
 
+    Attributes:
+        blocks: the parameters of every block.
+        totals: the sums: ``[p, p]``, or ``[p]`` where only the diagonal is summed.
+
     Raises:
         ValueError: a block does not fit into memory.
     """
@@ -151,11 +156,16 @@ class BlockSums:
     def __init__(self, blocks: Mapping[str, Shapes], like: Tensor) -> None:
         self.blocks: dict[str, Shapes] = {}
         self.totals: dict[str, Tensor] = {}
-        self.like = like
+        self.dtype = accumulation_dtype(like.dtype)
+        self.device = like.device
         for key, shapes in blocks.items():
             self.include(key, shapes)
 
-    def include(self, key: str, shapes: Shapes) -> None:
+    def bytes_of(self, shapes: Shapes) -> int:
+        """What a dense block over these parameters takes."""
+        return sum(shape.numel() for shape in shapes.values()) ** 2 * self.dtype.itemsize
+
+    def include(self, key: str, shapes: Shapes, *, diagonal: bool = False) -> None:
         """Begin a block, if it is new.
 
         Raises:
@@ -164,38 +174,77 @@ class BlockSums:
         if key in self.blocks:
             return
         size = sum(shape.numel() for shape in shapes.values())
-        dtype = accumulation_dtype(self.like.dtype)
+        sizes = (size,) if diagonal else (size, size)
         try:
-            total = torch.zeros(size, size, dtype=dtype, device=self.like.device)
+            total = torch.zeros(sizes, dtype=self.dtype, device=self.device)
         except RuntimeError as error:
             where = f" ({', '.join(shapes)})" if key else ""
             raise ValueError(
                 f"A dense Fisher matrix over {size} parameters{where} takes "
-                f"{size**2 * dtype.itemsize / 1e9:.0f} GB, more than there is: take another "
-                "structure, a smaller network or some of its parameters."
+                f"{self.bytes_of(shapes) / 1e9:.0f} GB, more than there is: take another "
+                "structure such as KroneckerFisher or DiagonalFisher, a smaller network or some "
+                "of its parameters."
             ) from error
         self.blocks[key], self.totals[key] = dict(shapes), total
 
-    def add(self, pullbacks: Sequence[Pullback]) -> None:
-        """Add the outer products of pulled-back vectors; each block must hold its pullbacks."""
-        owner = {name: key for key, shapes in self.blocks.items() for name in shapes}
-        touched = {owner[name] for p in pullbacks for name in p.shapes if name in owner}
-        for key in touched:
-            shapes, total = self.blocks[key], self.totals[key]
-            own = [p for p in pullbacks if any(name in shapes for name in p.shapes)]
-            row_bytes = 2 * own[0].num_vectors * total.shape[0] * total.element_size()
-            row_bytes += sum(p.bytes_per_example() for p in own)
-            for part in slices(own[0].num_examples, row_bytes, own[0].memory):
-                # A parameter that did not take part has a zero gradient.
-                count = own[0].num_vectors * (part.stop - part.start)
-                rows = total.new_zeros(count, total.shape[0])
-                pieces = torch.split(rows, [shape.numel() for shape in shapes.values()], dim=1)
-                columns = dict(zip(shapes, pieces, strict=True))
-                for pullback in own:
-                    for name, vectors in pullback.per_example(part).items():
-                        if name in columns:
-                            columns[name].copy_(vectors.reshape(columns[name].shape))
-                add_gram(total, rows)
+    def add(self, pullbacks: Sequence[Pullback], keys: Iterable[str] | None = None) -> None:
+        """Add the outer products of pulled-back vectors.
+
+        Args:
+            pullbacks: together they hold every parameter of the blocks that takes part.
+            keys: the blocks, which share no parameter; all if ``None``.
+        """
+        owner = {name: key for key in keys or self.blocks for name in self.blocks[key]}
+        for members, touched in _connected(pullbacks, owner):
+            largest = max(sum(s.numel() for s in self.blocks[key].values()) for key in touched)
+            row_bytes = 2 * members[0].num_vectors * largest * self.dtype.itemsize
+            row_bytes += sum(pullback.bytes_per_example() for pullback in members)
+            for part in slices(members[0].num_examples, row_bytes, members[0].memory):
+                vectors: Parameters = {}
+                for pullback in members:
+                    vectors |= pullback.per_example(part)
+                for key in touched:
+                    self._add_rows(key, vectors)
+
+    def _add_rows(self, key: str, vectors: Parameters) -> None:
+        """Add vectors ``[k, n, *parameter.shape]`` to one block."""
+        shapes, total = self.blocks[key], self.totals[key]
+        present = [name for name in shapes if name in vectors]
+        # A parameter that did not take part has a zero gradient.
+        count = vectors[present[0]].shape[:2].numel()
+        rows = total.new_zeros(count, total.shape[0])
+        pieces = torch.split(rows, [shape.numel() for shape in shapes.values()], dim=1)
+        columns = dict(zip(shapes, pieces, strict=True))
+        for name in present:
+            columns[name].copy_(vectors[name].reshape(columns[name].shape))
+        if total.dim() == 1:
+            total += rows.square_().sum(0)
+        else:
+            add_gram(total, rows)
+
+    def mean(self, key: str, num_examples: int) -> FisherMatrix:
+        """The mean matrix of one block, which takes the place of its sum."""
+        shapes, total = self.blocks[key], self.totals[key].div_(num_examples)
+        if total.dim() == 1:
+            return DiagonalFisher(unflatten(total, shapes), num_examples)
+        return DenseFisher(total, shapes, num_examples)
+
+
+def _connected(
+    pullbacks: Sequence[Pullback], owner: Mapping[str, str]
+) -> list[tuple[list[Pullback], list[str]]]:
+    """Pullbacks and blocks that have to do with each other, apart from all others."""
+    groups: list[tuple[list[Pullback], list[str]]] = []
+    for pullback in pullbacks:
+        keys = list(dict.fromkeys(owner[name] for name in pullback.shapes if name in owner))
+        if not keys:
+            continue
+        touching = [group for group in groups if set(group[1]) & set(keys)]
+        groups = [group for group in groups if group not in touching]
+        members = [other for group in touching for other in group[0]]
+        joined = dict.fromkeys([key for group in touching for key in group[1]] + keys)
+        groups.append(([*members, pullback], list(joined)))
+    return groups
 
 
 class DenseSum(Accumulator):
@@ -220,4 +269,6 @@ class DenseSum(Accumulator):
 
     def mean(self, num_examples: int) -> DenseFisher:
         """The mean matrix."""
-        return DenseFisher(self.blocks.totals[""].div_(num_examples), self.shapes, num_examples)
+        matrix = self.blocks.mean("", num_examples)
+        assert isinstance(matrix, DenseFisher)
+        return matrix

@@ -1,5 +1,7 @@
 """Data-parallel sums: every process adds up its shard, and all get the whole."""
 
+from typing import Any
+
 import torch
 from torch import distributed
 from torch.distributed import ProcessGroup
@@ -33,9 +35,9 @@ def joined(total: Accumulator, num_examples: int, group: ProcessGroup) -> int:
     total.join(group)
     sums = total.sums()
     kinds = {name: (list(tensor.shape), str(tensor.dtype)) for name, tensor in sums.items()}
-    all_kinds: list[object] = [None] * distributed.get_world_size(group)
-    distributed.all_gather_object(all_kinds, kinds, group=group)
-    if any(other != kinds for other in all_kinds):
+    everybody: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(everybody, (kinds, num_examples), group=group)
+    if any(others != kinds or examples == 0 for others, examples in everybody):
         raise ValueError(
             "The processes of the group have different layers to add up: every shard needs "
             "an example, and the models must be alike."

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ewc.fisher.accumulator import Accumulator
-from ewc.fisher.block_diagonal import BlockDiagonalFisher
+from ewc.fisher.block_diagonal import BlockDiagonalFisher, disjoint
 from ewc.fisher.eigenbasis import EigenvalueCorrectedProduct
-from ewc.fisher.kronecker import KroneckerSum
+from ewc.fisher.kronecker import KroneckerSum, layer_key, numbered_parts, weights_of
 from ewc.fisher.kronecker_product import KroneckerProduct
 from ewc.fisher.lookups import Lookups
 from ewc.fisher.matrix import FisherMatrix
@@ -16,7 +17,7 @@ from ewc.fisher.outer import OuterProducts
 from ewc.fisher.pullback import Chunk
 from ewc.fisher.squares import add_outer_squares
 from ewc.fisher.sum import SumFisher
-from ewc.parameters import Parameters, Shapes
+from ewc.parameters import Parameters, Shapes, shapes_of
 
 
 class EigenvalueCorrectedFisher(BlockDiagonalFisher):
@@ -51,12 +52,16 @@ class _FirstPass(Accumulator):
 
     passes = 2
 
-    def __init__(self, kronecker: Accumulator) -> None:
+    def __init__(self, kronecker: KroneckerSum) -> None:
         self.kronecker = kronecker
 
     def add(self, chunk: Chunk) -> None:
         """Add to the factors."""
         self.kronecker.add(chunk)
+
+    def join(self, group: ProcessGroup) -> None:
+        """Begin the factors that other processes have."""
+        self.kronecker.join(group)
 
     def sums(self) -> dict[str, Tensor]:
         """The factors."""
@@ -64,35 +69,36 @@ class _FirstPass(Accumulator):
 
     def mean(self, num_examples: int) -> "SpectrumSum":
         """The sum of the second pass."""
-        fisher = self.kronecker.mean(num_examples)
-        assert isinstance(fisher, BlockDiagonalFisher)
-        return SpectrumSum(fisher)
+        shapes = shapes_of(self.kronecker.parameters)
+        return SpectrumSum(self.kronecker.terms(num_examples), shapes)
 
 
 class SpectrumSum(Accumulator):
     r"""The running :math:`\sum_{n,k} (Q_G^\top V_{kn} Q_A)^2` of every Kronecker layer.
 
     Args:
-        kronecker: the matrix whose eigenvectors are taken.
+        terms: the Kronecker products whose eigenvectors are taken, and all other blocks.
+        shapes: all parameters.
     """
 
-    def __init__(self, kronecker: BlockDiagonalFisher) -> None:
+    def __init__(self, terms: Sequence[FisherMatrix], shapes: Shapes) -> None:
         self.rest: list[FisherMatrix] = []
         self.bases: dict[str, EigenvalueCorrectedProduct] = {}
-        for block in kronecker.blocks:
+        for block in terms:
             if isinstance(block, KroneckerProduct):
                 eigen = block.eigen
                 zero = torch.zeros_like(eigen.spectrum)
-                self.bases[eigen.weights.weight] = EigenvalueCorrectedProduct(
+                key = layer_key(eigen.weights, lookups=eigen.inputs is None)
+                self.bases[key] = EigenvalueCorrectedProduct(
                     eigen.weights, eigen.outputs, eigen.inputs, zero, block.num_examples
                 )
             else:
                 self.rest.append(block)
-        self.shapes: Shapes = kronecker.shapes
+        self.shapes = shapes
 
     def add(self, chunk: Chunk) -> None:
         """Add the squares of one chunk of pulled-back vectors, in the eigenbases."""
-        for pullbacks in chunk.pullbacks():
+        for _, pullbacks in numbered_parts(chunk):
             for pullback in pullbacks:
                 if isinstance(pullback, OuterProducts):
                     self._add_outer(pullback)
@@ -100,7 +106,9 @@ class SpectrumSum(Accumulator):
                     self._add_lookups(pullback)
 
     def _add_outer(self, pullback: OuterProducts) -> None:
-        basis = self.bases[pullback.weight]
+        if pullback.positions == 0:
+            return
+        basis = self.bases[layer_key(weights_of(pullback))]
         assert basis.inputs is not None
         for part in pullback.slices():
             a, g = pullback.factors(part)
@@ -109,7 +117,9 @@ class SpectrumSum(Accumulator):
             add_outer_squares(a @ basis.inputs, g @ basis.outputs, basis.spectrum)
 
     def _add_lookups(self, pullback: Lookups) -> None:
-        basis = self.bases[pullback.name]
+        if pullback.indices.shape[1] == 0:
+            return
+        basis = self.bases[layer_key(weights_of(pullback), lookups=True)]
         g = pullback.gradient @ basis.outputs[0]
         shape = pullback.shapes[pullback.name]
         total = basis.spectrum.new_zeros(shape)
@@ -126,7 +136,8 @@ class SpectrumSum(Accumulator):
         corrected: Sequence[FisherMatrix] = [
             basis.scaled(1 / num_examples) for basis in self.bases.values()
         ]
-        return EigenvalueCorrectedFisher([*corrected, *self.rest], self.shapes, num_examples)
+        blocks = disjoint([*corrected, *self.rest], num_examples)
+        return EigenvalueCorrectedFisher(blocks, self.shapes, num_examples)
 
 
 def nearest_in_eigenbasis(

@@ -1,14 +1,16 @@
 r"""The Kronecker-factored Fisher information (K-FAC)."""
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed import ProcessGroup
 
 from ewc.fisher.accumulator import Accumulator
-from ewc.fisher.block_diagonal import BlockDiagonalFisher, by_layer
-from ewc.fisher.dense import BlockSums, DenseFisher
+from ewc.fisher.block_diagonal import BlockDiagonalFisher, by_layer, disjoint
+from ewc.fisher.dense import BlockSums
 from ewc.fisher.diagonal import DiagonalFisher
 from ewc.fisher.gram import Block, GramSum, RowBlock
 from ewc.fisher.kronecker_product import KroneckerProduct
@@ -16,9 +18,16 @@ from ewc.fisher.layer_matrix import LayerWeights
 from ewc.fisher.lookups import Lookups
 from ewc.fisher.matrix import FisherMatrix
 from ewc.fisher.outer import OuterProducts, WeightLayout
-from ewc.fisher.pullback import Chunk, Pullback
+from ewc.fisher.per_example import PerExample
+from ewc.fisher.pullback import DEFAULT_MEMORY, Chunk, Pullback
 from ewc.fisher.truncated_product import TruncatedProduct
 from ewc.parameters import Parameters, accumulation_dtype, shapes_of
+
+LARGEST_BLOCK = DEFAULT_MEMORY
+"""Bytes of the largest dense block of a layer without a Kronecker form (512 MiB).
+
+Whatever memory the pass may take: the form of the matrix does not depend on it.
+"""
 
 
 class KroneckerFisher(BlockDiagonalFisher):
@@ -36,7 +45,13 @@ class KroneckerFisher(BlockDiagonalFisher):
     The matrix is exact for a deep linear network with a Gaussian likelihood, and for a
     single example; the layers' inputs and gradients are otherwise taken to be independent.
     A layer that is not of this form (a normalisation, a weight tied to an embedding, what
-    no rule covers) has its exact dense block instead, and printing says so.
+    no rule covers) has its exact dense block instead, and printing says so.  Where that
+    block is above 512 MiB (11,585 parameters in single precision) the layer has its exact
+    diagonal, with a warning.
+
+    ``T`` is the example's own number of positions, so that the matrix does not depend on
+    how the data are cut into batches.  Where only some examples use a layer (experts, heads)
+    :math:`G` is the mean over these, and the block has their share.
 
     Memory :math:`o^2 + i^2` a layer; ``matvec`` :math:`o i (o + i)` operations; ``solve``,
     ``logdet`` and ``eigenvalues`` once :math:`o^3 + i^3`.  A sum of two is exact and lazy;
@@ -59,6 +74,10 @@ class KroneckerFisher(BlockDiagonalFisher):
 class KroneckerSum(Accumulator):
     """The running second moments of every layer's inputs and output gradients.
 
+    What form a layer has, and at how many positions an example uses it, is the example's
+    own: the sums are the same however the data are cut.  A layer that has several forms (a
+    weight that some examples use transposed as well) has the sum of all of them.
+
     Args:
         parameters: over which the matrix is.
         reduce: whether to reduce over positions first.
@@ -69,11 +88,10 @@ class KroneckerSum(Accumulator):
         self.reduce = reduce
         self.layers: dict[str, LayerSums] = {}
         self.rest = BlockSums({}, next(iter(parameters.values())))
-        self._kinds: dict[str, str] = {}
 
     def add(self, chunk: Chunk) -> None:
         """Add one chunk of pulled-back vectors."""
-        for number, pullbacks in enumerate(chunk.pullbacks()):
+        for number, pullbacks in numbered_parts(chunk):
             rest: list[Pullback] = []
             for pullback in pullbacks:
                 # The inputs are the same for every part of the vectors.
@@ -83,12 +101,16 @@ class KroneckerSum(Accumulator):
                     self._add_lookups(pullback, with_inputs=number == 0)
                 else:
                     rest.append(pullback)
-            self._add_rest(rest)
+            if rest:
+                self._add_rest(rest)
 
     def _add_outer(self, pullback: OuterProducts, *, with_inputs: bool) -> None:
-        weights = LayerWeights(pullback.weight, pullback.bias, pullback.layout)
-        layer = self._layer(weights, pullback.memory)
+        if pullback.positions == 0:
+            return
+        layer = self._layer(weights_of(pullback), pullback.memory)
         assert isinstance(layer.inputs, GramSum)
+        if with_inputs:
+            layer.examples += pullback.num_examples
         for part in pullback.slices():
             inputs: list[Block]
             outputs: list[Block]
@@ -112,66 +134,118 @@ class KroneckerSum(Accumulator):
 
     def _add_lookups(self, pullback: Lookups, *, with_inputs: bool) -> None:
         """An embedding is linear in one-hot inputs, whose second moments are diagonal."""
-        shape = pullback.shapes[pullback.name]
-        weights = LayerWeights(pullback.name, None, WeightLayout(shape, transposed=True))
-        layer = self._layer(weights, pullback.memory, lookups=True)
+        positions = pullback.indices.shape[1]
+        if positions == 0:
+            return
+        layer = self._layer(weights_of(pullback), pullback.memory, lookups=True)
         layer.outputs.add(RowBlock(pullback.gradient.flatten(0, 2)[None]))
         if with_inputs:
-            counts = torch.bincount(pullback.indices.flatten(), minlength=shape[0])
+            layer.examples += pullback.num_examples
+            rows = pullback.shapes[pullback.name][0]
+            counts = torch.bincount(pullback.indices.flatten(), minlength=rows)
             if pullback.padding is not None:
                 counts[pullback.padding] = 0
-            layer.sums[0] += counts.to(layer.sums) / pullback.indices.shape[1]
+            layer.sums[0] += counts.to(layer.sums) / positions
 
     def _layer(self, weights: LayerWeights, memory: int, *, lookups: bool = False) -> "LayerSums":
-        self._check_use(weights.shapes, f"a Kronecker product {weights.bias} {weights.layout}")
-        if weights.weight not in self.layers:
+        key = layer_key(weights, lookups=lookups)
+        if key not in self.layers:
             like = self.parameters[weights.weight].detach()
             like = like.new_empty(0, dtype=accumulation_dtype(like.dtype))
-            self.layers[weights.weight] = LayerSums(weights, like, memory, lookups=lookups)
-        return self.layers[weights.weight]
+            self.layers[key] = LayerSums(weights, like, memory, lookups=lookups)
+        return self.layers[key]
 
     def _add_rest(self, pullbacks: Sequence[Pullback]) -> None:
         present = {name for pullback in pullbacks for name in pullback.shapes}
         shapes = shapes_of({n: p for n, p in self.parameters.items() if n in present})
-        for group in by_layer(shapes).values():
-            self._check_use(group, f"a block of {', '.join(group)}")
-            self.rest.include(", ".join(group), group)
-        if pullbacks:
-            self.rest.add(pullbacks)
+        groups = {", ".join(group): group for group in by_layer(shapes).values()}
+        for key, group in groups.items():
+            large = self.rest.bytes_of(group) > LARGEST_BLOCK
+            self.rest.include(key, group, diagonal=large)
+        self.rest.add(pullbacks, groups)
 
-    def _check_use(self, names: Mapping[str, Any], kind: str) -> None:
-        """Check that parameters take part in every batch in the same way.
-
-        Raises:
-            ValueError: they do not, so that no one form holds for their mean.
-        """
-        for name in names:
-            if self._kinds.setdefault(name, kind) != kind:
-                raise ValueError(
-                    f"Parameter {name!r} is used in different ways in different batches: a "
-                    "Kronecker Fisher needs one; batches of one task each often help."
-                )
+    def join(self, group: ProcessGroup) -> None:
+        """Begin the sums that other processes have."""
+        mine = (
+            [(layer.weights, layer.inputs is None) for layer in self.layers.values()],
+            [
+                (key, shapes, self.rest.totals[key].dim())
+                for key, shapes in self.rest.blocks.items()
+            ],
+        )
+        everybody: list[Any] = [None] * distributed.get_world_size(group)
+        distributed.all_gather_object(everybody, mine, group=group)
+        for layers, exact in everybody:
+            for weights, lookups in layers:
+                self._layer(weights, 0, lookups=lookups)
+            for key, shapes, dims in exact:
+                self.rest.include(key, shapes, diagonal=dims == 1)
 
     def sums(self) -> dict[str, Tensor]:
         """The factors by weight, and the exact blocks."""
         found = {f"block {key}": total for key, total in self.rest.totals.items()}
-        for layer in self.layers.values():
-            found |= layer.tensors()
+        for key, layer in self.layers.items():
+            found |= layer.tensors(key)
         return found
 
-    def mean(self, num_examples: int) -> KroneckerFisher:
-        """The mean factors and blocks; parameters that took no part have zeros."""
-        blocks: list[FisherMatrix] = [layer.mean(num_examples) for layer in self.layers.values()]
-        blocks += [
-            DenseFisher(self.rest.totals[key].div_(num_examples), shapes, num_examples)
-            for key, shapes in self.rest.blocks.items()
-        ]
-        seen = {name for block in blocks for name in block.shapes}
+    def terms(self, num_examples: int) -> list[FisherMatrix]:
+        """The mean of every sum; parameters that took no part have zeros.
+
+        Warns:
+            UserWarning: of layers without a Kronecker form only the diagonal was summed.
+        """
+        terms: list[FisherMatrix] = [layer.mean(num_examples) for layer in self.layers.values()]
+        exact = [self.rest.mean(key, num_examples) for key in self.rest.blocks]
+        if large := [block for block in exact if isinstance(block, DiagonalFisher)]:
+            sizes = [
+                f"{', '.join(block.shapes)} ({self.rest.bytes_of(block.shapes) / 1e9:.1f} GB)"
+                for block in large
+            ]
+            warnings.warn(
+                f"Only the exact diagonal is kept of {'; '.join(sizes)}: these parameters have no "
+                "Kronecker form, and a dense block of this size is above "
+                f"{LARGEST_BLOCK / 1e9:.1f} GB.",
+                stacklevel=2,
+            )
+        terms += exact
+        seen = {name for term in terms for name in term.shapes}
         for name, parameter in self.parameters.items():
             if name not in seen:
                 zeros = torch.zeros_like(parameter, dtype=accumulation_dtype(parameter.dtype))
-                blocks.append(DiagonalFisher({name: zeros.detach()}, num_examples))
+                terms.append(DiagonalFisher({name: zeros.detach()}, num_examples))
+        return terms
+
+    def mean(self, num_examples: int) -> KroneckerFisher:
+        """The mean factors and blocks."""
+        blocks = disjoint(self.terms(num_examples), num_examples)
         return KroneckerFisher(blocks, shapes_of(self.parameters), num_examples)
+
+
+def numbered_parts(chunk: Chunk) -> Iterator[tuple[int, Sequence[Pullback]]]:
+    """The pullbacks of a chunk, with the number of the part of the vectors that they are of.
+
+    Where rows of a layer are not the examples in order (packed sequences, experts, several
+    heads), every example goes alone: all its rows are then its own.
+    """
+    for number, pullbacks in enumerate(chunk.pullbacks()):
+        if any(isinstance(pullback, PerExample) and pullback.misplaced for pullback in pullbacks):
+            for one in chunk.alone():
+                yield from enumerate(one.pullbacks())
+            return
+        yield number, pullbacks
+
+
+def weights_of(pullback: OuterProducts | Lookups) -> LayerWeights:
+    """The parameters of a layer that has a Kronecker form."""
+    if isinstance(pullback, OuterProducts):
+        return LayerWeights(pullback.weight, pullback.bias, pullback.layout)
+    shape = pullback.shapes[pullback.name]
+    return LayerWeights(pullback.name, None, WeightLayout(shape, transposed=True))
+
+
+def layer_key(weights: LayerWeights, *, lookups: bool = False) -> str:
+    """A name for one form of a layer, the same in every process."""
+    return f"{weights} looked up" if lookups else str(weights)
 
 
 class LayerSums:
@@ -194,19 +268,24 @@ class LayerSums:
         self.sums = like.new_zeros(groups, inputs)
         """The sums of the inputs; of one-hot inputs they are the second moments."""
         self.count = like.new_zeros(())
+        self.examples = like.new_zeros(())
+        """Those that use the layer."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All sums, by names that are the same in every process."""
-        name = self.weights.weight
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """All sums, by names with the layer's in them."""
         found = {f"outputs {name}": self.outputs.flush(), f"sums {name}": self.sums}
         found[f"count {name}"] = self.count
+        found[f"examples {name}"] = self.examples
         if self.inputs is not None:
             found[f"inputs {name}"] = self.inputs.flush()
         return found
 
     def mean(self, num_examples: int) -> KroneckerProduct:
-        """The mean factors; the bias's input is always 1."""
-        outputs = self.outputs.flush().div_(num_examples)
+        """The mean factors; the bias's input is always 1.
+
+        The share of the examples that use the layer is one of the block, so of one factor.
+        """
+        outputs = self.outputs.flush().div_(self.examples.clamp_min(1))
         if self.inputs is None:
             inputs = self.sums.div_(num_examples)
         else:

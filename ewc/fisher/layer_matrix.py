@@ -36,6 +36,13 @@ class LayerWeights:
     bias: str | None
     layout: WeightLayout
 
+    def __str__(self) -> str:
+        """The names, and what of the layout is not usual; for messages."""
+        parts = [self.weight, f"and {self.bias}" if self.bias is not None else ""]
+        parts += [f"in {self.layout.groups} groups" if self.layout.groups > 1 else ""]
+        parts += ["transposed" if self.layout.transposed else ""]
+        return " ".join(part for part in parts if part)
+
     @property
     def shapes(self) -> Shapes:
         """The parameters by name."""

@@ -65,6 +65,8 @@ class PerExample(Pullback):
         vectorises: whether the network can be vectorised over examples, as far as known
             from earlier batches, by the parameters' names and the shapes of what goes in;
             kept up to date.
+        misplaced: whether a rule knows some of the parameters' operations, but their rows
+            are not the examples in order.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class PerExample(Pullback):
         *,
         memory: int,
         vectorises: dict[tuple[Any, ...], bool],
+        misplaced: bool = False,
     ) -> None:
         self.model = model
         self.shapes = shapes
@@ -86,6 +89,7 @@ class PerExample(Pullback):
         self.dtype = accumulation_dtype(next(iter(self.parameters.values())).dtype)
         self.memory = memory
         self.vectorises = vectorises
+        self.misplaced = misplaced
 
     def bytes_per_example(self) -> int:
         """The vectors, and as much again for what the network computes on the way."""

@@ -157,9 +157,12 @@ class Chunk:
         scores: the score vectors, ``[k, n, c]``.
         pullbacks: pulls the vectors back: lists of pullbacks that together hold, for some
             of the vectors, every parameter that takes part in the outputs, each once.
+        alone: the same examples, each in a chunk of its own, which the network is run for
+            anew.
     """
 
     model: nn.Module
     arguments: Arguments
     scores: Tensor
     pullbacks: Callable[[], Iterator[Sequence[Pullback]]]
+    alone: Callable[[], Iterator["Chunk"]]

@@ -150,7 +150,7 @@ class Tape:
                     assert rows is not None
                     found += operation.pullbacks(g, rows, self.num_examples, memory)
             if others:
-                found.append(self._one_at_a_time(others, part, memory))
+                found.append(self._one_at_a_time(others, part, memory, misplaced=bool(irregular)))
             yield merged(found)
 
     def _pulled_back(self, scores: Tensor, *, retain_graph: bool) -> list[Tensor]:
@@ -164,10 +164,17 @@ class Tape:
                 return found
         return one_by_one(self.outputs, self.edges, scores, retain_graph=retain_graph)
 
-    def _one_at_a_time(self, shapes: Shapes, scores: Tensor, memory: int) -> PerExample:
-        seen = self.memory.vectorises
+    def _one_at_a_time(
+        self, shapes: Shapes, scores: Tensor, memory: int, *, misplaced: bool
+    ) -> PerExample:
         return PerExample(
-            self.model, shapes, self.arguments, scores, memory=memory, vectorises=seen
+            self.model,
+            shapes,
+            self.arguments,
+            scores,
+            memory=memory,
+            vectorises=self.memory.vectorises,
+            misplaced=misplaced,
         )
 
     def _right(self, found: list[Tensor], scores: Tensor) -> bool:
