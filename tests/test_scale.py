@@ -123,6 +123,35 @@ def test_the_memory_cap_holds():
     assert peak[800_000_000] < 1.2 * 800_000_000
 
 
+def peak_above(setup, call):
+    """Bytes that a call takes above what was taken before, in a process of its own."""
+    script = f"""
+import resource, torch
+from torch import nn
+import ewc
+torch.set_num_threads(1)
+{setup}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+{call}
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    return 1024 * int(done.stdout)
+
+
+def test_a_low_rank_matrix_takes_the_memory_it_says():
+    setup = """
+model = nn.Sequential(nn.Linear(1000, 2000), nn.Tanh(), nn.Linear(2000, 10))
+data = [(torch.randn(32, 1000), torch.randint(10, (32,)))]
+options = {"memory": 2**26, "estimator": ewc.MonteCarlo(1)}
+ewc.fisher_information(model, data, **options)"""
+    call = "ewc.fisher_information(model, data, structure=ewc.LowRankFisher, **options)"
+    size = 4 * (1001 * 2000 + 2001 * 10)
+    assert peak_above(setup, call) < (20 + 13) * size + 2**26
+
+
 def test_memory_must_be_positive():
     model, x, y = body_and_head()
     with pytest.raises(ValueError, match="memory is 0: it must be a whole number of bytes above 0"):
