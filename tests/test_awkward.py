@@ -552,3 +552,122 @@ def test_complex_parameters_are_refused_or_left_out():
         "0.weight",
         "0.bias",
     }
+
+
+class LogCumSum(Body):
+    """A derivative whose own derivative torch takes to be infinite times zero."""
+
+    def forward(self, x):
+        return self.head(self.inner(x.sum(1)).logcumsumexp(1))
+
+
+class Counted(nn.Module):
+    """An embedding whose gradient is divided by how often a batch uses a word."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.words, self.head = nn.Embedding(4, 4, **options), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.words((3 * x[:, :, 0]).long().abs() % 4).tanh().sum(1))
+
+
+AWKWARD_PRODUCTS = {
+    "logcumsumexp": LogCumSum,
+    "scale_grad_by_freq": lambda: Counted(scale_grad_by_freq=True),
+    "max_norm": lambda: Counted(max_norm=0.5),
+}
+
+
+@pytest.mark.parametrize("name", AWKWARD_PRODUCTS)
+@pytest.mark.parametrize(
+    "structure", [DenseFisher, LowRankFisher.configured(rank=60), ImplicitFisher], ids=str
+)
+def test_an_example_has_in_its_batch_what_it_has_alone(structure, name, tmp_path):
+    torch.manual_seed(0)
+    model = AWKWARD_PRODUCTS[name]().double()
+    x, y = torch.randn(7, 5, 3, dtype=torch.float64), torch.zeros(7, dtype=torch.long)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    found = [
+        fisher_information(
+            model, list(zip(x.split(s), y.split(s), strict=True)), structure=structure
+        )
+        for s in (7, 3)
+    ]
+    for parameter, was in zip(model.parameters(), before.values(), strict=True):
+        assert torch.equal(parameter, was)
+    expected = reference.categorical_fisher(model, [(x_n,) for x_n in x])
+    for fisher in found:
+        torch.testing.assert_close(fisher.to_dense(), expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_pass_leaves_renormalised_embeddings_as_they_were(kind, fails):
+    torch.manual_seed(0)
+    words, head = kind(4, 4, max_norm=0.5), nn.Linear(4, 3)
+    before = words.weight.detach().clone()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.head = words, head
+
+        def forward(self, x):
+            hidden = self.words(x)
+            if fails:
+                raise RuntimeError("broken on purpose")
+            return self.head(hidden.reshape(len(x), -1, 4).sum(1))
+
+    data = [(torch.randint(4, (5, 3)), torch.zeros(5, dtype=torch.long))]
+    if fails:
+        with pytest.raises(RuntimeError, match="broken on purpose"):
+            fisher_information(Model(), data)
+    else:
+        fisher_information(Model(), data)
+    assert torch.equal(words.weight, before)
+    words(data[0][0])
+    assert not torch.equal(words.weight, before)  # as a call of its own does
+
+
+class Without(nn.Module):
+    """A network that keeps no derivative."""
+
+    def __init__(self, guard, detached=False):
+        super().__init__()
+        self.guard, self.detached, self.layer = guard, detached, nn.Linear(4, 3)
+
+    def forward(self, x):
+        with self.guard():
+            outputs = self.layer(x)
+        return outputs.detach() if self.detached else outputs
+
+
+@every_structure
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Without(torch.no_grad),
+        lambda: Without(torch.inference_mode),
+        lambda: Without(torch.enable_grad, detached=True),
+    ],
+    ids=["no_grad", "inference_mode", "detached"],
+)
+def test_a_network_without_derivatives_is_refused(structure, build):
+    data = [(torch.randn(5, 4), torch.zeros(5, dtype=torch.long))]
+    with pytest.raises(ValueError, match=r"depend on none of the parameters \(layer.weight, layer"):
+        fisher_information(build(), data, structure=structure)
+
+
+def test_chosen_parameters_without_a_part_are_refused_and_others_are_zero():
+    torch.manual_seed(0)
+    model = TwoHeads().double()
+    x, y = torch.randn(4, 6, dtype=torch.float64), torch.zeros(4, dtype=torch.long)
+    first, second = ((x, y, torch.full((4,), task)) for task in (0, 1))
+    with pytest.raises(ValueError, match=r"depend on none of the parameters \(heads.1.weight"):
+        fisher_information(model, [first], parameters=["heads.1.*"])
+    assert float(fisher_information(model, [first]).diagonal()["heads.1.bias"].sum()) == 0
+    # Of some batches only: the mean is over all.
+    whole = fisher_information(model, [second], parameters=["heads.1.*"]).trace()
+    half = fisher_information(model, [first, second], parameters=["heads.1.*"]).trace()
+    torch.testing.assert_close(half, whole / 2)

@@ -65,8 +65,7 @@ class Repeated(nn.Module):
     def forward(self, x, n):
         hidden = self.twice(x[:, 0]).tanh()
         again, also = torch.where(n > 2)[0], torch.where(n > 3)[0]
-        if len(again):
-            hidden = hidden.index_copy(0, again, self.twice(hidden[again]).tanh())
+        hidden = hidden.index_copy(0, again, self.twice(hidden[again]).tanh())
         if len(also):
             hidden = hidden.index_add(0, also, self.skipped(hidden[also]).tanh())
         return self.head(hidden)

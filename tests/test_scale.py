@@ -18,6 +18,7 @@ from ewc import (
     DiagonalFisher,
     EigenvalueCorrectedFisher,
     Exact,
+    Gaussian,
     ImplicitFisher,
     KroneckerFisher,
     LowRankFisher,
@@ -150,6 +151,25 @@ ewc.fisher_information(model, data, **options)"""
     call = "ewc.fisher_information(model, data, structure=ewc.LowRankFisher, **options)"
     size = 4 * (1001 * 2000 + 2001 * 10)
     assert peak_above(setup, call) < (20 + 13) * size + 2**26
+
+
+@pytest.mark.parametrize("estimator", [Exact(), Exact(0.01)], ids=repr)
+@pytest.mark.parametrize("likelihood", [Categorical(), Gaussian()], ids=repr)
+def test_thousands_of_outputs_are_refused_where_they_do_not_fit(likelihood, estimator):
+    model, x = nn.Linear(8, 3000), torch.randn(4, 8)
+    y = torch.zeros(4, dtype=torch.long) if likelihood == Categorical() else torch.zeros(4, 3000)
+    with pytest.raises(ValueError, match=r"of 3000 outputs .* memory is 32 MiB: take MonteCarlo"):
+        fisher_information(model, [(x, y)], likelihood, estimator=estimator, memory=2**25)
+    fisher = fisher_information(model, [(x, y)], likelihood, estimator=MonteCarlo(2), memory=2**25)
+    assert float(fisher.trace()) > 0
+
+
+def test_a_thousand_outputs_stay_inside_the_memory_cap():
+    setup = """
+model, data = nn.Linear(8, 1000), [(torch.randn(4, 8), torch.randint(1000, (4,)))]
+ewc.fisher_information(nn.Linear(8, 4), [(data[0][0], torch.randint(4, (4,)))])"""
+    call = "ewc.fisher_information(model, data, memory=2**25)"
+    assert peak_above(setup, call) < 2**25
 
 
 def test_memory_must_be_positive():

@@ -13,7 +13,7 @@ from ewc.fisher.accumulator import Accumulator, Configured
 from ewc.fisher.agreement import same
 from ewc.fisher.arguments import Arguments, Caller
 from ewc.fisher.diagonal import DiagonalFisher
-from ewc.fisher.distributed import joined, rank_in
+from ewc.fisher.distributed import anywhere, joined, rank_in
 from ewc.fisher.estimators import Estimator, Exact, check_estimator
 from ewc.fisher.evaluation import dense_parts, plain_operations, undisturbed
 from ewc.fisher.graph import Graph
@@ -35,6 +35,9 @@ CACHE = 2**24
 
 FEW = 8
 """Examples of which it is seen whether they depend on each other."""
+
+LEAST_FOR_SCORES = 2**24
+"""Bytes that the score vectors of one example may always take."""
 
 SORTED_AT_ONCE = 64
 """Where examples need more or fewer vectors, those that need as many go together."""
@@ -89,7 +92,8 @@ def fisher_information(
         ValueError: the data are empty or no batches, a target that the estimator uses does
             not fit the outputs, the outputs are not ``[n, c]``, a BatchNorm has no running
             statistics (its examples are not independent), or no parameter is trainable or
-            chosen; the data are an iterator where the structure needs two passes.
+            chosen, or none of them has a part in the outputs; the score vectors of one example
+            do not fit into memory; the data are an iterator where the structure needs two passes.
         FloatingPointError: the outputs, or the scores they give, are not finite.
         TypeError: the likelihood, the estimator or the structure is none.
     """
@@ -114,6 +118,13 @@ def fisher_information(
                 num_examples = joined(total, num_examples, group)
             if num_examples == 0:
                 raise ValueError("The data are empty: the Fisher information needs an example.")
+            if not anywhere(network.depends, group):
+                raise ValueError(
+                    f"The outputs of {type(model).__name__} depend on none of the parameters "
+                    f"({', '.join(list(chosen)[:3])}{', ...' if len(chosen) > 3 else ''}): its "
+                    "forward must not run under torch.no_grad() or inference_mode() nor detach "
+                    "its results, and a chosen parameter must take part in them."
+                )
             with torch.no_grad():
                 check_finite(total.sums())
                 found = total.mean(num_examples)
@@ -142,6 +153,8 @@ class Network:
         self.seen = Memory()
         self.independent = False
         """Whether examples were seen to give alone what they give in their batch."""
+        self.depends = False
+        """Whether some outputs depend on some of the parameters."""
         self.fitting: dict[tuple[torch.Size, ...], tuple[int, int]] = {}
         """How many examples and score vectors fit into memory at once, by the inputs' shapes."""
 
@@ -189,9 +202,11 @@ class Network:
         """The examples of one forward pass with their score vectors."""
         alone = partial(self._alone, arguments, scores, vectors_at_once)
         if not (scores.shape[0] and outputs.requires_grad):
+            self.depends = self.depends or outputs.requires_grad
             return Chunk(self.model, arguments, scores, lambda: iter(()), alone)
         with torch.no_grad():
             tape = Tape(self.model, self.parameters, arguments, outputs, self.seen)
+        self.depends = self.depends or bool(tape.present)
         pullbacks = partial(tape.pullbacks, scores, vectors_at_once, self.memory // 2)
         return Chunk(self.model, arguments, scores, pullbacks, alone)
 
@@ -278,6 +293,15 @@ class Network:
     def _fitting(self, one: Arguments, target: Tensor) -> tuple[int, int]:
         """How many examples and vectors fit into memory at once, seen from one example."""
         saved, outputs = saved_bytes(lambda: one(self.model), self.parameters)
+        check_outputs(outputs, 1)
+        needed = self.estimator.bytes_per_example(outputs)
+        if needed > max(self.memory, LEAST_FOR_SCORES):
+            raise ValueError(
+                f"{self.estimator} of {outputs.shape[1]} outputs takes about "
+                f"{needed / 2**20:.0f} MiB for the score vectors of one example, and memory is "
+                f"{self.memory / 2**20:.0f} MiB: take MonteCarlo(num_samples), whose vectors are "
+                "few, or give more memory."
+            )
         scores = self._scores(outputs, target, torch.Generator(), 0)
         gradients = [0]
         if scores.shape[0] and outputs.requires_grad:

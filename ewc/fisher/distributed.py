@@ -17,6 +17,15 @@ def rank_in(group: ProcessGroup | None) -> int:
     return 0 if group is None else distributed.get_rank(group)
 
 
+def anywhere(flag: bool, group: ProcessGroup | None) -> bool:
+    """Whether a flag is set in some process of the group."""
+    if group is None:
+        return flag
+    flags: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(flags, flag, group=group)
+    return any(flags)
+
+
 def joined(total: Accumulator, num_examples: int, group: ProcessGroup) -> int:
     """Add the sums of all processes into ``total``, in one all-reduce.
 

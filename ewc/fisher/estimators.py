@@ -41,6 +41,14 @@ class Estimator(ABC):
             Shape ``[k, n, c]``.
         """
 
+    def bytes_per_example(self, outputs: Tensor) -> int:
+        """What making the vectors of one example takes, if it grows faster than the outputs.
+
+        Args:
+            outputs: of some examples, ``[n, c]``.
+        """
+        return 0
+
     @property
     def uses_targets(self) -> bool:
         """Whether the observed targets matter, so that they must fit the likelihood."""
@@ -115,6 +123,10 @@ class Exact(Estimator):
         kept = int((~negligible).sum(0).max())
         index = order[:kept, :, None].expand(-1, -1, factor.shape[2])
         return factor.gather(0, index) * ~negligible[:kept, :, None]
+
+    def bytes_per_example(self, outputs: Tensor) -> int:
+        """The factor of ``c`` vectors, three tensors to make it of, and the last example's."""
+        return 5 * outputs.shape[1] ** 2 * outputs.element_size()
 
     @property
     def uses_targets(self) -> bool:

@@ -22,7 +22,9 @@ clear: on two cores a quarter of the time of a convolutional network's Fisher ma
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; modes, buffers and random states as before afterwards.
+    """Evaluation mode inside; modes, buffers, parameters and random states as before afterwards.
+
+    An embedding with ``max_norm`` writes into its weight whenever it is called.
 
     Raises:
         ValueError: a BatchNorm layer without running statistics makes examples depend on
@@ -40,6 +42,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         for name, buffer in module._buffers.items()
     ]
+    written = [
+        (module.weight, module.weight.detach().clone())
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+    ]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
         try:
@@ -53,6 +60,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     if buffer is not None and was is not None and not _same(buffer, was):
                         buffer.copy_(was)
                     module._buffers[name] = buffer
+                for weight, was in written:
+                    if not torch.equal(weight, was):
+                        weight.copy_(was)
 
 
 def _same(buffer: Tensor, was: Tensor) -> bool:

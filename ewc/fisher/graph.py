@@ -167,6 +167,13 @@ class Graph:
                         found[consumer][place] = part
         return found
 
+    def counts_words(self) -> bool:
+        """Whether an embedding's gradient is divided by how often a batch uses a word.
+
+        The gradient of a batch is then not the sum of those that its examples have alone.
+        """
+        return any(getattr(node, "_saved_scale_grad_by_freq", False) for node in self.nodes)
+
     def only_consumer(self, node: Node) -> tuple[Node, int] | None:
         """The one node that takes the result of ``node``, behind mere reshaping."""
         while True:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
 
 from ewc.fisher.agreement import agree, margin, rounding
+from ewc.fisher.graph import Graph
 from ewc.fisher.per_example import UNSUPPORTED, chosen_parameters
 from ewc.fisher.pieces import Piece
 from ewc.fisher.pullback import DEFAULT_MEMORY, Pullback
@@ -122,6 +123,8 @@ class NetworkProduct:
             outputs = piece.arguments(self.model)
         if not outputs.requires_grad:
             return not moved.any()
+        if len(outputs) > 1 and Graph(outputs).counts_words():
+            return False
         plain = torch.autograd.grad(
             outputs, list(self.parameters.values()), score, allow_unused=True
         )

@@ -16,6 +16,7 @@ from torch.func import functional_call, vjp, vmap
 
 from ewc.fisher.agreement import agree, same
 from ewc.fisher.arguments import Arguments
+from ewc.fisher.graph import Graph
 from ewc.fisher.pullback import Pullback
 from ewc.parameters import Parameters, Shapes, accumulation_dtype
 
@@ -106,6 +107,8 @@ class PerExample(Pullback):
         shapes = (tensor.shape for tensor in (scores, *arguments.tensors()))
         key = (*self.shapes, *shapes)
         known = self.vectorises.get(key)
+        if known is None and self._counts_words(arguments):
+            known = self.vectorises[key] = False
         if known is not False:
             try:
                 with quiet_about_speed():
@@ -128,6 +131,11 @@ class PerExample(Pullback):
                 )
             self.vectorises[key] = False
         return found
+
+    @torch.enable_grad()
+    def _counts_words(self, arguments: Arguments) -> bool:
+        """Whether the gradient of the batch confirms nothing."""
+        return Graph(arguments(self.model)).counts_words()
 
     @torch.enable_grad()
     def _confirmed(self, found: Parameters, arguments: Arguments, scores: Tensor) -> bool:
