@@ -124,14 +124,23 @@ class Categorical(Likelihood):
         """
         n, classes = outputs.shape
         if targets.shape != (n,) or targets.is_floating_point():
+            fix = ""
+            if targets.shape == (n, 1):
+                fix = "; for a column of labels, give y[:, 0].long()"
+            elif targets.shape == (n, classes):
+                fix = "; for one-hot rows, give y.argmax(1)"
+            elif targets.shape == (n,):
+                fix = "; for whole numbers, give y.long()"
             raise ValueError(
                 f"Targets of type {targets.dtype} and shape {list(targets.shape)} are not "
-                f"class indices: the categorical likelihood takes integers of shape [{n}]."
+                f"class indices: the categorical likelihood takes integers of shape [{n}]{fix}."
             )
         if n and (outside := targets[(targets < 0) | (targets >= classes)]).numel():
+            fix = "; for one output of yes or no, take Bernoulli() and y[:, None]"
             raise ValueError(
-                f"Label {int(outside[0])} is outside the model's {classes} outputs: "
-                f"allowed are 0 to {classes - 1}."
+                f"Label {int(outside[0])} is outside the model's {classes} "
+                f"output{'s' * (classes > 1)}: allowed are "
+                + (f"0 to {classes - 1}." if classes > 1 else f"labels of 0{fix}.")
             )
 
 
@@ -189,11 +198,7 @@ class Gaussian(Likelihood):
         Raises:
             ValueError: targets of another shape, or not finite.
         """
-        if targets.shape != outputs.shape:
-            raise ValueError(
-                f"Targets of shape {list(targets.shape)} do not fit outputs of shape "
-                f"{list(outputs.shape)}: the Gaussian likelihood takes equal shapes."
-            )
+        _check_shape(outputs, targets, "Gaussian")
         if not bool(targets.isfinite().all()):
             raise ValueError("A target is not finite: the Gaussian likelihood takes numbers.")
 
@@ -238,14 +243,11 @@ class Bernoulli(Likelihood):
         """Check for zeros and ones of the outputs' shape.
 
         Raises:
-            ValueError: targets of another shape, or with another value.
+            ValueError: targets of another shape, or with another value, which it names.
         """
-        if targets.shape != outputs.shape or not bool(((targets == 0) | (targets == 1)).all()):
-            raise ValueError(
-                f"Targets of shape {list(targets.shape)} do not fit outputs of shape "
-                f"{list(outputs.shape)}: the Bernoulli likelihood takes zeros and ones of "
-                "equal shape."
-            )
+        _check_shape(outputs, targets, "Bernoulli")
+        if (odd := targets[(targets != 0) & (targets != 1)]).numel():
+            raise ValueError(f"A target is {odd[0]}: the Bernoulli likelihood takes 0 or 1.")
 
 
 @dataclass(frozen=True)
@@ -285,15 +287,27 @@ class Poisson(Likelihood):
         Raises:
             ValueError: targets of another shape, or that are no counts.
         """
-        whole = (targets >= 0) & (
-            targets == targets.floor() if targets.is_floating_point() else True
-        )
-        if targets.shape != outputs.shape or not bool(whole.all()):
+        _check_shape(outputs, targets, "Poisson")
+        fits = (targets >= 0) & targets.isfinite()
+        if targets.is_floating_point():
+            fits &= targets == targets.floor()
+        if (odd := targets[~fits]).numel():
             raise ValueError(
-                f"Targets of shape {list(targets.shape)} do not fit outputs of shape "
-                f"{list(outputs.shape)}: the Poisson likelihood takes whole numbers from 0 on, "
-                "of equal shape."
+                f"A target is {odd[0]}: the Poisson likelihood takes whole numbers from 0 on."
             )
+
+
+def _check_shape(outputs: Tensor, targets: Tensor, name: str) -> None:
+    """Check for targets of the outputs' shape ``[n, c]``."""
+    if targets.shape == outputs.shape:
+        return
+    fix = ""
+    if [*targets.shape, 1] == list(outputs.shape):
+        fix = "; give y[:, None]"
+    raise ValueError(
+        f"Targets of shape {list(targets.shape)} do not fit outputs of shape "
+        f"{list(outputs.shape)}: the {name} likelihood takes equal shapes{fix}."
+    )
 
 
 def _along_axes(lengths: Tensor) -> Tensor:

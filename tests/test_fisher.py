@@ -28,9 +28,11 @@ from networks import (
     normed,
 )
 from torch import nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ewc import (
+    Bernoulli,
     Categorical,
     DenseFisher,
     DiagonalFisher,
@@ -38,8 +40,10 @@ from ewc import (
     Exact,
     Gaussian,
     MonteCarlo,
+    Poisson,
     fisher_information,
 )
+from ewc.fisher.arguments import Arguments
 from ewc.parameters import flatten
 
 
@@ -268,7 +272,7 @@ def test_wrong_models_are_named():
         fisher_information(nn.Sequential(nn.Linear(6, 4), nn.Unflatten(1, (2, 2))), [(x, y)])
     squeezed = nn.Sequential(nn.Linear(6, 3))
     squeezed.register_forward_hook(lambda _module, _args, output: output.squeeze())
-    with pytest.raises(ValueError, match=r"returned \[3\] for 1 examples: .* for one example too"):
+    with pytest.raises(ValueError, match=r"shape \[3\] for 1 example: .* for a single example too"):
         fisher_information(squeezed, [(x, y)])
     with pytest.raises(TypeError, match="estimator must be an Estimator instance such as"):
         fisher_information(CalledTwice(), [(x, y)], estimator=Empirical)
@@ -282,8 +286,146 @@ def test_wrong_models_are_named():
         fisher_information(huge, [(torch.randn(1, 10_000), y[:1])], structure=DenseFisher)
     with pytest.raises(ValueError, match=r"num_samples is 2.5: it must be a whole number"):
         MonteCarlo(2.5)
-    with pytest.raises(ValueError, match="takes task labels"):
+    with pytest.raises(ValueError, match=r"\(x, y\), but TwoHeads.forward also needs .task_labels"):
         fisher_information(TwoHeads(), [(x, y)])
+
+
+class Named(nn.Module):
+    """Takes two inputs by name, and one more if there is one."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, tokens, mask, scale=None):
+        return self.linear(tokens * mask)
+
+
+class Returned(nn.Module):
+    """What a function makes of a layer's outputs."""
+
+    def __init__(self, function, outputs=3):
+        super().__init__()
+        self.linear, self.function = nn.Linear(6, outputs), function
+
+    def forward(self, x):
+        return self.function(self.linear(x))
+
+
+X, LABELS = torch.linspace(-1, 1, 42).reshape(7, 6), torch.arange(7) % 3
+TARGETS = {
+    "one_hot": (3, Categorical(), functional.one_hot(LABELS), r"shape \[7, 3\] .* y.argmax\(1\)"),
+    "float_labels": (3, Categorical(), LABELS / 1.0, r"float32 and shape \[7\] .* y.long\(\)"),
+    "column": (3, Categorical(), LABELS[:, None], r"shape \[7, 1\] .* y\[:, 0\].long\(\)"),
+    "one_logit": (1, Categorical(), LABELS % 2, r"Label 1 .* Bernoulli\(\) and y\[:, None\]"),
+    "gaussian": (1, Gaussian(), LABELS / 1.0, r"shape \[7\] .* \[7, 1\]: .* give y\[:, None\]"),
+    "bernoulli": (1, Bernoulli(), LABELS % 2, r"shape \[7\] .* \[7, 1\]: .* give y\[:, None\]"),
+    "poisson": (1, Poisson(), LABELS, r"shape \[7\] .* \[7, 1\]: .* give y\[:, None\]"),
+    "gaussian_width": (3, Gaussian(), X, r"shape \[7, 6\] do not fit outputs of shape \[7, 3\]"),
+    "two_is_no_truth": (1, Bernoulli(), LABELS[:, None], "A target is 2: .* takes 0 or 1"),
+    "half_a_count": (1, Poisson(), LABELS[:, None] / 2, "A target is 0.5: .* whole numbers"),
+    "no_end": (
+        1,
+        Poisson(),
+        LABELS[:, None] / 0.0,
+        "A target is (nan|inf): .* whole numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("memory", [10, 2**30])
+@pytest.mark.parametrize("case", TARGETS)
+def test_targets_that_do_not_fit_are_those_of_the_users_batch(case, memory):
+    outputs, likelihood, y, message = TARGETS[case]
+    fits = (X, LABELS * 0 if isinstance(likelihood, Categorical) else torch.zeros(7, outputs))
+    for data, index in (([(X, y)], 0), ([fits, (X, y)], 1)):
+        with pytest.raises(ValueError, match=f"^Batch {index}: .*{message}"):
+            fisher_information(
+                nn.Linear(6, outputs), data, likelihood, estimator=Empirical(), memory=memory
+            )
+
+
+@pytest.mark.parametrize("memory", [10, 2**30])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Returned(lambda f: (f, f)), "outputs of type tuple: it must return a floating-point"),
+        (Returned(lambda f: {"logits": f}), "outputs of type dict: it must return"),
+        (Returned(lambda f: f.argmax(1)), "outputs of type torch.int64: it must return"),
+        (Returned(lambda f: f[..., None]), r"shape \[7, 3, 1\] for 7 examples"),
+        (Returned(lambda f: f.T), r"shape \[3, 7\] for 7 examples"),
+        (Returned(torch.Tensor.squeeze, 1), r"\[7\] for 7 examples: .* return outputs\[:, None\]"),
+        (Returned(torch.Tensor.squeeze), r"\[3\] for 1 example: .* for a single example too"),
+    ],
+)
+def test_outputs_that_do_not_fit_are_those_for_the_users_batch(model, message, memory):
+    with pytest.raises(ValueError, match=f"^Batch 0: the model returned .*{message}"):
+        fisher_information(model, [(X, LABELS)], memory=memory)
+
+
+def test_an_error_of_the_model_is_that_of_the_users_batch():
+    data = [(X, LABELS), (torch.zeros(5, 4), LABELS[:5])]
+    with pytest.raises(RuntimeError, match=r"\(5x4 and 6x3\)") as raised:
+        fisher_information(nn.Linear(6, 3), data)
+    assert raised.value.__notes__ == ["The model was called with batch 1: x of shape [5, 4]."]
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (
+            {"tokens": X, "mask": X, "kinds": X},
+            "has the unknown input 'kinds': Named.forward takes",
+        ),
+        ({"tokens": X, "mask": X, "scales": X}, ".* takes 'tokens', 'mask', 'scale'"),
+        ({"tokens": X, "scale": X}, "lacks 'mask': Named.forward takes 'tokens', 'mask'"),
+        ({"tokens": X, "mask": None}, r".* \(dict, Tensor\), whose x\['mask'\] is a NoneType"),
+        ({"tokens": X, "mask": X[:4]}, r".* x\['mask'\] of shape \[4, 6\], y of shape \[7\]"),
+        ({}, r"is a tuple \(dict, Tensor\): the data must be batches"),
+        (X, r"is \(x, y\), but Named.forward also needs 'mask'"),
+        ([X, X], r"is a tuple \(list, Tensor\): the data must be batches"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(x, message):
+    good = ({"tokens": X, "mask": X}, LABELS)
+    with pytest.raises(ValueError, match=f"^Batch 1 {message}"):
+        fisher_information(Named(), [good, (x, LABELS)])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ((X, LABELS), r"Batch 0 is a Tensor: .*; a single batch goes into a list, \[\(x, y\)\]"),
+        ([{"x": X, "y": LABELS}], "Batch 0 is a dict: .*; take the targets out of the dict"),
+        (list(zip(X, LABELS, strict=True)), r"x of shape \[6\], y of shape \[\]: .* a DataLoader"),
+    ],
+)
+def test_data_that_are_no_batches_are_named_with_the_way_out(data, message):
+    with pytest.raises(ValueError, match=message):
+        fisher_information(nn.Linear(6, 3), data)
+
+
+def test_arguments_in_place_of_inputs_say_how_the_model_is_called():
+    model, mask = Named(), (X > 0).float()
+    expected = reference.categorical_fisher(model, list(zip(X, mask, strict=True)))
+    for arguments in (Arguments((X, mask)), Arguments((X,), {"mask": mask})):
+        batches = [(arguments[:4], LABELS[:4]), (arguments[4:], LABELS[4:])]
+        found = fisher_information(model, batches, structure=DenseFisher).to_dense()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+class Optional(Returned):
+    """Takes task labels where there are some."""
+
+    def forward(self, x, task_labels=0):
+        return self.linear(x * (1 + task_labels))
+
+
+def test_an_optional_second_argument_may_be_left_out():
+    model = Optional(None)
+    expected = reference.categorical_fisher(model.linear, [(x,) for x in X])
+    found = fisher_information(model, [(X, LABELS)], structure=DenseFisher).to_dense()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_half_precision_sums_do_not_stall():

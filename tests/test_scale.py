@@ -318,7 +318,7 @@ class _Parameters(nn.Module):
 
 def test_dicts_of_unequal_lengths_are_named():
     data = [({"tokens": torch.zeros(3, 2), "mask": torch.zeros(2, 2)}, torch.zeros(3))]
-    with pytest.raises(ValueError, match=r"Batch 0 has tensors of shapes .* must be equal"):
+    with pytest.raises(ValueError, match=r"Batch 0 has x\['tokens'\] of shape .* must be equal"):
         fisher_information(ByName(), data)
     with pytest.raises(ValueError, match="where x may be a dict of tensors"):
         fisher_information(ByName(), [({"tokens": "words"}, torch.zeros(3))])

@@ -1,6 +1,6 @@
 """What a network is called with: tensors, or dicts of tensors, a row an example."""
 
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
 from typing import Any
@@ -8,10 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ewc.wrappers import bare
+
+NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+"""The kinds of arguments that can be given by name."""
+
 
 @dataclass(frozen=True)
 class Arguments:
     """The arguments of one call, for some examples.
+
+    As the ``x`` of a batch ``(x, y)`` they say how the model is called, whatever its
+    signature.
 
     Attributes:
         positional: tensors, or dicts of tensors.
@@ -53,10 +61,27 @@ class Arguments:
         following = iter(tensors)
         return self.map(lambda _: next(following))
 
+    def labelled(self) -> dict[str, Tensor]:
+        """All tensors, by names for messages."""
+        several = len(self.positional) + len(self.named) > 1
+        found: dict[str, Tensor] = {}
+        for place, value in enumerate(self.positional):
+            label = f"argument {place + 1}" if several else "x"
+            if isinstance(value, dict):
+                found |= {f"{label}[{key!r}]": tensor for key, tensor in value.items()}
+            else:
+                found[label] = value
+        return found | {f"x[{name!r}]": tensor for name, tensor in self.named.items()}
+
     def _walk(self) -> Iterator[Tensor]:
         for value in self.positional:
             yield from (value,) if isinstance(value, Tensor) else value.values()
         yield from self.named.values()
+
+
+def listed_shapes(tensors: Mapping[str, Tensor]) -> str:
+    """Names and shapes, for messages."""
+    return ", ".join(f"{name} of shape {list(t.shape)}" for name, t in tensors.items())
 
 
 class Caller:
@@ -68,15 +93,13 @@ class Caller:
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        wrapped = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
-        inner: Any = model.module if wrapped else model
-        self.name = type(model).__name__
+        inner: Any = bare(model)
+        self.name = f"{type(inner).__name__}.forward"
         self.device = device
         parameters = list(signature(inner.forward).parameters.values())
-        self.names = {p.name for p in parameters if p.kind is not Parameter.VAR_KEYWORD}
+        self.names = [p.name for p in parameters if p.kind in NAMED]
         self.any_name = any(p.kind is Parameter.VAR_KEYWORD for p in parameters)
-        named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-        self.required = {p.name for p in parameters if p.kind in named and p.default is p.empty}
+        self.required = [p.name for p in parameters if p.kind in NAMED and p.default is p.empty]
         positional = [
             p
             for p in parameters
@@ -85,61 +108,94 @@ class Caller:
         # Of such arguments nothing is known: whatever the batch has goes in.
         self.may_have_task = bool(positional) and positional[0].kind is Parameter.VAR_POSITIONAL
         second = positional[1] if len(positional) > 1 else None
-        # A second argument without a default: task labels, as in Avalanche's models. With
-        # a dict, arguments without a default are its own.
-        self.with_task = second is not None and (
-            (second.default is Parameter.empty and second.kind is not Parameter.VAR_POSITIONAL)
-            or second.name == "task_labels"
+        # A second argument without a default takes the task labels, and so does one of this
+        # name.  With a dict, arguments without a default are its own.
+        self.needs_task = (
+            second is not None
+            and second.default is Parameter.empty
+            and second.kind is not Parameter.VAR_POSITIONAL
         )
+        self.task_name = second.name if second is not None else ""
+        if self.needs_task or self.task_name == "task_labels":
+            self.may_have_task = True
 
     def arguments(self, batch: Any, index: int) -> tuple[Arguments, Tensor]:
         """The model's arguments and the targets of a batch, on the model's device.
 
         Args:
             batch: ``(x, y)`` or ``(x, y, task)``; ``x`` may be a dict of tensors, which
-                goes by name to a model that has arguments of these names, else as it is.
+                goes by name to a model that has arguments of these names, else as it is;
+                or :class:`Arguments`, which are taken as they are.
             index: the number of the batch, for messages.
 
         Raises:
-            ValueError: the batch is something else, or its lengths differ.
+            ValueError: the batch is something else, its lengths differ, or its names are
+                not those of the model's arguments.
         """
         if not isinstance(batch, list | tuple) or len(batch) not in (2, 3):
             raise ValueError(self._no_batch(batch, index))
-        x, *others = batch
-        inputs = dict(x) if isinstance(x, Mapping) else {"": x}
-        tensors = [*inputs.values(), *others]
-        if not inputs or not all(isinstance(t, Tensor) for t in tensors):
+        x, y, *task = batch
+        if not isinstance(x, Arguments):
+            x = Arguments((dict(x) if isinstance(x, Mapping) else x,))
+        tensors = x.labelled() | dict(zip(("y", "task"), batch[1:], strict=False))
+        if len(tensors) < len(batch) or not all(isinstance(t, Tensor) for t in tensors.values()):
             raise ValueError(self._no_batch(batch, index))
-        if len({t.shape[0] if t.dim() else -1 for t in tensors}) != 1 or not tensors[0].dim():
+        if len({t.shape[0] if t.dim() else -1 for t in tensors.values()}) != 1 or not y.dim():
+            shapes = listed_shapes(tensors)
+            hint = "" if y.dim() else "; single examples are put into batches by a DataLoader"
             raise ValueError(
-                f"Batch {index} has tensors of shapes {[list(t.shape) for t in tensors]}: "
-                "their first dimensions, the examples, must be equal."
+                f"Batch {index} has {shapes}: their first dimensions, the examples, must be "
+                f"equal{hint}."
             )
-        by_name = "" not in inputs and self._takes(inputs.keys())
-        with_task = self.with_task and not by_name
-        if with_task and len(others) == 1:
-            raise ValueError(
-                f"Batch {index} is (x, y), but {self.name} takes task "
-                "labels: the data must be batches (x, y, task)."
-            )
-        y, *task = (t.to(self.device, non_blocking=True) for t in others)
-        inputs = {key: t.to(self.device, non_blocking=True) for key, t in inputs.items()}
-        if by_name:
-            return Arguments((), inputs), y
-        first = inputs.get("", inputs)
-        with_task = with_task or self.may_have_task
-        return Arguments((first, *task) if with_task else (first,)), y
+        if not isinstance(batch[0], Arguments):
+            x = self._call(x.positional[0], task, index)
+        moved = x.map(lambda t: t.to(self.device, non_blocking=True))
+        return moved, y.to(self.device, non_blocking=True)
 
-    def _takes(self, names: Set[str]) -> bool:
-        """Whether the model's arguments have these names."""
-        return names <= self.names or (self.any_name and self.required <= names)
+    def _call(self, x: Tensor | dict[str, Tensor], task: list[Tensor], index: int) -> Arguments:
+        """How the model is called with inputs and, maybe, task labels."""
+        if isinstance(x, dict) and self._goes_by_name(x, index):
+            return Arguments((), x)
+        if self.needs_task and not task:
+            raise ValueError(
+                f"Batch {index} is (x, y), but {self.name} also needs {self.task_name!r}: the "
+                f"data must be batches (x, y, {self.task_name})."
+            )
+        return Arguments((x, *task) if self.may_have_task else (x,))
+
+    def _goes_by_name(self, inputs: dict[str, Tensor], index: int) -> bool:
+        """Whether the model's arguments have the names of a dict.
+
+        Raises:
+            ValueError: some of them have.
+        """
+        missing = [name for name in self.required if name not in inputs]
+        unknown = [] if self.any_name else [key for key in inputs if key not in self.names]
+        if not missing and not unknown:
+            return True
+        # One argument may well be a dict, even one with a key of the argument's name.
+        if len(self.names) > 1 and not inputs.keys().isdisjoint(self.names):
+            found = f"has the unknown input {unknown[0]!r}" if unknown else f"lacks {missing[0]!r}"
+            raise ValueError(
+                f"Batch {index} {found}: {self.name} takes {', '.join(map(repr, self.names))}."
+            )
+        return False
 
     @staticmethod
     def _no_batch(batch: Any, index: int) -> str:
         found = type(batch).__name__
         if isinstance(batch, list | tuple):
             found += f" ({', '.join(type(item).__name__ for item in batch)})"
+            if len(batch) in (2, 3) and isinstance(batch[0], Mapping):
+                odd = [key for key, t in batch[0].items() if not isinstance(t, Tensor)]
+                if odd:
+                    found += f", whose x[{odd[0]!r}] is a {type(batch[0][odd[0]]).__name__}"
+        hint = ""
+        if isinstance(batch, Tensor):
+            hint = "; a single batch goes into a list, [(x, y)]"
+        elif isinstance(batch, Mapping):
+            hint = "; take the targets out of the dict"
         return (
             f"Batch {index} is a {found}: the data must be batches of tensors (x, y) or "
-            "(x, y, task), where x may be a dict of tensors."
+            f"(x, y, task), where x may be a dict of tensors{hint}."
         )

@@ -2,7 +2,7 @@ r"""The pass over the data that makes a Fisher matrix."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from ewc.checks import is_whole
 from ewc.fisher.accumulator import Accumulator, Configured
 from ewc.fisher.agreement import same
-from ewc.fisher.arguments import Arguments, Caller
+from ewc.fisher.arguments import Arguments, Caller, listed_shapes
 from ewc.fisher.diagonal import DiagonalFisher
 from ewc.fisher.distributed import anywhere, joined, rank_in
 from ewc.fisher.estimators import Estimator, Exact, check_estimator
@@ -26,6 +26,7 @@ from ewc.parameters import Parameters, Selection, selected_parameters
 from ewc.wrappers import unwrapped
 
 Structure = TypeVar("Structure", bound=FisherMatrix)
+Found = TypeVar("Found")
 
 EXAMPLES_AT_ONCE = 512
 """Larger batches are cut: products this tall are as fast, and their results stay in cache."""
@@ -70,8 +71,10 @@ def fisher_information(
         data: batches ``(x, y)`` or ``(x, y, task)``.  The task labels go to a model whose
             ``forward`` takes a second argument, as Avalanche's multi-head models do.
             ``x`` may be a dict of tensors: it goes by name to a model that has arguments
-            of these names, else as one argument.  :class:`Exact` and :class:`MonteCarlo`
-            take targets of their own: there ``y`` may be any tensor with a row an example.
+            of these names, else as one argument.  It may also be
+            :class:`~ewc.fisher.arguments.Arguments`, which the model is called with as
+            they are.  :class:`Exact` and :class:`MonteCarlo` take targets of their own: there
+            ``y`` may be any tensor with a row an example.
         likelihood: what the outputs mean.
         estimator: how the expectation over targets is taken.
         structure: what of the matrix to keep: a class, or one with options, such as
@@ -183,7 +186,9 @@ class Network:
         one = arguments[:1]
         key = tuple(tensor.shape for tensor in one.tensors())
         if key not in self.fitting:
-            self.fitting[key] = self._fitting(one, targets[:1])
+            self.fitting[key] = self._of_batch(
+                partial(self._fitting, one, targets[:1], index), arguments, targets, index
+            )
         at_once, vectors_at_once = self.fitting[key]
         order = self._by_effort(arguments, at_once)
         if order is not None:
@@ -192,8 +197,12 @@ class Network:
         for start in range(0, targets.shape[0], at_once):
             part = slice(start, start + at_once)
             some = arguments[part]
-            outputs = some(self.model)
-            scores = self._scores(outputs, targets[part], generator, index)
+            outputs, scores = self._of_batch(
+                partial(self._scored, some, targets[part], generator, index),
+                arguments,
+                targets,
+                index,
+            )
             yield self._chunk(some, outputs, scores, vectors_at_once)
 
     def _chunk(
@@ -217,6 +226,34 @@ class Network:
             with torch.enable_grad():
                 outputs = one(self.model)
             yield self._chunk(one, outputs, scores[:, i : i + 1], vectors_at_once)
+
+    def _of_batch(
+        self, part: Callable[[], Found], arguments: Arguments, targets: Tensor, index: int
+    ) -> Found:
+        """What comes of a part of a batch; an error names the sizes of the whole batch.
+
+        Raises:
+            Exception: what the whole batch raises where a part of it failed; if it raises
+                nothing, what the part did.
+        """
+        try:
+            return part()
+        except FloatingPointError:
+            raise
+        except Exception as error:
+            failed = error
+        # Outside of the handler, so that the user sees one error.
+        self._check(self._outputs_for_batch(arguments, index), targets, index)
+        raise failed
+
+    def _outputs_for_batch(self, arguments: Arguments, index: int) -> Any:
+        """What the model returns for a whole batch; an error of its own says for which."""
+        try:
+            return arguments(self.model)
+        except Exception as error:
+            shapes = listed_shapes(arguments.labelled())
+            error.add_note(f"The model was called with batch {index}: {shapes}.")
+            raise
 
     def _by_effort(self, arguments: Arguments, at_once: int) -> Tensor | None:
         """The examples by how many vectors they need, so that few get more than that."""
@@ -243,13 +280,14 @@ class Network:
                 some(self.model) for some in (few, few[:1], few[count - 1 : count])
             )
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
-            arguments(self.model)  # A fault of the network itself, or of the batch, shows here.
+            # A fault of the network itself, or of the batch, shows here.
+            self._outputs_for_batch(arguments, index)
             reason = str(error).partition("\n")[0]
             raise ValueError(
                 f"Batch {index}: the model takes the batch, but fails for its first {count} "
                 f"examples or for one alone ({reason}). {INDEPENDENT}"
             ) from error
-        if not isinstance(together, Tensor) or len(together) != count:
+        if not is_real(together) or len(together) != count:
             return  # Which is said where the whole batch is looked at.
         together = together.detach()
         spread = float((together - together.mean(0)).norm()) / count**0.5
@@ -272,16 +310,28 @@ class Network:
                     f"batch. {INDEPENDENT}"
                 )
 
+    def _scored(
+        self, arguments: Arguments, targets: Tensor, generator: torch.Generator, index: int
+    ) -> tuple[Tensor, Tensor]:
+        """The outputs for some examples and their score vectors."""
+        outputs = arguments(self.model)
+        return outputs, self._scores(outputs, targets, generator, index)
+
+    def _check(self, outputs: Any, targets: Tensor, index: int) -> None:
+        """Check the outputs and the targets of some examples of a batch."""
+        check_outputs(outputs, targets.shape[0], index)
+        if not self.estimator.uses_targets:
+            return
+        try:
+            self.likelihood.check_targets(outputs, targets)
+        except ValueError as error:
+            raise ValueError(f"Batch {index}: {error}") from None
+
     def _scores(
         self, outputs: Any, targets: Tensor, generator: torch.Generator, index: int
     ) -> Tensor:
         """The estimator's score vectors ``[k, n, c]``, after checking what they come from."""
-        check_outputs(outputs, targets.shape[0])
-        if self.estimator.uses_targets:
-            try:
-                self.likelihood.check_targets(outputs, targets)
-            except ValueError as error:
-                raise ValueError(f"Batch {index}: {error}") from None
+        self._check(outputs, targets, index)
         scores = self.estimator.score_vectors(self.likelihood, outputs.detach(), targets, generator)
         if bool(outputs.isnan().any()) or not bool(scores.isfinite().all()):
             raise FloatingPointError(
@@ -290,10 +340,10 @@ class Network:
             )
         return scores
 
-    def _fitting(self, one: Arguments, target: Tensor) -> tuple[int, int]:
+    def _fitting(self, one: Arguments, target: Tensor, index: int) -> tuple[int, int]:
         """How many examples and vectors fit into memory at once, seen from one example."""
         saved, outputs = saved_bytes(lambda: one(self.model), self.parameters)
-        check_outputs(outputs, 1)
+        check_outputs(outputs, 1, index)
         needed = self.estimator.bytes_per_example(outputs)
         if needed > max(self.memory, LEAST_FOR_SCORES):
             raise ValueError(
@@ -302,7 +352,7 @@ class Network:
                 f"{self.memory / 2**20:.0f} MiB: take MonteCarlo(num_samples), whose vectors are "
                 "few, or give more memory."
             )
-        scores = self._scores(outputs, target, torch.Generator(), 0)
+        scores = self._scores(outputs, target, torch.Generator(), index)
         gradients = [0]
         if scores.shape[0] and outputs.requires_grad:
             tape = Tape(self.model, self.parameters, one, outputs, self.seen)
@@ -335,18 +385,34 @@ def check_finite(sums: dict[str, Tensor]) -> None:
             )
 
 
-def check_outputs(outputs: Any, num_examples: int) -> None:
-    """Check that a model returned outputs ``[n, c]``.
+def is_real(outputs: Any) -> TypeGuard[Tensor]:
+    """Whether what a model returned are real numbers in a tensor."""
+    return isinstance(outputs, Tensor) and outputs.is_floating_point()
+
+
+def check_outputs(outputs: Any, num_examples: int, index: int) -> None:
+    """Check that a model returned outputs ``[n, c]`` for the examples of a batch.
 
     Raises:
         ValueError: it returned something else.
     """
-    if isinstance(outputs, Tensor) and outputs.dim() == 2 and len(outputs) == num_examples:
+    if not is_real(outputs):
+        kind = outputs.dtype if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ValueError(
+            f"Batch {index}: the model returned outputs of type {kind}: it must return a "
+            "floating-point tensor of shape [n, c] for n examples."
+        )
+    if outputs.dim() == 2 and len(outputs) == num_examples:
         return
-    shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    fix = ""
+    if list(outputs.shape) == [num_examples] and num_examples > 1:
+        fix = "; for one output an example, return outputs[:, None]"
+    elif num_examples == 1:
+        fix = ", for a single example too"
     raise ValueError(
-        f"The model returned {shape} for {num_examples} examples: its outputs must be a tensor "
-        "of shape [n, c], for one example too."
+        f"Batch {index}: the model returned outputs of shape {list(outputs.shape)} for "
+        f"{num_examples} example{'s' * (num_examples > 1)}: it must return shape [n, c] for n "
+        f"examples{fix}."
     )
 
 
