@@ -4,33 +4,56 @@ The only file of the library that imports Avalanche.
 """
 
 import math
+import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from avalanche.benchmarks.utils.utils import concat_datasets
+from avalanche.training import JointTraining
 from avalanche.training.plugins import SupervisedPlugin
 
-from ewc.consolidation import Consolidation, Separate
+from ewc.checks import check_count
+from ewc.consolidation import Consolidation, Online, Separate
 from ewc.eigenbasis_adam import EigenbasisAdam
 from ewc.fisher import DiagonalFisher, Estimator, Exact, FisherMatrix, fisher_information
 from ewc.fisher.accumulator import Configured
+from ewc.fisher.compute import check_kinds
+from ewc.fisher.evaluation import undisturbed
 from ewc.fisher.shrinkage import can_shrink
 from ewc.forgetting import ForgettingBudget
 from ewc.likelihoods import Categorical, Likelihood
 from ewc.penalty import EWCPenalty
+from ewc.strategy_calls import Batches, beside, strategy_calls
+from ewc.wrappers import bare, unwrapped
 
 VALUED_EVERY = 10
 """Implicit steps after one of which the penalty is evaluated, for records."""
+
+EXAMPLES_TRIED = 4
+"""About how many examples of the first task are tried before it is trained."""
 
 
 class EWCPlugin(SupervisedPlugin):
     r"""EWC for any supervised strategy of Avalanche.
 
-    After every experience the plugin computes the Fisher information of the task over
-    ``strategy.experience.dataset`` and hands it to its :class:`~ewc.penalty.EWCPenalty`;
-    while the next ones are trained, the penalty is part of ``strategy.loss``::
+    After every experience the plugin computes the Fisher information of the task and hands
+    it to its :class:`~ewc.penalty.EWCPenalty`; while the next ones are trained, the penalty
+    is part of ``strategy.loss``::
 
         strategy = Naive(model=model, optimizer=optimizer, plugins=[EWCPlugin(strength=1.0)])
+
+    The information is that of the function that the strategy trains: of what its own
+    ``_unpack_minibatch()`` and ``forward()`` make of a mini-batch, the network being in
+    evaluation mode.  The data are the experience's, as ``eval_dataset_adaptation()`` and
+    ``make_eval_dataloader()`` give them (evaluation transforms, the strategy's batch size,
+    the collate function, and the loader's options that ``train()`` got); of
+    ``JointTraining`` those of all the experiences that it trains on.  Examples of earlier
+    tasks that a strategy trains on again (replay, ``Cumulative``) are not among them: the
+    penalty has these tasks already.
 
     Unlike Avalanche's own plugin, which squares the mean gradient of a mini-batch, the
     information is that of single examples: it does not depend on any batch size, and
@@ -56,10 +79,15 @@ class EWCPlugin(SupervisedPlugin):
             task, by the penalty's forecast (:mod:`ewc.forgetting`): the strength is then
             found in every task, starting from ``strength`` in the second and from the last
             one's in later ones.  ``None`` keeps the strength.
+        max_examples: take the Fisher information of a larger task from a random sample of
+            so many of its examples; the task keeps its weight in the penalty.  ``None``
+            takes all.
+        seed: of the samples; the global random number generators are not touched.
 
     Attributes:
         penalty: the penalty; its ``state_dict()`` holds all that the plugin remembers.
-        fisher: the mean Fisher information of the last task, ``None`` before the first.
+        fisher: the mean Fisher information of the last task, ``None`` before the first; its
+            ``num_examples`` is the size of the sample.
         last_penalty: the penalty's value in the current iteration, a tensor without
             gradient, an estimate where a step does not take all eigenvectors; 0 before
             the first task; with implicit steps, after one of the last ten of them.
@@ -68,8 +96,9 @@ class EWCPlugin(SupervisedPlugin):
     Raises:
         ValueError: the strength is negative or not finite, the shrinkage not in [0, 1], the
             share of eigenvectors not in (0, 1], the structure one that cannot be shrunk,
-            ``rank`` or ``implicit_every`` below 1, or the budget not above 0, with a
-            strength of 0 or with implicit steps.
+            ``rank``, ``implicit_every`` or ``max_examples`` no whole number above 0, or the
+            budget not above 0, with a strength of 0 or with implicit steps.
+        TypeError: the likelihood, the estimator, the structure or the consolidation is none.
     """
 
     def __init__(
@@ -85,10 +114,15 @@ class EWCPlugin(SupervisedPlugin):
         rank: int | None = None,
         implicit_every: int | None = None,
         budget: float | None = None,
+        max_examples: int | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
-        if implicit_every is not None and implicit_every < 1:
-            raise ValueError(f"implicit_every is {implicit_every}: it must be 1 or more, or None.")
+        check_kinds(likelihood, estimator, structure)
+        if not isinstance(consolidation, Separate | Online):
+            raise TypeError(f"consolidation must be Separate() or Online(), got {consolidation!r}.")
+        check_count(implicit_every, "implicit_every", optional=True)
+        check_count(max_examples, "max_examples", optional=True)
         if shrinkage and not can_shrink(structure):
             name = getattr(structure, "__name__", str(structure))
             raise ValueError(
@@ -114,18 +148,22 @@ class EWCPlugin(SupervisedPlugin):
         self.likelihood = likelihood
         self.estimator = estimator
         self.structure = structure
+        self.max_examples = max_examples
+        self.seed = seed
         self.fisher: FisherMatrix | None = None
         self.last_penalty = torch.zeros(())
 
-    def before_training_exp(self, strategy: Any, **_: Any) -> None:
+    def before_training_exp(self, strategy: Any, **options: Any) -> None:
         """Tell the penalty the size of the task that is about to be learnt.
 
         An :class:`~ewc.eigenbasis_adam.EigenbasisAdam` is turned to the penalty's eigenvectors.
 
         Raises:
-            ValueError: it is, and there are implicit steps.
+            ValueError: it is, and there are implicit steps; or as of :meth:`check_task`.
         """
-        self.penalty.num_examples = len(strategy.experience.dataset)
+        self.penalty.num_examples = _num_examples(strategy)
+        if not self.penalty.terms:
+            self.check_task(strategy, **options)
         if isinstance(strategy.optimizer, EigenbasisAdam):
             if self.implicit_every is not None:
                 raise ValueError(
@@ -133,7 +171,8 @@ class EWCPlugin(SupervisedPlugin):
                     "None, for the two step along different axes."
                 )
             if self.penalty.terms:
-                strategy.optimizer.rotate(self.penalty.terms[-1].precision, strategy.model)
+                precision = self.penalty.terms[-1].precision
+                strategy.optimizer.rotate(precision, bare(strategy.model))
         if self.budget is not None and self.penalty.terms:
             self.budget.start()
             with torch.no_grad():
@@ -181,7 +220,7 @@ class EWCPlugin(SupervisedPlugin):
                 with torch.no_grad():
                     self.last_penalty = self.penalty(strategy.model)
 
-    def after_training_exp(self, strategy: Any, **_: Any) -> None:
+    def after_training_exp(self, strategy: Any, **options: Any) -> None:
         """Compute the task's Fisher information and remember it.
 
         Raises:
@@ -194,20 +233,55 @@ class EWCPlugin(SupervisedPlugin):
             self.penalty.strength *= self.budget.factor
             self.budget.start()
         try:
-            fisher = fisher_information(
-                strategy.model,
-                _evaluation_batches(strategy),
+            fisher = self._information(strategy, self._sample(strategy), options)
+            self.penalty.consolidate(fisher, strategy.model, num_examples=_num_examples(strategy))
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"Training diverged in task {_number(strategy)}, as its Fisher information "
+                f"shows: {error}"
+            ) from error
+        self.fisher = fisher
+
+    def check_task(self, strategy: Any, **options: Any) -> None:
+        """Try whether the Fisher information of a task can be taken, before it is trained.
+
+        Raises:
+            ValueError: it cannot, for the targets, the outputs, the mini-batches or the
+                structure do not fit; the message says why.
+        """
+        dataset = _dataset(strategy)
+        places = range(0, len(dataset), max(1, len(dataset) // EXAMPLES_TRIED))
+        try:
+            # A few examples need no processes that load them.
+            self._information(strategy, dataset.subset(list(places)), options | {"num_workers": 0})
+        except ValueError as error:
+            raise ValueError(
+                f"The Fisher information of task {_number(strategy)} could not be taken after "
+                f"training, as a try with {len(places)} of its examples shows: {error}"
+            ) from error
+
+    def _sample(self, strategy: Any) -> Any:
+        """The data of which the Fisher information is taken."""
+        dataset = _dataset(strategy)
+        if self.max_examples is None or len(dataset) <= self.max_examples:
+            return dataset
+        generator = torch.Generator().manual_seed(self.seed + _number(strategy))
+        places = torch.randperm(len(dataset), generator=generator)[: self.max_examples]
+        return dataset.subset(places.sort().values.tolist())
+
+    def _information(self, strategy: Any, dataset: Any, options: dict[str, Any]) -> FisherMatrix:
+        """The Fisher information over a data set; the strategy stays as it is."""
+        with unwrapped(strategy.model) as model, undisturbed(model), _kept_random_states():
+            first = next(iter(_loader(strategy, dataset.subset([0]), {})))
+            calls = strategy_calls(strategy, model, first)
+            fisher: FisherMatrix = fisher_information(
+                calls.network,
+                Batches(_loader(strategy, dataset, options), calls),
                 self.likelihood,
                 estimator=self.estimator,
                 structure=self.structure,
             )
-            self.penalty.consolidate(fisher, strategy.model)
-        except FloatingPointError as error:
-            number = strategy.experience.current_experience + 1
-            raise FloatingPointError(
-                f"Training diverged in task {number}, as its Fisher information shows: {error}"
-            ) from error
-        self.fisher = fisher
+            return fisher
 
 
 def check_finite_loss(strategy: Any) -> None:
@@ -221,26 +295,61 @@ def check_finite_loss(strategy: Any) -> None:
     if not math.isfinite(loss):
         raise FloatingPointError(
             f"The loss became {loss} in task "
-            f"{strategy.experience.current_experience + 1}, step "
+            f"{_number(strategy)}, step "
             f"{strategy.clock.train_exp_iterations + 1}: a smaller learning rate is needed, or "
             "a smaller strength (plain gradient descent diverges once the largest "
             "strength * Fisher * learning rate exceeds 2)."
         )
 
 
-def _evaluation_batches(strategy: Any) -> Any:
-    """The current experience's own data, through the strategy's evaluation loader.
+def _number(strategy: Any) -> int:
+    """The number of the task in training, from 1."""
+    return int(strategy.experience.current_experience) + 1
+
+
+def _experiences(strategy: Any) -> list[Any]:
+    """The experiences that are in training: ``JointTraining`` shows the first of them only."""
+    return strategy._experiences if isinstance(strategy, JointTraining) else [strategy.experience]
+
+
+def _num_examples(strategy: Any) -> int:
+    """The size of the task in training."""
+    return sum(len(experience.dataset) for experience in _experiences(strategy))
+
+
+def _dataset(strategy: Any) -> Any:
+    """The data of the task in training, as the strategy adapts them for evaluation."""
+    own = beside(strategy, strategy.model)
+    datasets = []
+    for experience in _experiences(strategy):
+        own.experience = experience
+        own.eval_dataset_adaptation()
+        datasets.append(own.adapted_dataset)
+    return datasets[0] if len(datasets) == 1 else concat_datasets(datasets)
+
+
+def _loader(strategy: Any, dataset: Any, options: dict[str, Any]) -> Any:
+    """The strategy's evaluation loader, with the loader's options that ``train()`` got.
 
     Going through the strategy keeps its batch size, its collate function and whatever a
-    subclass does to load data.  The training state is put back.
+    subclass does to load data.  Every example is taken once, in the order of the data.
     """
-    state = strategy.dataloader, strategy.adapted_dataset
+    own = beside(strategy, strategy.model)
+    own.adapted_dataset = dataset
+    order = ("shuffle", "drop_last")
+    own.make_eval_dataloader(**{k: v for k, v in options.items() if k not in order})
+    return own.dataloader
+
+
+@contextmanager
+def _kept_random_states() -> Iterator[None]:
+    """The states of the generators of Python and NumPy, which data sets draw from."""
+    python, numpy = random.getstate(), np.random.get_state()
     try:
-        strategy.eval_dataset_adaptation()
-        strategy.make_eval_dataloader()
-        return strategy.dataloader
+        yield
     finally:
-        strategy.dataloader, strategy.adapted_dataset = state
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def _name_optimizer_modules() -> None:

@@ -173,6 +173,9 @@ class SynapticIntelligencePlugin(EWCPlugin):
         self._start = _copies(strategy.model)
         self._path = {name: torch.zeros_like(tensor) for name, tensor in self._start.items()}
 
+    def check_task(self, strategy: Any, **options: Any) -> None:
+        """Nothing can fail after training: there is no pass over the data."""
+
     def before_update(self, strategy: Any, **_: Any) -> None:
         """Remember where the step starts."""
         self._before = _copies(strategy.model)

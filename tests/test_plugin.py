@@ -1,24 +1,33 @@
 """The Avalanche plugin in real strategies, against a loop written by hand."""
 
 import copy
+import random
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import reference
 import torch
 from avalanche.benchmarks import benchmark_from_datasets, nc_benchmark
 from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute
 from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
 from avalanche.models import IncrementalClassifier, MTSimpleMLP, SimpleMLP, as_multitask
-from avalanche.training import Cumulative, Naive, Replay
+from avalanche.training import Cumulative, JointTraining, Naive, Replay
 from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin, SupervisedPlugin
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from ewc import (
+    Bernoulli,
     DenseFisher,
+    DiagonalFisher,
     Empirical,
     EWCPenalty,
+    Exact,
+    Gaussian,
+    ImplicitFisher,
     KroneckerFisher,
     MonteCarlo,
     Online,
@@ -26,6 +35,7 @@ from ewc import (
     fisher_information,
 )
 from ewc.eigenbasis_adam import EigenbasisAdam
+from ewc.parameters import flatten
 from ewc.plugin import EWCPlugin
 
 
@@ -318,3 +328,400 @@ def test_a_budget_is_kept(consolidation):
         assert rises[1:] == pytest.approx([0.004, 0.004], rel=0.1)
         found.append(plugin.penalty.strength)
     assert found[0] == pytest.approx(found[1], rel=0.2)
+
+
+# --- the function that is trained -------------------------------------------------------
+
+
+def diagonal(plugin):
+    return flatten(plugin.fisher.diagonal())
+
+
+def diagonal_by_definition(model, *inputs):
+    """Brute force, an example at a time, in evaluation mode."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    found = reference.categorical_fisher(model, list(zip(*inputs, strict=True)), torch.square)
+    for module, mode in modes.items():
+        module.training = mode
+    return found
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
+def benchmark_of(*tasks, collate_fn=None, attributes=()):
+    """Tasks of tensors (x, y), with attributes of the first task's examples beside them."""
+    sets = []
+    for x, y in tasks:
+        named = [DataAttribute(y.tolist(), "targets")]
+        for name, values in attributes:
+            named.append(DataAttribute(values, name, use_in_getitem=True))
+        data = TensorDataset(x, y)
+        sets.append(AvalancheDataset([data], data_attributes=named, collate_fn=collate_fn))
+    return benchmark_from_datasets(train=sets, test=sets)
+
+
+class OptionalLabels(nn.Module):
+    """Not one of Avalanche's multi-task modules: no strategy gives it task labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.own = nn.Linear(5, 4), nn.Linear(5, 4)
+
+    def forward(self, x, task_labels=None):
+        return self.shared(x) if task_labels is None else self.own(x)
+
+
+def test_task_labels_go_where_avalanche_gives_them():
+    model, plugin = OptionalLabels(), EWCPlugin()
+    experience = class_incremental(task_labels=True).train_stream[0]
+    strategy_of(Naive, model, [plugin]).train(experience)
+    x = torch.stack([item[0] for item in experience.dataset])
+    close(diagonal(plugin), diagonal_by_definition(model, x))
+    found = plugin.fisher.diagonal()
+    assert found["shared.weight"].sum() > 0
+    assert found["own.weight"].sum() == 0
+
+
+def test_further_attributes_of_a_mini_batch():
+    x, y = blobs()
+    attributes = [("index", list(range(48))), ("targets_task_labels", [0] * 48)]
+    model, plugin = mlp(), EWCPlugin(estimator=Empirical())
+    benchmark = benchmark_of((x, y), attributes=attributes)
+    strategy_of(Naive, model, [plugin]).train(benchmark.train_stream[0])
+    expected = reference.empirical_fisher(model, [(x_n,) for x_n in x], y).diagonal()
+    close(diagonal(plugin), expected)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, "compile", "inner"])
+def test_wrapped_models_have_the_names_of_the_bare_one(wrap):
+    model = mlp()
+    if wrap == "inner":
+        inner, model = model, nn.Sequential(torch.compile(model, backend="aot_eager"))
+        names = [f"0.{name}" for name, _ in inner.named_parameters()]
+    else:
+        inner, names = model, [name for name, _ in model.named_parameters()]
+        model = torch.compile(inner, backend="aot_eager") if wrap == "compile" else wrap(inner)
+    plugin = EWCPlugin(30.0, structure=KroneckerFisher)
+    strategy = strategy_of(Naive, model, [plugin])
+    for experience in domain_incremental().train_stream:
+        strategy.train(experience)
+    assert list(plugin.fisher.shapes) == names
+    assert plugin.last_penalty > 0
+    x = torch.stack([item[0] for item in experience.dataset])
+    expected = fisher_information(inner, [(x, blobs()[1])], structure=KroneckerFisher)
+    close(diagonal(plugin), flatten(expected.diagonal()))
+
+
+class Collated(Naive):
+    """Avalanche trains with the data's collate function only where there are task labels."""
+
+    def make_train_dataloader(self, **_):
+        data = self.adapted_dataset
+        self.dataloader = DataLoader(data, self.train_mb_size, collate_fn=data.collate_fn)
+
+
+class Turned(Collated):
+    """Its mini-batches are (y, shift, x), and its model takes x and shift by name."""
+
+    def _unpack_minibatch(self):
+        super()._unpack_minibatch()
+        y, self.shift, x = self.mbatch
+        self.mbatch = [x, y]
+
+    def forward(self):
+        return self.model(x=self.mb_x, shift=self.shift)
+
+
+class Masked(Naive):
+    """Outputs of the task's classes only; half of the inputs' scale."""
+
+    def forward(self):
+        outputs = self.model(self.mb_x / 2)
+        outputs[:, 2:] = -torch.inf
+        return outputs
+
+
+class Logits(Collated):
+    """As for a model of Hugging Face: mini-batches are dicts, and outputs have fields."""
+
+    mb_x = property(lambda self: self.mbatch["inputs"])
+    mb_y = property(lambda self: self.mbatch["labels"])
+
+    def _unpack_minibatch(self):
+        for key in self.mbatch:
+            self.mbatch[key] = self.mbatch[key].to(self.device)
+
+    def forward(self):
+        return self.model(inputs=self.mb_x, mask=self.mbatch["mask"], scale=2.0).logits
+
+
+class Shifted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 4)
+
+    def forward(self, x, shift):
+        return self.linear(x + shift[:, None])
+
+
+class Fields(nn.Module):
+    """A parameter of its own, dropout by its own flag, and outputs in a field."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(4))
+        self.linear = nn.Linear(5, 4, bias=False)
+
+    def forward(self, inputs, mask, scale):
+        hidden = functional.dropout(inputs * mask, 0.5, self.training)
+        return SimpleNamespace(logits=scale * self.linear(hidden) + self.bias)
+
+
+def turned(items):
+    x, y = (torch.stack([torch.as_tensor(item[i]) for item in items]) for i in (0, 1))
+    return [y, torch.tensor([float(item[2]) for item in items]), x]
+
+
+def as_dict(items):
+    x, y = (torch.stack([torch.as_tensor(item[i]) for item in items]) for i in (0, 1))
+    return {"inputs": x, "labels": y, "mask": (x > 0).float()}
+
+
+SHIFTS = [0.1 * n for n in range(48)]
+
+
+@pytest.mark.parametrize("structure", [DiagonalFisher, DenseFisher, ImplicitFisher])
+@pytest.mark.parametrize(
+    ("template", "model", "collate_fn", "function"),
+    [
+        (Turned, Shifted, turned, lambda m, x: m(x, x.new_tensor(SHIFTS))),
+        (Masked, lambda: nn.Linear(5, 4), None, lambda m, x: m(x / 2)[:, :2]),
+        (Logits, Fields, as_dict, lambda m, x: m(x, (x > 0).float(), 2.0).logits),
+    ],
+    ids=["unpacked", "masked", "fields"],
+)
+def test_the_strategy_says_how_outputs_are_computed(
+    template, model, collate_fn, function, structure
+):
+    torch.manual_seed(2)
+    (x, y), model = blobs(), model()
+    y = y % 2 if template is Masked else y
+    benchmark = benchmark_of(
+        (x, y), (x + 1, y), collate_fn=collate_fn, attributes=[("shift", SHIFTS)]
+    )
+    plugin = EWCPlugin(structure=structure)
+    strategy = strategy_of(template, model, [plugin])
+    strategy.train(benchmark.train_stream[0])
+    model.eval()
+    names = {id(p): name for name, p in model.named_parameters()}
+    total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    log_p = function(model, x).log_softmax(1)
+    for row in log_p:
+        for entry in row:
+            gradients = torch.autograd.grad(entry, list(model.parameters()), retain_graph=True)
+            for name, gradient in zip(names.values(), gradients, strict=True):
+                total[name] += entry.exp().detach() * gradient.square() / len(x)
+    assert list(plugin.fisher.shapes) == list(total)
+    close(diagonal(plugin), flatten(total))
+    strategy.train(benchmark.train_stream[1])
+    assert plugin.last_penalty > 0
+
+
+def test_a_matrix_free_fisher_of_a_strategy_survives_a_checkpoint(tmp_path):
+    def fresh():
+        RNGManager.set_random_seeds(7)
+        return strategy_of(Masked, nn.Linear(5, 4), [EWCPlugin(structure=ImplicitFisher)])
+
+    (x, y), whole = blobs(), fresh()
+    stream = benchmark_of((x, y % 2), (x + 1, y % 2)).train_stream
+    whole.train(stream[0])
+    save_checkpoint(whole, tmp_path / "checkpoint.pkl")
+    whole.train(stream[1])
+    resumed, _ = maybe_load_checkpoint(fresh(), tmp_path / "checkpoint.pkl")
+    resumed.train(stream[1])
+    torch.testing.assert_close(weights(resumed.model), weights(whole.model), rtol=0, atol=0)
+
+
+def test_mini_batches_that_cannot_be_cut_are_named():
+    class Half(Masked):
+        def _unpack_minibatch(self):
+            self.mbatch = [self.mbatch[0], self.mbatch[1], len(self.mbatch[0])]
+
+    def with_text(items):
+        x, y = (torch.stack([torch.as_tensor(item[i]) for item in items]) for i in (0, 1))
+        return [x, y, "text"]
+
+    benchmark = benchmark_of(blobs(), collate_fn=with_text)
+    strategy = strategy_of(Half, nn.Linear(5, 4), [EWCPlugin()])
+    with pytest.raises(ValueError, match=r"Half.forward\(\) does more .* \[\d, 5\], .*, a str\."):
+        strategy.train(benchmark.train_stream[0])
+
+
+# --- the data --------------------------------------------------------------------------------
+
+
+def test_joint_training_is_one_task_of_all_its_examples():
+    model, plugin = mlp(), EWCPlugin(5.0)
+    stream = domain_incremental((0.0, 1.5, -1.0)).train_stream
+    strategy_of(JointTraining, model, [plugin]).train(stream)
+    x = torch.cat([torch.stack([item[0] for item in e.dataset]) for e in stream])
+    close(diagonal(plugin), diagonal_by_definition(model, x))
+    assert plugin.fisher.num_examples == plugin.penalty.num_examples == 144
+    other = strategy_of(Naive, model, [plugin])
+    other.train(stream[0])
+    assert plugin.penalty.num_examples == 48
+    assert plugin.last_penalty > 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_options_of_the_loader_are_handed_on(workers):
+    given = []
+
+    class Loads(Naive):
+        def make_eval_dataloader(self, num_workers=0, **options):
+            given.append((num_workers, options))
+            super().make_eval_dataloader(num_workers=num_workers, **options)
+
+    def ragged(items):
+        """Lists of unequal lengths, which the default would not put together."""
+        rows = nn.utils.rnn.pad_sequence([x[: 2 + n % 3] for n, (x, _) in enumerate(items)])
+        return [functional.pad(rows.T, (0, 5 - len(rows))), torch.stack([y for _, y in items])]
+
+    options = {"num_workers": workers, "persistent_workers": True, "pin_memory": False}
+    plugin = EWCPlugin()
+    x, y = blobs()
+    benchmark = benchmark_of((x, y), collate_fn=ragged if not workers else None)
+    strategy = strategy_of(Loads, mlp(), [plugin])
+    strategy.train(benchmark.train_stream[0], shuffle=False, drop_last=True, **options)
+    assert plugin.fisher.num_examples == 48  # in mini-batches of 10
+    asked = [(n, o) for n, o in given if n == workers and o]
+    assert asked[-1] == (workers, {"persistent_workers": True, "pin_memory": False})
+    if not workers:
+        parts = zip(x.split(10), y.split(10), strict=True)
+        inputs = [ragged(list(zip(*part, strict=True)))[0] for part in parts]
+        close(diagonal(plugin), diagonal_by_definition(strategy.model, torch.cat(inputs)))
+
+
+def test_a_sample_keeps_the_weight_of_its_task():
+    x = torch.cat([blobs()[0] + shift for shift in torch.linspace(0, 0.1, 20)])
+    y = blobs()[1].repeat(20)
+    stream = benchmark_of((x, y), (x + 1, y)).train_stream
+    values, fishers = [], []
+    for options in ({}, {"max_examples": 300}, {"max_examples": 300, "seed": 1}):
+        torch.manual_seed(1)
+        model, plugin = mlp(), EWCPlugin(**options)
+        strategy = strategy_of(Naive, model, [plugin])
+        strategy.train(stream[0])
+        drawn = torch.rand(1)
+        trained = weights(model)
+        assert plugin.penalty.remembered_examples == 960
+        assert plugin.fisher.num_examples == options.get("max_examples", 960)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1)
+        values.append(plugin.penalty(model).item())
+        fishers.append(diagonal(plugin))
+        fishers.append((trained, drawn))
+    assert values[1:] == pytest.approx(2 * values[:1], rel=0.2)
+    assert values[1] != values[2]
+    for other in fishers[3::2]:  # neither the global generator nor the training is touched
+        torch.testing.assert_close(other, fishers[1], rtol=0, atol=0)
+
+
+def test_a_sample_is_the_same_for_the_same_seed_and_has_an_example_once():
+    x, y = torch.eye(48), torch.arange(48) % 4
+    stream = benchmark_of((x, y), (x, y)).train_stream
+    chosen = []
+    for global_seed, seed in ((0, 3), (1, 3), (1, 4)):
+        torch.manual_seed(global_seed)
+        plugin = EWCPlugin(max_examples=20, seed=seed)
+        strategy = strategy_of(Naive, nn.Linear(48, 4), [plugin])
+        for experience in stream:
+            strategy.train(experience)
+            # The weights of an input that no example has, matter to none.
+            chosen.append(plugin.fisher.diagonal()["weight"].sum(0) > 0)
+            assert chosen[-1].sum() == 20
+    first, second, *others = chosen
+    assert torch.equal(others[0], first)
+    assert torch.equal(others[1], second)
+    assert not torch.equal(first, second)
+    assert not torch.equal(others[2], first)
+
+
+# --- what is refused, before the work --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"likelihood": Gaussian}, TypeError, "likelihood must be an instance of Likelihood"),
+        ({"estimator": "exact"}, TypeError, "estimator must be .* such as Exact.., got 'exact'"),
+        ({"estimator": MonteCarlo}, TypeError, "estimator must be an instance of Estimator"),
+        ({"structure": "diagonal"}, TypeError, "structure must be a class such as Diag"),
+        ({"structure": Exact()}, TypeError, "structure must be a class such as Diag"),
+        ({"consolidation": "online"}, TypeError, "consolidation must be Separate.. or Online"),
+        ({"consolidation": Online}, TypeError, "consolidation must be Separate.. or Online"),
+        ({"implicit_every": 1.5}, ValueError, "implicit_every is 1.5: .* a whole number"),
+        ({"max_examples": 0}, ValueError, "max_examples is 0: it must be 1 or more, or None"),
+        ({"max_examples": 0.5}, ValueError, "max_examples is 0.5: it must be a whole number"),
+    ],
+)
+def test_wrong_choices_are_refused_when_given(options, error, message):
+    with pytest.raises(error, match=message):
+        EWCPlugin(**options)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "outputs", "targets", "criterion", "message"),
+    [
+        (Gaussian(), 1, torch.randn(48), "mse", r"Targets of shape \[\d\] do not .* y\[:, None\]"),
+        (Bernoulli(), 4, torch.rand(48, 4), "bce", "A target is 0.* takes 0 or 1"),
+    ],
+    ids=["gaussian", "bernoulli"],
+)
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_targets_that_do_not_fit_are_refused_before_the_first_task(
+    likelihood, outputs, targets, criterion, message
+):
+    attribute = DataAttribute([0] * 48, "targets")
+    data = AvalancheDataset([TensorDataset(blobs()[0], targets)], data_attributes=[attribute])
+    benchmark = benchmark_from_datasets(train=[data], test=[data])
+    model, plugin = nn.Linear(5, outputs), EWCPlugin(likelihood=likelihood, estimator=Empirical())
+    strategy = strategy_of(Naive, model, [plugin])
+    losses = {"mse": nn.MSELoss(), "bce": nn.BCEWithLogitsLoss()}
+    strategy._criterion, start = losses[criterion], weights(model)
+    with pytest.raises(ValueError, match=f"of task 1 .* a try with .*: Batch 0: {message}"):
+        strategy.train(benchmark.train_stream[0])
+    torch.testing.assert_close(weights(model), start, rtol=0, atol=0)
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Every reading draws from the generators of Python, NumPy and torch."""
+
+    def __len__(self):
+        return 48
+
+    def __getitem__(self, n):
+        x, y = blobs()
+        noise = random.random() + np.random.rand() + torch.rand(())
+        return x[n] + 0.01 * float(noise), int(y[n])
+
+
+def test_the_try_before_the_first_task_changes_nothing(monkeypatch):
+    found = []
+    for tried in (True, False):
+        if not tried:
+            monkeypatch.setattr(EWCPlugin, "check_task", lambda *_, **__: None)
+        RNGManager.set_random_seeds(7)
+        attribute = DataAttribute(blobs()[1].tolist(), "targets")
+        data = AvalancheDataset([Noisy()], data_attributes=[attribute])
+        benchmark = benchmark_from_datasets(train=[data], test=[data])
+        model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4))
+        plugin = EWCPlugin()
+        strategy_of(Naive, model, [plugin]).train(benchmark.train_stream[0])
+        drawn = {"python": random.random(), "numpy": np.random.rand(), "torch": torch.rand(())}
+        found.append(model.state_dict() | plugin.fisher.diagonal() | drawn)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
