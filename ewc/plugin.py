@@ -250,10 +250,11 @@ class EWCPlugin(SupervisedPlugin):
                 structure do not fit; the message says why.
         """
         dataset = _dataset(strategy)
-        places = range(0, len(dataset), max(1, len(dataset) // EXAMPLES_TRIED))
+        places = list(range(0, len(dataset), max(1, len(dataset) // EXAMPLES_TRIED)))
+        # A few examples need no processes that load them.
+        options["num_workers"] = 0
         try:
-            # A few examples need no processes that load them.
-            self._information(strategy, dataset.subset(list(places)), options | {"num_workers": 0})
+            self._information(strategy, dataset.subset(places), options, most=len(places))
         except ValueError as error:
             raise ValueError(
                 f"The Fisher information of task {_number(strategy)} could not be taken after "
@@ -269,14 +270,25 @@ class EWCPlugin(SupervisedPlugin):
         places = torch.randperm(len(dataset), generator=generator)[: self.max_examples]
         return dataset.subset(places.sort().values.tolist())
 
-    def _information(self, strategy: Any, dataset: Any, options: dict[str, Any]) -> FisherMatrix:
-        """The Fisher information over a data set; the strategy stays as it is."""
+    def _information(
+        self, strategy: Any, dataset: Any, options: dict[str, Any], most: int | None = None
+    ) -> FisherMatrix:
+        """The Fisher information over the first examples of a data set, or over all.
+
+        The strategy, its network and the random number generators stay as they are.
+        """
         with unwrapped(strategy.model) as model, undisturbed(model), _kept_random_states():
             first = next(iter(_loader(strategy, dataset.subset([0]), {})))
             calls = strategy_calls(strategy, model, first)
+            if self.max_examples is not None and len(calls(first)[1]) != 1:
+                raise ValueError(
+                    f"max_examples is {self.max_examples}: it must be None with "
+                    f"{type(strategy).__name__}, whose make_eval_dataloader() does not load "
+                    "the strategy's adapted_dataset."
+                )
             fisher: FisherMatrix = fisher_information(
                 calls.network,
-                Batches(_loader(strategy, dataset, options), calls),
+                Batches(_loader(strategy, dataset, options), calls, most),
                 self.likelihood,
                 estimator=self.estimator,
                 structure=self.structure,

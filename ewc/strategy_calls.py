@@ -76,7 +76,6 @@ class ModelCalls:
         self.strategy = strategy
         self.network: nn.Module = strategy.model
 
-    @torch.no_grad()
     def __call__(self, mbatch: Any) -> Batch:
         """The call of the model for a mini-batch; the model is not run."""
         strategy = self.strategy
@@ -92,7 +91,7 @@ class ModelCalls:
         except CallError as call:
             arguments = _arguments(call.positional, call.named, len(strategy.mb_y))
             if arguments is not None:
-                return arguments, strategy.mb_y
+                return arguments.map(torch.Tensor.detach), strategy.mb_y
         finally:
             handle.remove()
         raise ValueError(
@@ -186,14 +185,24 @@ class Batches:
     Attributes:
         loader: gives a strategy's mini-batches.
         calls: how they go through the network.
+        most: how many examples there are at most; ``None`` for all.
     """
 
     loader: Iterable[Any]
     calls: Calls
+    most: int | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         """The call of the network, and the targets, of every mini-batch."""
-        return map(self.calls, self.loader)
+        left = self.most
+        for mbatch in self.loader:
+            arguments, targets = self.calls(mbatch)
+            if left is not None:
+                arguments, targets = arguments[:left], targets[:left]
+                left -= len(arguments)
+            yield arguments, targets
+            if left == 0:
+                return
 
 
 def beside(strategy: Any, model: nn.Module) -> Any:

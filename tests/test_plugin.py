@@ -725,3 +725,28 @@ def test_the_try_before_the_first_task_changes_nothing(monkeypatch):
         drawn = {"python": random.random(), "numpy": np.random.rand(), "torch": torch.rand(())}
         found.append(model.state_dict() | plugin.fisher.diagonal() | drawn)
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+class InMemory(Naive):
+    """Loads the experience's data in its own way, and counts its mini-batches."""
+
+    loaded = 0
+
+    def make_eval_dataloader(self, **_):
+        def load():
+            for part in zip(*(t.split(10) for t in blobs()), strict=True):
+                InMemory.loaded += 1
+                yield list(part)
+
+        self.dataloader = load()
+
+
+def test_strategies_that_load_data_in_their_own_way(monkeypatch):
+    monkeypatch.setattr(InMemory, "loaded", 0)
+    plugin, experience = EWCPlugin(), domain_incremental().train_stream[0]
+    strategy = strategy_of(InMemory, mlp(), [plugin])
+    strategy.train(experience)
+    close(diagonal(plugin), diagonal_by_definition(strategy.model, blobs()[0]))
+    assert InMemory.loaded == 3 + 5  # of three looks only the first mini-batch is loaded
+    with pytest.raises(ValueError, match=r"max_examples is 20: it must be None with InMemory"):
+        strategy_of(InMemory, mlp(), [EWCPlugin(max_examples=20)]).train(experience)
