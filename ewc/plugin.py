@@ -17,18 +17,19 @@ from avalanche.training import JointTraining
 from avalanche.training.plugins import SupervisedPlugin
 
 from ewc.checks import check_count
-from ewc.consolidation import Consolidation, Online, Separate
+from ewc.consolidation import Consolidation, Separate
 from ewc.eigenbasis_adam import EigenbasisAdam
 from ewc.fisher import DiagonalFisher, Estimator, Exact, FisherMatrix, fisher_information
 from ewc.fisher.accumulator import Configured
-from ewc.fisher.compute import check_kinds
+from ewc.fisher.estimators import check_estimator
 from ewc.fisher.evaluation import undisturbed
+from ewc.fisher.matrix import check_structure
 from ewc.fisher.shrinkage import can_shrink
 from ewc.forgetting import ForgettingBudget
-from ewc.likelihoods import Categorical, Likelihood
+from ewc.likelihoods import Categorical, Likelihood, check_likelihood
 from ewc.penalty import EWCPenalty
 from ewc.strategy_calls import Batches, beside, strategy_calls
-from ewc.wrappers import bare, unwrapped
+from ewc.wrappers import unwrapped
 
 VALUED_EVERY = 10
 """Implicit steps after one of which the penalty is evaluated, for records."""
@@ -118,9 +119,9 @@ class EWCPlugin(SupervisedPlugin):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_kinds(likelihood, estimator, structure)
-        if not isinstance(consolidation, Separate | Online):
-            raise TypeError(f"consolidation must be Separate() or Online(), got {consolidation!r}.")
+        check_likelihood(likelihood)
+        check_estimator(estimator)
+        check_structure(structure)
         check_count(implicit_every, "implicit_every", optional=True)
         check_count(max_examples, "max_examples", optional=True)
         if shrinkage and not can_shrink(structure):
@@ -172,7 +173,7 @@ class EWCPlugin(SupervisedPlugin):
                 )
             if self.penalty.terms:
                 precision = self.penalty.terms[-1].precision
-                strategy.optimizer.rotate(precision, bare(strategy.model))
+                strategy.optimizer.rotate(precision, strategy.model)
         if self.budget is not None and self.penalty.terms:
             self.budget.start()
             with torch.no_grad():
