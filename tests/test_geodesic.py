@@ -235,7 +235,7 @@ def test_mistakes_are_named():
         geodesic(metric, start, {"shape": t(2.0)})
     with pytest.raises(ValueError, match="num_points is 1: it must be 2 or more"):
         geodesic(metric, start, end, num_points=1)
-    with pytest.raises(ValueError, match="tolerance is 0: it must be above 0"):
+    with pytest.raises(ValueError, match="tolerance is 0: it must be a finite number above 0"):
         geodesic(metric, start, end, tolerance=0)
     with pytest.raises(ValueError, match="to satisfy the constraint GreaterThan"):
         geodesic_distance(gamma, start, {"shape": t(-1.0), "rate": t(1.0)})
