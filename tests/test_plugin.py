@@ -550,14 +550,31 @@ def test_mini_batches_that_cannot_be_cut_are_named():
         def _unpack_minibatch(self):
             self.mbatch = [self.mbatch[0], self.mbatch[1], len(self.mbatch[0])]
 
-    def with_text(items):
-        x, y = (torch.stack([torch.as_tensor(item[i]) for item in items]) for i in (0, 1))
-        return [x, y, "text"]
-
-    benchmark = benchmark_of(blobs(), collate_fn=with_text)
+    benchmark = benchmark_of(blobs(), collate_fn=captioned)
     strategy = strategy_of(Half, nn.Linear(5, 4), [EWCPlugin()])
     with pytest.raises(ValueError, match=r"Half.forward\(\) does more .* \[\d, 5\], .*, a str\."):
         strategy.train(benchmark.train_stream[0])
+
+
+class Captioned(Collated):
+    """Its mini-batches hold a text that no tensor can."""
+
+    def _unpack_minibatch(self):
+        self.mbatch = self.mbatch[:2]
+
+
+def captioned(items):
+    x, y = (torch.stack([torch.as_tensor(item[i]) for item in items]) for i in (0, 1))
+    return [x, y, "a text"]
+
+
+def test_a_matrix_free_fisher_keeps_the_calls_of_the_model_alone(tmp_path):
+    model, plugin = mlp(), EWCPlugin(structure=ImplicitFisher)
+    benchmark = benchmark_of(blobs(), collate_fn=captioned)
+    strategy_of(Captioned, model, [plugin]).train(benchmark.train_stream[0])
+    plugin.fisher.save(tmp_path / "fisher.safetensors")
+    loaded = ImplicitFisher.load(tmp_path / "fisher.safetensors", mlp())
+    close(flatten(loaded.diagonal()), diagonal_by_definition(model, blobs()[0]))
 
 
 # --- the data --------------------------------------------------------------------------------
