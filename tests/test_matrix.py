@@ -215,6 +215,18 @@ NESTED = {
 }
 
 
+def test_products_of_some_parameters_are_no_functions_of_the_others():
+    """They are numbers: no graph of the whole network hangs on them."""
+    model, data = model_and_data()
+    fisher = fisher_information(model, data, structure=ImplicitFisher, parameters=["2.*"])
+    v = vector(fisher)
+    assert not any(tensor.requires_grad for tensor in fisher.matvec(v).values())
+    assert not fisher.quadratic_form(v).requires_grad
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    dense = fisher_information(model, data, structure=DenseFisher, parameters=["2.*"])
+    torch.testing.assert_close(fisher.to_dense(), dense.to_dense(), **CLOSE)
+
+
 @pytest.mark.parametrize("name", NESTED)
 def test_sums_and_blocks_keep_the_networks_of_what_is_inside(name, tmp_path):
     fisher = NESTED[name]()

@@ -24,13 +24,19 @@ class NetworkProduct:
     """What a matrix-free Fisher does to a direction, one piece of the data at a time.
 
     Args:
-        model: the network, in evaluation mode.
+        model: the network, in evaluation mode; a copy of its own, whose other parameters are
+            frozen.
         names: the parameters that the products are over.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         self.model = model
         self.parameters = chosen_parameters(model, names)
+        # Products would else carry the graphs of the others along.
+        chosen = {id(parameter) for parameter in self.parameters.values()}
+        for parameter in model.parameters():
+            if id(parameter) not in chosen:
+                parameter.requires_grad_(False)
         self.dtype = accumulation_dtype(self.parameters[names[0]].dtype)
         self._seen = Memory()
         self._differentiates = True
