@@ -382,7 +382,7 @@ def test_a_wrong_option_removes_nothing_that_was_there(tmp_path):
         (["benchmark=split_digits", "benchmark.num_tasks=3"], "can be split into 1, 2, 5 tasks"),
         (["optimizer.lr=-1"], "Invalid learning rate: -1"),
         (["wandb.mode=on"], "Option 'wandb.mode' is "),
-        (["benchmark=split_mnist", "data_root=/nonexistent/data"], "MNIST is not at"),
+        (["benchmark=split_mnist", "data_root=/nonexistent/data"], "of MNIST is not in"),
         (["optimizer=sgd", "optimizer.lr=1e30", "strategy=naive"], "in task 1, step 2: a smaller"),
         (["seed="], "seed"),
     ],
