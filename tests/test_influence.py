@@ -300,3 +300,17 @@ def test_leverages_of_1_are_refused():
         self_influence(model, [(x, y)], other, Gaussian(), damping=0.1, leverage=True)
     with pytest.raises(ValueError, match="no examples"):
         parameters_without(model, [], other, Gaussian(), damping=0.1, leverage=True)
+
+
+def test_targets_must_have_the_shape_of_the_outputs():
+    """Beside outputs [n, 1], targets [n] would be compared with every output."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 1), torch.randn(6, 3), torch.randn(6)
+    fisher = fisher_information(model, [(x, y)], Gaussian())
+    for quantity in (loss_gradient, self_influence):
+        with pytest.raises(ValueError, match=r"Batch 0: .*\[6\].*\[6, 1\]"):
+            quantity(model, [(x, y)], fisher, Gaussian())
+    expected = functional.mse_loss(model(x), y[:, None], reduction="sum") / 12
+    (expected,) = torch.autograd.grad(expected, model.bias)
+    found = loss_gradient(model, [(x, y[:, None])], fisher, Gaussian())["bias"]
+    torch.testing.assert_close(found, expected)

@@ -106,7 +106,7 @@ def network_formulations(
         ).sum()
 
     with network.evaluating():
-        for arguments, targets in network.batches(batches):
+        for arguments, targets in network.batches(batches, use_targets=estimator.uses_targets):
             for start in range(0, len(targets), EXAMPLES):
                 part = slice(start, start + EXAMPLES)
                 loss = loss_of(arguments[part], targets[part])
@@ -189,7 +189,7 @@ def divergence_profile(
     own = {name: direction[name].to(tensor) for name, tensor in here.items()}
     total, count = torch.zeros_like(lengths), 0
     with network.evaluating(), torch.no_grad():
-        for arguments, targets in network.batches(data):
+        for arguments, targets in network.batches(data, use_targets=False):
             before = network.outputs(here, arguments).double()
             for index, step in enumerate(lengths.tolist()):
                 there = {name: tensor + step * own[name] for name, tensor in here.items()}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from ewc.fisher.arguments import Arguments, Caller
+from ewc.fisher.compute import check_outputs
 from ewc.fisher.evaluation import plain_operations, undisturbed
 from ewc.likelihoods import Likelihood
 from ewc.parameters import Parameters
@@ -36,10 +37,29 @@ class NetworkFunction:
         with unwrapped(self.model), undisturbed(self.model), plain_operations(self.model):
             yield
 
-    def batches(self, data: Iterable[object]) -> Iterator[tuple[Arguments, Tensor]]:
-        """The arguments and targets of each batch."""
+    def batches(
+        self, data: Iterable[object], *, use_targets: bool = True
+    ) -> Iterator[tuple[Arguments, Tensor]]:
+        """The arguments and targets of each batch.
+
+        Args:
+            data: the batches.
+            use_targets: whether the targets must fit the outputs.
+
+        Raises:
+            ValueError: it is no batch, or its targets do not fit the outputs: ``[n]`` beside
+                outputs ``[n, 1]`` would be compared with all of them.
+        """
         for index, batch in enumerate(data):
-            yield self.caller.arguments(batch, index)
+            arguments, targets = self.caller.arguments(batch, index)
+            if use_targets and len(targets):
+                outputs = self.outputs(self.parameters, arguments[:1])
+                check_outputs(outputs, 1, index)
+                try:
+                    self.likelihood.check_targets(outputs.expand(len(targets), -1), targets)
+                except ValueError as error:
+                    raise ValueError(f"Batch {index}: {error}") from None
+            yield arguments, targets
 
     def outputs(self, parameters: Parameters, arguments: Arguments) -> Tensor:
         """The outputs ``[n, c]``."""
