@@ -13,6 +13,7 @@ decide it.  All other parameters go to :class:`~ewc.fisher.per_example.PerExampl
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from math import prod
 from typing import Any
 
@@ -43,7 +44,7 @@ RULES: dict[str, type[Operation]] = {
 FEW = 4
 """Examples on which a graph is tried out."""
 
-Signature = tuple[Any, ...]
+Signature = bytes
 """What decides the rows of a graph's operations: its structure, and its uses of parameters."""
 
 
@@ -103,7 +104,9 @@ class Tape:
         idle -= {view.name for o in self.operations for view in o.views}
         self.present = [n for n, p in parameters.items() if id(p) in graph.leaves and n not in idle]
         used = tuple(tuple((v.name, v.first) for v in o.views) for o in self.operations)
-        self.signature: Signature = (self.num_examples, used, self.structure)
+        # A digest: a network may have another structure for every length of its inputs.
+        shown = repr((self.num_examples, used, self.structure))
+        self.signature = blake2b(shown.encode(), digest_size=16).digest()
 
     @property
     def edges(self) -> list[GradientEdge]:
