@@ -1,5 +1,7 @@
 """Which rows are which example's: in any order, in any batch, by arithmetic that is not exact."""
 
+import itertools
+
 import pytest
 import reference
 import torch
@@ -159,9 +161,37 @@ class BySparseMatrix(Reordering):
         return self.head(torch.sparse.mm(swap.T.to_sparse(), self.hidden(swap @ x)))
 
 
+class ByIndex(Reordering):
+    def forward(self, x):
+        order = x[:, 0].argsort()
+        return self.head(self.hidden(x[order])[order.argsort()])
+
+
+class ByMatrixBehind(ByMatrix):
+    def forward(self, x):
+        order, _ = self.order(x)
+        swap = torch.eye(len(x), dtype=x.dtype)[order]
+        return self.head((self.hidden(swap @ x).T @ swap).T)
+
+
+class ByPairs(ByMatrix):
+    def forward(self, x):
+        order, _ = self.order(x)
+        swap = torch.eye(len(x), dtype=x.dtype)[order]
+        return self.head((swap.T[:, :, None] * self.hidden(swap @ x)[None]).sum(1))
+
+
+class ByMask(ByMatrix):
+    def forward(self, x):
+        swap = (x[:1, :1] > x[-1:, :1]).to(x.dtype).expand(len(x), 1)
+        h = self.hidden(swap * x.flip(0) + (1 - swap) * x)
+        return self.head(swap * h.flip(0) + (1 - swap) * h)
+
+
 @pytest.mark.parametrize(
     "build",
     [
+        *(ByIndex, ByMatrixBehind, ByPairs, ByMask),
         *(ByStack, ByUnbind, BySplit, ByRoll, BySlices, ByWriting),
         *(ByBranch, ByWhere, ByMatrix, BySparseMatrix),
     ],
@@ -177,6 +207,33 @@ def test_rows_may_lie_in_another_order_in_every_batch(build):
     for order in (batches, [batches[1], batches[0], batches[2]]):
         found = fisher_information(model, order, structure=DenseFisher)
         torch.testing.assert_close(found.to_dense(), expected, **EXACT)
+
+
+@pytest.mark.parametrize("n", [4, 5])
+def test_no_order_of_rows_looks_like_another(n):
+    torch.manual_seed(0)
+    model, x = ByIndex().double(), torch.randn(n, 12).double()
+    gaps = []
+    for order in itertools.permutations(range(n)):
+        x[:, 0] = torch.tensor(order, dtype=torch.float64)
+        expected = reference.categorical_fisher(model, [(row,) for row in x])
+        data = [(x, torch.zeros(n, dtype=torch.long))]
+        found = fisher_information(model, data, structure=DenseFisher).to_dense()
+        gaps.append(float((found - expected).norm() / expected.norm()))
+    assert max(gaps) < 1e-12
+
+
+def test_swaps_in_large_batches_are_seen():
+    torch.manual_seed(0)
+    model, x = ByIndex().double(), torch.randn(300, 12).double()
+    for i, j in ((0, 2), (17, 19), (40, 296), (3, 243)):
+        x[:, 0] = torch.arange(300)
+        x[[i, j], 0] = x[[j, i], 0]
+        data = [(x, torch.zeros(300, dtype=torch.long))]
+        found = fisher_information(model, data, structure=DenseFisher).to_dense()
+        alone = [(row[None], torch.zeros(1, dtype=torch.long)) for row in x]
+        expected = fisher_information(model, alone, structure=DenseFisher).to_dense()
+        torch.testing.assert_close(found, expected, **EXACT)
 
 
 class Shifted(Reordering):
@@ -268,7 +325,21 @@ class OnAGraph(Standardised):
         return self.last(self.edges @ self.first(x).tanh())
 
 
-@pytest.mark.parametrize("build", [Standardised, CentredInputs, BatchFirstForgotten, OnAGraph])
+class Similarities(nn.Module):
+    """Outputs [n, n], as in contrastive learning."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.inner(x)
+        return h @ h.T
+
+
+@pytest.mark.parametrize(
+    "build", [Standardised, CentredInputs, BatchFirstForgotten, OnAGraph, Similarities]
+)
 @pytest.mark.parametrize("structure", [DiagonalFisher, ImplicitFisher], ids=lambda s: s.__name__)
 def test_examples_that_depend_on_each_other_are_refused(build, structure):
     torch.manual_seed(0)

@@ -293,8 +293,13 @@ class Network:
         spread = float((together - together.mean(0)).norm()) / count**0.5
         for place, alone in ((0, first.detach()), (count - 1, last.detach())):
             there = together[place : place + 1]
-            if alone.shape != there.shape or alone.isnan().any() or there.isnan().any():
+            if alone.dim() != there.dim() or alone.isnan().any() or there.isnan().any():
                 continue
+            if alone.shape != there.shape:
+                raise ValueError(
+                    f"Batch {index}: example {place} alone has outputs of shape "
+                    f"{list(alone.shape)}, and {list(there.shape)} in its batch. {INDEPENDENT}"
+                )
             if same(alone, there, spread):
                 continue
             # Outputs may differ by what the likelihood does not see, such as a shift of logits.

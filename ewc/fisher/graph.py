@@ -8,7 +8,7 @@ followed to the nodes that compute with them.
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
@@ -136,13 +136,19 @@ class Graph:
         results = [meta for node in self.nodes for meta in node._input_metadata]
         return sum(prod(meta.shape) * meta.dtype.itemsize for meta in results)
 
-    def moves_rows(self, uses: Uses) -> bool:
+    def moves_rows(self, uses: Uses, num_examples: int, constants: Container[int]) -> bool:
         """Whether a node may put rows elsewhere for every batch, by the values of a tensor.
 
         An index, a mask, a permutation as a matrix: what its graph looks like does not tell.
+
+        Args:
+            uses: the parameters among the inputs of nodes.
+            num_examples: those of the batch.
+            constants: the places in memory of tensors that are the same in every batch.
         """
+        turned = any(type(node).__name__.startswith(("Flip", "Roll")) for node in self.nodes)
         return any(
-            _may_move_rows(node, uses.get(node, {}))
+            _may_move_rows(node, uses.get(node, {}), num_examples, constants, turned)
             for node in self.nodes
             if _moves_sometimes(type(node))
         )
@@ -243,21 +249,51 @@ def _cut_sizes(node: Node) -> tuple[int, ...]:
     return tuple(shape[d - 2**64 if d >= 2**63 else d] for d in dims) or tuple(shape)
 
 
+PRODUCTS = {
+    "MmBackward0": ("self", "mat2"),
+    "AddmmBackward0": ("mat1", "mat2"),
+    "BmmBackward0": ("self", "mat2"),
+    "BaddbmmBackward0": ("batch1", "batch2"),
+}
+"""Matrix products, and the names by which they save their factors."""
+
+
 @cache
 def _moves_sometimes(kind: type[Node]) -> bool:
     name = kind.__name__
-    return bool(MOVES_ROWS.search(name) or re.match("(Where|Mm|Addmm|Bmm|Baddbmm)Backward", name))
+    return bool(MOVES_ROWS.search(name)) or name in PRODUCTS or name.startswith(("Where", "Mul"))
 
 
-def _may_move_rows(node: Node, views: Mapping[int, View]) -> bool:
+def _may_move_rows(
+    node: Node, views: Mapping[int, View], n: int, constants: Container[int], turned: bool
+) -> bool:
     kind = type(node).__name__
     if MOVES_ROWS.search(kind):
         return True
-    sources = [source for source, _ in node.next_functions]
+    absent = [source is None for source, _ in node.next_functions][-2:]
     if kind.startswith("Where"):
-        return None not in sources[-2:]
-    # A constant matrix before rows of activations, not before a weight.
-    return sources[-2] is None and sources[-1] is not None and len(sources) - 1 not in views
+        return not any(absent)
+    if sum(absent) != 1 or views:
+        return False
+    place = absent.index(True)
+    return _mixes(node, place, n, constants) if kind in PRODUCTS else _masks(node, place, n, turned)
+
+
+def _masks(node: Node, place: int, n: int, turned: bool) -> bool:
+    """Whether a factor may choose between rows and turned rows, or between pairs of rows."""
+    mask: Tensor | None = getattr(node, f"_saved_{('self', 'other')[place]}")
+    if mask is None or mask.numel() == 1:
+        return False
+    pairs = [size for size in node._input_metadata[0].shape if size and size % n == 0]
+    return turned or len(pairs) > 1
+
+
+def _mixes(node: Node, place: int, n: int, constants: Container[int]) -> bool:
+    """Whether a matrix mixes as many things as there are rows, and is not the network's own."""
+    matrix: Tensor = getattr(node, f"_saved_{PRODUCTS[type(node).__name__][place]}")
+    if matrix.layout == torch.strided and matrix.untyped_storage().data_ptr() in constants:
+        return False
+    return matrix.shape[(-1, -2)[place]] % n == 0
 
 
 def _seen_through(node: Node, view: View) -> View | None:

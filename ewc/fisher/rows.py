@@ -1,5 +1,6 @@
 """Which example the rows of a tensor belong to."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,29 +34,36 @@ BATCH_FIRST = Rows(outer=1, inner=None)
 TIME_FIRST = Rows(outer=None, inner=1)
 
 
-def matching_rows(before: Tensor, after: Tensor, factors: Tensor, noise: float) -> list[Rows]:
-    """The layouts by which rows may have been scaled by their example's factor.
+def possible_rows(rows: int, num_examples: int) -> list[Rows]:
+    """The layouts of so many rows, as many for every example."""
+    if rows % num_examples:
+        return []
+    length = rows // num_examples
+    layouts = [BATCH_FIRST, TIME_FIRST] if length > 1 else [BATCH_FIRST]
+    return layouts + [Rows(d, length // d) for d in range(2, length) if length % d == 0]
+
+
+def matching_rows(
+    layouts: Sequence[Rows], before: Tensor, after: Tensor, factors: Tensor, noise: float
+) -> list[Rows]:
+    """Those layouts by which rows may have been scaled by their example's factor.
 
     A row was, if it is within a margin of its scaled self, by norms: no entry of a row needs
     to be reproducible, which on an accelerator none is.
 
     Args:
+        layouts: to choose from.
         before: gradients, ``[rows, ...]``.
         after: the same with the scores of each example scaled.
-        factors: by what, ``[n]``.
+        factors: by what, ``[n]``, powers of 2: they scale without rounding.
         noise: how much of a row of typical size the arithmetic itself changes from one time
             to the next, as :func:`row_noise` has it; smaller rows tell nothing.
     """
-    n, rows = len(factors), before.shape[0]
-    if rows % n:
-        return []
-    length = rows // n
-    layouts = [BATCH_FIRST, TIME_FIRST] if length > 1 else [BATCH_FIRST]
-    layouts += [Rows(d, length // d) for d in range(2, length) if length % d == 0]
+    rows = before.shape[0]
     dtype = torch.promote_types(before.dtype, torch.float32)
     before, after = (tensor.reshape(rows, -1).to(dtype) for tensor in (before, after))
     factors = factors.to(before)
-    # Rounding is exact, for the factors are powers of 2; the noise is that of both.
+    length = rows // len(factors)
     floor = 4 * noise * (_typical(after) + float(factors.max()) * _typical(before))
     found = []
     for layout in layouts:

@@ -31,7 +31,7 @@ from ewc.fisher.layers import MatrixProduct, Operation
 from ewc.fisher.outer import OuterProducts
 from ewc.fisher.per_example import PerExample
 from ewc.fisher.pullback import Pullback, Summed
-from ewc.fisher.rows import BATCH_FIRST, Rows, matching_rows, row_noise
+from ewc.fisher.rows import BATCH_FIRST, Rows, matching_rows, possible_rows, row_noise
 from ewc.parameters import Parameters, Shapes, accumulation_dtype
 
 RULES: dict[str, type[Operation]] = {
@@ -43,6 +43,12 @@ RULES: dict[str, type[Operation]] = {
 
 FEW = 4
 """Examples on which a graph is tried out."""
+
+MANY_FACTORS, FEW_FACTORS = 16, 4
+"""By how many powers of 2 examples are told apart in one pass; few where there is noise."""
+
+NEARLY_EXACT = 1e-6
+"""Noise up to which rows that are ``2 ** MANY_FACTORS`` apart are seen beside each other."""
 
 Signature = bytes
 """What decides the rows of a graph's operations: its structure, and its uses of parameters."""
@@ -60,12 +66,14 @@ class Memory:
         vectorises: see :class:`~ewc.fisher.per_example.PerExample`.
         noise: how much the arithmetic changes a row from one time to the next
             (:func:`~ewc.fisher.rows.row_noise`); ``None`` before it was measured.
+        constants: where the network's own tensors are, which are the same in every batch.
     """
 
     rows: dict[Signature, list[Rows | None]] = field(default_factory=dict)
     together: dict[tuple[Signature, int], bool] = field(default_factory=dict)
     vectorises: dict[tuple[Any, ...], bool] = field(default_factory=dict)
     noise: float | None = None
+    constants: set[int] | None = None
 
 
 class Tape:
@@ -95,7 +103,11 @@ class Tape:
         self.num_examples = outputs.shape[0]
         graph = Graph(outputs)
         uses = graph.uses(parameters)
-        self.lasting = not graph.moves_rows(uses)
+        if memory.constants is None:
+            own = (*model.parameters(), *model.buffers())
+            strided = [t for t in own if t.layout == torch.strided]
+            memory.constants = {t.untyped_storage().data_ptr() for t in strided}
+        self.lasting = not graph.moves_rows(uses, self.num_examples, memory.constants)
         self.structure = graph.structure()
         operations = operations_of(graph, uses)
         # A layer that is called on no rows has no part in the outputs.
@@ -239,20 +251,28 @@ class Tape:
         score = torch.einsum("kn,knc->nc", weights, scores[:, :n])
         # Examples of one size: none hides in the rounding of the others.
         score = torch.nn.functional.normalize(score, eps=torch.finfo(score.dtype).tiny)
-        # Powers of 2, which scale without rounding, and never two alike in a row.
-        steps = torch.randint(1, 4, (n,), generator=generator).cumsum(0) % 4
-        factors = 2.0 ** steps.to(score)
-        plain, scaled = self._rows_of(score), self._rows_of(factors[:, None] * score)
+        plain = self._rows_of(score)
         if self.memory.noise is None:
             again = self._rows_of(score)
             self.memory.noise = max(map(row_noise, plain, again))
-        rows: list[Rows | None] = []
-        certain = True
-        for before, after in zip(plain, scaled, strict=True):
-            found = matching_rows(before, after, factors, self.memory.noise)
-            certain = certain and len(found) < 2 and bool(before.any())
-            rows.append(found[0] if found else None)
-        return rows, certain
+        layouts = [possible_rows(len(gradient), n) for gradient in plain]
+        # Every example has a number of its own, and is scaled by its digits one after the
+        # other. Noise must stay below the rows of the least factor.
+        exact = self.memory.noise < NEARLY_EXACT and score.dtype.itemsize > 2
+        base = MANY_FACTORS if exact else FEW_FACTORS
+        numbers = torch.randperm(n, generator=generator)
+        while True:
+            factors = 2.0 ** (numbers % base).to(score)
+            scaled = self._rows_of(factors[:, None] * score)
+            for place, (before, after) in enumerate(zip(plain, scaled, strict=True)):
+                layouts[place] = matching_rows(
+                    layouts[place], before, after, factors, self.memory.noise
+                )
+            numbers = numbers // base
+            if not numbers.any():
+                break
+        certain = all(len(found) < 2 for found in layouts) and all(g.any() for g in plain)
+        return [found[0] if found else None for found in layouts], certain
 
     def _rows_of(self, score: Tensor) -> list[Tensor]:
         """The rows of all operations' gradients for one score vector an example, ``[n, c]``."""
