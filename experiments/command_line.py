@@ -158,6 +158,8 @@ def short_message(error: Exception, config_name: str) -> str:
         r"Could not find '([^']+)'\s+Available options in.*?:\n(.*?)\n\S", text, re.S
     ):
         return f"Could not find {str(choice[1])!r}: allowed are {', '.join(choice[2].split())}."
+    if unused := re.match(r"Ambiguous value for argument '([^']+)'", text):
+        return f"{unused[1]!r} is several values: -m runs one job for each."
     if "Config group override must be a string" in text:
         return _no_group(config_name)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -186,11 +188,13 @@ def _allowed(option: str, config_name: str) -> str:
             continue
         if isinstance(node, DictConfig):
             names = [str(k) for k in node if not str(k).startswith("_")]
+            if not names:
+                break
             if not parent:
                 return ", ".join([*names, *_empty_groups(config_name)])
             return ", ".join(f"{parent}.{name}" for name in names)
         break
-    return f"none, {parent!r} is a value"
+    return f"none, {parent!r} has no options"
 
 
 def _empty_groups(config_name: str) -> list[str]:

@@ -34,6 +34,9 @@ from experiments.schedule import CosineAnnealing, TailAverage
 from experiments.strategies import Fisher, Strategy
 from experiments.tracking import Recorder, WandB
 
+MOST_THREADS = 1024
+"""Far more end the process without a word."""
+
 
 @dataclass(frozen=True)
 class Training:
@@ -112,10 +115,10 @@ class Experiment:
     def __post_init__(self) -> None:
         """Check what can be checked before anything is written."""
         check_count(self.threads, "threads")
-        if self.threads > (most := os.cpu_count() or 1):
+        if self.threads > MOST_THREADS:
             raise ValueError(
-                f"threads is {self.threads}: this machine has {most} CPUs, and more threads than "
-                "CPUs are no faster."
+                f"threads is {self.threads}: it must be at most {MOST_THREADS}, and more threads "
+                "than the machine has CPUs are no faster."
             )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}: it must lie between 0 and {2**32 - 1}.")

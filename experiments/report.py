@@ -123,7 +123,7 @@ def report_sweep(folder: Path, published: Mapping[str, str] | None = None) -> in
     Returns:
         The number of jobs; nothing is written over none.
     """
-    jobs = read_jobs(folder)
+    jobs, damaged = _read(folder)
     if not jobs:
         return 0
     columns, rows = sweep_table(jobs, published)
@@ -131,6 +131,8 @@ def report_sweep(folder: Path, published: Mapping[str, str] | None = None) -> in
     lines = [text, "", *markdown(columns, rows), ""]
     if failed := failures(folder):
         lines += ["Without results, as they failed:", "", *(f"- {job}" for job in failed), ""]
+    if damaged:
+        lines += ["Left out:", "", *(f"- {job}" for job in damaged), ""]
     write_whole(folder / "report.md", "\n".join(lines))
     table = Table(title=f"{len(jobs)} jobs: {os.path.relpath(folder)}")
     for column in columns:
@@ -152,17 +154,23 @@ def read_jobs(folder: Path) -> list[dict[str, Any]]:
 
     Damaged results are named in a warning and left out.
     """
+    return _read(folder)[0]
+
+
+def _read(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The results of a sweep's jobs, and what is wrong with those that are damaged."""
     folders = sorted(
         (path.parent for path in folder.glob("*/results.json")), key=lambda f: (len(f.name), f)
     )
-    jobs = []
+    jobs, damaged = [], []
     for job in folders:
         try:
             if results := read_results(job):
                 jobs.append(results)
         except DamagedResultsError as error:
             _log.warning("%s It is left out.", error)
-    return jobs
+            damaged.append(str(error))
+    return jobs, damaged
 
 
 def finished(jobs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
