@@ -71,7 +71,9 @@ class NaturalGradient(Optimizer):
 
     Args:
         model: the network, all of whose trainable parameters are optimised: those that require
-            a gradient at a step and did at the last :meth:`update_fisher`.
+            a gradient at a step and did at the last :meth:`update_fisher`.  One that is
+            frozen in between stays; what a dense block moves beside it is the natural
+            gradient of all only after the next :meth:`update_fisher`.
         likelihood: what its outputs mean.
         lr: :math:`\eta`.
         momentum: :math:`\mu`, in [0, 1).

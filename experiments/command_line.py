@@ -115,6 +115,8 @@ def ended_briefly(command: Callable[[], Any], config_name: str) -> None:
             f"error: {sentence(error)}; hydra.run.dir=DIR chooses another folder for a run, "
             "hydra.sweep.dir=DIR for a sweep."
         )
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
 
 
 def remove_traces(directory: Path) -> None:

@@ -406,7 +406,7 @@ def test_structures_with_options_name_their_mistakes():
         fisher_information(model, [(x, y)], structure=LowRankFisher.configured(rank=0))
     with pytest.raises(ValueError, match="list_iterator, which can be read once"):
         fisher_information(model, iter([(x, y)]), structure=EigenvalueCorrectedFisher)
-    with pytest.raises(TypeError, match="KroneckerProduct is a block"):
+    with pytest.raises(TypeError, match="a KroneckerProduct is made of other matrices"):
         fisher_information(model, [(x, y)], structure=KroneckerProduct)
 
 

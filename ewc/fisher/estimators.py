@@ -125,8 +125,8 @@ class Exact(Estimator):
         return factor.gather(0, index) * ~negligible[:kept, :, None]
 
     def bytes_per_example(self, outputs: Tensor) -> int:
-        """The factor of ``c`` vectors, three tensors to make it of, and the last example's."""
-        return 5 * outputs.shape[1] ** 2 * outputs.element_size()
+        """The factor of ``c`` vectors, what it is made of, and what is pulled back of it."""
+        return 8 * outputs.shape[1] ** 2 * outputs.element_size()
 
     @property
     def uses_targets(self) -> bool:

@@ -291,9 +291,17 @@ def _masks(node: Node, place: int, n: int, turned: bool) -> bool:
 def _mixes(node: Node, place: int, n: int, constants: Container[int]) -> bool:
     """Whether a matrix mixes as many things as there are rows, and is not the network's own."""
     matrix: Tensor = getattr(node, f"_saved_{PRODUCTS[type(node).__name__][place]}")
-    if matrix.layout == torch.strided and matrix.untyped_storage().data_ptr() in constants:
+    if place_in_memory(matrix) in constants:
         return False
     return matrix.shape[(-1, -2)[place]] % n == 0
+
+
+def place_in_memory(tensor: Tensor) -> int:
+    """Where a tensor's entries are; 0 for one that has none of its own, as in ``torch.func``."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0
 
 
 def _seen_through(node: Node, view: View) -> View | None:

@@ -26,7 +26,7 @@ from ewc.fisher.arguments import Arguments
 from ewc.fisher.backward import all_together, one_by_one
 from ewc.fisher.convolution import Convolution
 from ewc.fisher.elementwise import Broadcast, Lookup, Normalisation
-from ewc.fisher.graph import Graph, Uses, alike
+from ewc.fisher.graph import Graph, Uses, alike, place_in_memory
 from ewc.fisher.layers import MatrixProduct, Operation
 from ewc.fisher.outer import OuterProducts
 from ewc.fisher.per_example import PerExample
@@ -105,8 +105,7 @@ class Tape:
         uses = graph.uses(parameters)
         if memory.constants is None:
             own = (*model.parameters(), *model.buffers())
-            strided = [t for t in own if t.layout == torch.strided]
-            memory.constants = {t.untyped_storage().data_ptr() for t in strided}
+            memory.constants = {place_in_memory(tensor) for tensor in own} - {0}
         self.lasting = not graph.moves_rows(uses, self.num_examples, memory.constants)
         self.structure = graph.structure()
         operations = operations_of(graph, uses)
