@@ -361,7 +361,9 @@ def test_only_missing_files_are_downloaded(raw, mirror, missing):
 
 
 @pytest.mark.parametrize(
-    "content", [None, b"<html>", gzip.compress(LABELS)[:-9], gzip.compress(b"")]
+    "content",
+    [None, b"<html>", gzip.compress(LABELS)[:-9], gzip.compress(b"")],
+    ids=["missing", "a page", "cut", "empty"],
 )
 def test_a_failed_download_leaves_what_is_there(tmp_path, mirror, content):
     folder, address, _ = mirror
