@@ -19,6 +19,7 @@ from ewc.fisher.arguments import Arguments
 from ewc.fisher.graph import Graph
 from ewc.fisher.pullback import Pullback
 from ewc.parameters import Parameters, Shapes, accumulation_dtype
+from ewc.wrappers import named_parameters
 
 _log = logging.getLogger(__name__)
 
@@ -34,8 +35,8 @@ INDEPENDENT = (
 
 
 def chosen_parameters(model: nn.Module, names: Iterable[str]) -> Parameters:
-    """Some parameters of a network by name; compiled modules know ``named_parameters`` alone."""
-    every = dict(model.named_parameters(remove_duplicate=False))
+    """Some parameters of a network by name; tied ones have several."""
+    every = dict(named_parameters(model, remove_duplicate=False))
     return {name: every[name] for name in names}
 
 

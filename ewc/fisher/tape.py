@@ -13,6 +13,7 @@ decide it.  All other parameters go to :class:`~ewc.fisher.per_example.PerExampl
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 from math import prod
 from typing import Any
@@ -26,7 +27,7 @@ from ewc.fisher.arguments import Arguments
 from ewc.fisher.backward import all_together, one_by_one
 from ewc.fisher.convolution import Convolution
 from ewc.fisher.elementwise import Broadcast, Lookup, Normalisation
-from ewc.fisher.graph import Graph, Uses, alike, place_in_memory
+from ewc.fisher.graph import Graph, Structure, Uses, alike, place_in_memory
 from ewc.fisher.layers import MatrixProduct, Operation
 from ewc.fisher.outer import OuterProducts
 from ewc.fisher.per_example import PerExample
@@ -101,23 +102,38 @@ class Tape:
         self.outputs = outputs
         self.memory = memory
         self.num_examples = outputs.shape[0]
-        graph = Graph(outputs)
+        self.graph = graph = Graph(outputs)
         uses = graph.uses(parameters)
-        if memory.constants is None:
-            own = (*model.parameters(), *model.buffers())
-            memory.constants = {place_in_memory(tensor) for tensor in own} - {0}
-        self.lasting = not graph.moves_rows(uses, self.num_examples, memory.constants)
-        self.structure = graph.structure()
         operations = operations_of(graph, uses)
+        self.uses = uses  # without additions that a product took in, which move no rows
         # A layer that is called on no rows has no part in the outputs.
         self.operations = [o for o in operations if prod(o.output._input_metadata[0].shape)]
         idle = {view.name for o in operations if o not in self.operations for view in o.views}
         idle -= {view.name for o in self.operations for view in o.views}
         self.present = [n for n, p in parameters.items() if id(p) in graph.leaves and n not in idle]
+
+    @cached_property
+    def structure(self) -> Structure:
+        """All that the graph shows but the values of tensors."""
+        return self.graph.structure()
+
+    @cached_property
+    def signature(self) -> Signature:
+        """What decides the rows of the operations where their layout lasts.
+
+        A digest: a network may have another structure for every length of its inputs.
+        """
         used = tuple(tuple((v.name, v.first) for v in o.views) for o in self.operations)
-        # A digest: a network may have another structure for every length of its inputs.
         shown = repr((self.num_examples, used, self.structure))
-        self.signature = blake2b(shown.encode(), digest_size=16).digest()
+        return blake2b(shown.encode(), digest_size=16).digest()
+
+    @property
+    def lasting(self) -> bool:
+        """Whether the rows are the same in every batch whose graph has this structure."""
+        if self.memory.constants is None:
+            own = (*self.model.parameters(), *self.model.buffers())
+            self.memory.constants = {place_in_memory(tensor) for tensor in own} - {0}
+        return not self.graph.moves_rows(self.uses, self.num_examples, self.memory.constants)
 
     @property
     def edges(self) -> list[GradientEdge]:
@@ -225,10 +241,10 @@ class Tape:
         """The rows of every operation, found out if this structure of the graph is new."""
         if self.num_examples == 1:
             return [BATCH_FIRST] * len(self.operations)
-        if self.signature in self.memory.rows:
-            return self.memory.rows[self.signature]
         if not self.lasting:
             return self.probed(scores)[0]
+        if self.signature in self.memory.rows:
+            return self.memory.rows[self.signature]
         few = self._few()
         rows, certain = few.probed(scores)
         if not certain and few is not self:
