@@ -1,5 +1,7 @@
 """When two computations of one thing count as equal."""
 
+from math import isfinite
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,9 @@ def same(one: Tensor, other: Tensor, spread: float = 0.0) -> bool:
 
 def _gap_and_size(one: Tensor, other: Tensor) -> tuple[float, float]:
     """The norm of the difference, and the larger of the two norms."""
+    gap, *sizes = (float(t.norm()) for t in (one - other, one, other))
+    if isfinite(gap):
+        return gap, max(sizes)
     equal = one == other  # infinities too: outputs may rule a class out
     gap = torch.where(equal, 0, one - other).norm()
     size = max(float(torch.where(t.isfinite(), t, 0).norm()) for t in (one, other))

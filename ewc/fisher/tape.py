@@ -62,8 +62,10 @@ class Memory:
     Attributes:
         rows: of every structure of the graph seen so far, the rows of its operations;
             ``None`` for an operation whose rows are not the examples in order.
-        together: of every structure and number of vectors seen so far, whether pulling the
-            vectors back at once was seen to be right, and fast.
+        together: of every kind of graph and number of vectors seen so far, whether pulling
+            the vectors back at once was seen to be right, and fast.
+        kinds: of every structure seen so far, its kind: the structure for a few examples,
+            where that is the same but for their number.
         vectorises: see :class:`~ewc.fisher.per_example.PerExample`.
         noise: how much the arithmetic changes a row from one time to the next
             (:func:`~ewc.fisher.rows.row_noise`); ``None`` before it was measured.
@@ -72,6 +74,7 @@ class Memory:
 
     rows: dict[Signature, list[Rows | None]] = field(default_factory=dict)
     together: dict[tuple[Signature, int], bool] = field(default_factory=dict)
+    kinds: dict[Signature, Signature] = field(default_factory=dict)
     vectorises: dict[tuple[Any, ...], bool] = field(default_factory=dict)
     noise: float | None = None
     constants: set[int] | None = None
@@ -126,6 +129,13 @@ class Tape:
         used = tuple(tuple((v.name, v.first) for v in o.views) for o in self.operations)
         shown = repr((self.num_examples, used, self.structure))
         return blake2b(shown.encode(), digest_size=16).digest()
+
+    @property
+    def _kind(self) -> Signature:
+        """The structure without the number of examples: batches of two sizes have one kind."""
+        if self.signature not in self.memory.kinds:
+            self.memory.kinds[self.signature] = self._few.signature
+        return self.memory.kinds[self.signature]
 
     @property
     def lasting(self) -> bool:
@@ -185,7 +195,7 @@ class Tape:
 
     def _pulled_back(self, scores: Tensor, *, retain_graph: bool) -> list[Tensor]:
         """Gradients with respect to the operations' results, all vectors together if it pays."""
-        key = self.signature, len(scores)
+        key = self._kind, len(scores)
         if len(scores) > 1 and self.memory.together.get(key, True):
             found = all_together(self.outputs, self.edges, scores)
             if key not in self.memory.together:
@@ -224,6 +234,7 @@ class Tape:
 
     # --- which example a row belongs to -------------------------------------------------
 
+    @cached_property
     def _few(self) -> "Tape":
         """The tape of some of the examples, if its graph is the same; else this one."""
         if self.num_examples <= FEW:
@@ -245,12 +256,16 @@ class Tape:
             return self.probed(scores)[0]
         if self.signature in self.memory.rows:
             return self.memory.rows[self.signature]
-        few = self._few()
-        rows, certain = few.probed(scores)
-        if not certain and few is not self:
-            rows, certain = self.probed(scores)
-        if certain:
-            self.memory.rows[self.signature] = rows
+        rows = self.memory.rows.get(self._kind)
+        if rows is None:
+            rows, certain = self._few.probed(scores)
+            if certain:
+                self.memory.rows[self._kind] = rows
+            elif self._few is not self:
+                rows, certain = self.probed(scores)
+            if not certain:
+                return rows
+        self.memory.rows[self.signature] = rows
         return rows
 
     def probed(self, scores: Tensor) -> tuple[list[Rows | None], bool]:
