@@ -16,7 +16,7 @@
 The names here import neither Avalanche nor Hydra nor W&B.
 """
 
-from ewc.consolidation import Online, Separate
+from ewc.consolidation.consolidation import Online, Separate
 from ewc.fisher import (
     BlockDiagonalFisher,
     DenseFisher,

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ewc.checks import check_not_negative, is_number
-from ewc.fisher.block_diagonal import BlockDiagonalFisher
-from ewc.fisher.eigenbasis import EigenvalueCorrectedProduct
-from ewc.fisher.kronecker_product import KroneckerProduct
-from ewc.fisher.matrix import FisherMatrix
+from ewc.matrices.block_diagonal import BlockDiagonalFisher
+from ewc.matrices.layers.eigenvalue_corrected import EigenvalueCorrectedProduct
+from ewc.matrices.layers.kronecker import KroneckerProduct
+from ewc.matrices.matrix import FisherMatrix
 from ewc.optimizer_state import parameters_of, restore_types
 from ewc.wrappers import named_parameters
 

@@ -9,22 +9,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ewc.checks import check_instance, check_not_negative, check_positive, check_share, is_number
-from ewc.fisher.accumulator import Configured
-from ewc.fisher.compute import fisher_information
-from ewc.fisher.damped_inverse import DampedInverse
-from ewc.fisher.eigenvalue_corrected import (
+from ewc.fisher.estimators import Estimator, Exact, check_estimator
+from ewc.fisher.implicit.implicit_fisher import ImplicitFisher
+from ewc.fisher.information import fisher_information
+from ewc.likelihoods import Categorical, Likelihood, check_likelihood
+from ewc.matrices.damped_inverse import DampedInverse
+from ewc.matrices.eigenvalue_corrected import (
     EigenvalueCorrectedFisher,
     nearest_in_eigenbasis,
 )
-from ewc.fisher.estimators import Estimator, Exact, check_estimator
-from ewc.fisher.implicit import ImplicitFisher
-from ewc.fisher.kronecker import KroneckerFisher
-from ewc.fisher.matrix import FisherMatrix, check_structure
-from ewc.fisher.nearest_kronecker import nearest_kronecker
-from ewc.fisher.sum import SumFisher
-from ewc.likelihoods import Categorical, Likelihood, check_likelihood
+from ewc.matrices.kronecker import KroneckerFisher
+from ewc.matrices.matrix import FisherMatrix, check_structure
+from ewc.matrices.nearest_kronecker import nearest_kronecker
+from ewc.matrices.sum import SumFisher
 from ewc.optimizer_state import restore_types
 from ewc.parameters import Parameters, accumulation_dtype, dot, trainable_parameters
+from ewc.pullback.accumulator import Configured
 from ewc.wrappers import named_parameters
 
 DAMPING_FACTOR = 1.5

@@ -26,15 +26,15 @@ from ewc.checks import (
     check_share,
     is_number,
 )
-from ewc.consolidation import Consolidation, Online, Separate, check_consolidation
-from ewc.fisher.matrix import FisherMatrix
-from ewc.fisher.shrinkage import shrunk
-from ewc.fisher.truncation import check_rank, truncated
-from ewc.matching import fitted, joined, precision_of
-from ewc.pacing import ScaledTerms
+from ewc.consolidation.consolidation import Consolidation, Online, Separate, check_consolidation
+from ewc.consolidation.implicit_step import implicit_step
+from ewc.consolidation.matching import fitted, joined, precision_of
+from ewc.consolidation.pacing import ScaledTerms
+from ewc.consolidation.quadratic import Quadratic, QuadraticForm, value_and_gradient
+from ewc.matrices.matrix import FisherMatrix
+from ewc.matrices.shrinkage import shrunk
+from ewc.matrices.truncation import check_rank, truncated
 from ewc.parameters import Parameters
-from ewc.proximal import implicit_step
-from ewc.quadratic import Quadratic, QuadraticForm, value_and_gradient
 
 
 class EWCPenalty(nn.Module):
@@ -51,15 +51,16 @@ class EWCPenalty(nn.Module):
         strength: :math:`\lambda`; 1 is the Bayes value.
         consolidation: how tasks are put together, :class:`Separate` or :class:`Online`.
         shrinkage: the share of the information that every layer's units have alike
-            (:mod:`ewc.fisher.shrinkage`), so that units that no example of the old tasks
+            (:mod:`ewc.matrices.shrinkage`), so that units that no example of the old tasks
             excites are not free; 0 takes the Fisher matrix as it is.
         eigenvector_share: of Kronecker matrices a gradient takes so many of the
-            eigenvectors, on average, the stiff ones more often (:mod:`ewc.pacing`); 1 takes
+            eigenvectors, on average, the stiff ones more often
+            (:mod:`ewc.consolidation.pacing`); 1 takes
             all, for several times the cost of a training step.  Where gradients are on, the
             value is then an estimate, which for parameters held still is exact on average
-            over ``ewc.pacing.PERIOD`` calls; :meth:`implicit_step` takes all.
+            over ``ewc.consolidation.pacing.PERIOD`` calls; :meth:`implicit_step` takes all.
         rank: of Kronecker matrices so many leading eigenvectors of every layer's input
-            factor are remembered (:mod:`ewc.fisher.truncation`): for networks whose factors
+            factor are remembered (:mod:`ewc.matrices.truncation`): for networks whose factors
             do not fit into memory; ``None`` for all.
 
     Attributes:
@@ -238,7 +239,7 @@ class EWCPenalty(nn.Module):
         """Move the model as the penalty would have in the last steps of an optimizer.
 
         In place of the penalty in the loss, and cheaper where it is called every so many
-        steps; stable for any strength.  See :mod:`ewc.proximal`.
+        steps; stable for any strength.  See :mod:`ewc.consolidation.implicit_step`.
 
         Args:
             model: the model, changed in place.

@@ -17,17 +17,17 @@ from avalanche.training import JointTraining
 from avalanche.training.plugins import SupervisedPlugin
 
 from ewc.checks import check_count
-from ewc.consolidation import Consolidation, Separate
+from ewc.consolidation.consolidation import Consolidation, Separate
 from ewc.eigenbasis_adam import EigenbasisAdam
 from ewc.fisher import DiagonalFisher, Estimator, Exact, FisherMatrix, fisher_information
-from ewc.fisher.accumulator import Configured
 from ewc.fisher.estimators import check_estimator
 from ewc.fisher.evaluation import undisturbed
-from ewc.fisher.matrix import check_structure
-from ewc.fisher.shrinkage import can_shrink
 from ewc.forgetting import ForgettingBudget
 from ewc.likelihoods import Categorical, Likelihood, check_likelihood
+from ewc.matrices.matrix import check_structure
+from ewc.matrices.shrinkage import can_shrink
 from ewc.penalty import EWCPenalty
+from ewc.pullback.accumulator import Configured
 from ewc.strategy_calls import Batches, beside, strategy_calls
 from ewc.wrappers import unwrapped
 
@@ -67,13 +67,14 @@ class EWCPlugin(SupervisedPlugin):
         structure: what of the Fisher matrix is kept.
         consolidation: how tasks are put together.
         shrinkage: the share of the information that a layer's units have alike
-            (:mod:`ewc.fisher.shrinkage`); 0 takes the Fisher matrix as it is.
+            (:mod:`ewc.matrices.shrinkage`); 0 takes the Fisher matrix as it is.
         eigenvector_share: of Kronecker matrices a step takes so many of the eigenvectors,
-            on average (:mod:`ewc.pacing`); 1 takes all, and so do implicit steps.
+            on average (:mod:`ewc.consolidation.pacing`); 1 takes all, and so do implicit steps.
         rank: of Kronecker matrices so many eigenvectors of every input factor are remembered
-            (:mod:`ewc.fisher.truncation`); ``None`` for all.
+            (:mod:`ewc.matrices.truncation`); ``None`` for all.
         implicit_every: take the penalty's share by an implicit step after so many iterations
-            (:mod:`ewc.proximal`): stable for any strength, and for matrices whose products
+            (:mod:`ewc.consolidation.implicit_step`): stable for any strength, and for matrices
+            whose products
             cost more than a training step cheaper by that factor.  ``None`` adds the penalty
             to the loss.
         budget: by how many nats an example the old tasks' mean loss may rise with each new

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ewc.fisher.arguments import Arguments
+from ewc.pullback.arguments import Arguments
 
 Batch = tuple[Arguments, Any]
 """How a network is called for a mini-batch, and the targets."""

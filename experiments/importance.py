@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ewc import DiagonalFisher, Empirical, Likelihood, Online
-from ewc.fisher.diagonal import DiagonalSum
-from ewc.fisher.outer import OuterProducts
-from ewc.fisher.pullback import Chunk, Pullback, slices
+from ewc.matrices.diagonal import DiagonalSum
 from ewc.parameters import Parameters
 from ewc.plugin import EWCPlugin
+from ewc.pullback.outer import OuterProducts
+from ewc.pullback.pullback import Chunk, Pullback, slices
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from ewc import (
     Separate,
 )
 from ewc.checks import check_not_negative
-from ewc.consolidation import Consolidation
+from ewc.consolidation.consolidation import Consolidation
 from ewc.fisher import Estimator
-from ewc.fisher.accumulator import Configured
 from ewc.plugin import EWCPlugin
+from ewc.pullback.accumulator import Configured
 from experiments.distillation import Distillation
 from experiments.importance import (
     BatchMeanGradients,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ewc import Categorical, Empirical, Exact, KroneckerFisher, fisher_information
-from ewc.fisher.kronecker_product import KroneckerProduct
+from ewc.matrices.layers.kronecker import KroneckerProduct
 
 N, BATCH = 64, 16
 

@@ -19,8 +19,8 @@ from ewc import (
     fisher_information,
 )
 from ewc.fisher import kronecker
-from ewc.fisher.kronecker_product import KroneckerProduct
-from ewc.fisher.sum import SumFisher
+from ewc.matrices.layers.kronecker import KroneckerProduct
+from ewc.matrices.sum import SumFisher
 
 NUM_EXAMPLES = 9
 

@@ -43,8 +43,8 @@ from ewc import (
     Poisson,
     fisher_information,
 )
-from ewc.fisher.arguments import Arguments
 from ewc.parameters import flatten
+from ewc.pullback.arguments import Arguments
 
 
 @pytest.mark.parametrize("likelihood", [Categorical(), Gaussian(0.7)], ids=repr)

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from ewc import EigenvalueCorrectedFisher, KroneckerFisher, MonteCarlo, fisher_information
-from ewc.fisher.damped_inverse import InEigenbasis
-from ewc.fisher.kronecker_product import KroneckerProduct
-from ewc.fisher.leading import FIRST_VECTORS, WIDTH, Leading, leading_inverse, leading_part
-from ewc.fisher.matrix import FisherMatrix
+from ewc.matrices.damped_inverse import InEigenbasis
+from ewc.matrices.layers.kronecker import KroneckerProduct
+from ewc.matrices.layers.leading import FIRST_VECTORS, WIDTH, Leading, leading_inverse, leading_part
+from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import flatten, unflatten
 
 

@@ -18,7 +18,7 @@ from ewc import (
     nearest_kronecker,
 )
 from ewc.fisher import SumFisher
-from ewc.fisher.eigenvalue_corrected import nearest_in_eigenbasis
+from ewc.matrices.eigenvalue_corrected import nearest_in_eigenbasis
 from ewc.parameters import flatten, unflatten
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
@@ -454,7 +454,7 @@ def test_large_sums_are_solved_by_conjugate_gradients(monkeypatch):
     fisher = kronecker_sum()
     v = vector(fisher)
     expected = fisher.solve(v, 0.05)
-    monkeypatch.setattr("ewc.fisher.sum.DENSE_LIMIT", 1)
+    monkeypatch.setattr("ewc.matrices.sum.DENSE_LIMIT", 1)
     torch.testing.assert_close(fisher.solve(v, 0.05), expected, rtol=1e-8, atol=1e-10)
     with pytest.raises(torch.linalg.LinAlgError, match="did not converge with damping 0"):
         (mixed_sum() * 0.0).solve(vector(fisher), 0.0)

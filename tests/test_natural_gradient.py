@@ -24,8 +24,8 @@ from ewc import (
     fisher_information,
 )
 from ewc.fisher import SumFisher
-from ewc.fisher.eigenbasis import EigenvalueCorrectedProduct
-from ewc.fisher.kronecker_product import KroneckerProduct
+from ewc.matrices.layers.eigenvalue_corrected import EigenvalueCorrectedProduct
+from ewc.matrices.layers.kronecker import KroneckerProduct
 from ewc.natural_gradient import NaturalGradient
 from ewc.parameters import flatten
 

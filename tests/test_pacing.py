@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from ewc import EWCPenalty, FisherMatrix, KroneckerFisher, Online, Separate, fisher_information
-from ewc.fisher.kronecker_product import KroneckerProduct
-from ewc.fisher.truncated_product import TruncatedProduct
-from ewc.pacing import PERIOD, paces, turns
+from ewc.consolidation.pacing import PERIOD, paces, turns
+from ewc.matrices.layers.kronecker import KroneckerProduct
+from ewc.matrices.layers.truncated import TruncatedProduct
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 

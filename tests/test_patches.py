@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ewc.fisher.patches import Grid, add_patch_gram, add_patch_squares
+from ewc.linalg.patches import Grid, add_patch_gram, add_patch_squares
 
 GRIDS = [
     Grid(kernel, padding, dilation, (6, 7, 4)[:dims])

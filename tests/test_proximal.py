@@ -15,9 +15,9 @@ from ewc import (
     Online,
     fisher_information,
 )
-from ewc.fisher.block_diagonal import layer_of
+from ewc.consolidation.implicit_step import step_sizes
+from ewc.matrices.block_diagonal import layer_of
 from ewc.parameters import flatten
-from ewc.proximal import step_sizes
 
 STRUCTURES = [
     DiagonalFisher,

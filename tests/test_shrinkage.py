@@ -15,7 +15,7 @@ from ewc import (
     Online,
     fisher_information,
 )
-from ewc.fisher.shrinkage import shrunk
+from ewc.matrices.shrinkage import shrunk
 from ewc.parameters import flatten
 from ewc.plugin import EWCPlugin
 from experiments.strategies import Fisher, OnlineEWC

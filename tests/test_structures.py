@@ -27,8 +27,8 @@ from ewc import (
     Poisson,
     fisher_information,
 )
-from ewc.fisher.eigenbasis import EigenvalueCorrectedProduct
-from ewc.fisher.kronecker_product import KroneckerProduct
+from ewc.matrices.layers.eigenvalue_corrected import EigenvalueCorrectedProduct
+from ewc.matrices.layers.kronecker import KroneckerProduct
 from ewc.parameters import flatten, unflatten
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}

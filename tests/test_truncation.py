@@ -13,9 +13,9 @@ from ewc import (
     Separate,
     fisher_information,
 )
-from ewc.fisher.kronecker_product import KroneckerProduct
-from ewc.fisher.truncated_product import TruncatedProduct
-from ewc.fisher.truncation import truncated
+from ewc.matrices.layers.kronecker import KroneckerProduct
+from ewc.matrices.layers.truncated import TruncatedProduct
+from ewc.matrices.truncation import truncated
 from ewc.plugin import EWCPlugin
 from experiments.strategies import Fisher as FisherOptions
 from experiments.strategies import OnlineEWC

@@ -22,27 +22,27 @@ linear map with inputs :math:`a` and output gradients :math:`g` at one position 
 is :math:`(\sum_k g_k^2)^\top (a^2)`: one matrix product, with no gradient of a single
 example ever stored.  With ``C`` classes the exact matrix needs :math:`C - 1` vectors.
 
-**Where things are.**  A datum goes from :mod:`~ewc.fisher.compute` (the loop over the data)
-through :mod:`~ewc.fisher.tape` (one forward pass and how vectors are pulled back through it;
-:mod:`~ewc.fisher.graph` finds the uses, :mod:`~ewc.fisher.layers`,
-:mod:`~ewc.fisher.convolution` and :mod:`~ewc.fisher.elementwise` are the rules) to
-:mod:`~ewc.fisher.pullback` (the vectors in the form their layer gives them) and into the
+**Where things are.**  A datum goes from :mod:`~ewc.fisher.information` (the loop over the data)
+through :mod:`~ewc.pullback.tape` (one forward pass and how vectors are pulled back through it;
+:mod:`~ewc.pullback.graph` finds the uses, :mod:`~ewc.pullback.rules.matrix_product`,
+:mod:`~ewc.pullback.rules.convolution` and :mod:`~ewc.pullback.rules.elementwise` are the rules) to
+:mod:`~ewc.pullback.pullback` (the vectors in the form their layer gives them) and into the
 accumulator of a structure.
 """
 
-from ewc.fisher.block_diagonal import BlockDiagonalFisher
-from ewc.fisher.compute import fisher_information
-from ewc.fisher.dense import DenseFisher
-from ewc.fisher.diagonal import DiagonalFisher
-from ewc.fisher.eigenvalue_corrected import EigenvalueCorrectedFisher
 from ewc.fisher.estimators import Empirical, Estimator, Exact, MonteCarlo
-from ewc.fisher.implicit import ImplicitFisher
-from ewc.fisher.kronecker import KroneckerFisher
-from ewc.fisher.low_rank import LowRankFisher
-from ewc.fisher.matrix import FisherMatrix
-from ewc.fisher.nearest_kronecker import nearest_kronecker
+from ewc.fisher.implicit.implicit_fisher import ImplicitFisher
+from ewc.fisher.information import fisher_information
 from ewc.fisher.sampling import sampled_fisher
-from ewc.fisher.sum import SumFisher
+from ewc.matrices.block_diagonal import BlockDiagonalFisher
+from ewc.matrices.dense import DenseFisher
+from ewc.matrices.diagonal import DiagonalFisher
+from ewc.matrices.eigenvalue_corrected import EigenvalueCorrectedFisher
+from ewc.matrices.kronecker import KroneckerFisher
+from ewc.matrices.low_rank import LowRankFisher
+from ewc.matrices.matrix import FisherMatrix
+from ewc.matrices.nearest_kronecker import nearest_kronecker
+from ewc.matrices.sum import SumFisher
 
 __all__ = [
     "BlockDiagonalFisher",

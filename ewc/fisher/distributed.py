@@ -6,7 +6,7 @@ import torch
 from torch import distributed
 from torch.distributed import ProcessGroup
 
-from ewc.fisher.accumulator import Accumulator
+from ewc.pullback.accumulator import Accumulator
 
 _DIGIT = 2**20
 """Counts travel with the sums as two digits that single precision holds exactly."""

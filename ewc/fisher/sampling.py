@@ -8,15 +8,15 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from ewc.checks import check_count
-from ewc.fisher.accumulator import Configured
-from ewc.fisher.compute import fisher_information
-from ewc.fisher.diagonal import DiagonalFisher
 from ewc.fisher.estimators import MonteCarlo
-from ewc.fisher.krylov import Estimate
-from ewc.fisher.matrix import FisherMatrix
-from ewc.fisher.pullback import DEFAULT_MEMORY
+from ewc.fisher.information import fisher_information
 from ewc.likelihoods import Categorical, Likelihood
+from ewc.linalg.krylov import Estimate
+from ewc.matrices.diagonal import DiagonalFisher
+from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import Selection
+from ewc.pullback.accumulator import Configured
+from ewc.pullback.pullback import DEFAULT_MEMORY
 
 
 def sampled_fisher(
@@ -39,14 +39,14 @@ def sampled_fisher(
     where the exact matrix needs a backward pass for each.
 
     Args:
-        model: see :func:`~ewc.fisher.compute.fisher_information`.
+        model: see :func:`~ewc.fisher.information.fisher_information`.
         data: batches, read ``num_samples`` times.
         likelihood: what the outputs mean.
         num_samples: ``S``, two or more.
         seed: of the draws; other seeds give independent ones.
         structure: what of the matrix to keep.
         parameters: restricts the matrix to some parameters.
-        memory: see :func:`~ewc.fisher.compute.fisher_information`.
+        memory: see :func:`~ewc.fisher.information.fisher_information`.
         group: likewise.
 
     Returns:

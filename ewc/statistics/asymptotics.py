@@ -13,7 +13,7 @@ from scipy.special import chdtrc, ndtri
 from torch import Tensor
 
 from ewc.checks import check_count, is_number
-from ewc.fisher.matrix import FisherMatrix
+from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import Parameters, check_same_shapes, shapes_of
 from ewc.statistics.bounds import Function, cramer_rao_bound, jacobian_of
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ewc.checks import check_count
-from ewc.fisher.matrix import FisherMatrix
+from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import Parameters, check_same_shapes, flatten, shapes_of, unflatten
 
 Function = Callable[[Parameters], Tensor]

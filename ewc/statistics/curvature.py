@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jacrev
 
-from ewc.fisher.arguments import Arguments
-from ewc.fisher.compute import fisher_information
-from ewc.fisher.dense import DenseFisher
 from ewc.fisher.estimators import Empirical, Exact
-from ewc.fisher.matrix import FisherMatrix
+from ewc.fisher.information import fisher_information
 from ewc.likelihoods import Categorical, Likelihood
+from ewc.matrices.dense import DenseFisher
+from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import (
     Parameters,
     Selection,
@@ -35,6 +34,7 @@ from ewc.parameters import (
     shapes_of,
     unflatten,
 )
+from ewc.pullback.arguments import Arguments
 from ewc.statistics.network import NetworkFunction
 from ewc.statistics.parametric import Formulations
 

@@ -24,7 +24,7 @@ from torch.distributions import (
 )
 
 from ewc.checks import check_count
-from ewc.fisher.matrix import FisherMatrix
+from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import Parameters, check_same_shapes, shapes_of
 
 ROUNDING = 1e-6

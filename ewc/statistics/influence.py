@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jvp
 
-from ewc.fisher.matrix import FisherMatrix
 from ewc.likelihoods import Categorical, Likelihood
+from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import Parameters, flatten, unflatten
 from ewc.statistics.leverage import Own, each
 from ewc.statistics.network import NetworkFunction

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ewc.fisher.damped_inverse import DampedInverse
-from ewc.fisher.matrix import FisherMatrix
-from ewc.fisher.per_example import PerExample
-from ewc.fisher.pullback import DEFAULT_MEMORY, slices
+from ewc.matrices.damped_inverse import DampedInverse
+from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import Parameters
+from ewc.pullback.per_example import PerExample
+from ewc.pullback.pullback import DEFAULT_MEMORY, slices
 from ewc.statistics.network import NetworkFunction
 
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from ewc.fisher.arguments import Arguments, Caller
-from ewc.fisher.compute import check_outputs
 from ewc.fisher.evaluation import plain_operations, undisturbed
+from ewc.fisher.information import check_outputs
 from ewc.likelihoods import Likelihood
 from ewc.parameters import Parameters
+from ewc.pullback.arguments import Arguments, Caller
 from ewc.wrappers import bare, named_parameters, unwrapped
 
 

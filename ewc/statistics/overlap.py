@@ -13,10 +13,10 @@ ones alike.
 import torch
 from torch import Tensor
 
-from ewc.fisher.block_diagonal import by_layer
-from ewc.fisher.diagonal import DiagonalFisher
-from ewc.fisher.matrix import FisherMatrix
-from ewc.fisher.nearest_kronecker import symmetric_root
+from ewc.matrices.block_diagonal import by_layer
+from ewc.matrices.diagonal import DiagonalFisher
+from ewc.matrices.matrix import FisherMatrix
+from ewc.matrices.nearest_kronecker import symmetric_root
 from ewc.parameters import Parameters, check_same_shapes, flatten
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from ewc.checks import check_count
-from ewc.fisher.dense import DenseFisher
+from ewc.matrices.dense import DenseFisher
 from ewc.parameters import Parameters, Shapes, flatten, shapes_of, unflatten
 from ewc.statistics.densities import Points, log_density
 from ewc.statistics.expectation import Density, expectation_at

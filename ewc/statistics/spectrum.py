@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ewc.checks import check_count, check_not_negative
-from ewc.fisher.krylov import (
+from ewc.linalg.krylov import (
     Estimate,
     lanczos,
     lanczos_quadrature,
@@ -20,7 +20,7 @@ from ewc.fisher.krylov import (
     ritz_values,
     ritz_vectors,
 )
-from ewc.fisher.matrix import FisherMatrix
+from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import Parameters, flatten, unflatten
 
 

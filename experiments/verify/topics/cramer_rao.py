@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from ewc.fisher import DenseFisher, fisher_information
-from ewc.fisher.matrix import FisherMatrix
 from ewc.likelihoods import Bernoulli
+from ewc.matrices.matrix import FisherMatrix
 from ewc.statistics import cramer_rao_bound, parametric_fisher
 from experiments.verify.check import Check, Surroundings
 from experiments.verify.digits import digits, principal_components

@@ -6,8 +6,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ewc.fisher import DenseFisher, ImplicitFisher, KroneckerFisher, fisher_information
-from ewc.fisher.matrix import FisherMatrix
 from ewc.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import Parameters, dot, unflatten
 from ewc.statistics import DivergenceProfile, divergence_profile, leading_eigenvector
 from experiments.verify.check import Check, Surroundings

@@ -1,0 +1,1 @@
+"""What the EWC penalty is made of: quadratics, and how they are put together."""

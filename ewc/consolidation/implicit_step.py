@@ -1,0 +1,123 @@
+r"""The implicit step of a quadratic penalty: stable for any strength, and seldom needed.
+
+With the penalty in the loss every step costs a product with the Fisher matrix, and gradient
+descent diverges once strength x Fisher x learning rate exceeds 2.  The implicit step leaves
+the penalty out of the loss; after ``m`` steps of the optimizer the parameters
+:math:`\theta'` move to
+
+.. math:: \arg\min_\theta\ \tfrac12 (\theta - \theta')^\top H^{-1} (\theta - \theta')
+          + \tfrac m2 (\theta - a)^\top P (\theta - a)
+          = a + (I + m H P)^{-1} (\theta' - a)
+
+with :math:`H` the step sizes of the optimizer: a backward Euler step of the penalty's
+gradient flow, in the optimizer's own units of time (Parikh & Boyd 2014, section 4.2, on
+proximal gradient methods).  It shrinks the distance to the anchor in every direction and
+overshoots in none, and where loss and penalty balance it stands still as the explicit step
+does: at :math:`\nabla L = -P (\theta - a)`.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ewc.consolidation.quadratic import Quadratic
+from ewc.matrices.block_diagonal import BlockDiagonalFisher
+from ewc.matrices.diagonal import DiagonalFisher
+from ewc.matrices.matrix import FisherMatrix
+from ewc.parameters import Parameters
+
+SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
+"""Where optimizers keep the mean squared gradient: Adam and its family, RMSprop."""
+
+
+def step_sizes(optimizer: Optimizer) -> dict[int, Tensor | float]:
+    r"""How far a gradient of 1 moves each parameter in a step, by the parameter's ``id``.
+
+    The learning rate for plain gradient descent, over :math:`1 - \mu` with momentum
+    :math:`\mu`; entry by entry :math:`\eta / (\sqrt{\hat v} + \epsilon)` for Adam, its family
+    and RMSprop, with the mean squared gradient :math:`\hat v` without its bias.
+    """
+    found: dict[int, Tensor | float] = {}
+    for group in optimizer.param_groups:
+        rate = float(group["lr"])
+        if group.get("momentum"):
+            rate *= (1 - group.get("dampening", 0.0)) / (1 - group["momentum"])
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            moment = next((state[key] for key in SECOND_MOMENTS if key in state), None)
+            if moment is None:
+                found[id(parameter)] = rate
+                continue
+            if "betas" in group:
+                moment = moment / (1 - group["betas"][1] ** float(state["step"]))
+            found[id(parameter)] = rate / (moment.sqrt() + group.get("eps", 0.0))
+    return found
+
+
+@torch.no_grad()
+def implicit_step(
+    terms: Sequence[Quadratic],
+    parameters: Mapping[str, Tensor],
+    optimizer: Optimizer,
+    num_steps: int = 1,
+) -> None:
+    r"""Move the parameters by the implicit step of some quadratics, one after the other.
+
+    Diagonal matrices take every parameter's own step size.  For other matrices
+    :math:`(I + m H P)^{-1}` has no closed form unless :math:`H` is a number: each of their
+    blocks takes one, the mean of the step sizes weighted with the squared gradients that
+    they belong to.
+
+    Args:
+        terms: the quadratics, in the units of the loss.
+        parameters: the model's, by name.
+        optimizer: which has taken the steps.
+        num_steps: ``m``, how many since the last time.
+    """
+    sizes = step_sizes(optimizer)
+    for term in terms:
+        names = [name for name in term.precision.shapes if id(parameters[name]) in sizes]
+        here = {name: parameters[name] for name in term.precision.shapes}
+        away = term.step_to(here)
+        own = {name: sizes[id(here[name])] for name in names}
+        moved = _shrunk(term.precision, away, own, num_steps)
+        for name in names:
+            here[name].copy_(term.anchor[name] + moved[name])
+
+
+def _shrunk(
+    precision: FisherMatrix,
+    away: Parameters,
+    sizes: Mapping[str, Tensor | float],
+    num_steps: int,
+) -> Parameters:
+    r"""The distances :math:`(I + m H P)^{-1} d`."""
+    if isinstance(precision, DiagonalFisher):
+        entries = precision.diagonal()
+        return {n: away[n] / (1 + num_steps * sizes.get(n, 0.0) * entries[n]) for n in away}
+    if isinstance(precision, BlockDiagonalFisher):
+        moved: Parameters = {}
+        for block in precision.blocks:
+            part = {name: away[name] for name in block.shapes}
+            moved |= _shrunk(block, part, sizes, num_steps)
+        return moved
+    size = num_steps * _mean_size([sizes[name] for name in away if name in sizes])
+    if size == 0:
+        return away
+    solved = precision.solve({name: tensor / size for name, tensor in away.items()}, 1 / size)
+    return dict(solved)
+
+
+def _mean_size(sizes: Sequence[Tensor | float]) -> float:
+    """One step size for several parameters, as far as the gradient moves them together.
+
+    Of Adam's the entries are proportional to the inverse of the gradients' root mean
+    square, so that the mean over squared gradients is that of roots over that of squares.
+    """
+    tensors = [size for size in sizes if isinstance(size, Tensor)]
+    if not tensors:
+        return float(sizes[0]) if sizes else 0.0
+    inverse = torch.cat([size.flatten() for size in tensors]).reciprocal()
+    return float(inverse.sum() / inverse.square().sum())

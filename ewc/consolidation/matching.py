@@ -1,0 +1,111 @@
+"""Quadratics over a model's parameters, matched by name: models grow between tasks.
+
+A parameter that came later than a quadratic, and rows that one gained since (a classifier
+that met new classes), are free in it.
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ewc.consolidation.consolidation import Consolidation
+from ewc.consolidation.quadratic import Quadratic, type_for
+from ewc.matrices.matrix import FisherMatrix
+from ewc.parameters import (
+    Parameters,
+    accumulation_dtype,
+    check_same_shapes,
+    grown_shapes,
+    shapes_of,
+)
+from ewc.wrappers import bare, named_parameters, parameter_of
+
+
+def precision_of(fisher: FisherMatrix, model: nn.Module) -> FisherMatrix:
+    """A task's precision, where the model's parameters are, in :func:`type_for` them.
+
+    Args:
+        fisher: over parameters of the model.
+        model: the network.
+
+    Raises:
+        ValueError: the names or shapes do not fit the model, or an entry is negative that
+            cannot be (:meth:`FisherMatrix.check_entries`).
+        FloatingPointError: an entry is not finite, or overflows times the number of examples.
+    """
+    parameters = dict(named_parameters(model))
+    present: Parameters = {n: parameters[n] for n in fisher.shapes if n in parameters}
+    check_same_shapes(shapes_of(present), fisher.shapes, type(bare(model)).__name__)
+    place = next(iter(present.values())).device, type_for(present)
+    if (fisher.device, fisher.dtype) != place:
+        fisher = fisher.to(*place)
+    precision = fisher.precision
+    precision.check_entries()
+    return precision
+
+
+def joined(
+    terms: Sequence[Quadratic],
+    precision: FisherMatrix,
+    model: nn.Module,
+    consolidation: Consolidation,
+) -> list[Quadratic]:
+    """The quadratics after a task, over the old parameters and the new ones.
+
+    Args:
+        terms: the quadratics so far.
+        precision: of the task, over parameters of the model: :func:`precision_of`.
+        model: which has just learnt the task: its parameters are the task's anchor.
+        consolidation: how quadratics over the same parameters are put together.
+    """
+    parameters: Parameters = dict(named_parameters(model))
+    union = dict(precision.shapes)
+    for term in terms:
+        # A parameter that is frozen by now is not in the new matrix, but still in the
+        # model, maybe grown; one that is gone keeps its old shape.
+        shapes = term.precision.shapes
+        still = {n: parameters[n].shape for n in shapes if n in parameters}
+        union = grown_shapes(shapes, still) | union
+    if union != precision.shapes:
+        precision = precision.embedded(union)
+    values = {n: t for term in terms for n, t in term.anchor.items()} | parameters
+    # The parameters' own type, whatever the matrix's: rounded it would be another point.
+    # Single precision holds half precision exactly, and differences from it too.
+    anchor = {
+        n: values[n].detach().to(dtype=accumulation_dtype(values[n].dtype), copy=True)
+        for n in union
+    }
+    new = Quadratic(precision, anchor).beside(anchor)
+    old = [term.beside(anchor) for term in terms]
+    old = [term if term.precision.shapes == union else term.embedded(union) for term in old]
+    return consolidation.consolidated(old, new)
+
+
+def fitted(terms: Sequence[Quadratic], model: nn.Module) -> tuple[list[Quadratic], Parameters]:
+    """The quadratics in the shapes, type and place of a model, and its parameters in them.
+
+    Args:
+        terms: one or more, over the same parameters.
+        model: which may have grown since.
+
+    Raises:
+        ValueError: a parameter of theirs is gone from the model, or its shape changed in
+            another way than by new rows.
+    """
+    now: Parameters = {}
+    fits = True
+    for name, tensor in terms[-1].anchor.items():
+        # Every step comes by here: named_parameters() would walk the whole network.
+        parameter = parameter_of(model, name)
+        if parameter is None:
+            raise ValueError(
+                f"{type(bare(model)).__name__} has no parameter {name!r}, which the penalty "
+                "remembers: a model may gain parameters between tasks, not lose them."
+            )
+        fits = fits and parameter.shape == tensor.shape
+        now[name] = parameter
+    if not fits:
+        terms = [
+            term.embedded(grown_shapes(shapes_of(term.anchor), shapes_of(now))) for term in terms
+        ]
+    return [term.beside(now) for term in terms], now

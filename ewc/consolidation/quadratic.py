@@ -1,0 +1,159 @@
+r"""Quadratics around anchors, and their sum as a differentiable value."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ewc.checks import check_not_negative
+from ewc.matrices.matrix import FisherMatrix
+from ewc.parameters import (
+    Parameters,
+    Shapes,
+    accumulation_dtype,
+    check_same_shapes,
+    dot,
+    padded,
+    shapes_of,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Quadratic:
+    r"""The function :math:`\frac12 (\theta - a)^\top P (\theta - a) + c`.
+
+    Attributes:
+        precision: :math:`P`, a Fisher matrix times its number of examples.
+        anchor: :math:`a`.
+        constant: :math:`c`, in nats.
+    """
+
+    precision: FisherMatrix
+    anchor: Parameters
+    constant: float = 0.0
+
+    def embedded(self, shapes: Shapes) -> "Quadratic":
+        """The same function over more parameters, flat in the new ones."""
+        anchor = padded(self.anchor, shapes)
+        return Quadratic(self.precision.embedded(shapes), anchor, self.constant)
+
+    @cached_property
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        """Where the precision is, and its type."""
+        return self.precision.device, self.precision.dtype
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "Quadratic":
+        """The function with ``function`` (a move, a cast) applied to its tensors.
+
+        The anchor moves along, but keeps its type: rounded it would be another point.  The
+        precision keeps single precision at least, for half precision cannot hold ``N F``.
+        """
+
+        def wide(tensor: Tensor) -> Tensor:
+            changed = function(tensor)
+            if not tensor.is_floating_point():
+                return changed
+            return tensor.to(changed.device, accumulation_dtype(changed.dtype))
+
+        anchor = {name: t.to(function(t).device) for name, t in self.anchor.items()}
+        return Quadratic(self.precision.mapped(wide), anchor, self.constant)
+
+    def beside(self, parameters: Parameters) -> "Quadratic":
+        """The function where the parameters are, the precision in :func:`type_for` them."""
+        place = next(iter(parameters.values())).device, type_for(parameters)
+        if place == self.place:
+            return self
+        anchor = {name: tensor.to(place[0]) for name, tensor in self.anchor.items()}
+        return replace(self, precision=self.precision.to(*place), anchor=anchor)
+
+    def step_to(self, here: Parameters) -> Parameters:
+        """The way from the anchor to some parameters, in the type of the precision."""
+        differences = torch._foreach_sub(list(here.values()), [self.anchor[n] for n in here])
+        dtype = self.place[1]
+        return {name: d.to(dtype) for name, d in zip(here, differences, strict=True)}
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values, for a ``state_dict``."""
+        tensors, about = self.precision.description()
+        return {
+            "precision": tensors,
+            "about": about,
+            "anchor": self.anchor,
+            "constant": self.constant,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Quadratic":
+        """The quadratic of what :meth:`state` returned.
+
+        Raises:
+            ValueError: the anchor is not over the parameters of the matrix.
+        """
+        precision = FisherMatrix.from_description(state["precision"], state["about"])
+        anchor = dict(state["anchor"])
+        check_same_shapes(shapes_of(anchor), precision.shapes, "The anchor")
+        check_not_negative(state["constant"], "constant")
+        return cls(precision, anchor, state["constant"])
+
+
+def type_for(parameters: Parameters) -> torch.dtype:
+    """The widest of the parameters' types, single precision at least."""
+    dtype = torch.float32
+    for kind in {parameter.dtype for parameter in parameters.values()}:
+        dtype = torch.promote_types(dtype, kind)
+    return dtype
+
+
+class QuadraticForm(torch.autograd.Function):
+    """The sum of quadratics, with its gradient written down instead of traced.
+
+    The gradient is made along with the value, in one sweep over the parameters; autograd
+    would keep three tensors a parameter and sweep twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, terms: list[Quadratic], names: list[str], *parameters: Tensor) -> Tensor:
+        """The value, its gradient kept for later."""
+        ctx.terms, ctx.names = terms, names
+        ctx.save_for_backward(*parameters)
+        here = dict(zip(names, parameters, strict=True))
+        value, ctx.gradient = value_and_gradient(terms, here)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient times that of what the value is a part of."""
+        (factor,) = outer
+        if torch.is_grad_enabled() or ctx.gradient is None:
+            # A second derivative is wanted, or a second backward pass of the same value.
+            here = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+            _, gradient = value_and_gradient(ctx.terms, here)
+            gradient = [factor * tensor for tensor in gradient]
+        else:
+            gradient, ctx.gradient = ctx.gradient, None
+            # Most losses just add the penalty. Reading the factor costs nothing on a CPU,
+            # where a sweep over the parameters does; on a device it is the other way round.
+            if factor.device.type != "cpu" or factor.item() != 1.0:
+                torch._foreach_mul_(gradient, factor)
+        cast = (g.to(p.dtype) for g, p in zip(gradient, ctx.saved_tensors, strict=True))
+        return (None, None, *cast)
+
+
+def value_and_gradient(terms: list[Quadratic], here: Parameters) -> tuple[Tensor, list[Tensor]]:
+    """The sum of the quadratics at ``here``, and its gradient in the order of ``here``."""
+    value: Tensor | float = 0.0
+    gradient: Parameters = {}
+    for term in terms:
+        step = term.step_to(here)
+        # Under autocast products would come in half precision, which cannot hold N F.
+        with torch.autocast(term.place[0].type, enabled=False):
+            product = term.precision.matvec(step)
+        value = value + 0.5 * dot(step, product) + term.constant
+        if gradient:
+            product = {name: gradient[name] + tensor for name, tensor in product.items()}
+        gradient = product
+    assert isinstance(value, Tensor)
+    return value, [gradient[name] for name in here]

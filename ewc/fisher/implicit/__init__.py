@@ -1,0 +1,1 @@
+"""The matrix-free Fisher: products by differentiating the network."""

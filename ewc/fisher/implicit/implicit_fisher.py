@@ -1,0 +1,390 @@
+r"""The Fisher information without a matrix: products through the network itself."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed import ProcessGroup
+
+from ewc.checks import check_count, check_not_negative
+from ewc.fisher.evaluation import copied, plain_operations
+from ewc.fisher.implicit.network_product import NetworkProduct
+from ewc.fisher.implicit.pieces import Piece, described, from_description
+from ewc.linalg.krylov import (
+    Estimate,
+    conjugate_gradients,
+    hutchinson_trace,
+    lanczos_quadrature,
+)
+from ewc.matrices.diagonal import DiagonalSum
+from ewc.matrices.matrix import FisherMatrix, State
+from ewc.parameters import (
+    Parameters,
+    Shapes,
+    accumulation_dtype,
+    check_same_shapes,
+    flatten,
+    grown_shapes,
+    padded,
+    shapes_of,
+    size_of,
+    unflatten,
+)
+from ewc.pullback.accumulator import Accumulator
+from ewc.pullback.pullback import Chunk
+from ewc.wrappers import unwrapped
+
+
+class ImplicitFisher(FisherMatrix):
+    r"""The matrix as :math:`v \mapsto \frac1N \sum_n J_n^\top \sum_k s_{kn} (s_{kn}^\top J_n v)`.
+
+    It keeps a copy of the network, the inputs and the score vectors (``N k c`` numbers), and
+    differentiates anew for every product: one pass forwards in direction ``v`` and one
+    backwards over all the data.  No approximation, and memory for the largest networks.
+
+    ``solve`` is by conjugate gradients; ``diagonal`` and ``trace`` are exact, by one pass
+    with all score vectors; ``logdet`` is a stochastic estimate whose error bar
+    :meth:`logdet_estimate` gives; ``eigenvalues`` go through the dense matrix.  Saving
+    writes the parameters and the data; ``FisherMatrix.load(path, model)`` needs a network
+    to run them with.
+
+    Args:
+        products: takes them with a network of its own; ``None`` until :meth:`attached`.
+        weights: its parameters and buffers.
+        pieces: the data.
+        own: the parameters that the products are over.
+        shapes: these parameters, maybe with more rows, and others that have no part.
+        num_examples: the examples behind the mean, in all processes.
+        factor: a number that the mean is multiplied by.
+        group: the processes that hold the data.
+    """
+
+    def __init__(
+        self,
+        products: NetworkProduct | None,
+        weights: Parameters,
+        pieces: Sequence[Piece],
+        *,
+        own: Shapes,
+        shapes: Shapes,
+        num_examples: int,
+        factor: float = 1.0,
+        group: ProcessGroup | None = None,
+    ) -> None:
+        self._products = products
+        self.weights = weights
+        self.pieces = list(pieces)
+        self.own = dict(own)
+        self.shapes = dict(shapes)
+        self.num_examples = num_examples
+        self.factor = factor
+        self.group = group
+
+    @classmethod
+    def accumulator(cls, parameters: Parameters) -> Accumulator:
+        """An empty collection of data."""
+        return PieceList(parameters)
+
+    # --- products -----------------------------------------------------------------------
+
+    def matvec(self, v: Mapping[str, Tensor]) -> Parameters:
+        """The product, by a derivative in direction ``v`` and one backwards.
+
+        Raises:
+            ValueError: ``v`` does not have the matrix's parameters.
+            RuntimeError: the matrix was loaded without its network.
+        """
+        check_same_shapes(shapes_of(v), self.shapes, "The vector")
+        products = self.products
+        with plain_operations(products.model):
+            total = {
+                name: torch.zeros(shape, dtype=self.dtype, device=self.device)
+                for name, shape in self.own.items()
+            }
+            direction = self._own_part(v)
+            for piece in self.pieces:
+                for name, tensor in products.product(piece, direction).items():
+                    total[name] += tensor
+        if self.group is not None:
+            flat = flatten(total)
+            distributed.all_reduce(flat, group=self.group)
+            total = unflatten(flat, self.own)
+        scale = self.factor / self.num_examples
+        return padded({name: scale * tensor for name, tensor in total.items()}, self.shapes)
+
+    def quadratic_form(self, v: Mapping[str, Tensor]) -> Tensor:
+        r"""The scalar :math:`v^\top F v`, by a derivative in direction ``v`` alone.
+
+        Raises:
+            ValueError: ``v`` does not have the matrix's parameters.
+            RuntimeError: the matrix was loaded without its network.
+        """
+        check_same_shapes(shapes_of(v), self.shapes, "The vector")
+        products = self.products
+        total = torch.zeros((), dtype=self.dtype, device=self.device)
+        with plain_operations(products.model):
+            for piece in self.pieces:
+                total += products.along(piece, self._own_part(v)).square().sum()
+        if self.group is not None:
+            distributed.all_reduce(total, group=self.group)
+        return self.factor / self.num_examples * total
+
+    def solve(self, v: Mapping[str, Tensor], damping: float) -> Parameters:
+        r"""The solution of :math:`(F + \delta I) u = v`, by conjugate gradients.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
+            torch.linalg.LinAlgError: it does not converge: the damping is too small.
+        """
+        check_not_negative(damping, "damping")
+        check_same_shapes(shapes_of(v), self.shapes, "The right-hand side")
+        return conjugate_gradients(self.matvec, self.diagonal(), v, damping)
+
+    def diagonal(self) -> Parameters:
+        """The exact diagonal, by parameter: one pass with all score vectors."""
+        products = self.products
+        with plain_operations(products.model), torch.no_grad():
+            total = DiagonalSum(products.parameters)
+            for piece in self.pieces:
+                for pullbacks in products.pullbacks(piece):
+                    for pullback in pullbacks:
+                        pullback.add_squares(total.total)
+        flat = flatten(total.total)
+        if self.group is not None:
+            distributed.all_reduce(flat, group=self.group)
+        scale = self.factor / self.num_examples
+        return padded(unflatten(scale * flat, self.own), self.shapes)
+
+    # --- estimates ----------------------------------------------------------------------
+
+    def trace_estimate(self, num_samples: int = 30, seed: int = 0) -> Estimate:
+        r"""The trace by :math:`E[z^\top F z]` over random signs, with its standard error.
+
+        Cheaper than the exact :meth:`trace` where there are more score vectors than samples.
+        """
+        return hutchinson_trace(self._flat_product, self._like, num_samples, seed)
+
+    def logdet_estimate(self, damping: float, num_samples: int = 30, seed: int = 0) -> Estimate:
+        r""":math:`\log \det (F + \delta I)` by Lanczos quadrature, with its standard error.
+
+        Raises:
+            ValueError: ``damping`` is not a finite number above 0.
+        """
+        if damping == 0:
+            raise ValueError(
+                "damping is 0: a log-determinant is estimated for a damping above 0 only."
+            )
+        check_not_negative(damping, "damping")
+        # Relative to the damping the function is 0 at the many eigenvalues that are 0.
+        found = lanczos_quadrature(
+            self._flat_product,
+            lambda values: (values / damping).log1p(),
+            self._like,
+            num_samples,
+            seed,
+        )
+        constant = self.num_parameters * float(torch.tensor(damping, dtype=torch.float64).log())
+        return Estimate(found.value + constant, found.standard_error)
+
+    def logdet(self, damping: float) -> Tensor:
+        r""":math:`\log \det (F + \delta I)`: the value of :meth:`logdet_estimate`.
+
+        With no damping, by the dense matrix.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite.
+        """
+        if damping == 0:
+            return super().logdet(damping)
+        value = self.logdet_estimate(damping).value
+        return torch.tensor(value, dtype=self.dtype, device=self.device)
+
+    def _own_part(self, v: Mapping[str, Tensor]) -> Parameters:
+        """A copy of what of a vector belongs to the network's own parameters."""
+        return {
+            name: v[name][: shape[0]].clone() if shape else v[name].clone()
+            for name, shape in self.own.items()
+        }
+
+    def _flat_product(self, vector: Tensor) -> Tensor:
+        return flatten(self.matvec(unflatten(vector, self.shapes)))
+
+    @property
+    def _like(self) -> Tensor:
+        return torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
+
+    # --- copies ---------------------------------------------------------------------------
+
+    @property
+    def products(self) -> NetworkProduct:
+        """What takes products with the network.
+
+        Raises:
+            RuntimeError: the matrix was loaded without it.
+        """
+        if self._products is None:
+            raise RuntimeError(
+                "This matrix-free Fisher was loaded without its network: give one to "
+                "FisherMatrix.load(path, model), or to attached(model)."
+            )
+        return self._products
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of the products: single precision at least."""
+        return accumulation_dtype(self.weights[next(iter(self.own))].dtype)
+
+    def attached(self, model: nn.Module) -> "ImplicitFisher":
+        """The matrix with a copy of a network, which takes this matrix's parameters.
+
+        Raises:
+            ValueError: the network has other parameters.
+        """
+        try:
+            with unwrapped(model) as bare:
+                own = copied(bare, self.weights)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{type(model).__name__} does not fit the saved Fisher matrix: {error}"
+            ) from error
+        return self._with(products=NetworkProduct(own, list(self.own)))
+
+    def __repr__(self) -> str:
+        """As of every matrix; without its network the trace is not known."""
+        if self._products is not None:
+            return super().__repr__()
+        return f"ImplicitFisher(parameters={self.num_parameters}, without its network)"
+
+    def scaled(self, factor: float) -> "ImplicitFisher":
+        """The same products times ``factor``."""
+        return self._with(factor=factor * self.factor)
+
+    def with_num_examples(self, num_examples: int) -> "ImplicitFisher":
+        """The same products: the sum over the data is divided by the new number, and scaled."""
+        check_count(num_examples, "num_examples")
+        factor = self.factor * int(num_examples) / self.num_examples
+        return self._with(num_examples=int(num_examples), factor=factor)
+
+    def embedded(self, shapes: Shapes) -> "ImplicitFisher":
+        """The same products, zero for new names and new last rows."""
+        return self._with(shapes=shapes)
+
+    def mapped(self, function: Any) -> "ImplicitFisher":
+        """The matrix with ``function`` applied to its parameters and data."""
+        tensors, about = self.state()
+        changed = {key: function(value) for key, value in tensors.items()}
+        result = ImplicitFisher.from_state(changed, about)._with(group=self.group)
+        return result if self._products is None else result.attached(self._products.model)
+
+    def _with(self, **changes: Any) -> "ImplicitFisher":
+        now: dict[str, Any] = {
+            "products": self._products,
+            "weights": self.weights,
+            "pieces": self.pieces,
+            "own": self.own,
+            "shapes": self.shapes,
+            "num_examples": self.num_examples,
+            "factor": self.factor,
+            "group": self.group,
+        }
+        return ImplicitFisher(**(now | changes))
+
+    def check_entries(self) -> None:
+        """Check the diagonal: a network may well hold infinite buffers, such as masks."""
+        self._check_diagonal()
+
+    def description(self) -> State:
+        """What :meth:`state` returns, and the name of the structure with it.
+
+        Raises:
+            ValueError: the data are spread over several processes.
+        """
+        if self.group is not None:
+            raise ValueError(
+                "A matrix-free Fisher whose data are spread over processes cannot be saved: "
+                "this process has a part of them only; compute it without a group."
+            )
+        return super().description()
+
+    def state(self) -> State:
+        """The network's parameters and buffers, and the data."""
+        tensors = {f"weights/{name}": tensor for name, tensor in self.weights.items()}
+        data, calls = described(self.pieces)
+        return tensors | data, {
+            "own": {name: list(shape) for name, shape in self.own.items()},
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "num_examples": self.num_examples,
+            "factor": self.factor,
+            "calls": calls,
+        }
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
+        """The matrix of these parameters and data, still without a network.
+
+        Raises:
+            ValueError: the parts do not fit together.
+        """
+        prefix = "weights/"
+        weights = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        own, shapes = (
+            {name: size_of(shape) for name, shape in about[key].items()}
+            for key in ("own", "shapes")
+        )
+        check_same_shapes(shapes_of({name: weights[name] for name in own}), own, "The network")
+        check_same_shapes(grown_shapes(own, shapes), shapes, "The set of parameters")
+        check_count(about["num_examples"], "num_examples")
+        check_not_negative(about["factor"], "factor")
+        return cls(
+            None,
+            weights,
+            from_description(tensors, about["calls"]),
+            own=own,
+            shapes=shapes,
+            num_examples=about["num_examples"],
+            factor=about["factor"],
+        )
+
+
+class PieceList(Accumulator):
+    """The data as they go by, and the network they went through."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.shapes = shapes_of(parameters)
+        self.pieces: list[Piece] = []
+        self.model: nn.Module | None = None
+        self.group: ProcessGroup | None = None
+
+    def add(self, chunk: Chunk) -> None:
+        """Keep one chunk; nothing is pulled back."""
+        self.model = chunk.model
+        self.pieces.append(Piece(chunk.arguments.map(torch.clone), chunk.scores.detach()))
+
+    def sums(self) -> dict[str, Tensor]:
+        """Nothing is summed before a product is asked for."""
+        return {}
+
+    def join(self, group: ProcessGroup) -> None:
+        """Every product is summed over the processes."""
+        self.group = group
+
+    def mean(self, num_examples: int) -> ImplicitFisher:
+        """The matrix, with a copy of the network as it is now.
+
+        Raises:
+            ValueError: this process has no data.
+        """
+        if self.model is None:
+            raise ValueError("A matrix-free Fisher needs an example in every process.")
+        model = copied(self.model)
+        weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        return ImplicitFisher(
+            NetworkProduct(model, list(self.shapes)),
+            weights,
+            self.pieces,
+            own=self.shapes,
+            shapes=self.shapes,
+            num_examples=num_examples,
+            group=self.group,
+        )

@@ -1,0 +1,64 @@
+"""The data that a matrix-free Fisher keeps."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ewc.checks import check_instance
+from ewc.pullback.arguments import Arguments
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some examples of the data.
+
+    Attributes:
+        arguments: what the network is called with.
+        scores: the score vectors, ``[k, n, c]``.
+    """
+
+    arguments: Arguments
+    scores: Tensor
+
+
+def described(pieces: Sequence[Piece]) -> tuple[dict[str, Tensor], list[Any]]:
+    """The tensors of all pieces by name, and what JSON needs to know to put them together."""
+    tensors, calls = {}, []
+    for index, piece in enumerate(pieces):
+        tensors[f"scores/{index}"] = piece.scores
+        found = piece.arguments.tensors()
+        tensors |= {f"arguments/{index}/{place}": t for place, t in enumerate(found)}
+        keys = [None if isinstance(v, Tensor) else list(v) for v in piece.arguments.positional]
+        calls.append({"positional": keys, "named": list(piece.arguments.named)})
+    return tensors, calls
+
+
+def from_description(tensors: Mapping[str, Tensor], calls: Sequence[Any]) -> list[Piece]:
+    """The pieces that :func:`described` described.
+
+    Raises:
+        ValueError: the tensors are not those of the description.
+        TypeError: something in the description is of another type.
+    """
+    pieces: list[Piece] = []
+    for index, call in enumerate(calls):
+        for keys in [call["positional"], call["named"], *filter(None, call["positional"])]:
+            check_instance(keys, list, "a part of a call", "a list")
+        positional = tuple(
+            torch.empty(0) if keys is None else dict.fromkeys(keys, torch.empty(0))
+            for keys in call["positional"]
+        )
+        empty = Arguments(positional, dict.fromkeys(call["named"], torch.empty(0)))
+        count = len(empty.tensors())
+        arguments = empty.with_tensors(
+            [tensors[f"arguments/{index}/{place}"] for place in range(count)]
+        )
+        pieces.append(Piece(arguments, tensors[f"scores/{index}"]))
+    if missing := described(pieces)[0].keys() ^ {
+        key for key in tensors if key.startswith(("scores/", "arguments/"))
+    }:
+        raise ValueError(f"No call of the network takes {min(missing)!r}.")
+    return pieces

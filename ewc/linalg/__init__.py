@@ -1,0 +1,1 @@
+"""Linear algebra on tensors: it knows neither networks nor Fisher matrices."""

@@ -1,0 +1,1 @@
+"""Fisher matrices: algebra only, without a network or data."""

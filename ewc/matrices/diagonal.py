@@ -1,0 +1,168 @@
+r"""The diagonal of the Fisher information: one number a parameter."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ewc.checks import check_not_negative
+from ewc.matrices.matrix import FisherMatrix, State
+from ewc.parameters import (
+    Parameters,
+    Shapes,
+    accumulation_dtype,
+    check_same_shapes,
+    flatten,
+    padded,
+    shapes_of,
+)
+from ewc.pullback.accumulator import Accumulator
+from ewc.pullback.pullback import Chunk
+
+
+class DiagonalFisher(FisherMatrix):
+    r"""The matrix :math:`\mathrm{diag}(F)`, zero off the diagonal.
+
+    Memory ``p``; every verb costs ``O(p)``.
+
+    Args:
+        diagonal: the entries, by parameter.
+        num_examples: the examples behind the mean.
+    """
+
+    def __init__(self, diagonal: Parameters, num_examples: int) -> None:
+        self._diagonal = diagonal
+        self.shapes = shapes_of(diagonal)
+        self.num_examples = num_examples
+
+    @classmethod
+    def accumulator(cls, parameters: Parameters) -> "DiagonalSum":
+        """An empty diagonal over these parameters."""
+        return DiagonalSum(parameters)
+
+    def matvec(self, v: Mapping[str, Tensor]) -> Parameters:
+        """The product, entry by entry.
+
+        Raises:
+            ValueError: ``v`` does not have the matrix's parameters.
+        """
+        check_same_shapes(shapes_of(v), self.shapes, "The vector")
+        vectors = [v[name] for name in self._diagonal]
+        products = torch._foreach_mul(list(self._diagonal.values()), vectors)
+        return dict(zip(self._diagonal, products, strict=True))
+
+    def diagonal(self) -> Parameters:
+        """The entries, by parameter: a copy."""
+        return {name: entries.clone() for name, entries in self._diagonal.items()}
+
+    def to_dense(self) -> Tensor:
+        """The entries on the diagonal of a ``[p, p]`` matrix."""
+        return torch.diag(flatten(self._diagonal))
+
+    def solve(self, v: Mapping[str, Tensor], damping: float) -> Parameters:
+        r"""The entries :math:`v_p / (F_p + \delta)`.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
+            torch.linalg.LinAlgError: an entry plus the damping is 0.
+        """
+        damped = self._damped_entries(damping)
+        check_same_shapes(shapes_of(v), self.shapes, "The right-hand side")
+        return {name: v[name] / entries for name, entries in damped.items()}
+
+    def inverse_quadratic_forms(self, v: Mapping[str, Tensor], damping: float) -> Tensor:
+        r"""The scalars :math:`\sum_p v_{np}^2 / (F_p + \delta)`.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
+            torch.linalg.LinAlgError: an entry plus the damping is 0.
+        """
+        damped = self._damped_entries(damping)
+        rows = self._checked_rows(v)
+        forms = [(rows[n].square() / entries).flatten(1).sum(1) for n, entries in damped.items()]
+        return torch.stack(forms).sum(0)
+
+    def inverse_diagonal(self, damping: float) -> Parameters:
+        r"""The entries :math:`1 / (F_p + \delta)`.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite.
+            torch.linalg.LinAlgError: an entry plus the damping is 0.
+        """
+        return self.solve({n: torch.ones_like(t) for n, t in self._diagonal.items()}, damping)
+
+    def _damped_entries(self, damping: float) -> Parameters:
+        check_not_negative(damping, "damping")
+        damped = {name: entries + damping for name, entries in self._diagonal.items()}
+        for name, entries in damped.items():
+            if not bool((entries > 0).all()):
+                raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+                    f"The diagonal Fisher matrix is 0 in parameter {name!r}: "
+                    "solve takes a damping above 0 there."
+                )
+        return damped
+
+    def logdet(self, damping: float) -> Tensor:
+        r""":math:`\sum_p \log (F_p + \delta)`.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite.
+        """
+        check_not_negative(damping, "damping")
+        return (flatten(self._diagonal) + damping).log().sum()
+
+    def eigenvalues(self) -> Tensor:
+        """The entries in ascending order, shape ``[p]``."""
+        return flatten(self._diagonal).sort().values
+
+    def scaled(self, factor: float) -> "DiagonalFisher":
+        """Every entry times ``factor``."""
+        entries = {name: factor * entries for name, entries in self._diagonal.items()}
+        return DiagonalFisher(entries, self.num_examples)
+
+    def __add__(self, other: FisherMatrix) -> FisherMatrix:
+        """The sum; with another diagonal it is a diagonal."""
+        if not isinstance(other, DiagonalFisher):
+            return super().__add__(other)
+        check_same_shapes(other.shapes, self.shapes, "The other Fisher matrix")
+        entries = {n: entries + other._diagonal[n] for n, entries in self._diagonal.items()}
+        return DiagonalFisher(entries, self.num_examples + other.num_examples)
+
+    def embedded(self, shapes: Shapes) -> "DiagonalFisher":
+        """Zero entries for new names and new last rows."""
+        return DiagonalFisher(padded(self._diagonal, shapes), self.num_examples)
+
+    def state(self) -> State:
+        """The entries by parameter; the names in the flat order."""
+        return self._diagonal, {"names": list(self.shapes), "num_examples": self.num_examples}
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
+        """The matrix of these entries."""
+        return cls({name: tensors[name] for name in about["names"]}, about["num_examples"])
+
+
+class DiagonalSum(Accumulator):
+    r"""The running :math:`\sum_{n,k} v_{kn}^2`, entry by entry, in single precision at least."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.total = {
+            name: torch.zeros_like(parameter, dtype=accumulation_dtype(parameter.dtype))
+            for name, parameter in parameters.items()
+        }
+
+    def add(self, chunk: Chunk) -> None:
+        """Add the squares of one chunk of pulled-back vectors."""
+        for pullbacks in chunk.pullbacks():
+            for pullback in pullbacks:
+                pullback.add_squares(self.total)
+
+    def sums(self) -> dict[str, Tensor]:
+        """The sums, by parameter."""
+        return self.total
+
+    def mean(self, num_examples: int) -> DiagonalFisher:
+        """The mean diagonal."""
+        entries = {name: total.div_(num_examples) for name, total in self.total.items()}
+        return DiagonalFisher(entries, num_examples)

@@ -1,0 +1,1 @@
+"""The block of one layer: Kronecker, eigenvalue-corrected, by leading eigenvectors."""

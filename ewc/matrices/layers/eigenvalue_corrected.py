@@ -1,0 +1,219 @@
+r"""One layer's matrix by its eigenvectors: a Kronecker product of two bases."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ewc.checks import check_not_negative
+from ewc.matrices.damped_inverse import DampedInverse, InEigenbasis
+from ewc.matrices.layers.layer_matrix import LayerMatrix, LayerWeights, one_more
+from ewc.matrices.layers.leading import leading_columns
+from ewc.matrices.matrix import ROUNDING, State
+from ewc.parameters import Parameters, check_shape
+
+
+class EigenvalueCorrectedProduct(LayerMatrix):
+    r"""One layer's :math:`(Q_G \otimes Q_A)\, \mathrm{diag}(S)\, (Q_G \otimes Q_A)^\top`.
+
+    ``g`` groups, ``o`` outputs, ``i`` inputs, one of them for the bias if there is one.
+
+    Args:
+        weights: the parameters.
+        outputs: :math:`Q_G`, ``[g, o, o]``, orthogonal.
+        inputs: :math:`Q_A`, ``[g, i, i]``, orthogonal; ``None`` for the identity.
+        spectrum: :math:`S`, the eigenvalues, ``[g, o, i]``.
+        num_examples: the examples behind the mean.
+
+    Raises:
+        ValueError: a basis or the spectrum does not have the layer's shape.
+    """
+
+    def __init__(
+        self,
+        weights: LayerWeights,
+        outputs: Tensor,
+        inputs: Tensor | None,
+        spectrum: Tensor,
+        num_examples: int,
+    ) -> None:
+        super().__init__(weights, num_examples)
+        g, o, i = weights.matrix_shape
+        check_shape(outputs, [g, o, o], "The first basis")
+        if inputs is not None:
+            check_shape(inputs, [g, i, i], "The second basis")
+        check_shape(spectrum, [g, o, i], "The spectrum")
+        self.outputs = outputs
+        self.inputs = inputs
+        self.spectrum = spectrum
+
+    def rotated(self, matrix: Tensor) -> Tensor:
+        """A ``[g, o, i]`` matrix in the eigenbasis, :math:`Q_G^T X Q_A`."""
+        left = self.outputs.transpose(1, 2) @ matrix
+        return left if self.inputs is None else left @ self.inputs
+
+    def rotated_back(self, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`rotated`."""
+        left = self.outputs @ matrix
+        return left if self.inputs is None else left @ self.inputs.transpose(1, 2)
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """The product with a vector given as a ``[g, o, i]`` matrix."""
+        return self.rotated_back(self.spectrum * self.rotated(matrix))
+
+    def solve(self, v: Mapping[str, Tensor], damping: float) -> Parameters:
+        r"""The solution of :math:`(F + \delta I) u = v`, in the eigenbasis.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
+            torch.linalg.LinAlgError: an eigenvalue plus the damping is not above 0.
+        """
+        damped = self.damped_spectrum(damping)
+        rotated = self.rotated(self.weights.to_matrix(self.checked(v)))
+        return self.weights.to_parameters(self.rotated_back(rotated / damped))
+
+    def inverse_quadratic_forms(self, v: Mapping[str, Tensor], damping: float) -> Tensor:
+        r"""The scalars :math:`v_n^\top (F + \delta I)^{-1} v_n`, in the eigenbasis.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
+            torch.linalg.LinAlgError: an eigenvalue plus the damping is not above 0.
+        """
+        damped = self.damped_spectrum(damping)
+        matrices: Tensor = torch.vmap(self.weights.to_matrix)(self._checked_rows(v))
+        return (self.rotated(matrices).square() / damped).flatten(1).sum(1)
+
+    def damped_inverse(self, damping: float, tolerance: float = 0.0) -> DampedInverse:
+        r"""The operator :math:`v \mapsto (F + \delta I)^{-1} v`, in the eigenbasis.
+
+        Eigenvalues of at most ``tolerance * damping`` count as 0, where that is faster.
+
+        Raises:
+            ValueError: ``damping`` or ``tolerance`` is negative or not finite.
+            torch.linalg.LinAlgError: an eigenvalue plus the damping is not above 0.
+        """
+        check_not_negative(damping, "damping")
+        check_not_negative(tolerance, "tolerance")
+        return leading_columns(self, damping, tolerance) or InEigenbasis(self, damping)
+
+    def inverse_diagonal(self, damping: float) -> Parameters:
+        r"""The diagonal of :math:`(F + \delta I)^{-1}`, by parameter.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite.
+            torch.linalg.LinAlgError: an eigenvalue plus the damping is not above 0.
+        """
+        return self._squares(1 / self.damped_spectrum(damping))
+
+    def damped_spectrum(self, damping: float) -> Tensor:
+        r"""The eigenvalues of :math:`F + \delta I`, ``[g, o, i]``.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite.
+            torch.linalg.LinAlgError: one is not above 0.
+        """
+        check_not_negative(damping, "damping")
+        damped = self.spectrum + damping
+        # Without damping, eigenvalues that are nothing but rounding have no inverse.
+        noise = torch.finfo(damped.dtype).eps * self.spectrum.max() if damping == 0 else 0.0
+        if not bool((damped > noise).all()):
+            raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+                f"The Fisher matrix of {', '.join(self.shapes)} is singular: "
+                "solve takes a damping above 0 there."
+            )
+        return damped
+
+    def diagonal(self) -> Parameters:
+        """The diagonal, by parameter."""
+        return self._squares(self.spectrum)
+
+    def _squares(self, spectrum: Tensor) -> Parameters:
+        """The diagonal of the matrix with these eigenvalues."""
+        squares = self.outputs.square() @ spectrum
+        if self.inputs is not None:
+            squares = squares @ self.inputs.square().transpose(1, 2)
+        return self.weights.to_parameters(squares)
+
+    def trace(self) -> Tensor:
+        """The sum of the eigenvalues."""
+        return self.spectrum.sum()
+
+    def logdet(self, damping: float) -> Tensor:
+        r""":math:`\sum \log (S + \delta)`.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite.
+        """
+        check_not_negative(damping, "damping")
+        # Rounding can leave an eigenvalue that is 0 a little below it.
+        return (self.spectrum.clamp_min(0.0) + damping).log().sum()
+
+    def eigenvalues(self) -> Tensor:
+        """All eigenvalues in ascending order."""
+        return self.spectrum.flatten().sort().values
+
+    def scaled(self, factor: float) -> "EigenvalueCorrectedProduct":
+        """The eigenvalues times ``factor``."""
+        return self._with(self.weights, self.outputs, self.inputs, factor * self.spectrum)
+
+    def enlarged(self, weights: LayerWeights) -> "EigenvalueCorrectedProduct":
+        """The same over a weight with more rows, the new directions with eigenvalue 0."""
+        more = weights.new_outputs(self.weights), weights.new_inputs(self.weights)
+        bias = self.weights.bias is not None
+        outputs = one_more(self.outputs, more[0], identity=True)
+        inputs = self.inputs
+        if inputs is not None:
+            inputs = one_more(inputs, more[1], identity=True, keep_last=bias)
+        spectrum = torch.nn.functional.pad(self.spectrum, (0, 0, 0, more[0]))
+        if more[1]:
+            last = spectrum[..., -1:] if bias else spectrum[..., :0]
+            first = spectrum[..., :-1] if bias else spectrum
+            zeros = first.new_zeros(*first.shape[:-1], more[1])
+            spectrum = torch.cat([first, zeros, last], -1)
+        return self._with(weights, outputs, inputs, spectrum)
+
+    def seen_in(self, basis: "EigenvalueCorrectedProduct") -> Tensor:
+        r"""The eigenvalues of the nearest matrix with another's eigenvectors, ``[g, o, i]``.
+
+        In the Frobenius norm the diagonal there,
+        :math:`S' = (Q_G'^\top Q_G)^2 \, S \, (Q_A^\top Q_A')^2` with the squares of entries,
+        which has the same trace.
+
+        Args:
+            basis: a matrix of the same layer.
+        """
+        spectrum = (basis.outputs.mT @ self.outputs).square() @ self.spectrum
+        if self.inputs is None or basis.inputs is None:
+            return spectrum  # of one-hot inputs, which have the identity in every matrix
+        return spectrum @ (self.inputs.mT @ basis.inputs).square()
+
+    def check_entries(self) -> None:
+        """Check that all entries are finite, and the eigenvalues."""
+        self._check_finite()
+        # Rounding can leave an eigenvalue that is 0 a little below it.
+        slack = ROUNDING * float(self.spectrum.abs().max())
+        self._check_not_negative(self.spectrum, "eigenvalue", slack=slack)
+
+    def state(self) -> State:
+        """The eigenvectors and eigenvalues; what layer they are of."""
+        tensors = {"outputs": self.outputs, "spectrum": self.spectrum}
+        if self.inputs is not None:
+            tensors["inputs"] = self.inputs
+        return tensors, {**self.weights.description(), "num_examples": self.num_examples}
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
+        """The matrix of these eigenvectors and eigenvalues."""
+        return cls(
+            LayerWeights.from_description(about),
+            tensors["outputs"],
+            tensors.get("inputs"),
+            tensors["spectrum"],
+            about["num_examples"],
+        )
+
+    def _with(
+        self, weights: LayerWeights, outputs: Tensor, inputs: Tensor | None, spectrum: Tensor
+    ) -> "EigenvalueCorrectedProduct":
+        return EigenvalueCorrectedProduct(weights, outputs, inputs, spectrum, self.num_examples)

@@ -1,0 +1,187 @@
+r"""One layer's block of K-FAC: a Kronecker product of two small matrices."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ewc.checks import check_not_negative
+from ewc.matrices.damped_inverse import DampedInverse, InEigenbasis
+from ewc.matrices.layers.eigenvalue_corrected import EigenvalueCorrectedProduct
+from ewc.matrices.layers.layer_matrix import LayerMatrix, LayerWeights, one_more
+from ewc.matrices.layers.leading import leading_inverse
+from ewc.matrices.matrix import State
+from ewc.parameters import Parameters, check_shape
+
+
+class KroneckerProduct(LayerMatrix):
+    r"""One layer's :math:`G \otimes A`: ``kron(G, A)`` for the row-major weight ``[o, i]``.
+
+    ``g`` groups, ``o`` outputs, ``i`` inputs, the last of them 1 for the bias if there is one.
+
+    Args:
+        weights: the parameters.
+        outputs: :math:`G`, the second moments of the output gradients, ``[g, o, o]``.
+        inputs: :math:`A`, those of the inputs, ``[g, i, i]``, or ``[g, i]`` if diagonal.
+        num_examples: the examples behind the mean.
+
+    Raises:
+        ValueError: a factor does not have the layer's shape.
+    """
+
+    def __init__(
+        self, weights: LayerWeights, outputs: Tensor, inputs: Tensor, num_examples: int
+    ) -> None:
+        super().__init__(weights, num_examples)
+        g, o, i = weights.matrix_shape
+        check_shape(outputs, [g, o, o], "The first factor")
+        check_shape(inputs, [g, i] if inputs.dim() == 2 else [g, i, i], "The second factor")
+        self.outputs = outputs
+        self.inputs = inputs
+        self._bases: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """The product :math:`G X A`."""
+        left = self.outputs @ matrix
+        return left * self.inputs[:, None] if self.inputs.dim() == 2 else left @ self.inputs
+
+    @property
+    def input_eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues and -vectors of ``A``, in double precision; multiples share them."""
+        if "inputs" not in self._bases:
+            values, vectors = torch.linalg.eigh(self.inputs.double())
+            self._bases["inputs"] = values, vectors
+        return self._bases["inputs"]
+
+    @cached_property
+    def eigen(self) -> EigenvalueCorrectedProduct:
+        """The same matrix by its eigenvectors and eigenvalues."""
+        values, vectors = torch.linalg.eigh(self.outputs)
+        if self.inputs.dim() == 2:
+            input_values, input_vectors = self.inputs, None
+        else:
+            input_values, input_vectors = torch.linalg.eigh(self.inputs)
+            input_values = input_values.clamp_min(0.0)
+        spectrum = values.clamp_min(0.0)[:, :, None] * input_values[:, None, :]
+        return EigenvalueCorrectedProduct(
+            self.weights, vectors, input_vectors, spectrum, self.num_examples
+        )
+
+    def to_dense(self) -> Tensor:
+        """The Kronecker products of the groups at their places, ``[p, p]``."""
+        places = self.weights.places(self.device)
+        size = self.num_parameters
+        dense = torch.zeros(size, size, dtype=self.dtype, device=self.device)
+        inputs = torch.diag_embed(self.inputs) if self.inputs.dim() == 2 else self.inputs
+        for place, left, right in zip(places, self.outputs, inputs, strict=True):
+            flat = place.flatten()
+            dense[flat[:, None], flat[None, :]] = torch.kron(left, right)
+        return dense
+
+    def diagonal(self) -> Parameters:
+        """The products of the factors' diagonals."""
+        left = self.outputs.diagonal(dim1=1, dim2=2)
+        return self.weights.to_parameters(left[:, :, None] * self._input_diagonal[:, None, :])
+
+    def trace(self) -> Tensor:
+        """The product of the factors' traces, summed over groups."""
+        left = self.outputs.diagonal(dim1=1, dim2=2).sum(1)
+        return (left * self._input_diagonal.sum(1)).sum()
+
+    def solve(self, v: Mapping[str, Tensor], damping: float) -> Parameters:
+        r"""The solution of :math:`(G \otimes A + \delta I) u = v`: the damping is exact.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
+            torch.linalg.LinAlgError: the damped matrix is singular.
+        """
+        return self.eigen.solve(v, damping)
+
+    def inverse_quadratic_forms(self, v: Mapping[str, Tensor], damping: float) -> Tensor:
+        r"""The scalars :math:`v_n^\top (G \otimes A + \delta I)^{-1} v_n`, in the eigenbasis.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
+            torch.linalg.LinAlgError: the damped matrix is singular.
+        """
+        return self.eigen.inverse_quadratic_forms(v, damping)
+
+    def damped_inverse(self, damping: float, tolerance: float = 0.0) -> DampedInverse:
+        r"""The operator :math:`v \mapsto (F + \delta I)^{-1} v`, in the eigenbasis.
+
+        With a tolerance, by :func:`~ewc.matrices.layers.leading.leading_inverse` where that is
+        faster.
+
+        Raises:
+            ValueError: ``damping`` or ``tolerance`` is negative or not finite.
+            torch.linalg.LinAlgError: the damped matrix is singular.
+        """
+        check_not_negative(damping, "damping")
+        check_not_negative(tolerance, "tolerance")
+        return leading_inverse(self, damping, tolerance) or InEigenbasis(self.eigen, damping)
+
+    def inverse_diagonal(self, damping: float) -> Parameters:
+        r"""The diagonal of :math:`(F + \delta I)^{-1}`, by parameter.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite.
+            torch.linalg.LinAlgError: the damped matrix is singular.
+        """
+        return self.eigen.inverse_diagonal(damping)
+
+    def logdet(self, damping: float) -> Tensor:
+        r""":math:`\log \det (G \otimes A + \delta I)`.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite.
+        """
+        return self.eigen.logdet(damping)
+
+    def eigenvalues(self) -> Tensor:
+        """The products of the factors' eigenvalues, in ascending order."""
+        return self.eigen.eigenvalues()
+
+    def scaled(self, factor: float) -> "KroneckerProduct":
+        """The first factor times ``factor``."""
+        outputs = factor * self.outputs
+        result = KroneckerProduct(self.weights, outputs, self.inputs, self.num_examples)
+        result._bases = self._bases
+        return result
+
+    def enlarged(self, weights: LayerWeights) -> "KroneckerProduct":
+        """The same over a weight with more rows, of which nothing is known."""
+        outputs = one_more(self.outputs, weights.new_outputs(self.weights), identity=False)
+        more = weights.new_inputs(self.weights)
+        if self.inputs.dim() == 2:
+            inputs = torch.nn.functional.pad(self.inputs, (0, more))
+        else:
+            bias = self.weights.bias is not None
+            inputs = one_more(self.inputs, more, identity=False, keep_last=bias)
+        return KroneckerProduct(weights, outputs, inputs, self.num_examples)
+
+    def check_entries(self) -> None:
+        """Check the diagonal, that all entries are finite, and the factors' eigenvalues."""
+        super().check_entries()
+        self._check_semidefinite(self.outputs)
+        if self.inputs.dim() == 2:
+            self._check_not_negative(self.inputs, "eigenvalue")
+        else:
+            self._check_semidefinite(self.inputs)
+
+    def state(self) -> State:
+        """The factors; what layer they are of."""
+        about = {**self.weights.description(), "num_examples": self.num_examples}
+        return {"outputs": self.outputs, "inputs": self.inputs}, about
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
+        """The matrix of these factors."""
+        weights = LayerWeights.from_description(about)
+        return cls(weights, tensors["outputs"], tensors["inputs"], about["num_examples"])
+
+    @property
+    def _input_diagonal(self) -> Tensor:
+        diagonal = self.inputs.dim() == 2
+        return self.inputs if diagonal else self.inputs.diagonal(dim1=1, dim2=2)

@@ -1,0 +1,198 @@
+"""Matrices over the weight and bias of one affine layer, seen as one ``[o, i]`` matrix."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ewc.checks import check_count, check_instance
+from ewc.matrices.dense import DenseFisher
+from ewc.matrices.matrix import FisherMatrix
+from ewc.parameters import (
+    Parameters,
+    Shapes,
+    check_same_shapes,
+    shapes_of,
+    size_of,
+    unflatten,
+)
+from ewc.pullback.outer import WeightLayout
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """The parameters of a layer as one matrix ``[g, o, i]``: the bias is its last column.
+
+    Attributes:
+        weight: the weight's name.
+        bias: the bias's name, if it has a part in the matrix.
+        layout: how the weight is read as matrices.
+    """
+
+    weight: str
+    bias: str | None
+    layout: WeightLayout
+
+    def __str__(self) -> str:
+        """The names, and what of the layout is not usual; for messages."""
+        parts = [self.weight, f"and {self.bias}" if self.bias is not None else ""]
+        parts += [f"in {self.layout.groups} groups" if self.layout.groups > 1 else ""]
+        parts += ["transposed" if self.layout.transposed else ""]
+        return " ".join(part for part in parts if part)
+
+    @property
+    def shapes(self) -> Shapes:
+        """The parameters by name."""
+        shapes = {self.weight: self.layout.shape}
+        if self.bias is not None:
+            groups, outputs, _ = self.layout.matrix_shape
+            shapes[self.bias] = torch.Size([groups * outputs])
+        return shapes
+
+    @property
+    def matrix_shape(self) -> tuple[int, int, int]:
+        """``g``, ``o`` and ``i``, with the column of the bias."""
+        groups, outputs, inputs = self.layout.matrix_shape
+        return groups, outputs, inputs + (self.bias is not None)
+
+    def to_matrix(self, v: Mapping[str, Tensor]) -> Tensor:
+        """The parameters as a matrix ``[g, o, i]``."""
+        matrix = self.layout.to_matrix(v[self.weight])
+        if self.bias is None:
+            return matrix
+        return torch.cat([matrix, v[self.bias].reshape(*matrix.shape[:2], 1)], 2)
+
+    def to_parameters(self, matrix: Tensor) -> Parameters:
+        """The inverse of :meth:`to_matrix`."""
+        if self.bias is None:
+            return {self.weight: self.layout.to_parameter(matrix)}
+        weight = self.layout.to_parameter(matrix[..., :-1])
+        return {self.weight: weight, self.bias: matrix[..., -1].flatten()}
+
+    def places(self, device: torch.device) -> Tensor:
+        """Where the entries of the matrix are in the flat vector, ``[g, o, i]``."""
+        size = sum(shape.numel() for shape in self.shapes.values())
+        flat = torch.arange(size, device=device)
+        return self.to_matrix(unflatten(flat, self.shapes))
+
+    def new_outputs(self, old: "LayerWeights") -> int:
+        """By how many outputs this layer is larger than ``old``."""
+        return self.layout.matrix_shape[1] - old.layout.matrix_shape[1]
+
+    def new_inputs(self, old: "LayerWeights") -> int:
+        """By how many inputs this layer is larger than ``old``."""
+        return self.layout.matrix_shape[2] - old.layout.matrix_shape[2]
+
+    def description(self) -> dict[str, Any]:
+        """What JSON needs to know to build it again."""
+        return {
+            "weight": self.weight,
+            "bias": self.bias,
+            "shape": list(self.layout.shape),
+            "groups": self.layout.groups,
+            "transposed": self.layout.transposed,
+        }
+
+    @classmethod
+    def from_description(cls, about: Mapping[str, Any]) -> "LayerWeights":
+        """The inverse of :meth:`description`.
+
+        Raises:
+            ValueError: a number is not a size.
+            TypeError: something is of another type.
+        """
+        check_instance(about["weight"], str, "weight", "a name")
+        check_instance(about["bias"], str | None, "bias", "a name or None")
+        check_instance(about["transposed"], bool, "transposed", "True or False")
+        check_count(about["groups"], "groups")
+        layout = WeightLayout(size_of(about["shape"]), about["groups"], about["transposed"])
+        return cls(about["weight"], about["bias"], layout)
+
+
+class LayerMatrix(FisherMatrix):
+    """A matrix over the parameters of one layer, by its products with ``[g, o, i]`` matrices.
+
+    Args:
+        weights: the parameters.
+        num_examples: the examples behind the mean.
+    """
+
+    made_by_pass = False
+
+    def __init__(self, weights: LayerWeights, num_examples: int) -> None:
+        self.weights = weights
+        self.shapes = weights.shapes
+        self.num_examples = num_examples
+
+    @abstractmethod
+    def times(self, matrix: Tensor) -> Tensor:
+        """The product with a vector given as a ``[g, o, i]`` matrix."""
+
+    @abstractmethod
+    def enlarged(self, weights: LayerWeights) -> FisherMatrix:
+        """The same over a weight with more rows; there is one group."""
+
+    @classmethod
+    def accumulator(cls, parameters: Parameters) -> Any:
+        """A matrix of one layer is a block of another one, never made by a pass by itself.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(f"{cls.__name__} is a block: take KroneckerFisher or the like instead.")
+
+    def checked(self, v: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """``v``, if it has the layer's parameters.
+
+        Raises:
+            ValueError: it has not.
+        """
+        check_same_shapes(shapes_of(v), self.shapes, "The vector")
+        return v
+
+    def matvec(self, v: Mapping[str, Tensor]) -> Parameters:
+        """The product, with the parameters read as one matrix.
+
+        Raises:
+            ValueError: ``v`` does not have the layer's parameters.
+        """
+        return self.weights.to_parameters(self.times(self.weights.to_matrix(self.checked(v))))
+
+    def embedded(self, shapes: Shapes) -> FisherMatrix:
+        """The same matrix over more rows of the weight and the bias."""
+        if dict(shapes) == dict(self.shapes):
+            return self
+        weights = replace(
+            self.weights, layout=replace(self.weights.layout, shape=shapes[self.weights.weight])
+        )
+        # The new rows are new outputs or new inputs of the one group there is.
+        if self.weights.layout.groups == 1 and dict(weights.shapes) == dict(shapes):
+            return self.enlarged(weights)
+        return DenseFisher(self.to_dense(), self.shapes, self.num_examples).embedded(shapes)
+
+
+def one_more(matrix: Tensor, count: int, *, identity: bool, keep_last: bool = False) -> Tensor:
+    """A batch of matrices with new rows and columns: zero, or those of the identity.
+
+    Args:
+        matrix: ``[g, d, d]``.
+        count: how many new ones.
+        identity: whether the new diagonal entries are 1.
+        keep_last: whether the last row and column stay the last.
+    """
+    if count == 0:
+        return matrix
+    groups, size = matrix.shape[:2]
+    larger = matrix.new_zeros(groups, size + count, size + count)
+    old = size - 1 if keep_last else size
+    places = torch.arange(size, device=matrix.device)
+    places[old:] += count
+    larger[:, places[:, None], places[None, :]] = matrix
+    if identity:
+        larger[:, old : old + count, old : old + count] = torch.eye(
+            count, dtype=matrix.dtype, device=matrix.device
+        )
+    return larger

@@ -1,0 +1,1 @@
+"""From the scores of the outputs back to the parameters."""

@@ -1,0 +1,61 @@
+"""The weights of embeddings: vectors with a few rows that are not zero."""
+
+import torch
+from torch import Tensor
+
+from ewc.parameters import Parameters
+from ewc.pullback.pullback import Pullback
+
+
+class Lookups(Pullback):
+    r"""The vectors of an embedding: row ``r`` is :math:`\sum_{t: index_t = r} g_t`.
+
+    Args:
+        name: the embedding's weight, of shape ``[rows, d]``.
+        shape: its shape.
+        indices: the rows that were looked up, ``[n, t]``.
+        gradient: gradients with respect to what came out, ``[k, n, t, d]``.
+        memory: bytes that intermediate results may take.
+        padding: the row that has no gradient, if there is one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shape: torch.Size,
+        indices: Tensor,
+        gradient: Tensor,
+        *,
+        memory: int,
+        padding: int | None = None,
+    ) -> None:
+        self.name = name
+        self.shapes = {name: shape}
+        self.indices = indices
+        if padding is not None:
+            gradient = gradient * (indices != padding)[..., None]
+        self.padding = padding
+        self.gradient = gradient
+        self.num_vectors, self.num_examples = gradient.shape[:2]
+        self.dtype = gradient.dtype
+        self.memory = memory
+
+    def per_example(self, examples: slice) -> Parameters:
+        """The gradients, added into the rows they belong to."""
+        indices, gradient = self.indices[examples], self.gradient[:, examples]
+        k, n, _, width = gradient.shape
+        rows = self.shapes[self.name][0]
+        vectors = gradient.new_zeros(k, n * rows, width)
+        places = indices + rows * torch.arange(n, device=indices.device)[:, None]
+        vectors.index_add_(1, places.flatten(), gradient.flatten(1, 2))
+        return {self.name: vectors.reshape(k, n, rows, width)}
+
+    def add_squares(self, total: Parameters) -> None:
+        """The squares of the rows that are not zero."""
+        rows = self.shapes[self.name][0]
+        examples = torch.arange(self.num_examples, device=self.indices.device)[:, None]
+        found, place = torch.unique(self.indices + rows * examples, return_inverse=True)
+        k, width = self.num_vectors, self.gradient.shape[3]
+        summed = self.gradient.new_zeros(k, len(found), width)
+        summed.index_add_(1, place.flatten(), self.gradient.flatten(1, 2))
+        total[self.name].index_add_(0, found % rows, summed.square().sum(0).to(total[self.name]))

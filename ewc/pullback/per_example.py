@@ -1,0 +1,211 @@
+r"""Gradients of single examples for parameters that no rule covers.
+
+Slow and general: the whole network is differentiated for every example on its own, so
+any parameter used in any way gets its right answer.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+
+from ewc.parameters import Parameters, Shapes, accumulation_dtype
+from ewc.pullback.agreement import agree, same
+from ewc.pullback.arguments import Arguments
+from ewc.pullback.graph import Graph
+from ewc.pullback.pullback import Pullback
+from ewc.wrappers import named_parameters
+
+_log = logging.getLogger(__name__)
+
+
+UNSUPPORTED = (NotImplementedError, RuntimeError, AttributeError)
+"""What torch.func raises for operations it cannot take, and for compiled modules."""
+
+INDEPENDENT = (
+    "The Fisher information is a sum over examples: the outputs of each must depend on that "
+    "example alone (statistics of the batch, a missing batch_first=True or a graph as input "
+    "make them depend on others)."
+)
+
+
+def chosen_parameters(model: nn.Module, names: Iterable[str]) -> Parameters:
+    """Some parameters of a network by name; tied ones have several."""
+    every = dict(named_parameters(model, remove_duplicate=False))
+    return {name: every[name] for name in names}
+
+
+@torch.enable_grad()
+def reproducible(model: nn.Module, arguments: Arguments) -> bool:
+    """Whether the network returns the same twice: one that draws random numbers does not."""
+    once, again = (arguments(model).detach() for _ in range(2))
+    return same(once, again)
+
+
+@contextmanager
+def quiet_about_speed() -> Iterator[None]:
+    """Without torch's note that an operation is vectorised by a loop: it is still right."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        yield
+
+
+class PerExample(Pullback):
+    """The vectors of some parameters, from the network one example at a time.
+
+    Args:
+        model: the network.
+        shapes: the parameters.
+        arguments: of ``model``.
+        scores: the score vectors, ``[k, n, c]``.
+        memory: bytes that intermediate results may take.
+        vectorises: whether the network can be vectorised over examples, as far as known
+            from earlier batches, by the parameters' names and the shapes of what goes in;
+            kept up to date.
+        misplaced: whether a rule knows some of the parameters' operations, but their rows
+            are not the examples in order.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shapes: Shapes,
+        arguments: Arguments,
+        scores: Tensor,
+        *,
+        memory: int,
+        vectorises: dict[tuple[Any, ...], bool],
+        misplaced: bool = False,
+    ) -> None:
+        self.model = model
+        self.shapes = shapes
+        self.arguments = arguments
+        self.scores = scores
+        self.num_vectors, self.num_examples = scores.shape[:2]
+        self.parameters = chosen_parameters(model, shapes)
+        self.dtype = accumulation_dtype(next(iter(self.parameters.values())).dtype)
+        self.memory = memory
+        self.vectorises = vectorises
+        self.misplaced = misplaced
+
+    def bytes_per_example(self) -> int:
+        """The vectors, and as much again for what the network computes on the way."""
+        inputs = sum(tensor[0].numel() for tensor in self.arguments.tensors())
+        return super().bytes_per_example() + 2 * self.num_vectors * inputs * self.dtype.itemsize
+
+    def per_example(self, examples: slice) -> Parameters:
+        """All examples at once where the network allows it, else one after the other."""
+        vectors = self._gradients(examples)
+        return {name: tensor.to(self.dtype) for name, tensor in vectors.items()}
+
+    def _gradients(self, examples: slice) -> Parameters:
+        arguments, scores = self.arguments[examples], self.scores[:, examples]
+        shapes = (tensor.shape for tensor in (scores, *arguments.tensors()))
+        key = (*self.shapes, *shapes)
+        known = self.vectorises.get(key)
+        if known is None and self._counts_words(arguments):
+            known = self.vectorises[key] = False
+        if known is not False:
+            try:
+                with quiet_about_speed():
+                    found = self._vectorised(arguments, scores)
+                if known or self._confirmed(found, arguments, scores):
+                    self.vectorises[key] = True
+                    return found
+            except UNSUPPORTED as error:
+                # Operations that vmap cannot take: branches on data, in-place writes, custom
+                # autograd functions.  A fault of the network itself shows again below.
+                _log.info("examples one at a time for %s: %s", list(self.shapes), error)
+        found = self._one_by_one(arguments, scores)
+        if known is None:
+            if not self._confirmed(found, arguments, scores) and reproducible(
+                self.model, arguments
+            ):
+                raise ValueError(
+                    f"Examples depend on each other through {', '.join(self.shapes)}: their "
+                    "gradients in a batch are not those that they have alone. " + INDEPENDENT
+                )
+            self.vectorises[key] = False
+        return found
+
+    @torch.enable_grad()
+    def _counts_words(self, arguments: Arguments) -> bool:
+        """Whether the gradient of the batch confirms nothing."""
+        return Graph(arguments(self.model)).counts_words()
+
+    @torch.enable_grad()
+    def _confirmed(self, found: Parameters, arguments: Arguments, scores: Tensor) -> bool:
+        """Whether one plain backward pass of the batch gives a random combination of ``found``.
+
+        Some operations have a wrong rule for vmap: torch 2.15 returns another example's
+        gradient for a PReLU.  And no rule is right for examples that depend on each other.
+        """
+        generator = torch.Generator().manual_seed(1)
+        weights = torch.randn(scores.shape[:2], generator=generator).to(scores)
+        outputs = arguments(self.model)
+        parameters = list(self.parameters.values())
+        size = scores.norm(dim=(0, 2))[:, None]
+        like = torch.randn(outputs.shape, generator=generator).to(scores)
+        plain, typical = (
+            torch.autograd.grad(outputs, parameters, score, retain_graph=True, allow_unused=True)
+            for score in (torch.einsum("kn,knc->nc", weights, scores), size * like)
+        )
+        for name, gradient, other in zip(self.shapes, plain, typical, strict=True):
+            combined = torch.tensordot(weights.to(found[name].dtype), found[name], 2)
+            if gradient is None or other is None:
+                gradient = other = torch.zeros_like(combined)  # noqa: PLW2901
+            gradient, other = (g.to_dense() if g.is_sparse else g for g in (gradient, other))  # noqa: PLW2901
+            # What cancels between outputs is rounding, and agrees with nothing.  A derivative
+            # that does not exist is named where the sums are looked at.
+            rounding = 100 * torch.finfo(other.dtype).eps * other.norm()
+            right = agree(combined, gradient) or (combined - gradient).norm() <= rounding
+            if not (right or gradient.isnan().any()):
+                return False
+        return True
+
+    def _vectorised(self, arguments: Arguments, scores: Tensor) -> Parameters:
+        parameters = {name: value.detach() for name, value in self.parameters.items()}
+
+        def vectors(scores_n: Tensor, *tensors: Tensor) -> Parameters:
+            one = arguments.with_tensors([tensor[None] for tensor in tensors])
+
+            def outputs(values: Parameters) -> Tensor:
+                found: Tensor = functional_call(self.model, values, one.positional, one.named)[0]
+                return found
+
+            _, pull, *_ = vjp(outputs, parameters)
+            (gradients,) = vmap(pull)(scores_n)
+            result: Parameters = gradients
+            return result
+
+        # Copies: a network may write into its input.
+        tensors = arguments.map(torch.clone).tensors()
+        out_dims: Any = dict.fromkeys(self.shapes, 1)
+        in_dims = (1,) + (0,) * len(tensors)
+        result: Parameters = vmap(vectors, in_dims=in_dims, out_dims=out_dims)(scores, *tensors)
+        return result
+
+    @torch.enable_grad()
+    def _one_by_one(self, arguments: Arguments, scores: Tensor) -> Parameters:
+        parameters = list(self.parameters.values())
+        k, n = scores.shape[:2]
+        result = [parameter.new_zeros(k, n, *parameter.shape) for parameter in parameters]
+        for i in range(n):
+            outputs = arguments[i : i + 1](self.model)
+            for j in range(k):
+                gradients = torch.autograd.grad(
+                    outputs,
+                    parameters,
+                    scores[j, i : i + 1],
+                    retain_graph=j + 1 < k,
+                    allow_unused=True,
+                )
+                for row, gradient in zip(result, gradients, strict=True):
+                    if gradient is not None:
+                        row[j, i] = gradient.to_dense() if gradient.is_sparse else gradient
+        return dict(zip(self.shapes, result, strict=True))

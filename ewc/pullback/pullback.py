@@ -1,0 +1,168 @@
+r"""Score vectors pulled back through the network, in the form their layer gives them.
+
+For one chunk of ``n`` examples and ``k`` score vectors a *pullback* holds what is needed
+to know :math:`v_{kn} = J_n^\top s_{kn}` in some of the parameters.  Most forms never store
+the ``k n`` vectors: an affine layer's are outer products of its output gradients and its
+inputs, and a structure can work on those factors.
+
+- :class:`Stored`: the vectors themselves, where they are small (biases, norms);
+- :class:`~ewc.pullback.outer.OuterProducts`: the weights of linear layers and convolutions;
+- :class:`~ewc.pullback.lookups.Lookups`: embeddings;
+- :class:`~ewc.pullback.per_example.PerExample`: anything, by differentiating the network
+  for every example on its own.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ewc.parameters import Parameters, Shapes
+from ewc.pullback.arguments import Arguments
+
+DEFAULT_MEMORY = 2**29
+"""Bytes that the intermediate results of a chunk may take (512 MiB)."""
+
+
+def slices(length: int, bytes_each: int, memory: int) -> Iterator[slice]:
+    """Cuts ``range(length)`` into slices whose items fit into ``memory`` bytes."""
+    step = max(1, memory // max(1, bytes_each))
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+class Pullback(ABC):
+    r"""The vectors :math:`v_{kn}` of one chunk, in some of the parameters.
+
+    Attributes:
+        shapes: those parameters.
+        num_vectors: ``k``.
+        num_examples: ``n``.
+        dtype: the floating-point type of the vectors.
+        memory: bytes that intermediate results may take.
+    """
+
+    shapes: Shapes
+    num_vectors: int
+    num_examples: int
+    dtype: torch.dtype
+    memory: int
+
+    @abstractmethod
+    def per_example(self, examples: slice) -> Parameters:
+        """The vectors of some examples: ``[k, n, *parameter.shape]`` by name."""
+
+    def bytes_per_example(self) -> int:
+        """What :meth:`per_example` and work on its result need for one example."""
+        size = sum(shape.numel() for shape in self.shapes.values())
+        return 2 * self.num_vectors * size * self.dtype.itemsize
+
+    def add_squares(self, total: Parameters) -> None:
+        r"""Add :math:`\sum_{k,n} v_{kn}^2` to ``total``, in place."""
+        for part in slices(self.num_examples, self.bytes_per_example(), self.memory):
+            for name, vectors in self.per_example(part).items():
+                total[name] += vectors.flatten(0, 1).to(total[name].dtype).square().sum(0)
+
+    def project(self, directions: Parameters) -> Tensor:
+        r"""The products :math:`v_{kn}^\top u_l` with ``l`` directions.
+
+        Args:
+            directions: ``[l, *parameter.shape]`` by name.
+
+        Returns:
+            Shape ``[k, n, l]``.
+        """
+        found = []
+        for part in slices(self.num_examples, self.bytes_per_example(), self.memory):
+            products = [
+                vectors.reshape(*vectors.shape[:2], -1)
+                @ directions[name].reshape(len(directions[name]), -1).to(vectors.dtype).T
+                for name, vectors in self.per_example(part).items()
+            ]
+            found.append(torch.stack(products).sum(0))
+        return torch.cat(found, 1)
+
+    def add_combinations(self, coefficients: Tensor, total: Parameters) -> None:
+        r"""Add :math:`\sum_{k,n} c_{knl} v_{kn}` to ``total``, in place.
+
+        Args:
+            coefficients: ``[k, n, l]``.
+            total: ``[l, *parameter.shape]`` by name.
+        """
+        for part in slices(self.num_examples, self.bytes_per_example(), self.memory):
+            weights = coefficients[:, part].flatten(0, 1).T
+            for name, vectors in self.per_example(part).items():
+                rows = vectors.reshape(weights.shape[1], -1)
+                combined = weights.to(vectors.dtype) @ rows
+                total[name] += combined.reshape(total[name].shape)
+
+
+class Stored(Pullback):
+    """Vectors that are small enough to be held as they are.
+
+    Args:
+        vectors: ``[k, n, *parameter.shape]`` by name.
+        memory: bytes that intermediate results may take.
+    """
+
+    def __init__(self, vectors: Parameters, memory: int) -> None:
+        self.vectors = vectors
+        self.shapes = {name: tensor.shape[2:] for name, tensor in vectors.items()}
+        like = next(iter(vectors.values()))
+        self.num_vectors, self.num_examples = like.shape[:2]
+        self.dtype = like.dtype
+        self.memory = memory
+
+    def per_example(self, examples: slice) -> Parameters:
+        """The vectors of some examples."""
+        return {name: tensor[:, examples] for name, tensor in self.vectors.items()}
+
+
+class Summed(Pullback):
+    """The vectors of parameters that are used in several ways: the sum over the uses.
+
+    Args:
+        parts: pullbacks of one chunk that share parameters.
+    """
+
+    def __init__(self, parts: Sequence[Pullback]) -> None:
+        self.parts = parts
+        self.shapes = {name: shape for part in parts for name, shape in part.shapes.items()}
+        like = parts[0]
+        self.num_vectors, self.num_examples = like.num_vectors, like.num_examples
+        self.dtype, self.memory = like.dtype, like.memory
+
+    def per_example(self, examples: slice) -> Parameters:
+        """The vectors of some examples, summed over the uses."""
+        total: Parameters = {}
+        for part in self.parts:
+            for name, vectors in part.per_example(examples).items():
+                total[name] = total[name] + vectors if name in total else vectors
+        return total
+
+    def bytes_per_example(self) -> int:
+        """What the parts need."""
+        return sum(part.bytes_per_example() for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some examples of the data with their score vectors.
+
+    Attributes:
+        model: the network, in evaluation mode.
+        arguments: what the network was called with.
+        scores: the score vectors, ``[k, n, c]``.
+        pullbacks: pulls the vectors back: lists of pullbacks that together hold, for some
+            of the vectors, every parameter that takes part in the outputs, each once.
+        alone: the same examples, each in a chunk of its own, which the network is run for
+            anew.
+    """
+
+    model: nn.Module
+    arguments: Arguments
+    scores: Tensor
+    pullbacks: Callable[[], Iterator[Sequence[Pullback]]]
+    alone: Callable[[], Iterator["Chunk"]]

@@ -1,0 +1,1 @@
+"""How each kind of operation gives the gradients of its parameters."""

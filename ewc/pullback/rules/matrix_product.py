@@ -1,0 +1,159 @@
+r"""Rules for the operations that networks apply their parameters in.
+
+A rule belongs to one kind of node of the autograd graph and says, from what the node
+saved and the gradient ``g`` with respect to its result, what the pulled-back vectors of
+its parameters are.  It sees the operation itself, so it holds for a module, a subclass, a
+functional call and the steps of a recurrence alike; whatever has no rule goes to
+:mod:`ewc.pullback.per_example`.
+
+The leading dimensions of a node's result are its *rows*.  Each must belong to one example;
+:class:`~ewc.pullback.rows.Rows` says which (:mod:`ewc.pullback.tape` finds it out).
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from ewc.pullback.graph import Graph, Uses, View
+from ewc.pullback.outer import OuterProducts, TensorFactors, WeightLayout
+from ewc.pullback.pullback import Pullback, Stored
+from ewc.pullback.rows import Rows
+
+
+class Operation(ABC):
+    """One use of parameters: a node of the graph, and what is needed from it.
+
+    Attributes:
+        kinds: the types of nodes that the rule knows.
+        output: the node.
+        weight: one parameter among its inputs.
+        bias: another one.
+        row_dims: how many leading dimensions of the result are rows.
+    """
+
+    kinds: ClassVar[tuple[str, ...]]
+    output: Node
+    weight: View | None = None
+    bias: View | None = None
+    row_dims: int = 1
+
+    @classmethod
+    @abstractmethod
+    def of(cls, node: Any, uses: Uses, graph: Graph) -> Self | None:
+        """The operation at ``node``, ``None`` if the rule does not hold there.
+
+        Args:
+            node: a node of one of the :attr:`kinds`.
+            uses: the parameters among the inputs of nodes; what an operation takes in of
+                other nodes it takes out there.
+            graph: the graph.
+        """
+
+    @abstractmethod
+    def pullbacks(
+        self, gradient: Tensor, rows: Rows, num_examples: int, memory: int
+    ) -> list[Pullback]:
+        """The vectors of the parameters.
+
+        Args:
+            gradient: with respect to the result, ``[k, rows, ...]``.
+            rows: which example a row belongs to.
+            num_examples: ``n``.
+            memory: bytes that intermediate results may take.
+        """
+
+    @property
+    def views(self) -> list[View]:
+        """The parameters that are used."""
+        return [view for view in (self.weight, self.bias) if view is not None]
+
+    def keep(self, names: set[str]) -> None:
+        """Drop the parameters that are not among ``names``."""
+        if self.weight is not None and self.weight.name not in names:
+            self.weight = None
+        if self.bias is not None and self.bias.name not in names:
+            self.bias = None
+
+    def rows_of(self, gradient: Tensor) -> Tensor:
+        """A gradient ``[k, *rows, ...]`` as ``[k, rows, ...]``."""
+        return gradient.flatten(1, self.row_dims) if self.row_dims > 1 else gradient
+
+
+class MatrixProduct(Operation):
+    """``a @ W.T + b`` and ``a @ W``: linear layers, projections of attention, recurrence."""
+
+    kinds = ("AddmmBackward0", "MmBackward0")
+    input: Tensor
+
+    @classmethod
+    def of(cls, node: Any, uses: Uses, graph: Graph) -> Self | None:
+        """The product, with a bias that is added right behind it."""
+        views = uses[node]
+        product = cls()
+        product.output = node
+        added = type(node).__name__ == "AddmmBackward0"
+        if added and (node._saved_alpha != 1 or node._saved_beta != 1):
+            return None
+        weight_place = 2 if added else 1
+        if not views.keys() <= ({0, 2} if added else {1}):
+            return None
+        weight = product.weight = views.get(weight_place)
+        bias = product.bias = views.get(0) if added else None
+        if bias is not None and len(bias.shape) != 1:
+            return None
+        if weight is not None:
+            if len(weight.shape) != 2 or not (weight.transposed or weight.all_rows):
+                return None
+            product.input = node._saved_mat1 if added else node._saved_self
+            if not added:
+                product.bias = _bias_added_to(node, weight, uses, graph)
+        return product
+
+    def pullbacks(
+        self, gradient: Tensor, rows: Rows, num_examples: int, memory: int
+    ) -> list[Pullback]:
+        """Outer products of output gradients and inputs, position by position."""
+        g = rows.by_example(gradient, num_examples, 1)
+        weight, bias = self.weight, self.bias
+        found: list[Pullback] = []
+        together = weight is not None and bias is not None and _side_by_side(weight, bias)
+        if bias is not None and not together:
+            found.append(Stored({bias.name: bias.widened(g.sum(2), 2)}, memory))
+        if weight is not None:
+            if weight.transposed:
+                g = weight.widened(g, 3)
+            a = rows.by_example(self.input.to(g.dtype), num_examples)
+            factors = TensorFactors(a[:, None], g[:, :, None])
+            # Seen transposed, the parameter is [o, i], as in a linear layer.
+            layout = WeightLayout(weight.shape, transposed=not weight.transposed)
+            name = bias.name if together and bias is not None else None
+            found.append(OuterProducts(weight.name, name, layout, [factors], memory))
+        return found
+
+
+def _side_by_side(weight: View, bias: View) -> bool:
+    """Whether the rows that are seen of a bias are those of its weight's outputs.
+
+    Chunks need not run in parallel: attention with keys of another width has a weight for
+    each of queries, keys and values, and one bias for all.
+    """
+    if not weight.transposed:
+        return bias.all_rows
+    places = [(view.first, view.count, view.shape[0]) for view in (weight, bias)]
+    return places[0] == places[1]
+
+
+def _bias_added_to(node: Node, weight: View, uses: Uses, graph: Graph) -> View | None:
+    """The bias that is added to a product and to nothing else; its use is taken out."""
+    following, place = graph.only_consumer(node) or (None, 0)
+    if following is None or type(following).__name__ != "AddBackward0":
+        return None
+    bias = uses.get(following, {}).get(1 - place)
+    outputs = weight.count if weight.transposed else weight.shape[1]
+    fits = bias is not None and len(bias.shape) == 1 and bias.count == outputs
+    if not fits or following._saved_alpha != 1:  # type: ignore[attr-defined]
+        return None
+    del uses[following]
+    return bias
