@@ -10,21 +10,14 @@ from torch.optim import Optimizer
 
 from ewc.checks import check_instance, check_not_negative, check_positive, check_share, is_number
 from ewc.fisher.estimators import Estimator, Exact, check_estimator
-from ewc.fisher.implicit.implicit_fisher import ImplicitFisher
+from ewc.fisher.implicit.implicit import Implicit
 from ewc.fisher.information import fisher_information
+from ewc.fisher.structures.kronecker import Kronecker
+from ewc.fisher.structures.structure import Structure, check_structure
 from ewc.likelihoods import Categorical, Likelihood, check_likelihood
-from ewc.matrices.damped_inverse import DampedInverse
-from ewc.matrices.eigenvalue_corrected import (
-    EigenvalueCorrectedFisher,
-    nearest_in_eigenbasis,
-)
-from ewc.matrices.kronecker import KroneckerFisher
-from ewc.matrices.matrix import FisherMatrix, check_structure
-from ewc.matrices.nearest_kronecker import nearest_kronecker
-from ewc.matrices.sum import SumFisher
+from ewc.matrices.matrix import DampedInverse, FisherMatrix, SumFisher
 from ewc.optimizer_state import restore_types
 from ewc.parameters import Parameters, accumulation_dtype, dot, trainable_parameters
-from ewc.pullback.accumulator import Configured
 from ewc.wrappers import named_parameters
 
 DAMPING_FACTOR = 1.5
@@ -109,7 +102,7 @@ class NaturalGradient(Optimizer):
         decay: float = 0.0,
         tolerance: float = 0.0,
         estimator: Estimator = Exact(),
-        structure: type[FisherMatrix] | Configured[Any] = KroneckerFisher,
+        structure: Structure[Any] = Kronecker(),
     ) -> None:
         schedule = damping if callable(damping) else None
         first = damping(0) if callable(damping) else damping
@@ -235,12 +228,8 @@ class NaturalGradient(Optimizer):
         if self.fisher is None or self.decay == 0:
             self.fisher = fresh
             return
-        mean = self.decay * self.fisher + (1 - self.decay) * fresh
-        if isinstance(fresh, KroneckerFisher):
-            mean, _ = nearest_kronecker(mean)
-        elif isinstance(fresh, EigenvalueCorrectedFisher):
-            mean = nearest_in_eigenbasis(mean, fresh)
-        elif isinstance(mean, SumFisher):
+        mean = (self.decay * self.fisher + (1 - self.decay) * fresh).nearest()
+        if isinstance(mean, SumFisher):
             raise TypeError(
                 f"decay is {self.decay}, but the mean of two {type(fresh).__name__} is none: "
                 "take decay=0, or a diagonal, Kronecker, eigenvalue-corrected or dense structure."
@@ -362,7 +351,7 @@ class NaturalGradient(Optimizer):
             self.model,
             [batch],
             self.likelihood,
-            structure=ImplicitFisher,
+            structure=Implicit(),
             parameters=list(free.values()),
         )
         moved = {name: move[name] for name in exact.shapes}

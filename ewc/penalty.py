@@ -32,7 +32,6 @@ from ewc.consolidation.matching import fitted, joined, precision_of
 from ewc.consolidation.pacing import ScaledTerms
 from ewc.consolidation.quadratic import Quadratic, QuadraticForm, value_and_gradient
 from ewc.matrices.matrix import FisherMatrix
-from ewc.matrices.shrinkage import shrunk
 from ewc.matrices.truncation import check_rank, truncated
 from ewc.parameters import Parameters
 
@@ -180,7 +179,7 @@ class EWCPenalty(nn.Module):
         fisher = fisher.with_num_examples(
             fisher.num_examples if num_examples is None else num_examples
         )
-        precision = shrunk(precision_of(fisher, model), self.shrinkage)
+        precision = precision_of(fisher, model).shrunk(self.shrinkage)
         terms = joined(self.terms, precision, model, self.consolidation)
         if self.rank is not None:
             terms = [replace(t, precision=truncated(t.precision, self.rank)) for t in terms]

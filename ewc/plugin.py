@@ -19,15 +19,14 @@ from avalanche.training.plugins import SupervisedPlugin
 from ewc.checks import check_count
 from ewc.consolidation.consolidation import Consolidation, Separate
 from ewc.eigenbasis_adam import EigenbasisAdam
-from ewc.fisher import DiagonalFisher, Estimator, Exact, FisherMatrix, fisher_information
+from ewc.fisher import Estimator, Exact, FisherMatrix, fisher_information
 from ewc.fisher.estimators import check_estimator
 from ewc.fisher.evaluation import undisturbed
+from ewc.fisher.structures.diagonal import Diagonal
+from ewc.fisher.structures.structure import Structure, check_structure
 from ewc.forgetting import ForgettingBudget
 from ewc.likelihoods import Categorical, Likelihood, check_likelihood
-from ewc.matrices.matrix import check_structure
-from ewc.matrices.shrinkage import can_shrink
 from ewc.penalty import EWCPenalty
-from ewc.pullback.accumulator import Configured
 from ewc.strategy_calls import Batches, beside, strategy_calls
 from ewc.wrappers import unwrapped
 
@@ -109,7 +108,7 @@ class EWCPlugin(SupervisedPlugin):
         *,
         likelihood: Likelihood = Categorical(),
         estimator: Estimator = Exact(),
-        structure: type[FisherMatrix] | Configured[Any] = DiagonalFisher,
+        structure: Structure[Any] = Diagonal(),
         consolidation: Consolidation = Separate(),
         shrinkage: float = 0.0,
         eigenvector_share: float = 1.0,
@@ -125,7 +124,7 @@ class EWCPlugin(SupervisedPlugin):
         check_structure(structure)
         check_count(implicit_every, "implicit_every", optional=True)
         check_count(max_examples, "max_examples", optional=True)
-        if shrinkage and not can_shrink(structure):
+        if shrinkage and not structure.has_units:
             name = getattr(structure, "__name__", str(structure))
             raise ValueError(
                 f"shrinkage is {shrinkage}: with {name} it must be 0; diagonal, Kronecker and "

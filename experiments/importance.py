@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from ewc import DiagonalFisher, Empirical, Likelihood, Online
-from ewc.matrices.diagonal import DiagonalSum
+from ewc.fisher.structures.diagonal import DiagonalAccumulator
+from ewc.linalg.tiles import slices
 from ewc.parameters import Parameters
 from ewc.plugin import EWCPlugin
 from ewc.pullback.outer import OuterProducts
-from ewc.pullback.pullback import Chunk, Pullback, slices
+from ewc.pullback.pullback import Chunk, Pullback
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class AbsoluteGradients(DiagonalFisher):
         return AbsoluteSum(parameters)
 
 
-class AbsoluteSum(DiagonalSum):
+class AbsoluteSum(DiagonalAccumulator):
     r"""The running :math:`\sum_{n,k} |v_{kn}|`."""
 
     def add(self, chunk: Chunk) -> None:
@@ -112,7 +113,7 @@ class BatchMeanGradients(DiagonalFisher):
         return BatchMeanSum(parameters)
 
 
-class BatchMeanSum(DiagonalSum):
+class BatchMeanSum(DiagonalAccumulator):
     r"""The running :math:`\sum_b B_b (\frac{1}{B_b} \sum_{n \in b} v_n)^2`."""
 
     def add(self, chunk: Chunk) -> None:
@@ -136,7 +137,7 @@ class UnitImportance(DiagonalFisher):
         return Ones(parameters)
 
 
-class Ones(DiagonalSum):
+class Ones(DiagonalAccumulator):
     """One for every example."""
 
     def add(self, chunk: Chunk) -> None:

@@ -19,8 +19,8 @@ from ewc import (
 from ewc.checks import check_not_negative
 from ewc.consolidation.consolidation import Consolidation
 from ewc.fisher import Estimator
+from ewc.fisher.structures.structure import Configured
 from ewc.plugin import EWCPlugin
-from ewc.pullback.accumulator import Configured
 from experiments.distillation import Distillation
 from experiments.importance import (
     BatchMeanGradients,

@@ -24,11 +24,12 @@ from ewc.checks import check_count, check_not_negative, check_positive, check_sh
 from ewc.consolidation.consolidation import Online, Separate, check_consolidation
 from ewc.fisher import SumFisher
 from ewc.fisher.estimators import check_estimator
+from ewc.fisher.structures.structure import check_structure
 from ewc.forgetting import ForgettingBudget
 from ewc.likelihoods import check_likelihood
 from ewc.matrices.layers.eigenvalue_corrected import EigenvalueCorrectedProduct
 from ewc.matrices.layers.layer_matrix import LayerMatrix
-from ewc.matrices.matrix import FisherMatrix, check_structure
+from ewc.matrices.matrix import FisherMatrix
 
 NO_NUMBERS = [True, "1", None, [1.0], math.nan, math.inf, -math.inf, 1j, torch.ones(2)]
 

@@ -20,7 +20,7 @@ from ewc import (
 )
 from ewc.fisher import kronecker
 from ewc.matrices.layers.kronecker import KroneckerProduct
-from ewc.matrices.sum import SumFisher
+from ewc.matrices.matrix import SumFisher
 
 NUM_EXAMPLES = 9
 

@@ -1,13 +1,19 @@
-"""Leading eigenvectors with a proved remainder, and the damped inverses made of them."""
+"""LeadingInverse eigenvectors with a proved remainder, and the damped inverses made of them."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ewc import EigenvalueCorrectedFisher, KroneckerFisher, MonteCarlo, fisher_information
-from ewc.matrices.damped_inverse import InEigenbasis
+from ewc.matrices.layers.eigenvalue_corrected import EigenbasisInverse
 from ewc.matrices.layers.kronecker import KroneckerProduct
-from ewc.matrices.layers.leading import FIRST_VECTORS, WIDTH, Leading, leading_inverse, leading_part
+from ewc.matrices.layers.leading import (
+    FIRST_VECTORS,
+    WIDTH,
+    LeadingInverse,
+    leading_inverse,
+    leading_part,
+)
 from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import flatten, unflatten
 
@@ -83,7 +89,7 @@ def test_the_tolerance_bounds_every_quadratic_form(
     fisher = fisher_information(network, data, structure=structure)
     block = fisher.blocks[0]
     damping = 0.1 * float(block.trace())
-    assert isinstance(block.damped_inverse(damping, tolerance), Leading)
+    assert isinstance(block.damped_inverse(damping, tolerance), LeadingInverse)
     found = dense_inverse(block, damping, tolerance)
     torch.testing.assert_close(found, found.T)
     damped = block.to_dense() + damping * torch.eye(len(found), dtype=torch.float64)
@@ -103,7 +109,7 @@ def test_without_tolerance_or_where_it_saves_nothing_it_is_exact(
     assert isinstance(block, KroneckerProduct)
     for damping, tolerance in ((0.1, 0.0), (1e-9, 0.1), (1e-18, 1.0)):
         assert leading_inverse(block, damping, tolerance) is None
-        assert isinstance(block.damped_inverse(damping, tolerance), InEigenbasis)
+        assert isinstance(block.damped_inverse(damping, tolerance), EigenbasisInverse)
     exact = torch.linalg.inv(block.to_dense() + 0.1 * torch.eye(block.num_parameters).double())
     torch.testing.assert_close(dense_inverse(block, 0.1, 0.0), exact)
     idle = KroneckerProduct(block.weights, 0 * block.outputs, block.inputs, 1)

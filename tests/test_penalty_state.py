@@ -20,10 +20,10 @@ from ewc import (
     Separate,
     fisher_information,
 )
+from ewc.linalg.weight_layout import WeightLayout
 from ewc.matrices.layers.kronecker import KroneckerProduct
 from ewc.matrices.layers.layer_matrix import LayerWeights
 from ewc.matrices.truncation import truncated
-from ewc.pullback.outer import WeightLayout
 
 CONSOLIDATIONS = pytest.mark.parametrize(
     "consolidation", [Separate(), Online(0.5), Online(0.5, exact=True)], ids=repr

@@ -16,7 +16,7 @@ from ewc import (
     fisher_information,
 )
 from ewc.consolidation.implicit_step import step_sizes
-from ewc.matrices.block_diagonal import layer_of
+from ewc.fisher.structures.block_diagonal import layer_of
 from ewc.parameters import flatten
 
 STRUCTURES = [

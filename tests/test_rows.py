@@ -259,7 +259,7 @@ def test_a_layout_seen_on_few_examples_is_not_taken_for_that_of_many(build):
     torch.testing.assert_close(found.to_dense(), expected, **EXACT)
 
 
-class Solving(nn.Module):
+class SolveEachTime(nn.Module):
     """torch's rule for several solutions at once is wrong where n = 1 mod d."""
 
     def __init__(self):
@@ -274,7 +274,7 @@ class Solving(nn.Module):
 @pytest.mark.parametrize("sizes", [(5,), (4, 5), (33, 32)])
 def test_wrong_rules_for_many_examples_are_found_out(sizes):
     torch.manual_seed(0)
-    model = Solving().double()
+    model = SolveEachTime().double()
     batches = [(torch.randn(n, 2).double(), torch.zeros(n, dtype=torch.long)) for n in sizes]
     examples = [(row,) for x, _ in batches for row in x]
     expected = reference.categorical_fisher(model, examples, torch.square)

@@ -11,8 +11,6 @@ import torch
 from ewc.checks import check_instance, check_share
 from ewc.consolidation.quadratic import Quadratic
 from ewc.matrices.diagonal import DiagonalFisher
-from ewc.matrices.kronecker import KroneckerFisher
-from ewc.matrices.nearest_kronecker import nearest_kronecker
 
 
 def completed_square(first: Quadratic, second: Quadratic) -> Quadratic:
@@ -83,9 +81,7 @@ class Online:
         precision = new.precision
         for old in terms:
             precision = self.decay * old.precision + precision
-        if terms and isinstance(new.precision, KroneckerFisher) and not self.exact:
-            precision, _ = nearest_kronecker(precision)
-        return [Quadratic(precision, new.anchor)]
+        return [Quadratic(precision.nearest(), new.anchor)]
 
 
 Consolidation = Separate | Online

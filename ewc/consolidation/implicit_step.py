@@ -23,10 +23,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ewc.consolidation.quadratic import Quadratic
-from ewc.matrices.block_diagonal import BlockDiagonalFisher
-from ewc.matrices.diagonal import DiagonalFisher
-from ewc.matrices.matrix import FisherMatrix
-from ewc.parameters import Parameters
 
 SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
 """Where optimizers keep the mean squared gradient: Adam and its family, RMSprop."""
@@ -81,43 +77,7 @@ def implicit_step(
         names = [name for name in term.precision.shapes if id(parameters[name]) in sizes]
         here = {name: parameters[name] for name in term.precision.shapes}
         away = term.step_to(here)
-        own = {name: sizes[id(here[name])] for name in names}
-        moved = _shrunk(term.precision, away, own, num_steps)
+        steps = {name: num_steps * sizes[id(here[name])] for name in names}
+        moved = term.precision.resolvent(away, steps)
         for name in names:
             here[name].copy_(term.anchor[name] + moved[name])
-
-
-def _shrunk(
-    precision: FisherMatrix,
-    away: Parameters,
-    sizes: Mapping[str, Tensor | float],
-    num_steps: int,
-) -> Parameters:
-    r"""The distances :math:`(I + m H P)^{-1} d`."""
-    if isinstance(precision, DiagonalFisher):
-        entries = precision.diagonal()
-        return {n: away[n] / (1 + num_steps * sizes.get(n, 0.0) * entries[n]) for n in away}
-    if isinstance(precision, BlockDiagonalFisher):
-        moved: Parameters = {}
-        for block in precision.blocks:
-            part = {name: away[name] for name in block.shapes}
-            moved |= _shrunk(block, part, sizes, num_steps)
-        return moved
-    size = num_steps * _mean_size([sizes[name] for name in away if name in sizes])
-    if size == 0:
-        return away
-    solved = precision.solve({name: tensor / size for name, tensor in away.items()}, 1 / size)
-    return dict(solved)
-
-
-def _mean_size(sizes: Sequence[Tensor | float]) -> float:
-    """One step size for several parameters, as far as the gradient moves them together.
-
-    Of Adam's the entries are proportional to the inverse of the gradients' root mean
-    square, so that the mean over squared gradients is that of roots over that of squares.
-    """
-    tensors = [size for size in sizes if isinstance(size, Tensor)]
-    if not tensors:
-        return float(sizes[0]) if sizes else 0.0
-    inverse = torch.cat([size.flatten() for size in tensors]).reciprocal()
-    return float(inverse.sum() / inverse.square().sum())

@@ -30,8 +30,7 @@ from ewc.consolidation.quadratic import Quadratic
 from ewc.matrices.block_diagonal import BlockDiagonalFisher
 from ewc.matrices.layers.kronecker import KroneckerProduct
 from ewc.matrices.layers.truncated import TruncatedProduct
-from ewc.matrices.matrix import FisherMatrix
-from ewc.matrices.sum import SumFisher
+from ewc.matrices.matrix import FisherMatrix, SumFisher
 
 SLOWEST = 6
 """The slowest pace: one step of ``2**SLOWEST``."""

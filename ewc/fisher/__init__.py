@@ -31,34 +31,32 @@ accumulator of a structure.
 """
 
 from ewc.fisher.estimators import Empirical, Estimator, Exact, MonteCarlo
+from ewc.fisher.implicit.implicit import Implicit
 from ewc.fisher.implicit.implicit_fisher import ImplicitFisher
 from ewc.fisher.information import fisher_information
 from ewc.fisher.sampling import sampled_fisher
-from ewc.matrices.block_diagonal import BlockDiagonalFisher
-from ewc.matrices.dense import DenseFisher
-from ewc.matrices.diagonal import DiagonalFisher
-from ewc.matrices.eigenvalue_corrected import EigenvalueCorrectedFisher
-from ewc.matrices.kronecker import KroneckerFisher
-from ewc.matrices.low_rank import LowRankFisher
-from ewc.matrices.matrix import FisherMatrix
-from ewc.matrices.nearest_kronecker import nearest_kronecker
-from ewc.matrices.sum import SumFisher
+from ewc.fisher.structures.block_diagonal import BlockDiagonal
+from ewc.fisher.structures.dense import Dense
+from ewc.fisher.structures.diagonal import Diagonal
+from ewc.fisher.structures.eigenvalue_corrected import EigenvalueCorrected
+from ewc.fisher.structures.kronecker import Kronecker
+from ewc.fisher.structures.low_rank import LowRank
+from ewc.fisher.structures.structure import Structure
 
 __all__ = [
-    "BlockDiagonalFisher",
-    "DenseFisher",
-    "DiagonalFisher",
-    "EigenvalueCorrectedFisher",
+    "BlockDiagonal",
+    "Dense",
+    "Diagonal",
+    "EigenvalueCorrected",
     "Empirical",
     "Estimator",
     "Exact",
-    "FisherMatrix",
+    "Implicit",
     "ImplicitFisher",
-    "KroneckerFisher",
-    "LowRankFisher",
+    "Kronecker",
+    "LowRank",
     "MonteCarlo",
-    "SumFisher",
+    "Structure",
     "fisher_information",
-    "nearest_kronecker",
     "sampled_fisher",
 ]

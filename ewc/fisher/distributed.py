@@ -6,7 +6,7 @@ import torch
 from torch import distributed
 from torch.distributed import ProcessGroup
 
-from ewc.pullback.accumulator import Accumulator
+from ewc.fisher.structures.structure import Accumulator
 
 _DIGIT = 2**20
 """Counts travel with the sums as two digits that single precision holds exactly."""
@@ -26,7 +26,7 @@ def anywhere(flag: bool, group: ProcessGroup | None) -> bool:
     return any(flags)
 
 
-def joined(total: Accumulator, num_examples: int, group: ProcessGroup) -> int:
+def joined(total: Accumulator[Any], num_examples: int, group: ProcessGroup) -> int:
     """Add the sums of all processes into ``total``, in one all-reduce.
 
     Args:

@@ -2,7 +2,7 @@ r"""The pass over the data that makes a Fisher matrix."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +12,27 @@ from ewc.checks import is_whole
 from ewc.fisher.distributed import anywhere, joined, rank_in
 from ewc.fisher.estimators import Estimator, Exact, check_estimator
 from ewc.fisher.evaluation import dense_parts, plain_operations, undisturbed
+from ewc.fisher.structures.diagonal import Diagonal
+from ewc.fisher.structures.structure import (
+    Accumulator,
+    Matrix,
+    Structure,
+    check_structure,
+)
 from ewc.likelihoods import Categorical, Likelihood, check_likelihood
+from ewc.linalg.tiles import DEFAULT_MEMORY
 from ewc.matrices.diagonal import DiagonalFisher
-from ewc.matrices.matrix import FisherMatrix, check_structure
+from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import Parameters, Selection, selected_parameters
-from ewc.pullback.accumulator import Accumulator, Configured
 from ewc.pullback.agreement import same
 from ewc.pullback.arguments import Arguments, Caller, listed_shapes
 from ewc.pullback.graph import Graph
 from ewc.pullback.per_example import INDEPENDENT, reproducible
-from ewc.pullback.pullback import DEFAULT_MEMORY, Chunk
-from ewc.pullback.tape import Memory, Tape
+from ewc.pullback.pullback import Chunk
+from ewc.pullback.tape import KnownGraphs, Tape
 from ewc.wrappers import unwrapped
 
-Structure = TypeVar("Structure", bound=FisherMatrix)
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 EXAMPLES_AT_ONCE = 512
 """Larger batches are cut: products this tall are as fast, and their results stay in cache."""
@@ -44,17 +50,45 @@ SORTED_AT_ONCE = 64
 """Where examples need more or fewer vectors, those that need as many go together."""
 
 
+@overload
+def fisher_information(
+    model: nn.Module,
+    data: Iterable[Any],
+    likelihood: Likelihood = ...,
+    *,
+    estimator: Estimator = ...,
+    structure: Diagonal = ...,
+    parameters: Sequence[Selection] | None = ...,
+    memory: int = ...,
+    group: ProcessGroup | None = ...,
+) -> DiagonalFisher: ...
+
+
+@overload
+def fisher_information(
+    model: nn.Module,
+    data: Iterable[Any],
+    likelihood: Likelihood = ...,
+    *,
+    estimator: Estimator = ...,
+    structure: Structure[Matrix],
+    parameters: Sequence[Selection] | None = ...,
+    memory: int = ...,
+    group: ProcessGroup | None = ...,
+) -> Matrix: ...
+
+
 def fisher_information(
     model: nn.Module,
     data: Iterable[Any],
     likelihood: Likelihood = Categorical(),
     *,
     estimator: Estimator = Exact(),
-    structure: type[Structure] | Configured[Structure] = DiagonalFisher,  # type: ignore[assignment]
+    structure: Structure[Any] = Diagonal(),
     parameters: Sequence[Selection] | None = None,
     memory: int = DEFAULT_MEMORY,
     group: ProcessGroup | None = None,
-) -> Structure:
+) -> FisherMatrix:
     r"""The Fisher information of ``model`` at its present parameters, a mean over examples.
 
     :math:`F = \frac1N \sum_n J_n^\top \big(\sum_k s_{kn} s_{kn}^\top\big) J_n` with the
@@ -77,8 +111,7 @@ def fisher_information(
             ``y`` may be any tensor with a row an example.
         likelihood: what the outputs mean.
         estimator: how the expectation over targets is taken.
-        structure: what of the matrix to keep: a class, or one with options, such as
-            ``LowRankFisher.configured(rank=50)``.
+        structure: what of the matrix to keep, such as ``Kronecker()`` or ``LowRank(rank=50)``.
         parameters: restricts the matrix to some parameters: their names, patterns such as
             ``"head.*"``, modules, or the parameters themselves; all that require a
             gradient if ``None``.
@@ -107,7 +140,7 @@ def fisher_information(
         raise ValueError(f"memory is {memory!r}: it must be a whole number of bytes above 0.")
     chosen = selected_parameters(model, parameters)
     with unwrapped(model) as bare, undisturbed(bare), plain_operations(bare):
-        total = structure.accumulator(chosen)
+        total: Accumulator[Any] = structure.accumulator(chosen)
         if total.passes > 1 and iter(data) is data:
             raise ValueError(
                 f"The data are a {type(data).__name__}, which can be read once: this structure "
@@ -115,7 +148,7 @@ def fisher_information(
             )
         while True:
             with torch.enable_grad():
-                network = Network(bare, chosen, likelihood, estimator, memory)
+                network = DataPass(bare, chosen, likelihood, estimator, memory)
                 num_examples = network.summed_up(data, total, rank_in(group))
             if group is not None:
                 num_examples = joined(total, num_examples, group)
@@ -130,13 +163,13 @@ def fisher_information(
                 )
             with torch.no_grad():
                 check_finite(total.sums())
-                found = total.mean(num_examples)
-            if isinstance(found, FisherMatrix):
-                return found  # type: ignore[return-value]
-            total = found
+                mean = total.mean(num_examples)
+            if isinstance(mean, FisherMatrix):
+                return mean
+            total = mean
 
 
-class Network:
+class DataPass:
     """A model with what is known of it once its first batch has been seen."""
 
     def __init__(
@@ -153,7 +186,7 @@ class Network:
         self.estimator = estimator
         self.memory = memory
         self.caller = Caller(model, next(iter(parameters.values())).device)
-        self.seen = Memory()
+        self.seen = KnownGraphs()
         self.independent = False
         """Whether examples were seen to give alone what they give in their batch."""
         self.depends = False
@@ -161,7 +194,7 @@ class Network:
         self.fitting: dict[tuple[torch.Size, ...], tuple[int, int]] = {}
         """How many examples and score vectors fit into memory at once, by the inputs' shapes."""
 
-    def summed_up(self, data: Iterable[Any], total: Accumulator, rank: int) -> int:
+    def summed_up(self, data: Iterable[Any], total: Accumulator[Any], rank: int) -> int:
         """Add all the data to ``total``; returns the number of examples."""
         # Every process draws targets of its own.
         generator = torch.Generator().manual_seed(self.estimator.seed + 1_000_003 * rank)
@@ -228,8 +261,8 @@ class Network:
             yield self._chunk(one, outputs, scores[:, i : i + 1], vectors_at_once)
 
     def _of_batch(
-        self, part: Callable[[], Found], arguments: Arguments, targets: Tensor, index: int
-    ) -> Found:
+        self, part: Callable[[], Result], arguments: Arguments, targets: Tensor, index: int
+    ) -> Result:
         """What comes of a part of a batch; an error names the sizes of the whole batch.
 
         Raises:

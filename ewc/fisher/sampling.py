@@ -10,13 +10,13 @@ from torch.distributed import ProcessGroup
 from ewc.checks import check_count
 from ewc.fisher.estimators import MonteCarlo
 from ewc.fisher.information import fisher_information
+from ewc.fisher.structures.diagonal import Diagonal
+from ewc.fisher.structures.structure import Structure
 from ewc.likelihoods import Categorical, Likelihood
 from ewc.linalg.krylov import Estimate
-from ewc.matrices.diagonal import DiagonalFisher
+from ewc.linalg.tiles import DEFAULT_MEMORY
 from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import Selection
-from ewc.pullback.accumulator import Configured
-from ewc.pullback.pullback import DEFAULT_MEMORY
 
 
 def sampled_fisher(
@@ -26,7 +26,7 @@ def sampled_fisher(
     *,
     num_samples: int = 10,
     seed: int = 0,
-    structure: type[FisherMatrix] | Configured[Any] = DiagonalFisher,
+    structure: Structure[Any] = Diagonal(),
     parameters: Sequence[Selection] | None = None,
     memory: int = DEFAULT_MEMORY,
     group: ProcessGroup | None = None,

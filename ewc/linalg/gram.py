@@ -14,7 +14,7 @@ GRAM_WIDTH = 128
 """Columns from which it pays to make a Gram matrix in quarters."""
 
 
-class Block(ABC):
+class RowBatch(ABC):
     """Some rows whose second moments are wanted.
 
     Attributes:
@@ -40,7 +40,7 @@ class Block(ABC):
 
 
 @dataclass(frozen=True)
-class RowBlock(Block):
+class StoredRows(RowBatch):
     """Rows as they are.
 
     Attributes:
@@ -57,7 +57,7 @@ class RowBlock(Block):
     @property
     def kind(self) -> Hashable:  # type: ignore[override]
         """Rows of one width go together, and a sum has only such."""
-        return RowBlock
+        return StoredRows
 
     @classmethod
     def joined(cls, blocks: Sequence[Self]) -> Self:
@@ -74,7 +74,7 @@ class RowBlock(Block):
 
 
 @dataclass(frozen=True)
-class ColumnBlock(Block):
+class StoredColumns(RowBatch):
     """Rows that lie in memory as columns, many short matrices of them; not copied.
 
     Attributes:
@@ -91,7 +91,7 @@ class ColumnBlock(Block):
     @property
     def kind(self) -> Hashable:  # type: ignore[override]
         """Columns of one length go together."""
-        return ColumnBlock, self.columns.shape[3]
+        return StoredColumns, self.columns.shape[3]
 
     @classmethod
     def joined(cls, blocks: Sequence[Self]) -> Self:
@@ -110,7 +110,7 @@ class ColumnBlock(Block):
         return self.columns.sum((0, 3))
 
 
-class GramSum:
+class RunningGram:
     r"""A running :math:`\sum \alpha X^\top X` over blocks of rows.
 
     A few rows at a time would read and write the whole matrix for little arithmetic, so
@@ -126,10 +126,10 @@ class GramSum:
     def __init__(self, groups: int, width: int, like: Tensor, memory: int) -> None:
         self.matrix = like.new_zeros(groups, width, width)
         self._most = min(width, memory // (4 * max(1, width * groups) * like.element_size()))
-        self._blocks: list[Block] = []
+        self._blocks: list[RowBatch] = []
         self._of: tuple[Hashable, float] | None = None
 
-    def add(self, block: Block, alpha: float = 1.0) -> None:
+    def add(self, block: RowBatch, alpha: float = 1.0) -> None:
         """Add the products of some rows."""
         if self._of != (block.kind, alpha):
             self.flush()

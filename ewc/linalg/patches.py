@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from ewc.linalg.gram import add_gram
 from ewc.linalg.squares import TILE
-from ewc.pullback.pullback import slices
+from ewc.linalg.tiles import slices
 
 Index = tuple[int, ...]
 

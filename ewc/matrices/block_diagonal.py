@@ -7,28 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from ewc.checks import check_count
-from ewc.matrices.composite import joined_states, split_states
-from ewc.matrices.damped_inverse import Blocks, DampedInverse
-from ewc.matrices.dense import BlockSums
 from ewc.matrices.diagonal import DiagonalFisher
-from ewc.matrices.matrix import FisherMatrix, State
-from ewc.matrices.sum import SumFisher
+from ewc.matrices.matrix import (
+    DampedInverse,
+    FisherMatrix,
+    State,
+    SumFisher,
+    combined_states,
+    split_states,
+)
 from ewc.parameters import Parameters, Shapes, check_same_shapes, shapes_of, size_of
-from ewc.pullback.accumulator import Accumulator
-from ewc.pullback.pullback import Chunk
-
-
-def layer_of(name: str) -> str:
-    """The layer that a parameter belongs to: its name without the last part."""
-    return name.rpartition(".")[0]
-
-
-def by_layer(shapes: Shapes) -> dict[str, Shapes]:
-    """The parameters of every layer, by the layer's name."""
-    layers: dict[str, Shapes] = {}
-    for name, shape in shapes.items():
-        layers.setdefault(layer_of(name), {})[name] = shape
-    return layers
 
 
 class BlockDiagonalFisher(FisherMatrix):
@@ -63,11 +51,6 @@ class BlockDiagonalFisher(FisherMatrix):
             raise ValueError(f"Parameter {twice!r} is in two blocks: blocks must be disjoint.")
         union = {name: shape for block in self.blocks for name, shape in block.shapes.items()}
         check_same_shapes(union, self.shapes, "The set of blocks")
-
-    @classmethod
-    def accumulator(cls, parameters: Parameters) -> Accumulator:
-        """An empty dense block a layer."""
-        return BlockDiagonalSum(parameters)
 
     def matvec(self, v: Mapping[str, Tensor]) -> Parameters:
         """The products of the blocks.
@@ -108,7 +91,7 @@ class BlockDiagonalFisher(FisherMatrix):
             torch.linalg.LinAlgError: a damped block is not positive definite.
         """
         inverses = [(b.damped_inverse(damping, tolerance), b.shapes) for b in self.blocks]
-        return Blocks(inverses, self.shapes)
+        return BlockwiseInverse(inverses, self.shapes)
 
     def inverse_diagonal(self, damping: float) -> Parameters:
         r"""The diagonals of the blocks' :math:`(F_l + \delta I)^{-1}`.
@@ -186,7 +169,8 @@ class BlockDiagonalFisher(FisherMatrix):
         present = {name for block in sums for name in block.shapes}
         sums += [zero for name, zero in idle.items() if name not in present]
         examples = self.num_examples + other.num_examples
-        return BlockDiagonalFisher(sums, self.shapes, examples)
+        kind = type(self) if type(self) is type(other) else BlockDiagonalFisher
+        return kind(sums, self.shapes, examples)
 
     def _parts(self) -> tuple[dict[tuple[str, ...], FisherMatrix], dict[str, FisherMatrix]]:
         """The blocks by their parameters, and apart the zero ones, by parameter."""
@@ -227,6 +211,23 @@ class BlockDiagonalFisher(FisherMatrix):
         """Where the first block is."""
         return self.blocks[0].device
 
+    @property
+    def has_units(self) -> bool:
+        return any(block.has_units for block in self.blocks)
+
+    def _shrunk(self, amount: float) -> Self:
+        if not self.has_units:
+            super()._shrunk(amount)
+        blocks = [block.shrunk(amount) if block.has_units else block for block in self.blocks]
+        return type(self)(blocks, self.shapes, self.num_examples)
+
+    def resolvent(self, v: Mapping[str, Tensor], steps: Mapping[str, Tensor | float]) -> Parameters:
+        return self._gathered(block.resolvent(self._part(v, block), steps) for block in self.blocks)
+
+    def per_layer(self, function: Callable[[FisherMatrix], FisherMatrix]) -> "BlockDiagonalFisher":
+        blocks = [block.per_layer(function) for block in self.blocks]
+        return BlockDiagonalFisher(blocks, self.shapes, self.num_examples)
+
     def check_entries(self) -> None:
         """Check the entries of every block."""
         for block in self.blocks:
@@ -239,7 +240,14 @@ class BlockDiagonalFisher(FisherMatrix):
 
     def __repr__(self) -> str:
         """One line with size and trace, and the layers that have another form."""
-        others = [block for block in self.blocks if not isinstance(block, self.form)]
+        others = [
+            block
+            for block in self.blocks
+            if not all(
+                isinstance(term, self.form)
+                for term in (block.terms if isinstance(block, SumFisher) else [block])
+            )
+        ]
         line = super().__repr__()[:-1]
         for kind, diagonal in (("exact blocks", False), ("exact diagonals", True)):
             of_kind = [b for b in others if isinstance(b, DiagonalFisher) == diagonal]
@@ -249,7 +257,7 @@ class BlockDiagonalFisher(FisherMatrix):
 
     def state(self) -> State:
         """The tensors of all blocks, numbered; a description a block."""
-        tensors, about = joined_states(self.blocks)
+        tensors, about = combined_states(self.blocks)
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
         return tensors, {"blocks": about, "shapes": shapes, "num_examples": self.num_examples}
 
@@ -268,30 +276,8 @@ class BlockDiagonalFisher(FisherMatrix):
         return {name: found[name] for name in self.shapes}
 
 
-class BlockDiagonalSum(Accumulator):
-    r"""The running :math:`\sum_{n,k} v_{kn} v_{kn}^\top` within every layer."""
-
-    def __init__(self, parameters: Parameters) -> None:
-        self.shapes = shapes_of(parameters)
-        self.blocks = BlockSums(by_layer(self.shapes), next(iter(parameters.values())))
-
-    def add(self, chunk: Chunk) -> None:
-        """Add the outer products of one chunk of pulled-back vectors."""
-        for pullbacks in chunk.pullbacks():
-            self.blocks.add(pullbacks)
-
-    def sums(self) -> dict[str, Tensor]:
-        """The blocks, by layer."""
-        return self.blocks.totals
-
-    def mean(self, num_examples: int) -> BlockDiagonalFisher:
-        """The mean blocks."""
-        blocks = [self.blocks.mean(key, num_examples) for key in self.blocks.blocks]
-        return BlockDiagonalFisher(blocks, self.shapes, num_examples)
-
-
 def disjoint(terms: Sequence[FisherMatrix], num_examples: int) -> list[FisherMatrix]:
-    """Blocks that share no parameter: matrices that do are put into one, their sum."""
+    """BlockwiseInverse that share no parameter: matrices that do are put into one, their sum."""
     groups: list[list[FisherMatrix]] = []
     for term in terms:
         touching = [g for g in groups if any(term.shapes.keys() & t.shapes.keys() for t in g)]
@@ -314,3 +300,24 @@ def _sum(terms: Sequence[FisherMatrix], num_examples: int) -> FisherMatrix:
         blocks = [term, DiagonalFisher(zeros, num_examples)]
         whole.append(BlockDiagonalFisher(blocks, shapes, num_examples) if zeros else term)
     return SumFisher(whole, num_examples)
+
+
+class BlockwiseInverse(DampedInverse):
+    """The inverses of blocks along the diagonal.
+
+    Args:
+        inverses: of every block, with its parameters.
+        shapes: all parameters by name, in the flat order.
+    """
+
+    def __init__(self, inverses: Sequence[tuple[DampedInverse, Shapes]], shapes: Shapes) -> None:
+        self.inverses = inverses
+        self.shapes = shapes
+
+    def __call__(self, v: Mapping[str, Tensor]) -> Parameters:
+        """The solutions of the blocks."""
+        check_same_shapes(shapes_of(v), self.shapes, "The right-hand side")
+        found: Parameters = {}
+        for inverse, shapes in self.inverses:
+            found |= inverse({name: v[name] for name in shapes})
+        return {name: found[name] for name in self.shapes}

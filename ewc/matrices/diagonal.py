@@ -11,14 +11,11 @@ from ewc.matrices.matrix import FisherMatrix, State
 from ewc.parameters import (
     Parameters,
     Shapes,
-    accumulation_dtype,
     check_same_shapes,
     flatten,
     padded,
     shapes_of,
 )
-from ewc.pullback.accumulator import Accumulator
-from ewc.pullback.pullback import Chunk
 
 
 class DiagonalFisher(FisherMatrix):
@@ -35,11 +32,6 @@ class DiagonalFisher(FisherMatrix):
         self._diagonal = diagonal
         self.shapes = shapes_of(diagonal)
         self.num_examples = num_examples
-
-    @classmethod
-    def accumulator(cls, parameters: Parameters) -> "DiagonalSum":
-        """An empty diagonal over these parameters."""
-        return DiagonalSum(parameters)
 
     def matvec(self, v: Mapping[str, Tensor]) -> Parameters:
         """The product, entry by entry.
@@ -133,6 +125,25 @@ class DiagonalFisher(FisherMatrix):
         """Zero entries for new names and new last rows."""
         return DiagonalFisher(padded(self._diagonal, shapes), self.num_examples)
 
+    @property
+    def has_units(self) -> bool:
+        return True
+
+    def _shrunk(self, amount: float) -> "DiagonalFisher":
+        entries = {
+            name: (1 - amount) * tensor + amount * tensor.mean(0, keepdim=True)
+            if tensor.dim()
+            else tensor
+            for name, tensor in self._diagonal.items()
+        }
+        return DiagonalFisher(entries, self.num_examples)
+
+    def resolvent(self, v: Mapping[str, Tensor], steps: Mapping[str, Tensor | float]) -> Parameters:
+        return {
+            name: tensor / (1 + steps.get(name, 0.0) * self._diagonal[name])
+            for name, tensor in v.items()
+        }
+
     def state(self) -> State:
         """The entries by parameter; the names in the flat order."""
         return self._diagonal, {"names": list(self.shapes), "num_examples": self.num_examples}
@@ -141,28 +152,3 @@ class DiagonalFisher(FisherMatrix):
     def from_state(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
         """The matrix of these entries."""
         return cls({name: tensors[name] for name in about["names"]}, about["num_examples"])
-
-
-class DiagonalSum(Accumulator):
-    r"""The running :math:`\sum_{n,k} v_{kn}^2`, entry by entry, in single precision at least."""
-
-    def __init__(self, parameters: Parameters) -> None:
-        self.total = {
-            name: torch.zeros_like(parameter, dtype=accumulation_dtype(parameter.dtype))
-            for name, parameter in parameters.items()
-        }
-
-    def add(self, chunk: Chunk) -> None:
-        """Add the squares of one chunk of pulled-back vectors."""
-        for pullbacks in chunk.pullbacks():
-            for pullback in pullbacks:
-                pullback.add_squares(self.total)
-
-    def sums(self) -> dict[str, Tensor]:
-        """The sums, by parameter."""
-        return self.total
-
-    def mean(self, num_examples: int) -> DiagonalFisher:
-        """The mean diagonal."""
-        entries = {name: total.div_(num_examples) for name, total in self.total.items()}
-        return DiagonalFisher(entries, num_examples)

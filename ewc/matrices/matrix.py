@@ -1,23 +1,21 @@
 r"""The verbs of a Fisher matrix, whatever its structure.
 
-A structure supplies ``matvec``, its pieces for saving, and an accumulator.  Every other
-verb has a slow, correct default here, built from the definition; a structure overrides
-those it can do faster.
+A kind of matrix supplies ``matvec`` and its pieces for saving.  Every other verb has a slow,
+correct default here, built from the definition; a kind overrides those it can do faster.
 """
 
 import copy
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from inspect import isabstract, signature
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from ewc.checks import check_count, check_not_negative, shown
-from ewc.matrices.damped_inverse import DampedInverse, Solving
+from ewc.checks import check_count, check_not_negative, check_share
+from ewc.linalg.krylov import conjugate_gradients
 from ewc.matrices.matrix_file import read, write
 from ewc.parameters import (
     Parameters,
@@ -29,13 +27,33 @@ from ewc.parameters import (
     shapes_of,
     unflatten,
 )
-from ewc.pullback.accumulator import Accumulator, Configured
 
 ROUNDING = 0.02
 """Negative eigenvalues that may be of rounding, as a share of a matrix's Frobenius norm."""
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """A matrix as tensors by name, and a description that JSON can hold."""
+
+
+class DampedInverse(ABC):
+    r"""The operator :math:`v \mapsto (F + \delta I)^{-1} v`, at one ``F`` and one damping."""
+
+    @abstractmethod
+    def __call__(self, v: Mapping[str, Tensor]) -> Parameters:
+        """The solution for one right-hand side.
+
+        Raises:
+            ValueError: ``v`` does not have the matrix's parameters.
+        """
+
+    def rows(self, v: Tensor, shapes: Shapes) -> Tensor:
+        """The solutions for many flat right-hand sides, ``[n, p]``: here one by one.
+
+        Args:
+            v: the vectors, ``[n, p]``, in the flat order.
+            shapes: the parameters by name, in the flat order.
+        """
+        return torch.stack([flatten(self(unflatten(row, shapes))) for row in v])
 
 
 class FisherMatrix(ABC):
@@ -47,32 +65,10 @@ class FisherMatrix(ABC):
     Attributes:
         shapes: the parameters by name, in the flat order.
         num_examples: :math:`N`, the examples behind the mean.
-        made_by_pass: whether a pass over data can be asked for this structure.
     """
 
-    made_by_pass: ClassVar[bool] = True
     shapes: Shapes
     num_examples: int
-
-    @classmethod
-    @abstractmethod
-    def accumulator(cls, parameters: Parameters) -> Accumulator:
-        """An empty sum over these parameters, for the pass over the data."""
-
-    @classmethod
-    def configured(cls, **options: Any) -> Configured[Self]:
-        """The structure with options, as ``fisher_information`` takes it.
-
-        Raises:
-            TypeError: the structure has no such option.
-        """
-        known = list(signature(cls.accumulator).parameters)[1:]
-        if unknown := options.keys() - set(known):
-            raise TypeError(
-                f"{cls.__name__} has no option {min(unknown)!r}: "
-                f"it has {', '.join(known) or 'none'}."
-            )
-        return Configured(cls, options)
 
     @abstractmethod
     def matvec(self, v: Mapping[str, Tensor]) -> Parameters:
@@ -162,7 +158,7 @@ class FisherMatrix(ABC):
         """
         check_not_negative(damping, "damping")
         check_not_negative(tolerance, "tolerance")
-        return Solving(self, damping)
+        return SolveEachTime(self, damping)
 
     def inverse_diagonal(self, damping: float) -> Parameters:
         r"""The diagonal of :math:`(F + \delta I)^{-1}`, by parameter.
@@ -195,7 +191,6 @@ class FisherMatrix(ABC):
         summed ``N`` is the mean over both sets of examples.  For two losses on the same
         examples, which must not count twice, see :meth:`plus_on_same_examples`.
         """
-        from ewc.matrices.sum import SumFisher  # a sum is a structure: it builds on this class
 
         return SumFisher([self, other])
 
@@ -284,6 +279,76 @@ class FisherMatrix(ABC):
                 f"The Fisher information of {', '.join(self.shapes)} has a negative eigenvalue: "
                 "a Fisher matrix has none."
             )
+
+    def shrunk(self, amount: float) -> "FisherMatrix":
+        r"""The matrix with a share of the information spread over the units of each layer.
+
+        The Fisher information of a unit that no example excites is zero, and EWC leaves such a
+        unit free.  Shrinkage gives every output unit a part of the layer's average,
+
+        .. math:: F \leftarrow (1 - \alpha) F
+                  + \alpha \, \tfrac1O I_O \otimes \operatorname{tr}_O F ,
+
+        with the partial trace over the ``O`` output units.  The trace stays.  For a Kronecker
+        product :math:`G \otimes A` this is the linear shrinkage of a covariance matrix,
+        :math:`G \leftarrow (1 - \alpha) G + \alpha \frac{\operatorname{tr} G}{O} I` (Ledoit
+        and Wolf 2004, doi:10.1016/S0047-259X(03)00096-4).
+
+        A diagonal matrix takes the first dimension of every parameter as its output units:
+        right for linear layers and for convolutions without groups.  Embeddings, transposed and
+        grouped convolutions need a Kronecker matrix, which knows its layers.  Blocks without
+        units (scales and shifts of normalisations) stay as they are.
+
+        Args:
+            amount: :math:`\alpha`, from 0 (nothing) to 1 (all units alike).
+
+        Raises:
+            ValueError: ``amount`` is outside [0, 1].
+            TypeError: this kind of matrix does not know the units of layers.
+        """
+        check_share(amount, "shrinkage")
+        return self._shrunk(amount) if amount else self
+
+    @property
+    def has_units(self) -> bool:
+        """Whether the matrix knows the output units of layers; see :meth:`shrunk`."""
+        return False
+
+    def _shrunk(self, amount: float) -> "FisherMatrix":
+        """The matrix after :meth:`shrunk`, for an amount above 0."""
+        raise TypeError(
+            "shrinkage needs a diagonal, Kronecker or eigenvalue-corrected Fisher matrix, "
+            f"not a {type(self).__name__}."
+        )
+
+    def nearest(self) -> "FisherMatrix":
+        """The nearest matrix of the same kind, where a sum was kept term by term.
+
+        A sum of Kronecker matrices becomes one Kronecker matrix, and a sum of
+        eigenvalue-corrected matrices one with the eigenvectors of the last.  Every other
+        matrix is itself.
+        """
+        return self
+
+    def resolvent(self, v: Mapping[str, Tensor], steps: Mapping[str, Tensor | float]) -> Parameters:
+        r"""The solution of :math:`(I + H F) u = v`, with the step size of every entry in ``H``.
+
+        A diagonal matrix takes every entry's own step size.  Other matrices have no closed form
+        unless :math:`H` is a number: each block takes one, the mean of its step sizes weighted
+        with the squared gradients that they belong to.
+
+        Args:
+            v: the vector.
+            steps: the step sizes by parameter, 0 or above; 0 for a name that is missing.
+        """
+        size = _mean_step([steps[name] for name in v if name in steps])
+        if size == 0:
+            return dict(v)
+        return self.solve({name: tensor / size for name, tensor in v.items()}, 1 / size)
+
+    def per_layer(self, function: "Callable[[FisherMatrix], FisherMatrix]") -> "FisherMatrix":
+        """The matrix with ``function`` applied to every block and every term of a sum."""
+        return function(self)
 
     # --- what all structures share ----------------------------------------------------
 
@@ -427,29 +492,6 @@ class FisherMatrix(ABC):
         return dense
 
 
-Structure = type[FisherMatrix] | Configured[Any]
-"""What a pass over data may be asked for: a structure, or one with options."""
-
-
-def check_structure(structure: Structure) -> None:
-    """Check that a pass over data can make this structure.
-
-    Raises:
-        TypeError: it is something else than a structure, or one that no pass makes.
-    """
-    kind = structure.structure if isinstance(structure, Configured) else structure
-    if not (isinstance(kind, type) and issubclass(kind, FisherMatrix)) or isabstract(kind):
-        raise TypeError(
-            "structure must be a FisherMatrix class such as DiagonalFisher, or one with options "
-            f"such as LowRankFisher.configured(rank=50), got {shown(structure)}."
-        )
-    if not kind.made_by_pass:
-        raise TypeError(
-            f"structure must be one that a pass over data makes, such as DiagonalFisher: a "
-            f"{kind.__name__} is made of other matrices."
-        )
-
-
 def structure_named(name: str) -> type[FisherMatrix]:
     """The structure whose class has this name, the users' own included.
 
@@ -467,3 +509,172 @@ def structure_named(name: str) -> type[FisherMatrix]:
 def _subclasses(structure: Any) -> list[type[FisherMatrix]]:
     direct: list[type[FisherMatrix]] = structure.__subclasses__()
     return [*direct, *(below for child in direct for below in _subclasses(child))]
+
+
+class SolveEachTime(DampedInverse):
+    """The inverse of a matrix that has nothing to keep from one vector to the next.
+
+    Args:
+        fisher: the matrix.
+        damping: what is added to its diagonal.
+    """
+
+    def __init__(self, fisher: "FisherMatrix", damping: float) -> None:
+        self.fisher = fisher
+        self.damping = damping
+
+    def __call__(self, v: Mapping[str, Tensor]) -> Parameters:
+        """The solution."""
+        return self.fisher.solve(v, self.damping)
+
+
+DENSE_LIMIT = 4096
+"""Parameters up to which a dense matrix is made where no closed form is known."""
+
+
+class SumFisher(FisherMatrix):
+    r"""The exact sum :math:`\sum_t F_t` of matrices of any structures.
+
+    ``matvec``, ``diagonal`` and ``trace`` cost the sum of the terms' costs; ``solve`` takes
+    conjugate gradients where the matrix is large; the other verbs go through the dense
+    matrix.
+
+    Args:
+        terms: matrices over the same parameters; a sum among them is taken apart.
+        num_examples: the examples behind the mean; those of all terms together if ``None``.
+
+    Raises:
+        ValueError: the parameters of the terms differ.
+    """
+
+    def __init__(self, terms: Sequence[FisherMatrix], num_examples: int | None = None) -> None:
+        self.terms: list[FisherMatrix] = []
+        for term in terms:
+            self.terms.extend(term.terms if isinstance(term, SumFisher) else [term])
+        self.shapes = self.terms[0].shapes
+        for term in self.terms[1:]:
+            check_same_shapes(term.shapes, self.shapes, "The other Fisher matrix")
+        together = sum(term.num_examples for term in terms)
+        self.num_examples = together if num_examples is None else num_examples
+
+    def matvec(self, v: Mapping[str, Tensor]) -> Parameters:
+        """The sum of the products."""
+        total = self.terms[0].matvec(v)
+        for term in self.terms[1:]:
+            product = term.matvec(v)
+            total = {name: tensor + product[name] for name, tensor in total.items()}
+        return total
+
+    def to_dense(self) -> Tensor:
+        """The sum of the dense matrices, shape ``[p, p]``."""
+        order = self.shapes
+        dense = [term.embedded(order).to_dense() for term in self.terms]
+        return sum(dense[1:], start=dense[0])
+
+    def diagonal(self) -> Parameters:
+        """The sum of the diagonals."""
+        diagonals = [term.diagonal() for term in self.terms]
+        return {
+            name: sum((d[name] for d in diagonals[1:]), start=diagonals[0][name])
+            for name in self.shapes
+        }
+
+    def scaled(self, factor: float) -> "SumFisher":
+        """Every term times ``factor``."""
+        return SumFisher([term.scaled(factor) for term in self.terms], self.num_examples)
+
+    def embedded(self, shapes: Shapes) -> "SumFisher":
+        """Every term over more parameters."""
+        return SumFisher([term.embedded(shapes) for term in self.terms], self.num_examples)
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "SumFisher":
+        """The terms, each with ``function`` applied: matrix-free ones keep their network."""
+        return SumFisher([term.mapped(function) for term in self.terms], self.num_examples)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of the first term."""
+        return self.terms[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first term is."""
+        return self.terms[0].device
+
+    @property
+    def has_units(self) -> bool:
+        return all(term.has_units for term in self.terms)
+
+    def _shrunk(self, amount: float) -> "SumFisher":
+        return SumFisher([term.shrunk(amount) for term in self.terms], self.num_examples)
+
+    def per_layer(self, function: Callable[[FisherMatrix], FisherMatrix]) -> "SumFisher":
+        return SumFisher([term.per_layer(function) for term in self.terms], self.num_examples)
+
+    def check_entries(self) -> None:
+        """Check the entries of every term."""
+        for term in self.terms:
+            term.check_entries()
+
+    def attached(self, model: nn.Module) -> "SumFisher":
+        """The terms with the network that matrix-free ones among them need."""
+        return SumFisher([term.attached(model) for term in self.terms], self.num_examples)
+
+    def solve(self, v: Mapping[str, Tensor], damping: float) -> Parameters:
+        r"""The solution of :math:`(\sum_t F_t + \delta I) u = v`.
+
+        By the dense matrix up to :data:`DENSE_LIMIT` parameters, above by conjugate
+        gradients to single precision's or double precision's rounding.
+
+        Raises:
+            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
+            torch.linalg.LinAlgError: the damped matrix is not positive definite.
+        """
+        if self.num_parameters <= DENSE_LIMIT:
+            return super().solve(v, damping)
+        check_not_negative(damping, "damping")
+        check_same_shapes(shapes_of(v), self.shapes, "The right-hand side")
+        return conjugate_gradients(self.matvec, self.diagonal(), v, damping)
+
+    def state(self) -> State:
+        """The tensors of all terms, numbered; a description a term."""
+        tensors, about = combined_states(self.terms)
+        return tensors, {"terms": about, "num_examples": self.num_examples}
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
+        """The sum of the terms described."""
+        return cls(split_states(tensors, about["terms"]), about["num_examples"])
+
+
+def _mean_step(sizes: Sequence[Tensor | float]) -> float:
+    """One step size for several parameters, as far as the gradient moves them together.
+
+    Adam's entries are proportional to the inverse root mean square of the gradient, so the mean
+    over squared gradients is the mean of roots over the mean of squares.
+    """
+    tensors = [size for size in sizes if isinstance(size, Tensor)]
+    if not tensors:
+        return float(sizes[0]) if sizes else 0.0
+    inverse = torch.cat([size.flatten() for size in tensors]).reciprocal()
+    return float(inverse.sum() / inverse.square().sum())
+
+
+def combined_states(matrices: Sequence[FisherMatrix]) -> tuple[dict[str, Tensor], list[Any]]:
+    """The tensors of several matrices, numbered, and their descriptions."""
+    tensors, about = {}, []
+    for index, matrix in enumerate(matrices):
+        inner, description = matrix.description()
+        tensors.update({f"{index}/{key}": value for key, value in inner.items()})
+        about.append(description)
+    return tensors, about
+
+
+def split_states(tensors: Mapping[str, Tensor], about: Sequence[Any]) -> list[FisherMatrix]:
+    """The matrices that :func:`combined_states` described."""
+    matrices = []
+    for index, description in enumerate(about):
+        prefix = f"{index}/"
+        inner = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        matrices.append(FisherMatrix.from_description(inner, description))
+    return matrices

@@ -64,7 +64,9 @@ Uses = dict[Node, dict[int, View]]
 """The nodes that compute with parameters: of each, which of its inputs is which view."""
 
 
-Structure = tuple[tuple[str, tuple[Any, ...], tuple[tuple[int, int], ...], tuple[int, ...]], ...]
+GraphStructure = tuple[
+    tuple[str, tuple[Any, ...], tuple[tuple[int, int], ...], tuple[int, ...]], ...
+]
 """See :meth:`Graph.structure`."""
 
 MOVES_ROWS = re.compile(
@@ -114,7 +116,7 @@ class Graph:
                     seen.add(source)
                     stack.append(source)
 
-    def structure(self) -> Structure:
+    def structure(self) -> GraphStructure:
         """All that the graph shows but the values of tensors.
 
         Of every node its kind, the numbers it saved (sizes, dimensions, indices, shifts),
@@ -192,7 +194,7 @@ class Graph:
             node = following
 
 
-def alike(one: Structure, other: Structure, n: int, m: int) -> bool:
+def alike(one: GraphStructure, other: GraphStructure, n: int, m: int) -> bool:
     """Whether two structures are one, but for numbers that are proportional to the examples.
 
     A dimension that is cut must be the same: a shift by four rows leaves four as they are.

@@ -13,54 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ewc.linalg.gram import Block, RowBlock
+from ewc.linalg.gram import RowBatch, StoredRows
 from ewc.linalg.squares import add_outer_squares, sum_of_squares
+from ewc.linalg.tiles import slices
+from ewc.linalg.weight_layout import WeightLayout
 from ewc.parameters import Parameters
-from ewc.pullback.pullback import Pullback, slices
-
-
-@dataclass(frozen=True)
-class WeightLayout:
-    """How a weight tensor is read as matrices ``[g, o, i]``, one a group.
-
-    Attributes:
-        shape: of the parameter: ``[g o, i, ...]``, or ``[g i, o, ...]`` if transposed.
-        groups: ``g``.
-        transposed: the inputs come first, as in a transposed convolution and in ``x @ W``.
-    """
-
-    shape: torch.Size
-    groups: int = 1
-    transposed: bool = False
-
-    @property
-    def matrix_shape(self) -> tuple[int, int, int]:
-        """``g``, ``o`` and ``i``."""
-        first, second, kernel = self._sizes()
-        if self.transposed:
-            return self.groups, second, first * kernel
-        return self.groups, first, second * kernel
-
-    def to_matrix(self, weight: Tensor) -> Tensor:
-        """``[..., *shape]`` as ``[..., g, o, i]``."""
-        lead = weight.shape[: weight.dim() - len(self.shape)]
-        first, second, kernel = self._sizes()
-        if not self.transposed:
-            return weight.reshape(*lead, self.groups, first, second * kernel)
-        split = weight.reshape(*lead, self.groups, first, second, kernel)
-        return split.transpose(-3, -2).reshape(*lead, self.groups, second, first * kernel)
-
-    def to_parameter(self, matrix: Tensor) -> Tensor:
-        """``[..., g, o, i]`` as ``[..., *shape]``."""
-        lead = matrix.shape[:-3]
-        if self.transposed:
-            first, second, kernel = self._sizes()
-            split = matrix.reshape(*lead, self.groups, second, first, kernel)
-            matrix = split.transpose(-3, -2)
-        return matrix.reshape(*lead, *self.shape)
-
-    def _sizes(self) -> tuple[int, int, int]:
-        return self.shape[0] // self.groups, self.shape[1], self.shape[2:].numel()
+from ewc.pullback.pullback import Pullback
 
 
 class Factors(ABC):
@@ -91,19 +49,19 @@ class Factors(ABC):
         r"""Add :math:`\sum_{k,n} (\sum_t g_t a_t^\top)^2` to ``total``, ``[g, o, i]``."""
         add_outer_squares(self.inputs(examples), self.gradients(examples), total)
 
-    def input_rows(self, examples: slice) -> Block:
+    def input_rows(self, examples: slice) -> RowBatch:
         """The inputs of all examples and positions, rows of ``i``.
 
         They may be kept: they must not hold on to the graph that they come from.
         """
-        return RowBlock(self.inputs(examples).detach().transpose(0, 1).flatten(1, 2))
+        return StoredRows(self.inputs(examples).detach().transpose(0, 1).flatten(1, 2))
 
-    def gradient_rows(self, examples: slice) -> Block:
+    def gradient_rows(self, examples: slice) -> RowBatch:
         """The gradients of all vectors, examples and positions, rows of ``o``."""
         g = self.gradients(examples)
         # The order of the rows does not matter: the one they have in memory is free.
         first, second = (0, 1) if g.stride(0) >= g.stride(1) else (1, 0)
-        return RowBlock(g.permute(2, first, second, 3, 4).flatten(1, 3))
+        return StoredRows(g.permute(2, first, second, 3, 4).flatten(1, 3))
 
 
 @dataclass(frozen=True)

@@ -19,18 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ewc.linalg.tiles import slices
 from ewc.parameters import Parameters, Shapes
 from ewc.pullback.arguments import Arguments
-
-DEFAULT_MEMORY = 2**29
-"""Bytes that the intermediate results of a chunk may take (512 MiB)."""
-
-
-def slices(length: int, bytes_each: int, memory: int) -> Iterator[slice]:
-    """Cuts ``range(length)`` into slices whose items fit into ``memory`` bytes."""
-    step = max(1, memory // max(1, bytes_each))
-    for start in range(0, length, step):
-        yield slice(start, min(start + step, length))
 
 
 class Pullback(ABC):

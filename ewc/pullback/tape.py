@@ -26,18 +26,21 @@ from ewc.parameters import Parameters, Shapes, accumulation_dtype
 from ewc.pullback.agreement import agree
 from ewc.pullback.arguments import Arguments
 from ewc.pullback.backward import all_together, one_by_one
-from ewc.pullback.graph import Graph, Structure, Uses, alike, place_in_memory
+from ewc.pullback.graph import Graph, GraphStructure, Uses, alike, place_in_memory
 from ewc.pullback.outer import OuterProducts
 from ewc.pullback.per_example import PerExample
 from ewc.pullback.pullback import Pullback, Summed
 from ewc.pullback.rows import BATCH_FIRST, Rows, matching_rows, possible_rows, row_noise
+from ewc.pullback.rules.broadcast import Broadcast
 from ewc.pullback.rules.convolution import Convolution
-from ewc.pullback.rules.elementwise import Broadcast, Lookup, Normalisation
-from ewc.pullback.rules.matrix_product import MatrixProduct, Operation
+from ewc.pullback.rules.embedding import Embedding
+from ewc.pullback.rules.matrix_product import MatrixProduct
+from ewc.pullback.rules.normalisation import Normalisation
+from ewc.pullback.rules.operation import Operation
 
 RULES: dict[str, type[Operation]] = {
     kind: rule
-    for rule in (MatrixProduct, Convolution, Normalisation, Broadcast, Lookup)
+    for rule in (MatrixProduct, Convolution, Normalisation, Broadcast, Embedding)
     for kind in rule.kinds
 }
 """The rule of each kind of node."""
@@ -56,7 +59,7 @@ Signature = bytes
 
 
 @dataclass
-class Memory:
+class KnownGraphs:
     """What is known of a network's graphs from batch to batch.
 
     Attributes:
@@ -97,7 +100,7 @@ class Tape:
         parameters: Parameters,
         arguments: Arguments,
         outputs: Tensor,
-        memory: Memory,
+        memory: KnownGraphs,
     ) -> None:
         self.model = model
         self.parameters = parameters
@@ -116,7 +119,7 @@ class Tape:
         self.present = [n for n, p in parameters.items() if id(p) in graph.leaves and n not in idle]
 
     @cached_property
-    def structure(self) -> Structure:
+    def structure(self) -> GraphStructure:
         """All that the graph shows but the values of tensors."""
         return self.graph.structure()
 

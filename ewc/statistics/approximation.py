@@ -8,7 +8,8 @@ entries of unit variance).
 import torch
 from torch import Tensor
 
-from ewc.matrices.block_diagonal import BlockDiagonalFisher, by_layer
+from ewc.fisher.structures.block_diagonal import by_layer
+from ewc.matrices.block_diagonal import BlockDiagonalFisher
 from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import check_same_shapes
 

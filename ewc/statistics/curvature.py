@@ -23,8 +23,8 @@ from torch.func import grad, jacrev
 
 from ewc.fisher.estimators import Empirical, Exact
 from ewc.fisher.information import fisher_information
+from ewc.fisher.structures.dense import Dense
 from ewc.likelihoods import Categorical, Likelihood
-from ewc.matrices.dense import DenseFisher
 from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import (
     Parameters,
@@ -86,7 +86,7 @@ def network_formulations(
         batches,
         likelihood,
         estimator=estimator,
-        structure=DenseFisher,
+        structure=Dense(),
         parameters=parameters,
     )
     network = NetworkFunction(model, fisher.shapes, likelihood)

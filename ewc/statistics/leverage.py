@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ewc.matrices.damped_inverse import DampedInverse
-from ewc.matrices.matrix import FisherMatrix
+from ewc.linalg.tiles import DEFAULT_MEMORY, slices
+from ewc.matrices.matrix import DampedInverse, FisherMatrix
 from ewc.parameters import Parameters
 from ewc.pullback.per_example import PerExample
-from ewc.pullback.pullback import DEFAULT_MEMORY, slices
 from ewc.statistics.network import NetworkFunction
 
 

@@ -13,10 +13,10 @@ ones alike.
 import torch
 from torch import Tensor
 
-from ewc.matrices.block_diagonal import by_layer
+from ewc.fisher.structures.block_diagonal import by_layer
 from ewc.matrices.diagonal import DiagonalFisher
+from ewc.matrices.kronecker import symmetric_root
 from ewc.matrices.matrix import FisherMatrix
-from ewc.matrices.nearest_kronecker import symmetric_root
 from ewc.parameters import Parameters, check_same_shapes, flatten
 
 

@@ -11,13 +11,13 @@ from ewc.checks import check_count, check_not_negative
 from ewc.fisher.evaluation import copied, plain_operations
 from ewc.fisher.implicit.network_product import NetworkProduct
 from ewc.fisher.implicit.pieces import Piece, described, from_description
+from ewc.fisher.structures.diagonal import DiagonalAccumulator
 from ewc.linalg.krylov import (
     Estimate,
     conjugate_gradients,
     hutchinson_trace,
     lanczos_quadrature,
 )
-from ewc.matrices.diagonal import DiagonalSum
 from ewc.matrices.matrix import FisherMatrix, State
 from ewc.parameters import (
     Parameters,
@@ -31,8 +31,6 @@ from ewc.parameters import (
     size_of,
     unflatten,
 )
-from ewc.pullback.accumulator import Accumulator
-from ewc.pullback.pullback import Chunk
 from ewc.wrappers import unwrapped
 
 
@@ -80,11 +78,6 @@ class ImplicitFisher(FisherMatrix):
         self.num_examples = num_examples
         self.factor = factor
         self.group = group
-
-    @classmethod
-    def accumulator(cls, parameters: Parameters) -> Accumulator:
-        """An empty collection of data."""
-        return PieceList(parameters)
 
     # --- products -----------------------------------------------------------------------
 
@@ -145,7 +138,7 @@ class ImplicitFisher(FisherMatrix):
         """The exact diagonal, by parameter: one pass with all score vectors."""
         products = self.products
         with plain_operations(products.model), torch.no_grad():
-            total = DiagonalSum(products.parameters)
+            total = DiagonalAccumulator(products.parameters)
             for piece in self.pieces:
                 for pullbacks in products.pullbacks(piece):
                     for pullback in pullbacks:
@@ -344,47 +337,4 @@ class ImplicitFisher(FisherMatrix):
             shapes=shapes,
             num_examples=about["num_examples"],
             factor=about["factor"],
-        )
-
-
-class PieceList(Accumulator):
-    """The data as they go by, and the network they went through."""
-
-    def __init__(self, parameters: Parameters) -> None:
-        self.shapes = shapes_of(parameters)
-        self.pieces: list[Piece] = []
-        self.model: nn.Module | None = None
-        self.group: ProcessGroup | None = None
-
-    def add(self, chunk: Chunk) -> None:
-        """Keep one chunk; nothing is pulled back."""
-        self.model = chunk.model
-        self.pieces.append(Piece(chunk.arguments.map(torch.clone), chunk.scores.detach()))
-
-    def sums(self) -> dict[str, Tensor]:
-        """Nothing is summed before a product is asked for."""
-        return {}
-
-    def join(self, group: ProcessGroup) -> None:
-        """Every product is summed over the processes."""
-        self.group = group
-
-    def mean(self, num_examples: int) -> ImplicitFisher:
-        """The matrix, with a copy of the network as it is now.
-
-        Raises:
-            ValueError: this process has no data.
-        """
-        if self.model is None:
-            raise ValueError("A matrix-free Fisher needs an example in every process.")
-        model = copied(self.model)
-        weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-        return ImplicitFisher(
-            NetworkProduct(model, list(self.shapes)),
-            weights,
-            self.pieces,
-            own=self.shapes,
-            shapes=self.shapes,
-            num_examples=num_examples,
-            group=self.group,
         )

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
 
 from ewc.fisher.implicit.pieces import Piece
+from ewc.linalg.tiles import DEFAULT_MEMORY
 from ewc.parameters import Parameters, accumulation_dtype
 from ewc.pullback.agreement import agree, margin, rounding
 from ewc.pullback.graph import Graph
 from ewc.pullback.per_example import UNSUPPORTED, chosen_parameters
-from ewc.pullback.pullback import DEFAULT_MEMORY, Pullback
-from ewc.pullback.tape import Memory, Tape
+from ewc.pullback.pullback import Pullback
+from ewc.pullback.tape import KnownGraphs, Tape
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class NetworkProduct:
             if id(parameter) not in chosen:
                 parameter.requires_grad_(False)
         self.dtype = accumulation_dtype(self.parameters[names[0]].dtype)
-        self._seen = Memory()
+        self._seen = KnownGraphs()
         self._differentiates = True
         self._checked: set[int] = set()
 

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from ewc.checks import check_not_negative
-from ewc.matrices.damped_inverse import DampedInverse, InEigenbasis
 from ewc.matrices.layers.layer_matrix import LayerMatrix, LayerWeights, one_more
 from ewc.matrices.layers.leading import leading_columns
-from ewc.matrices.matrix import ROUNDING, State
+from ewc.matrices.matrix import ROUNDING, DampedInverse, State
 from ewc.parameters import Parameters, check_shape
 
 
@@ -95,7 +94,10 @@ class EigenvalueCorrectedProduct(LayerMatrix):
         """
         check_not_negative(damping, "damping")
         check_not_negative(tolerance, "tolerance")
-        return leading_columns(self, damping, tolerance) or InEigenbasis(self, damping)
+        leading = leading_columns(
+            self.weights, self.outputs, self.inputs, self.spectrum, damping, tolerance
+        )
+        return leading or EigenbasisInverse(self, damping)
 
     def inverse_diagonal(self, damping: float) -> Parameters:
         r"""The diagonal of :math:`(F + \delta I)^{-1}`, by parameter.
@@ -188,6 +190,15 @@ class EigenvalueCorrectedProduct(LayerMatrix):
             return spectrum  # of one-hot inputs, which have the identity in every matrix
         return spectrum @ (self.inputs.mT @ basis.inputs).square()
 
+    @property
+    def has_units(self) -> bool:
+        return True
+
+    def _shrunk(self, amount: float) -> "EigenvalueCorrectedProduct":
+        average = self.spectrum.mean(1, keepdim=True)
+        spectrum = (1 - amount) * self.spectrum + amount * average
+        return self._with(self.weights, self.outputs, self.inputs, spectrum)
+
     def check_entries(self) -> None:
         """Check that all entries are finite, and the eigenvalues."""
         self._check_finite()
@@ -217,3 +228,27 @@ class EigenvalueCorrectedProduct(LayerMatrix):
         self, weights: LayerWeights, outputs: Tensor, inputs: Tensor | None, spectrum: Tensor
     ) -> "EigenvalueCorrectedProduct":
         return EigenvalueCorrectedProduct(weights, outputs, inputs, spectrum, self.num_examples)
+
+
+class EigenbasisInverse(DampedInverse):
+    r"""The inverse of a layer's matrix :math:`(Q_G \otimes Q_A) S (Q_G \otimes Q_A)^\top`.
+
+    It takes ``4 o i (o + i)`` operations.
+
+    Args:
+        matrix: the layer's matrix.
+        damping: :math:`\delta`.
+
+    Raises:
+        torch.linalg.LinAlgError: an eigenvalue plus the damping is not above 0.
+    """
+
+    def __init__(self, matrix: "EigenvalueCorrectedProduct", damping: float) -> None:
+        self.matrix = matrix
+        self.inverse = 1 / matrix.damped_spectrum(damping)
+
+    def __call__(self, v: Mapping[str, Tensor]) -> Parameters:
+        """The solution, in the eigenbasis."""
+        weights = self.matrix.weights
+        rotated = self.matrix.rotated(weights.to_matrix(self.matrix.checked(v))) * self.inverse
+        return weights.to_parameters(self.matrix.rotated_back(rotated))

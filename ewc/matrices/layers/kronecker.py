@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from ewc.checks import check_not_negative
-from ewc.matrices.damped_inverse import DampedInverse, InEigenbasis
-from ewc.matrices.layers.eigenvalue_corrected import EigenvalueCorrectedProduct
+from ewc.matrices.layers.eigenvalue_corrected import EigenbasisInverse, EigenvalueCorrectedProduct
 from ewc.matrices.layers.layer_matrix import LayerMatrix, LayerWeights, one_more
 from ewc.matrices.layers.leading import leading_inverse
-from ewc.matrices.matrix import State
+from ewc.matrices.matrix import DampedInverse, State
 from ewc.parameters import Parameters, check_shape
 
 
@@ -120,7 +119,8 @@ class KroneckerProduct(LayerMatrix):
         """
         check_not_negative(damping, "damping")
         check_not_negative(tolerance, "tolerance")
-        return leading_inverse(self, damping, tolerance) or InEigenbasis(self.eigen, damping)
+        leading = leading_inverse(self.weights, self.outputs, self.inputs, damping, tolerance)
+        return leading or EigenbasisInverse(self.eigen, damping)
 
     def inverse_diagonal(self, damping: float) -> Parameters:
         r"""The diagonal of :math:`(F + \delta I)^{-1}`, by parameter.
@@ -160,6 +160,16 @@ class KroneckerProduct(LayerMatrix):
             bias = self.weights.bias is not None
             inputs = one_more(self.inputs, more, identity=False, keep_last=bias)
         return KroneckerProduct(weights, outputs, inputs, self.num_examples)
+
+    @property
+    def has_units(self) -> bool:
+        return True
+
+    def _shrunk(self, amount: float) -> "KroneckerProduct":
+        mean = self.outputs.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        eye = torch.eye(self.outputs.shape[1], dtype=self.dtype, device=self.device)
+        outputs = (1 - amount) * self.outputs + amount * (mean * eye)
+        return KroneckerProduct(self.weights, outputs, self.inputs, self.num_examples)
 
     def check_entries(self) -> None:
         """Check the diagonal, that all entries are finite, and the factors' eigenvalues."""

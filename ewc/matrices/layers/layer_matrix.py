@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ewc.checks import check_count, check_instance
+from ewc.linalg.weight_layout import WeightLayout
 from ewc.matrices.dense import DenseFisher
 from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import (
@@ -19,7 +20,6 @@ from ewc.parameters import (
     size_of,
     unflatten,
 )
-from ewc.pullback.outer import WeightLayout
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,6 @@ class LayerMatrix(FisherMatrix):
         num_examples: the examples behind the mean.
     """
 
-    made_by_pass = False
-
     def __init__(self, weights: LayerWeights, num_examples: int) -> None:
         self.weights = weights
         self.shapes = weights.shapes
@@ -134,15 +132,6 @@ class LayerMatrix(FisherMatrix):
     @abstractmethod
     def enlarged(self, weights: LayerWeights) -> FisherMatrix:
         """The same over a weight with more rows; there is one group."""
-
-    @classmethod
-    def accumulator(cls, parameters: Parameters) -> Any:
-        """A matrix of one layer is a block of another one, never made by a pass by itself.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError(f"{cls.__name__} is a block: take KroneckerFisher or the like instead.")
 
     def checked(self, v: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """``v``, if it has the layer's parameters.

@@ -1,18 +1,13 @@
 r"""Damped inverses from the eigenvectors whose eigenvalues the damping does not drown."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ewc.matrices.damped_inverse import DampedInverse
 from ewc.matrices.layers.layer_matrix import LayerWeights
+from ewc.matrices.matrix import DampedInverse
 from ewc.parameters import Parameters, check_same_shapes, shapes_of
-
-if TYPE_CHECKING:
-    from ewc.matrices.layers.eigenvalue_corrected import EigenvalueCorrectedProduct
-    from ewc.matrices.layers.kronecker import KroneckerProduct
 
 WIDTH = 128
 """The order from which a few eigenvectors are found faster than all."""
@@ -21,7 +16,7 @@ FIRST_VECTORS = 48
 """How many :func:`leading_part` begins with."""
 
 
-class Leading(DampedInverse):
+class LeadingInverse(DampedInverse):
     r"""The inverse of a layer's :math:`\tilde F + \delta I`, where :math:`\tilde F` has low rank.
 
     With :math:`\tilde F = (U \otimes W) \mathrm{diag}(S) (U \otimes W)^\top`, ``m`` columns
@@ -82,8 +77,8 @@ class Leading(DampedInverse):
 
 
 def leading_inverse(
-    product: "KroneckerProduct", damping: float, tolerance: float
-) -> Leading | None:
+    weights: LayerWeights, outputs: Tensor, inputs: Tensor, damping: float, tolerance: float
+) -> LeadingInverse | None:
     r"""The inverse of a layer's :math:`G \otimes A + \delta I` up to a tolerance.
 
     The factors are :math:`\tilde G` and :math:`\tilde A` with remainders of at most
@@ -94,7 +89,9 @@ def leading_inverse(
               \preceq (\tau_G \|A\| + \|\tilde G\| \tau_A) I = \epsilon \delta I.
 
     Args:
-        product: the layer's matrix.
+        weights: the layer's parameters.
+        outputs: :math:`G`, ``[g, o, o]``.
+        inputs: :math:`A`, ``[g, i, i]``, or ``[g, i]`` if diagonal.
         damping: :math:`\delta`.
         tolerance: :math:`\epsilon`.
 
@@ -103,7 +100,6 @@ def leading_inverse(
         layers with groups or a diagonal factor, and where more than half of the columns
         count.
     """
-    outputs, inputs = product.outputs, product.inputs
     if inputs.dim() == 2 or len(inputs) > 1:
         return None
     # The Frobenius norm is no less than the largest eigenvalue.
@@ -116,30 +112,37 @@ def leading_inverse(
     largest = float(rows.max()) if len(rows) else 0.0
     if largest == 0:
         nothing = inputs.new_zeros
-        return Leading(
-            product.weights, left[:, :0], nothing(inputs.shape[1], 0), nothing(0, 0), damping
+        return LeadingInverse(
+            weights, left[:, :0], nothing(inputs.shape[1], 0), nothing(0, 0), damping
         )
     right, columns = leading_part(inputs[0], 0.75 * error / largest)
     if len(columns) > inputs.shape[1] // 2:
         return None
-    return Leading(product.weights, left, right, torch.outer(rows, columns), damping)
+    return LeadingInverse(weights, left, right, torch.outer(rows, columns), damping)
 
 
 def leading_columns(
-    matrix: "EigenvalueCorrectedProduct", damping: float, tolerance: float
-) -> Leading | None:
+    weights: LayerWeights,
+    outputs: Tensor,
+    inputs: Tensor | None,
+    spectrum: Tensor,
+    damping: float,
+    tolerance: float,
+) -> LeadingInverse | None:
     r"""The inverse with the eigenvectors that have an eigenvalue above :math:`\epsilon \delta`.
 
     Args:
-        matrix: the layer's, by its eigenvectors.
+        weights: the layer's parameters.
+        outputs: the eigenvectors of the outputs, ``[g, o, o]``.
+        inputs: those of the inputs, ``[g, i, i]``; ``None`` for the identity.
+        spectrum: the eigenvalues, ``[g, o, i]``.
         damping: :math:`\delta`.
         tolerance: :math:`\epsilon`.
 
     Returns:
         The inverse, or ``None`` as of :func:`leading_inverse`.
     """
-    spectrum = matrix.spectrum
-    if len(spectrum) > 1 or matrix.inputs is None:
+    if len(spectrum) > 1 or inputs is None:
         return None
     if _drowns(float(spectrum.max()), tolerance * damping, spectrum.dtype):
         return None
@@ -148,8 +151,8 @@ def leading_columns(
     if int(columns.sum()) > spectrum.shape[2] // 2:
         return None
     kept = spectrum[0][rows][:, columns].clamp_min(0.0)
-    outputs, inputs = matrix.outputs[0][:, rows], matrix.inputs[0][:, columns]
-    return Leading(matrix.weights, outputs, inputs, kept, damping)
+    left, right = outputs[0][:, rows], inputs[0][:, columns]
+    return LeadingInverse(weights, left, right, kept, damping)
 
 
 def _drowns(largest: float, error: float, dtype: torch.dtype) -> bool:

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ewc.linalg.gram import Block, ColumnBlock, RowBlock
+from ewc.linalg.gram import RowBatch, StoredColumns, StoredRows
 from ewc.linalg.patches import Grid, add_patch_gram, add_patch_squares
 from ewc.linalg.squares import by_pairs
+from ewc.linalg.weight_layout import WeightLayout
 from ewc.pullback.graph import Graph, Uses
-from ewc.pullback.outer import Factors, OuterProducts, WeightLayout
+from ewc.pullback.outer import Factors, OuterProducts
 from ewc.pullback.pullback import Pullback, Stored
 from ewc.pullback.rows import Rows
-from ewc.pullback.rules.matrix_product import Operation
+from ewc.pullback.rules.operation import Operation
 
 LAG_CHANNELS = 8
 """Channels from which products of lags are large enough to be fast."""
@@ -193,13 +194,13 @@ class ConvolutionFactors(Factors):
         for target, inputs, gradients in zip(total, *parts, strict=True):
             add_patch_squares(target, inputs, gradients, grid)
 
-    def input_rows(self, examples: slice) -> Block:
+    def input_rows(self, examples: slice) -> RowBatch:
         """What the kernel sees of all examples at all positions."""
         x = self.input[examples].detach().flatten(0, 1)
         patches = PatchBlock(x, self.geometry, self.gradient.shape[4:])
-        return patches if patches.by_lags else RowBlock(patches.rows())
+        return patches if patches.by_lags else StoredRows(patches.rows())
 
-    def gradient_rows(self, examples: slice) -> Block:
+    def gradient_rows(self, examples: slice) -> RowBatch:
         """The output gradients of all vectors, examples and positions, rows of ``o``."""
         g = self.gradient[:, examples]
         groups = self.geometry.groups
@@ -207,10 +208,10 @@ class ConvolutionFactors(Factors):
         if positions >= width:
             # In the order that they have in memory.
             whole = (g.transpose(0, 1) if g.stride(0) < g.stride(1) else g).flatten(0, 2)
-            return ColumnBlock(whole.reshape(-1, groups, width, positions))
+            return StoredColumns(whole.reshape(-1, groups, width, positions))
         # Columns one after the other: copied once, in the order of the product.
         g = g.transpose(0, 1).movedim(3, 0)
-        return RowBlock(g.reshape(groups, g.shape[0] // groups, -1).transpose(1, 2))
+        return StoredRows(g.reshape(groups, g.shape[0] // groups, -1).transpose(1, 2))
 
     def gradients(self, examples: slice) -> Tensor:
         """The output gradients, ``[k, n, g, t, o]``."""
@@ -223,7 +224,7 @@ class ConvolutionFactors(Factors):
 
 
 @dataclass(frozen=True)
-class PatchBlock(Block):
+class PatchBlock(RowBatch):
     """What the kernel sees at all positions, not unfolded.
 
     Attributes:

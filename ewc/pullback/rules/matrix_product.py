@@ -1,84 +1,16 @@
-r"""Rules for the operations that networks apply their parameters in.
+"""Matrix products: linear layers, projections of attention, recurrence."""
 
-A rule belongs to one kind of node of the autograd graph and says, from what the node
-saved and the gradient ``g`` with respect to its result, what the pulled-back vectors of
-its parameters are.  It sees the operation itself, so it holds for a module, a subclass, a
-functional call and the steps of a recurrence alike; whatever has no rule goes to
-:mod:`ewc.pullback.per_example`.
-
-The leading dimensions of a node's result are its *rows*.  Each must belong to one example;
-:class:`~ewc.pullback.rows.Rows` says which (:mod:`ewc.pullback.tape` finds it out).
-"""
-
-from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from ewc.linalg.weight_layout import WeightLayout
 from ewc.pullback.graph import Graph, Uses, View
-from ewc.pullback.outer import OuterProducts, TensorFactors, WeightLayout
+from ewc.pullback.outer import OuterProducts, TensorFactors
 from ewc.pullback.pullback import Pullback, Stored
 from ewc.pullback.rows import Rows
-
-
-class Operation(ABC):
-    """One use of parameters: a node of the graph, and what is needed from it.
-
-    Attributes:
-        kinds: the types of nodes that the rule knows.
-        output: the node.
-        weight: one parameter among its inputs.
-        bias: another one.
-        row_dims: how many leading dimensions of the result are rows.
-    """
-
-    kinds: ClassVar[tuple[str, ...]]
-    output: Node
-    weight: View | None = None
-    bias: View | None = None
-    row_dims: int = 1
-
-    @classmethod
-    @abstractmethod
-    def of(cls, node: Any, uses: Uses, graph: Graph) -> Self | None:
-        """The operation at ``node``, ``None`` if the rule does not hold there.
-
-        Args:
-            node: a node of one of the :attr:`kinds`.
-            uses: the parameters among the inputs of nodes; what an operation takes in of
-                other nodes it takes out there.
-            graph: the graph.
-        """
-
-    @abstractmethod
-    def pullbacks(
-        self, gradient: Tensor, rows: Rows, num_examples: int, memory: int
-    ) -> list[Pullback]:
-        """The vectors of the parameters.
-
-        Args:
-            gradient: with respect to the result, ``[k, rows, ...]``.
-            rows: which example a row belongs to.
-            num_examples: ``n``.
-            memory: bytes that intermediate results may take.
-        """
-
-    @property
-    def views(self) -> list[View]:
-        """The parameters that are used."""
-        return [view for view in (self.weight, self.bias) if view is not None]
-
-    def keep(self, names: set[str]) -> None:
-        """Drop the parameters that are not among ``names``."""
-        if self.weight is not None and self.weight.name not in names:
-            self.weight = None
-        if self.bias is not None and self.bias.name not in names:
-            self.bias = None
-
-    def rows_of(self, gradient: Tensor) -> Tensor:
-        """A gradient ``[k, *rows, ...]`` as ``[k, rows, ...]``."""
-        return gradient.flatten(1, self.row_dims) if self.row_dims > 1 else gradient
+from ewc.pullback.rules.operation import Operation
 
 
 class MatrixProduct(Operation):

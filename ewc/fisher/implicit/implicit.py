@@ -1,0 +1,70 @@
+"""The request for the matrix-free Fisher, and the data that it keeps."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from ewc.fisher.evaluation import copied
+from ewc.fisher.implicit.implicit_fisher import ImplicitFisher
+from ewc.fisher.implicit.network_product import NetworkProduct
+from ewc.fisher.implicit.pieces import Piece
+from ewc.fisher.structures.structure import Accumulator, Structure
+from ewc.parameters import (
+    Parameters,
+    shapes_of,
+)
+from ewc.pullback.pullback import Chunk
+
+
+@dataclass(frozen=True)
+class Implicit(Structure[ImplicitFisher]):
+    """The network and the data are kept, and products are taken by differentiating anew."""
+
+    def accumulator(self, parameters: Parameters) -> "ImplicitAccumulator":
+        """An empty collection of data."""
+        return ImplicitAccumulator(parameters)
+
+
+class ImplicitAccumulator(Accumulator[ImplicitFisher]):
+    """The data as they go by, and the network they went through."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.shapes = shapes_of(parameters)
+        self.pieces: list[Piece] = []
+        self.model: nn.Module | None = None
+        self.group: ProcessGroup | None = None
+
+    def add(self, chunk: Chunk) -> None:
+        """Keep one chunk; nothing is pulled back."""
+        self.model = chunk.model
+        self.pieces.append(Piece(chunk.arguments.map(torch.clone), chunk.scores.detach()))
+
+    def sums(self) -> dict[str, Tensor]:
+        """Nothing is summed before a product is asked for."""
+        return {}
+
+    def join(self, group: ProcessGroup) -> None:
+        """Every product is summed over the processes."""
+        self.group = group
+
+    def mean(self, num_examples: int) -> ImplicitFisher:
+        """The matrix, with a copy of the network as it is now.
+
+        Raises:
+            ValueError: this process has no data.
+        """
+        if self.model is None:
+            raise ValueError("A matrix-free Fisher needs an example in every process.")
+        model = copied(self.model)
+        weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        return ImplicitFisher(
+            NetworkProduct(model, list(self.shapes)),
+            weights,
+            self.pieces,
+            own=self.shapes,
+            shapes=self.shapes,
+            num_examples=num_examples,
+            group=self.group,
+        )

@@ -1,0 +1,128 @@
+"""Running sums of outer products in blocks of parameters."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ewc.linalg.gram import add_gram
+from ewc.linalg.tiles import slices
+from ewc.matrices.dense import DenseFisher
+from ewc.matrices.diagonal import DiagonalFisher
+from ewc.matrices.matrix import FisherMatrix
+from ewc.parameters import (
+    Parameters,
+    Shapes,
+    accumulation_dtype,
+    unflatten,
+)
+from ewc.pullback.pullback import Pullback
+
+
+class OuterProductSums:
+    r"""The running :math:`\sum_{n,k} v_{kn} v_{kn}^\top` in blocks of parameters.
+
+    Args:
+        blocks: the parameters of every block, by a name of the block.
+        like: a tensor whose device and type the sums have, in single precision at least.
+
+    Attributes:
+        blocks: the parameters of every block.
+        totals: the sums: ``[p, p]``, or ``[p]`` where only the diagonal is summed.
+
+    Raises:
+        ValueError: a block does not fit into memory.
+    """
+
+    def __init__(self, blocks: Mapping[str, Shapes], like: Tensor) -> None:
+        self.blocks: dict[str, Shapes] = {}
+        self.totals: dict[str, Tensor] = {}
+        self.dtype = accumulation_dtype(like.dtype)
+        self.device = like.device
+        for key, shapes in blocks.items():
+            self.include(key, shapes)
+
+    def bytes_of(self, shapes: Shapes) -> int:
+        """What a dense block over these parameters takes."""
+        return sum(shape.numel() for shape in shapes.values()) ** 2 * self.dtype.itemsize
+
+    def include(self, key: str, shapes: Shapes, *, diagonal: bool = False) -> None:
+        """Begin a block, if it is new.
+
+        Raises:
+            ValueError: it does not fit into memory.
+        """
+        if key in self.blocks:
+            return
+        size = sum(shape.numel() for shape in shapes.values())
+        sizes = (size,) if diagonal else (size, size)
+        try:
+            total = torch.zeros(sizes, dtype=self.dtype, device=self.device)
+        except RuntimeError as error:
+            where = f" ({', '.join(shapes)})" if key else ""
+            raise ValueError(
+                f"A dense Fisher matrix over {size} parameters{where} takes "
+                f"{self.bytes_of(shapes) / 1e9:.0f} GB, more than there is: take another "
+                "structure such as KroneckerFisher or DiagonalFisher, a smaller network or some "
+                "of its parameters."
+            ) from error
+        self.blocks[key], self.totals[key] = dict(shapes), total
+
+    def add(self, pullbacks: Sequence[Pullback], keys: Iterable[str] | None = None) -> None:
+        """Add the outer products of pulled-back vectors.
+
+        Args:
+            pullbacks: together they hold every parameter of the blocks that takes part.
+            keys: the blocks, which share no parameter; all if ``None``.
+        """
+        owner = {name: key for key in keys or self.blocks for name in self.blocks[key]}
+        for members, touched in _connected(pullbacks, owner):
+            largest = max(sum(s.numel() for s in self.blocks[key].values()) for key in touched)
+            row_bytes = 2 * members[0].num_vectors * largest * self.dtype.itemsize
+            row_bytes += sum(pullback.bytes_per_example() for pullback in members)
+            for part in slices(members[0].num_examples, row_bytes, members[0].memory):
+                vectors: Parameters = {}
+                for pullback in members:
+                    vectors |= pullback.per_example(part)
+                for key in touched:
+                    self._add_rows(key, vectors)
+
+    def _add_rows(self, key: str, vectors: Parameters) -> None:
+        """Add vectors ``[k, n, *parameter.shape]`` to one block."""
+        shapes, total = self.blocks[key], self.totals[key]
+        present = [name for name in shapes if name in vectors]
+        # A parameter that did not take part has a zero gradient.
+        count = vectors[present[0]].shape[:2].numel()
+        rows = total.new_zeros(count, total.shape[0])
+        pieces = torch.split(rows, [shape.numel() for shape in shapes.values()], dim=1)
+        columns = dict(zip(shapes, pieces, strict=True))
+        for name in present:
+            columns[name].copy_(vectors[name].reshape(columns[name].shape))
+        if total.dim() == 1:
+            total += rows.square_().sum(0)
+        else:
+            add_gram(total, rows)
+
+    def mean(self, key: str, num_examples: int) -> FisherMatrix:
+        """The mean matrix of one block, which takes the place of its sum."""
+        shapes, total = self.blocks[key], self.totals[key].div_(num_examples)
+        if total.dim() == 1:
+            return DiagonalFisher(unflatten(total, shapes), num_examples)
+        return DenseFisher(total, shapes, num_examples)
+
+
+def _connected(
+    pullbacks: Sequence[Pullback], owner: Mapping[str, str]
+) -> list[tuple[list[Pullback], list[str]]]:
+    """Pullbacks and blocks that have to do with each other, apart from all others."""
+    groups: list[tuple[list[Pullback], list[str]]] = []
+    for pullback in pullbacks:
+        keys = list(dict.fromkeys(owner[name] for name in pullback.shapes if name in owner))
+        if not keys:
+            continue
+        touching = [group for group in groups if set(group[1]) & set(keys)]
+        groups = [group for group in groups if group not in touching]
+        members = [other for group in touching for other in group[0]]
+        joined = dict.fromkeys([key for group in touching for key in group[1]] + keys)
+        groups.append(([*members, pullback], list(joined)))
+    return groups

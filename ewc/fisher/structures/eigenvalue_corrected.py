@@ -1,0 +1,146 @@
+"""The request for EKFAC, and its sums over two passes of the data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ewc.checks import check_instance
+from ewc.fisher.structures.kronecker import (
+    KroneckerAccumulator,
+    layer_key,
+    numbered_parts,
+    weights_of,
+)
+from ewc.fisher.structures.structure import Accumulator, Structure
+from ewc.linalg.squares import add_outer_squares
+from ewc.matrices.block_diagonal import disjoint
+from ewc.matrices.eigenvalue_corrected import EigenvalueCorrectedFisher
+from ewc.matrices.layers.eigenvalue_corrected import EigenvalueCorrectedProduct
+from ewc.matrices.layers.kronecker import KroneckerProduct
+from ewc.matrices.matrix import FisherMatrix
+from ewc.parameters import Parameters, Shapes, shapes_of
+from ewc.pullback.lookups import Lookups
+from ewc.pullback.outer import OuterProducts
+from ewc.pullback.pullback import Chunk
+
+
+@dataclass(frozen=True)
+class EigenvalueCorrected(Structure[EigenvalueCorrectedFisher]):
+    """EKFAC: the eigenvectors of K-FAC with the exact second moments along them.
+
+    It takes two passes over the data; see :class:`~ewc.EigenvalueCorrectedFisher`.
+
+    Attributes:
+        reduce: reduce over positions before taking second moments (K-FAC-reduce) instead of
+            taking positions as examples of their own (K-FAC-expand).
+
+    Raises:
+        TypeError: ``reduce`` is not True or False.
+    """
+
+    reduce: bool = False
+    has_units = True
+
+    def __post_init__(self) -> None:
+        """Check the choice."""
+        check_instance(self.reduce, bool, "reduce", "True or False")
+
+    def accumulator(self, parameters: Parameters) -> "EigenvectorAccumulator":
+        """Empty Kronecker factors; the eigenvalues are summed in a second pass."""
+        return EigenvectorAccumulator(KroneckerAccumulator(parameters, self.reduce))
+
+
+class EigenvectorAccumulator(Accumulator[EigenvalueCorrectedFisher]):
+    """The Kronecker factors, whose eigenvectors the second pass needs."""
+
+    passes = 2
+
+    def __init__(self, kronecker: KroneckerAccumulator) -> None:
+        self.kronecker = kronecker
+
+    def add(self, chunk: Chunk) -> None:
+        """Add to the factors."""
+        self.kronecker.add(chunk)
+
+    def join(self, group: ProcessGroup) -> None:
+        """Begin the factors that other processes have."""
+        self.kronecker.join(group)
+
+    def sums(self) -> dict[str, Tensor]:
+        """The factors."""
+        return self.kronecker.sums()
+
+    def mean(self, num_examples: int) -> "SpectrumAccumulator":
+        """The sum of the second pass."""
+        shapes = shapes_of(self.kronecker.parameters)
+        return SpectrumAccumulator(self.kronecker.terms(num_examples), shapes)
+
+
+class SpectrumAccumulator(Accumulator[EigenvalueCorrectedFisher]):
+    r"""The running :math:`\sum_{n,k} (Q_G^\top V_{kn} Q_A)^2` of every Kronecker layer.
+
+    Args:
+        terms: the Kronecker products whose eigenvectors are taken, and all other blocks.
+        shapes: all parameters.
+    """
+
+    def __init__(self, terms: Sequence[FisherMatrix], shapes: Shapes) -> None:
+        self.rest: list[FisherMatrix] = []
+        self.bases: dict[str, EigenvalueCorrectedProduct] = {}
+        for block in terms:
+            if isinstance(block, KroneckerProduct):
+                eigen = block.eigen
+                zero = torch.zeros_like(eigen.spectrum)
+                key = layer_key(eigen.weights, lookups=eigen.inputs is None)
+                self.bases[key] = EigenvalueCorrectedProduct(
+                    eigen.weights, eigen.outputs, eigen.inputs, zero, block.num_examples
+                )
+            else:
+                self.rest.append(block)
+        self.shapes = shapes
+
+    def add(self, chunk: Chunk) -> None:
+        """Add the squares of one chunk of pulled-back vectors, in the eigenbases."""
+        for _, pullbacks in numbered_parts(chunk):
+            for pullback in pullbacks:
+                if isinstance(pullback, OuterProducts):
+                    self._add_outer(pullback)
+                elif isinstance(pullback, Lookups):
+                    self._add_lookups(pullback)
+
+    def _add_outer(self, pullback: OuterProducts) -> None:
+        if pullback.positions == 0:
+            return
+        basis = self.bases[layer_key(weights_of(pullback))]
+        assert basis.inputs is not None
+        for part in pullback.slices():
+            a, g = pullback.factors(part)
+            if pullback.bias is not None:
+                a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], -1)
+            add_outer_squares(a @ basis.inputs, g @ basis.outputs, basis.spectrum)
+
+    def _add_lookups(self, pullback: Lookups) -> None:
+        if pullback.indices.shape[1] == 0:
+            return
+        basis = self.bases[layer_key(weights_of(pullback), lookups=True)]
+        g = pullback.gradient @ basis.outputs[0]
+        shape = pullback.shapes[pullback.name]
+        total = basis.spectrum.new_zeros(shape)
+        rotated = Lookups(pullback.name, shape, pullback.indices, g, memory=pullback.memory)
+        rotated.add_squares({pullback.name: total})
+        basis.spectrum += total.T
+
+    def sums(self) -> dict[str, Tensor]:
+        """The eigenvalues, by weight."""
+        return {name: basis.spectrum for name, basis in self.bases.items()}
+
+    def mean(self, num_examples: int) -> EigenvalueCorrectedFisher:
+        """The mean matrix."""
+        corrected: Sequence[FisherMatrix] = [
+            basis.scaled(1 / num_examples) for basis in self.bases.values()
+        ]
+        blocks = disjoint([*corrected, *self.rest], num_examples)
+        return EigenvalueCorrectedFisher(blocks, self.shapes, num_examples)

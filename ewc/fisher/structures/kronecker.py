@@ -1,0 +1,289 @@
+"""The request for K-FAC, and its sums over the data."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import ProcessGroup
+
+from ewc.checks import check_instance
+from ewc.fisher.structures.block_diagonal import by_layer
+from ewc.fisher.structures.blocks import OuterProductSums
+from ewc.fisher.structures.structure import Accumulator, Structure
+from ewc.linalg.gram import RowBatch, RunningGram, StoredRows
+from ewc.linalg.tiles import DEFAULT_MEMORY
+from ewc.linalg.weight_layout import WeightLayout
+from ewc.matrices.block_diagonal import disjoint
+from ewc.matrices.diagonal import DiagonalFisher
+from ewc.matrices.kronecker import KroneckerFisher
+from ewc.matrices.layers.kronecker import KroneckerProduct
+from ewc.matrices.layers.layer_matrix import LayerWeights
+from ewc.matrices.matrix import FisherMatrix
+from ewc.parameters import Parameters, accumulation_dtype, shapes_of
+from ewc.pullback.lookups import Lookups
+from ewc.pullback.outer import OuterProducts
+from ewc.pullback.per_example import PerExample
+from ewc.pullback.pullback import Chunk, Pullback
+
+LARGEST_BLOCK = DEFAULT_MEMORY
+"""Bytes of the largest dense block of a layer without a Kronecker form (512 MiB).
+
+Whatever memory the pass may take: the form of the matrix does not depend on it.
+"""
+
+
+@dataclass(frozen=True)
+class Kronecker(Structure[KroneckerFisher]):
+    """K-FAC: two small factors per layer; see :class:`~ewc.KroneckerFisher`.
+
+    Attributes:
+        reduce: reduce over positions before taking second moments (K-FAC-reduce) instead of
+            taking positions as examples of their own (K-FAC-expand).
+
+    Raises:
+        TypeError: ``reduce`` is not True or False.
+    """
+
+    reduce: bool = False
+    has_units = True
+
+    def __post_init__(self) -> None:
+        """Check the choice."""
+        check_instance(self.reduce, bool, "reduce", "True or False")
+
+    def accumulator(self, parameters: Parameters) -> "KroneckerAccumulator":
+        """Empty factors over these parameters."""
+        return KroneckerAccumulator(parameters, self.reduce)
+
+
+class KroneckerAccumulator(Accumulator[KroneckerFisher]):
+    """The running second moments of every layer's inputs and output gradients.
+
+    What form a layer has, and at how many positions an example uses it, is the example's
+    own: the sums are the same however the data are cut.  A layer that has several forms (a
+    weight that some examples use transposed as well) has the sum of all of them.
+
+    Args:
+        parameters: over which the matrix is.
+        reduce: whether to reduce over positions first.
+    """
+
+    def __init__(self, parameters: Parameters, reduce: bool = False) -> None:
+        self.parameters = parameters
+        self.reduce = reduce
+        self.layers: dict[str, LayerMoments] = {}
+        self.rest = OuterProductSums({}, next(iter(parameters.values())))
+
+    def add(self, chunk: Chunk) -> None:
+        """Add one chunk of pulled-back vectors."""
+        for number, pullbacks in numbered_parts(chunk):
+            rest: list[Pullback] = []
+            for pullback in pullbacks:
+                # The inputs are the same for every part of the vectors.
+                if isinstance(pullback, OuterProducts):
+                    self._add_outer(pullback, with_inputs=number == 0)
+                elif isinstance(pullback, Lookups):
+                    self._add_lookups(pullback, with_inputs=number == 0)
+                else:
+                    rest.append(pullback)
+            if rest:
+                self._add_rest(rest)
+
+    def _add_outer(self, pullback: OuterProducts, *, with_inputs: bool) -> None:
+        if pullback.positions == 0:
+            return
+        layer = self._layer(weights_of(pullback), pullback.memory)
+        assert isinstance(layer.inputs, RunningGram)
+        if with_inputs:
+            layer.examples += pullback.num_examples
+        for part in pullback.slices():
+            inputs: list[RowBatch]
+            outputs: list[RowBatch]
+            if self.reduce:
+                a, g = pullback.factors(part)
+                mean = StoredRows(a.detach().mean(2).transpose(0, 1))
+                inputs = [mean] if with_inputs else []
+                outputs = [StoredRows(g.sum(3).flatten(0, 1).transpose(0, 1))]
+                share = 1.0
+            else:
+                inputs = [use.input_rows(part) for use in pullback.uses] if with_inputs else []
+                outputs = [use.gradient_rows(part) for use in pullback.uses]
+                share = 1 / pullback.positions
+            for block in outputs:
+                layer.outputs.add(block)
+            for block in inputs:
+                layer.inputs.add(block, share)
+                if pullback.bias is not None:
+                    layer.sums += share * block.sum()
+                    layer.count += share * block.count
+
+    def _add_lookups(self, pullback: Lookups, *, with_inputs: bool) -> None:
+        """An embedding is linear in one-hot inputs, whose second moments are diagonal."""
+        positions = pullback.indices.shape[1]
+        if positions == 0:
+            return
+        layer = self._layer(weights_of(pullback), pullback.memory, lookups=True)
+        layer.outputs.add(StoredRows(pullback.gradient.flatten(0, 2)[None]))
+        if with_inputs:
+            layer.examples += pullback.num_examples
+            rows = pullback.shapes[pullback.name][0]
+            counts = torch.bincount(pullback.indices.flatten(), minlength=rows)
+            if pullback.padding is not None:
+                counts[pullback.padding] = 0
+            layer.sums[0] += counts.to(layer.sums) / positions
+
+    def _layer(
+        self, weights: LayerWeights, memory: int, *, lookups: bool = False
+    ) -> "LayerMoments":
+        key = layer_key(weights, lookups=lookups)
+        if key not in self.layers:
+            like = self.parameters[weights.weight].detach()
+            like = like.new_empty(0, dtype=accumulation_dtype(like.dtype))
+            self.layers[key] = LayerMoments(weights, like, memory, lookups=lookups)
+        return self.layers[key]
+
+    def _add_rest(self, pullbacks: Sequence[Pullback]) -> None:
+        present = {name for pullback in pullbacks for name in pullback.shapes}
+        shapes = shapes_of({n: p for n, p in self.parameters.items() if n in present})
+        groups = {", ".join(group): group for group in by_layer(shapes).values()}
+        for key, group in groups.items():
+            large = self.rest.bytes_of(group) > LARGEST_BLOCK
+            self.rest.include(key, group, diagonal=large)
+        self.rest.add(pullbacks, groups)
+
+    def join(self, group: ProcessGroup) -> None:
+        """Begin the sums that other processes have."""
+        mine = (
+            [(layer.weights, layer.inputs is None) for layer in self.layers.values()],
+            [
+                (key, shapes, self.rest.totals[key].dim())
+                for key, shapes in self.rest.blocks.items()
+            ],
+        )
+        everybody: list[Any] = [None] * distributed.get_world_size(group)
+        distributed.all_gather_object(everybody, mine, group=group)
+        for layers, exact in everybody:
+            for weights, lookups in layers:
+                self._layer(weights, 0, lookups=lookups)
+            for key, shapes, dims in exact:
+                self.rest.include(key, shapes, diagonal=dims == 1)
+
+    def sums(self) -> dict[str, Tensor]:
+        """The factors by weight, and the exact blocks."""
+        found = {f"block {key}": total for key, total in self.rest.totals.items()}
+        for key, layer in self.layers.items():
+            found |= layer.tensors(key)
+        return found
+
+    def terms(self, num_examples: int) -> list[FisherMatrix]:
+        """The mean of every sum; parameters that took no part have zeros.
+
+        Warns:
+            UserWarning: of layers without a Kronecker form only the diagonal was summed.
+        """
+        terms: list[FisherMatrix] = [layer.mean(num_examples) for layer in self.layers.values()]
+        exact = [self.rest.mean(key, num_examples) for key in self.rest.blocks]
+        if large := [block for block in exact if isinstance(block, DiagonalFisher)]:
+            sizes = [
+                f"{', '.join(block.shapes)} ({self.rest.bytes_of(block.shapes) / 1e9:.1f} GB)"
+                for block in large
+            ]
+            warnings.warn(
+                f"Only the exact diagonal is kept of {'; '.join(sizes)}: these parameters have no "
+                "Kronecker form, and a dense block of this size is above "
+                f"{LARGEST_BLOCK / 1e9:.1f} GB.",
+                stacklevel=2,
+            )
+        terms += exact
+        seen = {name for term in terms for name in term.shapes}
+        for name, parameter in self.parameters.items():
+            if name not in seen:
+                zeros = torch.zeros_like(parameter, dtype=accumulation_dtype(parameter.dtype))
+                terms.append(DiagonalFisher({name: zeros.detach()}, num_examples))
+        return terms
+
+    def mean(self, num_examples: int) -> KroneckerFisher:
+        """The mean factors and blocks."""
+        blocks = disjoint(self.terms(num_examples), num_examples)
+        return KroneckerFisher(blocks, shapes_of(self.parameters), num_examples)
+
+
+def numbered_parts(chunk: Chunk) -> Iterator[tuple[int, Sequence[Pullback]]]:
+    """The pullbacks of a chunk, with the number of the part of the vectors that they are of.
+
+    Where rows of a layer are not the examples in order (packed sequences, experts, several
+    heads), every example goes alone: all its rows are then its own.
+    """
+    for number, pullbacks in enumerate(chunk.pullbacks()):
+        if any(isinstance(pullback, PerExample) and pullback.misplaced for pullback in pullbacks):
+            for one in chunk.alone():
+                yield from enumerate(one.pullbacks())
+            return
+        yield number, pullbacks
+
+
+def weights_of(pullback: OuterProducts | Lookups) -> LayerWeights:
+    """The parameters of a layer that has a Kronecker form."""
+    if isinstance(pullback, OuterProducts):
+        return LayerWeights(pullback.weight, pullback.bias, pullback.layout)
+    shape = pullback.shapes[pullback.name]
+    return LayerWeights(pullback.name, None, WeightLayout(shape, transposed=True))
+
+
+def layer_key(weights: LayerWeights, *, lookups: bool = False) -> str:
+    """A name for one form of a layer, the same in every process."""
+    return f"{weights} looked up" if lookups else str(weights)
+
+
+class LayerMoments:
+    """The running second moments of one layer.
+
+    Args:
+        weights: the layer's parameters.
+        like: a tensor whose device and type the sums have.
+        memory: bytes that collected rows may take.
+        lookups: whether the inputs are one-hot, with diagonal second moments.
+    """
+
+    def __init__(
+        self, weights: LayerWeights, like: Tensor, memory: int, *, lookups: bool = False
+    ) -> None:
+        groups, outputs, inputs = weights.layout.matrix_shape
+        self.weights = weights
+        self.outputs = RunningGram(groups, outputs, like, memory)
+        self.inputs = None if lookups else RunningGram(groups, inputs, like, memory)
+        self.sums = like.new_zeros(groups, inputs)
+        """The sums of the inputs; of one-hot inputs they are the second moments."""
+        self.count = like.new_zeros(())
+        self.examples = like.new_zeros(())
+        """Those that use the layer."""
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """All sums, by names with the layer's in them."""
+        found = {f"outputs {name}": self.outputs.flush(), f"sums {name}": self.sums}
+        found[f"count {name}"] = self.count
+        found[f"examples {name}"] = self.examples
+        if self.inputs is not None:
+            found[f"inputs {name}"] = self.inputs.flush()
+        return found
+
+    def mean(self, num_examples: int) -> KroneckerProduct:
+        """The mean factors; the bias's input is always 1.
+
+        The share of the examples that use the layer is one of the block, so of one factor.
+        """
+        outputs = self.outputs.flush().div_(self.examples.clamp_min(1))
+        if self.inputs is None:
+            inputs = self.sums.div_(num_examples)
+        else:
+            inputs = self.inputs.flush().div_(num_examples)
+            if self.weights.bias is not None:
+                sums = self.sums.div_(num_examples)[:, :, None]
+                inputs = torch.cat([inputs, sums], 2)
+                one = (self.count / num_examples).expand(len(sums), 1, 1)
+                last = torch.cat([sums.transpose(1, 2), one], 2)
+                inputs = torch.cat([inputs, last], 1)
+        return KroneckerProduct(self.weights, outputs, inputs, num_examples)

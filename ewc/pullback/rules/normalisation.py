@@ -1,0 +1,72 @@
+r"""The scales and shifts of normalisations."""
+
+from typing import Any, Self
+
+from torch import Tensor
+
+from ewc.pullback.graph import Graph, Uses
+from ewc.pullback.pullback import Pullback, Stored
+from ewc.pullback.rows import Rows
+from ewc.pullback.rules.operation import Operation
+
+
+class Normalisation(Operation):
+    r"""The scale and shift behind a normalisation: :math:`\sum g \hat x` and :math:`\sum g`."""
+
+    kinds = ("NativeLayerNormBackward0", "NativeGroupNormBackward0", "NativeBatchNormBackward0")
+    features_last: bool
+    normalised: Tensor
+
+    @classmethod
+    def of(cls, node: Any, uses: Uses, graph: Graph) -> Self | None:
+        """The normalisation, by statistics that are the example's own or fixed."""
+        views = uses[node]
+        if 0 in views or not all(view.whole for view in views.values()):
+            return None
+        norm = cls()
+        norm.output, norm.weight, norm.bias = node, views.get(1), views.get(2)
+        norm.features_last = type(node).__name__ == "NativeLayerNormBackward0"
+        if norm.features_last:
+            sizes = node._saved_normalized_shape
+            norm.row_dims = node._saved_input.dim() - len(sizes)
+        elif getattr(node, "_saved_training", False):
+            return None
+        if norm.weight is not None:
+            norm.normalised = _normalised(node)
+        return norm if norm.row_dims else None
+
+    def pullbacks(
+        self, gradient: Tensor, rows: Rows, num_examples: int, memory: int
+    ) -> list[Pullback]:
+        """The gradients, times the normalised inputs for the scale, summed over positions."""
+        found = {}
+        if self.weight is not None:
+            normalised = self.normalised.to(gradient.dtype)
+            if self.features_last:
+                normalised = normalised.flatten(0, self.row_dims - 1)
+            found[self.weight.name] = gradient * normalised
+        if self.bias is not None:
+            found[self.bias.name] = gradient
+        for name, entries in found.items():
+            if not self.features_last and entries.dim() > 3:
+                entries = entries.flatten(3).sum(3)  # noqa: PLW2901
+            found[name] = rows.by_example(entries, num_examples, 1).sum(2)
+        return [Stored(found, memory)]
+
+
+def _normalised(node: Any) -> Tensor:
+    """What a normalisation scales, of the shape of its input."""
+    x: Tensor = node._saved_input
+    kind = type(node).__name__
+    mean: Tensor
+    scale: Tensor
+    if kind == "NativeBatchNormBackward0":
+        shape = (-1,) + (1,) * (x.dim() - 2)
+        mean = node._saved_running_mean.reshape(shape)
+        scale = (node._saved_running_var + node._saved_eps).rsqrt().reshape(shape)
+        return (x - mean) * scale
+    mean, scale = node._saved_result1, node._saved_result2
+    if kind == "NativeGroupNormBackward0":
+        grouped = x.reshape(x.shape[0], node._saved_group, -1)
+        return ((grouped - mean[..., None]) * scale[..., None]).reshape(x.shape)
+    return (x - mean) * scale
