@@ -25,7 +25,6 @@ from ewc.fisher.estimators import check_estimator
 from ewc.fisher.evaluation import undisturbed
 from ewc.fisher.matrix import check_structure
 from ewc.fisher.shrinkage import can_shrink
-from ewc.forgetting import ForgettingBudget
 from ewc.likelihoods import Categorical, Likelihood, check_likelihood
 from ewc.penalty import EWCPenalty
 from ewc.strategy_calls import Batches, beside, strategy_calls
@@ -76,10 +75,6 @@ class EWCPlugin(SupervisedPlugin):
             (:mod:`ewc.proximal`): stable for any strength, and for matrices whose products
             cost more than a training step cheaper by that factor.  ``None`` adds the penalty
             to the loss.
-        budget: by how many nats an example the old tasks' mean loss may rise with each new
-            task, by the penalty's forecast (:mod:`ewc.forgetting`): the strength is then
-            found in every task, starting from ``strength`` in the second and from the last
-            one's in later ones.  ``None`` keeps the strength.
         max_examples: take the Fisher information of a larger task from a random sample of
             so many of its examples; the task keeps its weight in the penalty.  ``None``
             takes all.
@@ -92,13 +87,11 @@ class EWCPlugin(SupervisedPlugin):
         last_penalty: the penalty's value in the current iteration, a tensor without
             gradient, an estimate where a step does not take all eigenvectors; 0 before
             the first task; with implicit steps, after one of the last ten of them.
-        budget: what follows the budget, ``None`` without one.
 
     Raises:
         ValueError: the strength is negative or not finite, the shrinkage not in [0, 1], the
             share of eigenvectors not in (0, 1], the structure one that cannot be shrunk,
-            ``rank``, ``implicit_every`` or ``max_examples`` no whole number above 0, or the
-            budget not above 0, with a strength of 0 or with implicit steps.
+            or ``rank``, ``implicit_every`` or ``max_examples`` no whole number above 0.
         TypeError: the likelihood, the estimator, the structure or the consolidation is none.
     """
 
@@ -114,7 +107,6 @@ class EWCPlugin(SupervisedPlugin):
         eigenvector_share: float = 1.0,
         rank: int | None = None,
         implicit_every: int | None = None,
-        budget: float | None = None,
         max_examples: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -130,13 +122,6 @@ class EWCPlugin(SupervisedPlugin):
                 f"shrinkage is {shrinkage}: with {name} it must be 0; diagonal, Kronecker and "
                 "eigenvalue-corrected Fisher matrices can be shrunk."
             )
-        if budget is not None and (implicit_every is not None or strength == 0):
-            raise ValueError(
-                f"budget is {budget}: it must be None with implicit steps or a strength of 0, "
-                "where there is no penalty in the loss to be scaled."
-            )
-        self.budget = None if budget is None else ForgettingBudget(budget)
-        self._value_at_start = 0.0
         self.implicit_every = implicit_every
         self._since = self._taken = 0
         self.penalty = EWCPenalty(
@@ -174,10 +159,6 @@ class EWCPlugin(SupervisedPlugin):
             if self.penalty.terms:
                 precision = self.penalty.terms[-1].precision
                 strategy.optimizer.rotate(precision, strategy.model)
-        if self.budget is not None and self.penalty.terms:
-            self.budget.start()
-            with torch.no_grad():
-                self._value_at_start = float(self.penalty(strategy.model))
 
     def before_backward(self, strategy: Any, **_: Any) -> None:
         """Add the penalty to the loss of the current mini-batch.
@@ -188,22 +169,9 @@ class EWCPlugin(SupervisedPlugin):
         """
         if self.penalty.terms and self.implicit_every is None:
             value = self.penalty(strategy.model)
-            if self.budget is not None:
-                rise = self._rise(float(value.detach()))
-                # What is not finite ends the training below, with the task and the step.
-                if math.isfinite(rise):
-                    self.budget.follow(rise)
-                value = self.budget.factor * value
             self.last_penalty = value.detach()
             strategy.loss = strategy.loss + value
         check_finite_loss(strategy)
-
-    def _rise(self, value: float) -> float:
-        """The forecast of forgetting in this task, from the penalty's value in the loss."""
-        penalty = self.penalty
-        examples = penalty.num_examples or penalty.remembered_examples
-        scale = penalty.strength * penalty.remembered_examples / examples
-        return (value - self._value_at_start) / scale
 
     def after_update(self, strategy: Any, **_: Any) -> None:
         """Take the implicit step when it is due."""
@@ -230,9 +198,6 @@ class EWCPlugin(SupervisedPlugin):
                 message names the task.  In either case the penalty is as it was.
         """
         self._take_implicit_step(strategy)
-        if self.budget is not None:
-            self.penalty.strength *= self.budget.factor
-            self.budget.start()
         try:
             fisher = self._information(strategy, self._sample(strategy), options)
             self.penalty.consolidate(fisher, strategy.model, num_examples=_num_examples(strategy))

@@ -116,8 +116,6 @@ class EWC(Penalised):
             remembered; ``None`` for all.
         implicit_every: take implicit steps after so many iterations; ``None`` adds the
             penalty to the loss.
-        budget: nats an example by which old losses may rise with each task, by the penalty's
-            forecast; the strength is then where the search starts. ``None`` keeps it.
 
     Raises:
         ValueError: a number is out of range.
@@ -127,7 +125,6 @@ class EWC(Penalised):
     eigenvector_share: float = 1.0
     rank: int | None = None
     implicit_every: int | None = None
-    budget: float | None = None
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -149,7 +146,6 @@ class EWC(Penalised):
             eigenvector_share=self.eigenvector_share,
             rank=self.rank,
             implicit_every=self.implicit_every,
-            budget=self.budget,
         )
         return [plugin]
 
@@ -164,7 +160,6 @@ class OnlineEWC(EWC):
         eigenvector_share: as of :class:`EWC`.
         rank: as of :class:`EWC`.
         implicit_every: as of :class:`EWC`.
-        budget: as of :class:`EWC`.
         decay: :math:`\gamma`, what is left of the old sum at each new task.
         exact: keep sums of Kronecker matrices term by term, not projected to one.
 

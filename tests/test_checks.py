@@ -27,7 +27,6 @@ from ewc.fisher.eigenbasis import EigenvalueCorrectedProduct
 from ewc.fisher.estimators import check_estimator
 from ewc.fisher.layer_matrix import LayerMatrix
 from ewc.fisher.matrix import FisherMatrix, check_structure
-from ewc.forgetting import ForgettingBudget
 from ewc.likelihoods import check_likelihood
 
 NO_NUMBERS = [True, "1", None, [1.0], math.nan, math.inf, -math.inf, 1j, torch.ones(2)]
@@ -71,8 +70,6 @@ def test_numbers_of_other_libraries_are_numbers():
         lambda: Gaussian(True),
         lambda: Gaussian("1"),
         lambda: SmoothedCategorical(True),
-        lambda: ForgettingBudget(True),
-        lambda: ForgettingBudget(0.1, math.inf),
         lambda: LowRankFisher.accumulator({"a": torch.zeros(2)}, rank=True),
         lambda: LowRankFisher.accumulator({"a": torch.zeros(2)}, oversampling=1.0),
         lambda: sampled_fisher(nn.Linear(2, 2), [], num_samples=2.5),
