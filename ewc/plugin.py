@@ -18,7 +18,6 @@ from avalanche.training.plugins import SupervisedPlugin
 
 from ewc.checks import check_count
 from ewc.consolidation import Consolidation, Separate
-from ewc.eigenbasis_adam import EigenbasisAdam
 from ewc.fisher import DiagonalFisher, Estimator, Exact, FisherMatrix, fisher_information
 from ewc.fisher.accumulator import Configured
 from ewc.fisher.estimators import check_estimator
@@ -142,23 +141,12 @@ class EWCPlugin(SupervisedPlugin):
     def before_training_exp(self, strategy: Any, **options: Any) -> None:
         """Tell the penalty the size of the task that is about to be learnt.
 
-        An :class:`~ewc.eigenbasis_adam.EigenbasisAdam` is turned to the penalty's eigenvectors.
-
         Raises:
-            ValueError: it is, and there are implicit steps; or as of :meth:`check_task`.
+            ValueError: as of :meth:`check_task`.
         """
         self.penalty.num_examples = _num_examples(strategy)
         if not self.penalty.terms:
             self.check_task(strategy, **options)
-        if isinstance(strategy.optimizer, EigenbasisAdam):
-            if self.implicit_every is not None:
-                raise ValueError(
-                    f"implicit_every is {self.implicit_every}: with EigenbasisAdam it must be "
-                    "None, for the two step along different axes."
-                )
-            if self.penalty.terms:
-                precision = self.penalty.terms[-1].precision
-                strategy.optimizer.rotate(precision, strategy.model)
 
     def before_backward(self, strategy: Any, **_: Any) -> None:
         """Add the penalty to the loss of the current mini-batch.

@@ -1,6 +1,5 @@
 """The Avalanche plugin in real strategies, against a loop written by hand."""
 
-import copy
 import random
 from types import SimpleNamespace
 
@@ -33,7 +32,6 @@ from ewc import (
     Online,
     fisher_information,
 )
-from ewc.eigenbasis_adam import EigenbasisAdam
 from ewc.parameters import flatten
 from ewc.plugin import EWCPlugin
 
@@ -224,7 +222,7 @@ def test_the_fisher_pass_leaves_batchnorm_dropout_and_strategy_alone():
     [
         ({}, torch.optim.SGD),
         ({"consolidation": Online(0.9)}, torch.optim.SGD),
-        ({"structure": KroneckerFisher, "consolidation": Online()}, EigenbasisAdam),
+        ({"structure": KroneckerFisher, "consolidation": Online()}, torch.optim.Adam),
     ],
     ids=["separate", "online", "kronecker"],
 )
@@ -255,35 +253,6 @@ def test_a_diverging_run_stops_and_says_where():
     stream = domain_incremental().train_stream
     with pytest.raises(FloatingPointError, match=r"became (nan|inf) in task 2, step \d+:"):
         strategy.train(stream)
-
-
-def test_an_eigenbasis_adam_is_turned_to_the_penalty_at_every_task():
-    torch.manual_seed(1)
-    model, benchmark = mlp(), domain_incremental()
-    other, penalty = copy.deepcopy(model), EWCPenalty(30.0, Online())
-    plugin = EWCPlugin(30.0, structure=KroneckerFisher, consolidation=Online())
-    strategy = strategy_of(Naive, model, [plugin], lr=0.01, optimizer=EigenbasisAdam)
-    optimizer = EigenbasisAdam(other.parameters(), lr=0.01)
-    for experience in benchmark.train_stream:
-        strategy.train(experience, shuffle=False)
-        x, y = torch.stack([item[0] for item in experience.dataset]), blobs()[1]
-        if penalty.terms:
-            optimizer.rotate(penalty.terms[-1].precision, other)
-        for part in [*range(0, len(x), 16)] * 2:
-            loss = functional.cross_entropy(other(x[part : part + 16]), y[part : part + 16])
-            optimizer.zero_grad()
-            (loss + penalty(other)).backward()
-            optimizer.step()
-        # Adam makes much of rounding: the same batches as the strategy evaluates.
-        batches = list(zip(x.split(10), y.split(10), strict=True))
-        fisher = fisher_information(other, batches, structure=KroneckerFisher)
-        penalty.consolidate(fisher, other)
-    torch.testing.assert_close(weights(model), weights(other), rtol=1e-4, atol=1e-5)
-
-    plugin = EWCPlugin(30.0, structure=KroneckerFisher, implicit_every=2)
-    strategy = strategy_of(Naive, mlp(), [plugin], optimizer=EigenbasisAdam)
-    with pytest.raises(ValueError, match="implicit_every is 2: with EigenbasisAdam it must be"):
-        strategy.train(benchmark.train_stream[0])
 
 
 def test_impossible_arguments_are_refused():
