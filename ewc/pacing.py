@@ -21,7 +21,8 @@ largest eigenvalue, gradient descent is stable wherever it is with the whole mat
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from ewc.fisher.block_diagonal import BlockDiagonalFisher
 from ewc.fisher.kronecker_product import KroneckerProduct
 from ewc.fisher.matrix import FisherMatrix
 from ewc.fisher.sum import SumFisher
-from ewc.fisher.truncated_product import TruncatedProduct
+from ewc.parameters import Parameters
 from ewc.quadratic import Quadratic
 
 SLOWEST = 6
@@ -69,7 +70,7 @@ class Paced:
         generator = torch.Generator().manual_seed(period)
         turn = place ^ int(torch.randint(PERIOD, (), generator=generator))
         return [
-            Quadratic(pace.at(turn), term.anchor, term.constant)
+            _PacedQuadratic(term.precision, term.anchor, term.constant, pace=pace, turn=turn)
             for term, pace in zip(self.terms, self._paces, strict=True)
         ]
 
@@ -119,9 +120,9 @@ class _Pace:
                 return _Eigenvectors(matrix, share)
         return _Pace(matrix)
 
-    def at(self, turn: int) -> FisherMatrix:
-        """The matrix of one turn, from 0 to ``PERIOD - 1``."""
-        return self.matrix
+    def product(self, v: Mapping[str, Tensor], turn: int) -> Parameters:
+        """The product with the matrix of one turn, from 0 to ``PERIOD - 1``."""
+        return self.matrix.matvec(v)
 
 
 class _Blocks(_Pace):
@@ -131,10 +132,11 @@ class _Blocks(_Pace):
         super().__init__(matrix)
         self._blocks = [_Pace.of(block, share) for block in matrix.blocks]
 
-    def at(self, turn: int) -> FisherMatrix:
-        """The blocks of one turn."""
-        blocks = [block.at(turn) for block in self._blocks]
-        return BlockDiagonalFisher(blocks, self.matrix.shapes, self.matrix.num_examples)
+    def product(self, v: Mapping[str, Tensor], turn: int) -> Parameters:
+        result: Parameters = {}
+        for block in self._blocks:
+            result |= block.product({name: v[name] for name in block.matrix.shapes}, turn)
+        return result
 
 
 class _Terms(_Pace):
@@ -144,9 +146,9 @@ class _Terms(_Pace):
         super().__init__(matrix)
         self._terms = [_Pace.of(term, share) for term in matrix.terms]
 
-    def at(self, turn: int) -> FisherMatrix:
-        """The sum of one turn."""
-        return SumFisher([term.at(turn) for term in self._terms], self.matrix.num_examples)
+    def product(self, v: Mapping[str, Tensor], turn: int) -> Parameters:
+        products = [term.product(v, turn) for term in self._terms]
+        return {n: sum((p[n] for p in products[1:]), start=products[0][n]) for n in products[0]}
 
 
 class _Eigenvectors(_Pace):
@@ -154,7 +156,8 @@ class _Eigenvectors(_Pace):
 
     def __init__(self, matrix: KroneckerProduct, share: float) -> None:
         super().__init__(matrix)
-        self.product = matrix
+        self._weights = matrix.weights
+        self._outputs = matrix.outputs[0]
         values, vectors = (tensor[0] for tensor in matrix.input_eigen)
         # Rounding leaves the eigenvalues of a singular factor near 0, on either side.
         kept = values > torch.finfo(matrix.dtype).eps * values[-1]
@@ -163,17 +166,32 @@ class _Eigenvectors(_Pace):
         self._values = (values[kept] * 2.0**pace).to(matrix.dtype)
         self._turns = turns(pace)
 
-    def at(self, turn: int) -> FisherMatrix:
-        """The product with the eigenvectors of one turn."""
+    def product(self, v: Mapping[str, Tensor], turn: int) -> Parameters:
+        r"""The sum :math:`\sum_j a_j (G D u_j) u_j^\top` over the eigenvectors of the turn."""
         chosen = self._turns[turn]
-        product = self.product
-        return TruncatedProduct(
-            product.weights,
-            product.outputs,
-            self._vectors[chosen],
-            self._values[chosen],
-            product.num_examples,
-        )
+        vectors, values = self._vectors[chosen], self._values[chosen]
+        layout, bias = self._weights.layout, self._weights.bias
+        weight = layout.to_matrix(v[self._weights.weight])[0]
+        if bias is None:
+            along = self._outputs @ (weight @ vectors.T) * values
+            return {self._weights.weight: layout.to_parameter((along @ vectors)[None])}
+        # The bias apart: putting it beside the weight would copy that, there and back.
+        vectors, last = vectors[:, :-1], vectors[:, -1]
+        along = torch.addmm(torch.outer(v[bias], last), weight, vectors.T)
+        along = self._outputs @ along * values
+        product = layout.to_parameter((along @ vectors)[None])
+        return {self._weights.weight: product, bias: along @ last}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _PacedQuadratic(Quadratic):
+    """A quadratic whose matrix is that of one turn."""
+
+    pace: _Pace
+    turn: int
+
+    def product(self, v: Parameters) -> Parameters:
+        return self.pace.product(v, self.turn)
 
 
 def paces(values: Tensor, budget: float) -> Tensor:

@@ -68,8 +68,6 @@ class EWCPlugin(SupervisedPlugin):
             (:mod:`ewc.fisher.shrinkage`); 0 takes the Fisher matrix as it is.
         eigenvector_share: of Kronecker matrices a step takes so many of the eigenvectors,
             on average (:mod:`ewc.pacing`); 1 takes all, and so do implicit steps.
-        rank: of Kronecker matrices so many eigenvectors of every input factor are remembered
-            (:mod:`ewc.fisher.truncation`); ``None`` for all.
         implicit_every: take the penalty's share by an implicit step after so many iterations
             (:mod:`ewc.proximal`): stable for any strength, and for matrices whose products
             cost more than a training step cheaper by that factor.  ``None`` adds the penalty
@@ -90,7 +88,7 @@ class EWCPlugin(SupervisedPlugin):
     Raises:
         ValueError: the strength is negative or not finite, the shrinkage not in [0, 1], the
             share of eigenvectors not in (0, 1], the structure one that cannot be shrunk,
-            or ``rank``, ``implicit_every`` or ``max_examples`` no whole number above 0.
+            or ``implicit_every`` or ``max_examples`` no whole number above 0.
         TypeError: the likelihood, the estimator, the structure or the consolidation is none.
     """
 
@@ -104,7 +102,6 @@ class EWCPlugin(SupervisedPlugin):
         consolidation: Consolidation = Separate(),
         shrinkage: float = 0.0,
         eigenvector_share: float = 1.0,
-        rank: int | None = None,
         implicit_every: int | None = None,
         max_examples: int | None = None,
         seed: int = 0,
@@ -128,7 +125,6 @@ class EWCPlugin(SupervisedPlugin):
             consolidation,
             shrinkage=shrinkage,
             eigenvector_share=eigenvector_share,
-            rank=rank,
         )
         self.likelihood = likelihood
         self.estimator = estimator

@@ -112,8 +112,6 @@ class EWC(Penalised):
         shrinkage: the share of the information that a layer's units have alike.
         eigenvector_share: of Kronecker matrices a step takes so many of the eigenvectors,
             on average.
-        rank: of Kronecker matrices so many eigenvectors of every input factor are
-            remembered; ``None`` for all.
         implicit_every: take implicit steps after so many iterations; ``None`` adds the
             penalty to the loss.
 
@@ -123,7 +121,6 @@ class EWC(Penalised):
 
     shrinkage: float = 0.0
     eigenvector_share: float = 1.0
-    rank: int | None = None
     implicit_every: int | None = None
 
     def __post_init__(self) -> None:
@@ -144,7 +141,6 @@ class EWC(Penalised):
             consolidation=self.consolidation(),
             shrinkage=self.shrinkage,
             eigenvector_share=self.eigenvector_share,
-            rank=self.rank,
             implicit_every=self.implicit_every,
         )
         return [plugin]
@@ -158,7 +154,6 @@ class OnlineEWC(EWC):
         strength: :math:`\lambda`; 1 is the Bayes value.
         shrinkage: as of :class:`EWC`.
         eigenvector_share: as of :class:`EWC`.
-        rank: as of :class:`EWC`.
         implicit_every: as of :class:`EWC`.
         decay: :math:`\gamma`, what is left of the old sum at each new task.
         exact: keep sums of Kronecker matrices term by term, not projected to one.

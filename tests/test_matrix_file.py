@@ -20,7 +20,6 @@ from ewc import (
     LowRankFisher,
     fisher_information,
 )
-from ewc.fisher.truncation import truncated
 
 STRUCTURES = {
     "diagonal": DiagonalFisher,
@@ -40,12 +39,10 @@ def of_kind(kind):
     if kind == "sum":
         one = fisher_information(model, data, structure=KroneckerFisher)
         return one.precision + fisher_information(model, data)
-    if kind == "truncated":
-        return truncated(fisher_information(model, data, structure=KroneckerFisher), 1)
     return fisher_information(model, data, structure=STRUCTURES[kind])
 
 
-@pytest.fixture(params=[*STRUCTURES, "sum", "truncated"])
+@pytest.fixture(params=[*STRUCTURES, "sum"])
 def saved(request, tmp_path):
     """A matrix and its file."""
     fisher, path = of_kind(request.param), tmp_path / "fisher"

@@ -23,7 +23,6 @@ from ewc import (
 from ewc.fisher.kronecker_product import KroneckerProduct
 from ewc.fisher.layer_matrix import LayerWeights
 from ewc.fisher.outer import WeightLayout
-from ewc.fisher.truncation import truncated
 
 CONSOLIDATIONS = pytest.mark.parametrize(
     "consolidation", [Separate(), Online(0.5), Online(0.5, exact=True)], ids=repr
@@ -184,7 +183,6 @@ IMPOSSIBLE = {
     "kronecker_diagonal": lambda: kronecker(NEGATIVE, ONE),
     "kronecker_outputs": lambda: kronecker(INDEFINITE, ONE),
     "kronecker_inputs": lambda: kronecker(ONE, INDEFINITE),
-    "truncated": lambda: truncated(kronecker(INDEFINITE, ONE), 1),
     "corrected": lambda: KroneckerFisher([kronecker(ONE, ONE).blocks[0].eigen], SHAPES, 9),
     "low_rank_value": lambda: low_rank(1.0, -0.5, 1.0),
     "low_rank_rest": lambda: low_rank(1.0, 2.0, -0.5),
@@ -313,10 +311,9 @@ def test_wrong_consolidations_are_refused(value):
         (EWCPenalty, "strength"),
         (lambda value: EWCPenalty(shrinkage=value), "shrinkage"),
         (lambda value: EWCPenalty(eigenvector_share=value), "eigenvector_share"),
-        (lambda value: EWCPenalty(rank=value or 1.5), "rank"),
         (Online, "decay"),
     ],
-    ids=["strength", "shrinkage", "share", "rank", "decay"],
+    ids=["strength", "shrinkage", "share", "decay"],
 )
 def test_what_is_no_number_is_refused(make, name, value):
     with pytest.raises(ValueError, match=f"{name} is .*: it must"):
@@ -348,7 +345,6 @@ def states():
         "terms": lambda state: state.update(terms=[None]),
         "no_terms": lambda state: state.pop("terms"),
         "shrinkage": lambda state: state.update(shrinkage=2.0),
-        "rank": lambda state: state.update(rank=0),
         "num_examples": lambda state: state.update(num_examples="9"),
         "last": lambda state: state.update(last_num_examples=0),
         "step": lambda state: state.update(step=None),
@@ -362,7 +358,7 @@ def states():
 def test_a_state_that_does_not_load_changes_nothing(name, structure):
     model, other = network(), EWCPenalty(3.0, Online(0.25), shrinkage=0.5, eigenvector_share=0.5)
     other.num_examples = 7
-    penalty = EWCPenalty(2.0, rank=3)
+    penalty = EWCPenalty(2.0)
     for each in (penalty, other):
         each.consolidate(fisher_information(model, data_for(), structure=structure), model)
     move(model)

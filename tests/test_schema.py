@@ -195,10 +195,10 @@ def test_what_does_not_decide_the_outcome_makes_no_other_experiment():
 def test_an_option_that_there_was_not_yet_had_its_default():
     config = compose("strategy=ewc")
     older = compose("strategy=ewc")
-    del older["training"]["anneal"], older["strategy"]["rank"], older["benchmark"]["num_tasks"]
+    del older["training"]["anneal"], older["strategy"]["shrinkage"], older["benchmark"]["num_tasks"]
     assert same_outcome(older, config)
     assert same_outcome(config, older)
-    for other in ("training.anneal=true", "strategy.rank=9", "benchmark.num_tasks=2"):
+    for other in ("training.anneal=true", "strategy.shrinkage=0.9", "benchmark.num_tasks=2"):
         assert not same_outcome(older, compose("strategy=ewc", other))
         assert not same_outcome(compose("strategy=ewc", other), older)
     del older["optimizer"]["fused"]  # torch's own default is another

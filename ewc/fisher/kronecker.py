@@ -20,7 +20,6 @@ from ewc.fisher.matrix import FisherMatrix
 from ewc.fisher.outer import OuterProducts, WeightLayout
 from ewc.fisher.per_example import PerExample
 from ewc.fisher.pullback import DEFAULT_MEMORY, Chunk, Pullback
-from ewc.fisher.truncated_product import TruncatedProduct
 from ewc.parameters import Parameters, accumulation_dtype, shapes_of
 
 LARGEST_BLOCK = DEFAULT_MEMORY
@@ -58,7 +57,7 @@ class KroneckerFisher(BlockDiagonalFisher):
     :func:`~ewc.fisher.nearest_kronecker.nearest_kronecker` makes one product of it.
     """
 
-    form = KroneckerProduct | TruncatedProduct
+    form = KroneckerProduct
 
     @classmethod
     def accumulator(cls, parameters: Parameters, reduce: bool = False) -> Accumulator:

@@ -10,7 +10,6 @@ from ewc.fisher.kronecker import KroneckerFisher
 from ewc.fisher.kronecker_product import KroneckerProduct
 from ewc.fisher.matrix import FisherMatrix
 from ewc.fisher.sum import SumFisher
-from ewc.fisher.truncated_product import TruncatedProduct
 
 
 def nearest_kronecker(fisher: FisherMatrix) -> tuple[KroneckerFisher, float]:
@@ -40,7 +39,6 @@ def nearest_kronecker(fisher: FisherMatrix) -> tuple[KroneckerFisher, float]:
     error, total = 0.0, 0.0
     for block in fisher.blocks:
         terms = block.terms if isinstance(block, SumFisher) else [block]
-        terms = [term.whole if isinstance(term, TruncatedProduct) else term for term in terms]
         if not all(isinstance(term, KroneckerProduct) for term in terms):
             if len(terms) > 1 or isinstance(block, EigenvalueCorrectedProduct):
                 raise ValueError(
