@@ -2,6 +2,7 @@ r"""Natural gradient descent (Amari 1998), with a Fisher matrix of any structure
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,6 @@ from ewc.fisher.structures.kronecker import Kronecker
 from ewc.fisher.structures.structure import Structure, check_structure
 from ewc.likelihoods import Categorical, Likelihood, check_likelihood
 from ewc.matrices.matrix import DampedInverse, FisherMatrix, SumFisher
-from ewc.optimizer_state import restore_types
 from ewc.parameters import Parameters, accumulation_dtype, dot, trainable_parameters
 from ewc.wrappers import named_parameters
 
@@ -198,7 +198,7 @@ class NaturalGradient(Optimizer):
             }
             last = _Step(**{**own["last"], **moved})
         super().load_state_dict(state_dict)
-        restore_types(self, state_dict)
+        _restore_types(self, state_dict)
         self.fisher, self._last = fisher, last
 
     def __getstate__(self) -> dict[str, Any]:
@@ -385,6 +385,22 @@ class _Step(NamedTuple):
     move: Parameters
     length: float
     damping: float
+
+
+def _restore_types(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Give an optimizer copies of its tensors in the types in which they were saved.
+
+    ``torch`` casts them to the types of the parameters, which rounds moments that are held in
+    single precision for parameters in half precision.
+    """
+    saved, present = (
+        chain.from_iterable(group["params"] for group in groups)
+        for groups in (state_dict["param_groups"], optimizer.param_groups)
+    )
+    for number, parameter in zip(saved, present, strict=True):
+        for key, value in state_dict["state"].get(number, {}).items():
+            if isinstance(value, Tensor):
+                optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
 
 
 def _gradient(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> Parameters:

@@ -32,7 +32,6 @@ from ewc.consolidation.matching import fitted, joined, precision_of
 from ewc.consolidation.pacing import ScaledTerms
 from ewc.consolidation.quadratic import Quadratic, QuadraticForm, value_and_gradient
 from ewc.matrices.matrix import FisherMatrix
-from ewc.matrices.truncation import check_rank, truncated
 from ewc.parameters import Parameters
 
 
@@ -50,7 +49,7 @@ class EWCPenalty(nn.Module):
         strength: :math:`\lambda`; 1 is the Bayes value.
         consolidation: how tasks are put together, :class:`Separate` or :class:`Online`.
         shrinkage: the share of the information that every layer's units have alike
-            (:mod:`ewc.matrices.shrinkage`), so that units that no example of the old tasks
+            (:meth:`ewc.FisherMatrix.shrunk`), so that units that no example of the old tasks
             excites are not free; 0 takes the Fisher matrix as it is.
         eigenvector_share: of Kronecker matrices a gradient takes so many of the
             eigenvectors, on average, the stiff ones more often
@@ -58,9 +57,6 @@ class EWCPenalty(nn.Module):
             all, for several times the cost of a training step.  Where gradients are on, the
             value is then an estimate, which for parameters held still is exact on average
             over ``ewc.consolidation.pacing.PERIOD`` calls; :meth:`implicit_step` takes all.
-        rank: of Kronecker matrices so many leading eigenvectors of every layer's input
-            factor are remembered (:mod:`ewc.matrices.truncation`): for networks whose factors
-            do not fit into memory; ``None`` for all.
 
     Attributes:
         num_examples: :math:`N`, the size of the task in training.  ``None`` stands for the
@@ -68,7 +64,7 @@ class EWCPenalty(nn.Module):
 
     Raises:
         ValueError: the strength is negative or not finite, the shrinkage not in [0, 1],
-            the share not in (0, 1], or the rank below 1.
+            or the share not in (0, 1].
         TypeError: the consolidation is none.
     """
 
@@ -79,12 +75,10 @@ class EWCPenalty(nn.Module):
         *,
         shrinkage: float = 0.0,
         eigenvector_share: float = 1.0,
-        rank: int | None = None,
     ) -> None:
         super().__init__()
         self.shrinkage = shrinkage
         self.eigenvector_share = eigenvector_share
-        self.rank = rank
         self.strength = strength
         self.consolidation = consolidation
         self.num_examples = None
@@ -136,16 +130,6 @@ class EWCPenalty(nn.Module):
         self._eigenvector_share = float(value)
 
     @property
-    def rank(self) -> int | None:
-        """Eigenvectors of input factors, of tasks that are consolidated from now on."""
-        return self._rank
-
-    @rank.setter
-    def rank(self, value: int | None) -> None:
-        check_rank(value)
-        self._rank = value
-
-    @property
     def num_examples(self) -> int | None:
         """:math:`N`, the size of the task in training, 1 or more; ``None`` if not told."""
         return self._num_examples
@@ -180,10 +164,7 @@ class EWCPenalty(nn.Module):
             fisher.num_examples if num_examples is None else num_examples
         )
         precision = precision_of(fisher, model).shrunk(self.shrinkage)
-        terms = joined(self.terms, precision, model, self.consolidation)
-        if self.rank is not None:
-            terms = [replace(t, precision=truncated(t.precision, self.rank)) for t in terms]
-        self.terms = terms
+        self.terms = joined(self.terms, precision, model, self.consolidation)
         self._last_num_examples = fisher.num_examples
 
     def forward(self, model: nn.Module) -> Tensor:
@@ -260,7 +241,7 @@ class EWCPenalty(nn.Module):
 
     def extra_repr(self) -> str:
         """The strength and the consolidation, for printing."""
-        options = ("strength", "consolidation", "shrinkage", "eigenvector_share", "rank")
+        options = ("strength", "consolidation", "shrinkage", "eigenvector_share")
         return ", ".join(f"{name}={getattr(self, name)}" for name in options)
 
     # --- moving and saving ------------------------------------------------------------
@@ -272,7 +253,6 @@ class EWCPenalty(nn.Module):
             "strength": self.strength,
             "shrinkage": self.shrinkage,
             "eigenvector_share": self.eigenvector_share,
-            "rank": self.rank,
             "step": self._step,
             "online": None if online is None else asdict(online),
             "num_examples": self.num_examples,
@@ -294,7 +274,6 @@ class EWCPenalty(nn.Module):
                 Separate() if online is None else Online(**online),
                 shrinkage=state.get("shrinkage", 0.0),
                 eigenvector_share=state.get("eigenvector_share", 1.0),
-                rank=state.get("rank"),
             )
             loaded.num_examples = state["num_examples"]
             loaded._step = state.get("step", 0)
@@ -310,7 +289,7 @@ class EWCPenalty(nn.Module):
                 "nothing was loaded."
             ) from error
         # All or nothing: what can fail has succeeded.
-        for name in ("strength", "consolidation", "shrinkage", "eigenvector_share", "rank"):
+        for name in ("strength", "consolidation", "shrinkage", "eigenvector_share"):
             setattr(self, name, getattr(loaded, name))
         self.num_examples = loaded.num_examples
         self.terms = loaded.terms

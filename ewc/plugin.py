@@ -18,14 +18,13 @@ from avalanche.training.plugins import SupervisedPlugin
 
 from ewc.checks import check_count
 from ewc.consolidation.consolidation import Consolidation, Separate
-from ewc.eigenbasis_adam import EigenbasisAdam
-from ewc.fisher import Estimator, Exact, FisherMatrix, fisher_information
+from ewc.fisher import Estimator, Exact, fisher_information
 from ewc.fisher.estimators import check_estimator
 from ewc.fisher.evaluation import undisturbed
 from ewc.fisher.structures.diagonal import Diagonal
 from ewc.fisher.structures.structure import Structure, check_structure
-from ewc.forgetting import ForgettingBudget
 from ewc.likelihoods import Categorical, Likelihood, check_likelihood
+from ewc.matrices import FisherMatrix
 from ewc.penalty import EWCPenalty
 from ewc.strategy_calls import Batches, beside, strategy_calls
 from ewc.wrappers import unwrapped
@@ -66,20 +65,14 @@ class EWCPlugin(SupervisedPlugin):
         structure: what of the Fisher matrix is kept.
         consolidation: how tasks are put together.
         shrinkage: the share of the information that a layer's units have alike
-            (:mod:`ewc.matrices.shrinkage`); 0 takes the Fisher matrix as it is.
+            (:meth:`ewc.FisherMatrix.shrunk`); 0 takes the Fisher matrix as it is.
         eigenvector_share: of Kronecker matrices a step takes so many of the eigenvectors,
             on average (:mod:`ewc.consolidation.pacing`); 1 takes all, and so do implicit steps.
-        rank: of Kronecker matrices so many eigenvectors of every input factor are remembered
-            (:mod:`ewc.matrices.truncation`); ``None`` for all.
         implicit_every: take the penalty's share by an implicit step after so many iterations
             (:mod:`ewc.consolidation.implicit_step`): stable for any strength, and for matrices
             whose products
             cost more than a training step cheaper by that factor.  ``None`` adds the penalty
             to the loss.
-        budget: by how many nats an example the old tasks' mean loss may rise with each new
-            task, by the penalty's forecast (:mod:`ewc.forgetting`): the strength is then
-            found in every task, starting from ``strength`` in the second and from the last
-            one's in later ones.  ``None`` keeps the strength.
         max_examples: take the Fisher information of a larger task from a random sample of
             so many of its examples; the task keeps its weight in the penalty.  ``None``
             takes all.
@@ -92,13 +85,11 @@ class EWCPlugin(SupervisedPlugin):
         last_penalty: the penalty's value in the current iteration, a tensor without
             gradient, an estimate where a step does not take all eigenvectors; 0 before
             the first task; with implicit steps, after one of the last ten of them.
-        budget: what follows the budget, ``None`` without one.
 
     Raises:
         ValueError: the strength is negative or not finite, the shrinkage not in [0, 1], the
             share of eigenvectors not in (0, 1], the structure one that cannot be shrunk,
-            ``rank``, ``implicit_every`` or ``max_examples`` no whole number above 0, or the
-            budget not above 0, with a strength of 0 or with implicit steps.
+            or ``implicit_every`` or ``max_examples`` no whole number above 0.
         TypeError: the likelihood, the estimator, the structure or the consolidation is none.
     """
 
@@ -112,9 +103,7 @@ class EWCPlugin(SupervisedPlugin):
         consolidation: Consolidation = Separate(),
         shrinkage: float = 0.0,
         eigenvector_share: float = 1.0,
-        rank: int | None = None,
         implicit_every: int | None = None,
-        budget: float | None = None,
         max_examples: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -130,13 +119,6 @@ class EWCPlugin(SupervisedPlugin):
                 f"shrinkage is {shrinkage}: with {name} it must be 0; diagonal, Kronecker and "
                 "eigenvalue-corrected Fisher matrices can be shrunk."
             )
-        if budget is not None and (implicit_every is not None or strength == 0):
-            raise ValueError(
-                f"budget is {budget}: it must be None with implicit steps or a strength of 0, "
-                "where there is no penalty in the loss to be scaled."
-            )
-        self.budget = None if budget is None else ForgettingBudget(budget)
-        self._value_at_start = 0.0
         self.implicit_every = implicit_every
         self._since = self._taken = 0
         self.penalty = EWCPenalty(
@@ -144,7 +126,6 @@ class EWCPlugin(SupervisedPlugin):
             consolidation,
             shrinkage=shrinkage,
             eigenvector_share=eigenvector_share,
-            rank=rank,
         )
         self.likelihood = likelihood
         self.estimator = estimator
@@ -157,27 +138,12 @@ class EWCPlugin(SupervisedPlugin):
     def before_training_exp(self, strategy: Any, **options: Any) -> None:
         """Tell the penalty the size of the task that is about to be learnt.
 
-        An :class:`~ewc.eigenbasis_adam.EigenbasisAdam` is turned to the penalty's eigenvectors.
-
         Raises:
-            ValueError: it is, and there are implicit steps; or as of :meth:`check_task`.
+            ValueError: as of :meth:`check_task`.
         """
         self.penalty.num_examples = _num_examples(strategy)
         if not self.penalty.terms:
             self.check_task(strategy, **options)
-        if isinstance(strategy.optimizer, EigenbasisAdam):
-            if self.implicit_every is not None:
-                raise ValueError(
-                    f"implicit_every is {self.implicit_every}: with EigenbasisAdam it must be "
-                    "None, for the two step along different axes."
-                )
-            if self.penalty.terms:
-                precision = self.penalty.terms[-1].precision
-                strategy.optimizer.rotate(precision, strategy.model)
-        if self.budget is not None and self.penalty.terms:
-            self.budget.start()
-            with torch.no_grad():
-                self._value_at_start = float(self.penalty(strategy.model))
 
     def before_backward(self, strategy: Any, **_: Any) -> None:
         """Add the penalty to the loss of the current mini-batch.
@@ -188,22 +154,9 @@ class EWCPlugin(SupervisedPlugin):
         """
         if self.penalty.terms and self.implicit_every is None:
             value = self.penalty(strategy.model)
-            if self.budget is not None:
-                rise = self._rise(float(value.detach()))
-                # What is not finite ends the training below, with the task and the step.
-                if math.isfinite(rise):
-                    self.budget.follow(rise)
-                value = self.budget.factor * value
             self.last_penalty = value.detach()
             strategy.loss = strategy.loss + value
         check_finite_loss(strategy)
-
-    def _rise(self, value: float) -> float:
-        """The forecast of forgetting in this task, from the penalty's value in the loss."""
-        penalty = self.penalty
-        examples = penalty.num_examples or penalty.remembered_examples
-        scale = penalty.strength * penalty.remembered_examples / examples
-        return (value - self._value_at_start) / scale
 
     def after_update(self, strategy: Any, **_: Any) -> None:
         """Take the implicit step when it is due."""
@@ -230,9 +183,6 @@ class EWCPlugin(SupervisedPlugin):
                 message names the task.  In either case the penalty is as it was.
         """
         self._take_implicit_step(strategy)
-        if self.budget is not None:
-            self.penalty.strength *= self.budget.factor
-            self.budget.start()
         try:
             fisher = self._information(strategy, self._sample(strategy), options)
             self.penalty.consolidate(fisher, strategy.model, num_examples=_num_examples(strategy))

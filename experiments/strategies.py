@@ -8,7 +8,7 @@ from avalanche.training.plugins import LwFPlugin, SupervisedPlugin
 
 from ewc import (
     Categorical,
-    DiagonalFisher,
+    Diagonal,
     Empirical,
     Exact,
     FisherMatrix,
@@ -46,7 +46,7 @@ class Fisher:
 
     likelihood: Likelihood = field(default_factory=Categorical)
     estimator: Estimator = field(default_factory=Exact)
-    structure: type[FisherMatrix] | Configured[Any] = DiagonalFisher
+    structure: type[FisherMatrix] | Configured[Any] = Diagonal()
 
     def __post_init__(self) -> None:
         """Check that the two fit together."""
@@ -112,12 +112,8 @@ class EWC(Penalised):
         shrinkage: the share of the information that a layer's units have alike.
         eigenvector_share: of Kronecker matrices a step takes so many of the eigenvectors,
             on average.
-        rank: of Kronecker matrices so many eigenvectors of every input factor are
-            remembered; ``None`` for all.
         implicit_every: take implicit steps after so many iterations; ``None`` adds the
             penalty to the loss.
-        budget: nats an example by which old losses may rise with each task, by the penalty's
-            forecast; the strength is then where the search starts. ``None`` keeps it.
 
     Raises:
         ValueError: a number is out of range.
@@ -125,9 +121,7 @@ class EWC(Penalised):
 
     shrinkage: float = 0.0
     eigenvector_share: float = 1.0
-    rank: int | None = None
     implicit_every: int | None = None
-    budget: float | None = None
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -147,9 +141,7 @@ class EWC(Penalised):
             consolidation=self.consolidation(),
             shrinkage=self.shrinkage,
             eigenvector_share=self.eigenvector_share,
-            rank=self.rank,
             implicit_every=self.implicit_every,
-            budget=self.budget,
         )
         return [plugin]
 
@@ -162,9 +154,7 @@ class OnlineEWC(EWC):
         strength: :math:`\lambda`; 1 is the Bayes value.
         shrinkage: as of :class:`EWC`.
         eigenvector_share: as of :class:`EWC`.
-        rank: as of :class:`EWC`.
         implicit_every: as of :class:`EWC`.
-        budget: as of :class:`EWC`.
         decay: :math:`\gamma`, what is left of the old sum at each new task.
         exact: keep sums of Kronecker matrices term by term, not projected to one.
 

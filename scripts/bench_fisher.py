@@ -46,7 +46,7 @@ from bench_peers import PEERS  # noqa: E402
 import ewc  # noqa: E402
 
 ESTIMATORS = {"exact": ewc.Exact(), "Monte Carlo": ewc.MonteCarlo(), "empirical": ewc.Empirical()}
-STRUCTURES = {"diagonal": ewc.DiagonalFisher, "Kronecker": ewc.KroneckerFisher}
+STRUCTURES = {"diagonal": ewc.Diagonal(), "Kronecker": ewc.Kronecker()}
 INFINITY = float("inf")
 PATIENCE, ENOUGH = 2.0, 10.0
 """Seconds: a peer that takes longer than the one for a batch is timed on this batch alone, without

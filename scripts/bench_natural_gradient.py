@@ -17,7 +17,7 @@ from statistics import median
 import torch
 from torch import nn
 
-from ewc import DiagonalFisher, EigenvalueCorrectedFisher
+from ewc import Diagonal, EigenvalueCorrected
 from experiments.data import MNIST, default_data_root
 from experiments.verify.race import Course, Runner, Step, plain, race
 from experiments.verify.topics.natural_gradient import (
@@ -50,8 +50,8 @@ def singd(model: nn.Module) -> Step:
 
 def runners() -> list[Runner]:
     """Those of the verification, with other structures and the public optimizer."""
-    ekfac = partial(LARGE.start, structure=EigenvalueCorrectedFisher)
-    diagonal = partial(LARGE.start, structure=DiagonalFisher)
+    ekfac = partial(LARGE.start, structure=EigenvalueCorrected())
+    diagonal = partial(LARGE.start, structure=Diagonal())
     found = [
         *IN_SMALL_BATCHES,
         *IN_LARGE_BATCHES,

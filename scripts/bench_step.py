@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ewc import EWCPenalty, KroneckerFisher, Online, fisher_information
+from ewc import EWCPenalty, Kronecker, Online, fisher_information
 
 STEPS = 40
 ROUNDS = 5
@@ -34,7 +34,7 @@ def penalty_after(tasks: int, model: nn.Module) -> EWCPenalty:
     penalty = EWCPenalty(10.0, Online())
     for _ in range(tasks):
         data = [(torch.rand(256, 784), torch.randint(10, (256,)))]
-        penalty.consolidate(fisher_information(model, data, structure=KroneckerFisher), model)
+        penalty.consolidate(fisher_information(model, data, structure=Kronecker()), model)
     return penalty
 
 

@@ -14,7 +14,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from ewc import Categorical, Empirical, Exact, KroneckerFisher, fisher_information
+from ewc import Categorical, Empirical, Exact, Kronecker, fisher_information
 from ewc.matrices.layers.kronecker import KroneckerProduct
 
 N, BATCH = 64, 16
@@ -54,9 +54,7 @@ def ours(estimator: Exact | Empirical, likelihood: Categorical | None = None) ->
 def our_product() -> Tensor:
     """Our Kronecker matrix of the first layer's weight, without its bias, as a matrix."""
     model = network()
-    fisher = fisher_information(
-        model, batches(N), structure=KroneckerFisher, parameters=["0.weight"]
-    )
+    fisher = fisher_information(model, batches(N), structure=Kronecker(), parameters=["0.weight"])
     block = fisher.blocks[0]
     assert isinstance(block, KroneckerProduct)
     return block.to_dense().flatten()

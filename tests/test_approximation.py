@@ -7,13 +7,16 @@ import torch
 from torch import nn
 
 from ewc import (
-    BlockDiagonalFisher,
+    BlockDiagonal,
+    Dense,
     DenseFisher,
+    Diagonal,
     DiagonalFisher,
-    EigenvalueCorrectedFisher,
-    KroneckerFisher,
+    EigenvalueCorrected,
+    Kronecker,
     fisher_information,
 )
+from ewc.matrices import BlockDiagonalFisher
 from ewc.statistics import error_by_layer, relative_error, share_between_layers
 
 LAYERS = {"0": range(24), "2": range(24, 39)}
@@ -27,11 +30,11 @@ def matrices():
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     data = [(torch.randn(20, 5, dtype=torch.float64), torch.zeros(20, dtype=torch.long))]
     structures = (
-        BlockDiagonalFisher,
-        DenseFisher,
-        DiagonalFisher,
-        EigenvalueCorrectedFisher,
-        KroneckerFisher,
+        BlockDiagonal(),
+        Dense(),
+        Diagonal(),
+        EigenvalueCorrected(),
+        Kronecker(),
     )
     return {s: fisher_information(model, data, structure=s) for s in structures}
 
@@ -40,37 +43,37 @@ def squares(matrix, rows, columns):
     return sum(float(matrix[i, j]) ** 2 for i in rows for j in columns)
 
 
-@pytest.mark.parametrize("structure", [DiagonalFisher, KroneckerFisher, EigenvalueCorrectedFisher])
-@pytest.mark.parametrize("exact", [BlockDiagonalFisher, DenseFisher])
+@pytest.mark.parametrize("structure", [Diagonal(), Kronecker(), EigenvalueCorrected()])
+@pytest.mark.parametrize("exact", [BlockDiagonal(), Dense()])
 def test_error_by_layer_is_that_of_the_entries(matrices, structure, exact):
     found = error_by_layer(matrices[structure], matrices[exact])
-    off = matrices[structure].to_dense() - matrices[DenseFisher].to_dense()
+    off = matrices[structure].to_dense() - matrices[Dense()].to_dense()
     assert list(found) == list(LAYERS)
     for layer, places in LAYERS.items():
-        whole = squares(matrices[DenseFisher].to_dense(), places, places)
+        whole = squares(matrices[Dense()].to_dense(), places, places)
         expected = math.sqrt(squares(off, places, places) / whole)
         assert found[layer] == pytest.approx(expected, rel=1e-10)
 
 
 def test_relative_error_and_what_lies_between_layers(matrices):
-    dense = matrices[DenseFisher].to_dense()
-    off = matrices[KroneckerFisher].to_dense() - dense
+    dense = matrices[Dense()].to_dense()
+    off = matrices[Kronecker()].to_dense() - dense
     every = range(39)
     whole = squares(dense, every, every)
     expected = math.sqrt(squares(off, every, every) / whole)
-    found = relative_error(matrices[KroneckerFisher], matrices[DenseFisher])
+    found = relative_error(matrices[Kronecker()], matrices[Dense()])
     assert found == pytest.approx(expected, rel=1e-10)
     between = 2 * squares(dense, LAYERS["0"], LAYERS["2"]) / whole
-    share = share_between_layers(matrices[DenseFisher])
+    share = share_between_layers(matrices[Dense()])
     assert share == pytest.approx(between, rel=1e-10)
     assert 0.01 < share < 0.99
-    least = relative_error(matrices[BlockDiagonalFisher], matrices[DenseFisher])
+    least = relative_error(matrices[BlockDiagonal()], matrices[Dense()])
     assert least == pytest.approx(math.sqrt(share), rel=1e-10)
-    assert share_between_layers(matrices[BlockDiagonalFisher]) == pytest.approx(0, abs=1e-12)
+    assert share_between_layers(matrices[BlockDiagonal()]) == pytest.approx(0, abs=1e-12)
 
 
 def test_the_order_of_the_parameters_does_not_matter(matrices):
-    exact = matrices[DenseFisher]
+    exact = matrices[Dense()]
     backwards = dict(reversed(exact.shapes.items()))
     places = range(36, 39), range(24, 36), range(20, 24), range(20)
     order = [place for part in places for place in part]

@@ -10,11 +10,11 @@ from torch import nn
 
 from ewc import (
     Bernoulli,
-    DenseFisher,
-    DiagonalFisher,
+    Dense,
+    Diagonal,
     Empirical,
-    KroneckerFisher,
-    LowRankFisher,
+    Kronecker,
+    LowRank,
     Poisson,
     fisher_information,
 )
@@ -80,7 +80,7 @@ def fitted(likelihood, x, y, held=()):
     return model
 
 
-def fisher(likelihood, model, x, y, structure=DenseFisher, **options):
+def fisher(likelihood, model, x, y, structure=Dense(), **options):
     return fisher_information(model, [(x, y)], likelihood, structure=structure, **options)
 
 
@@ -132,7 +132,7 @@ def test_robust_errors_are_those_of_statsmodels(regression):
     )
     assert (float(ratio.mean()) > 1.3) == isinstance(likelihood, Poisson)
     fewer = fisher_information(
-        model, [(x[:-1], y[:-1])], likelihood, structure=DenseFisher, estimator=Empirical()
+        model, [(x[:-1], y[:-1])], likelihood, structure=Dense(), estimator=Empirical()
     )
     with pytest.raises(ValueError, match=f"The scores are of {len(x) - 1} examples"):
         robust_covariance(information, fewer)
@@ -230,10 +230,10 @@ def test_errors_of_whole_networks_by_structure():
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
     x, y = torch.randn(50, 6, dtype=torch.float64), torch.rand(50, 1, dtype=torch.float64).round()
     for structure in (
-        DiagonalFisher,
-        KroneckerFisher,
-        LowRankFisher.configured(rank=4),
-        DenseFisher,
+        Diagonal(),
+        Kronecker(),
+        LowRank(rank=4),
+        Dense(),
     ):
         matrix = fisher(Bernoulli(), model, x, y, structure)
         precision = 50 * matrix.to_dense() + 0.5 * torch.eye(65, dtype=torch.float64)

@@ -10,32 +10,31 @@ from torch import nn
 from torch.nn import functional
 
 from ewc import (
-    BlockDiagonalFisher,
-    DenseFisher,
-    DiagonalFisher,
-    EigenvalueCorrectedFisher,
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    EigenvalueCorrected,
     Exact,
     FisherMatrix,
-    ImplicitFisher,
-    KroneckerFisher,
-    LowRankFisher,
+    Implicit,
+    Kronecker,
+    LowRank,
     fisher_information,
-    sampled_fisher,
 )
-from ewc.fisher import compute, sampling
+from ewc.fisher import compute, sampled_fisher, sampling
 from ewc.parameters import flatten
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 STRUCTURES = [
-    DiagonalFisher,
-    BlockDiagonalFisher,
-    KroneckerFisher,
-    EigenvalueCorrectedFisher,
-    DenseFisher,
-    LowRankFisher,
-    ImplicitFisher,
+    Diagonal(),
+    BlockDiagonal(),
+    Kronecker(),
+    EigenvalueCorrected(),
+    Dense(),
+    LowRank(),
+    Implicit(),
 ]
-every_structure = pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: s.__name__)
+every_structure = pytest.mark.parametrize("structure", STRUCTURES, ids=repr)
 
 
 class Body(nn.Module):
@@ -122,7 +121,7 @@ def test_what_one_batch_shows_is_not_taken_for_granted(build):
     expected = reference.categorical_fisher(model, examples)
     # What comes first decides what is remembered.
     for order in (data, data[::-1], [data[2], *data[:2], *data[3:]]):
-        found = fisher_information(model, order, structure=DenseFisher)
+        found = fisher_information(model, order, structure=Dense())
         torch.testing.assert_close(found.to_dense(), expected, **EXACT)
 
 
@@ -226,9 +225,9 @@ def test_products_without_a_matrix_of_any_network(build, caplog):
     model = build().double()
     width = next(p.shape[1] for p in model.parameters() if p.dim() == 2)
     data = [(torch.randn(5, width, dtype=torch.float64), torch.zeros(5, dtype=torch.long))]
-    expected = fisher_information(model, data, structure=DenseFisher).to_dense()
+    expected = fisher_information(model, data, structure=Dense()).to_dense()
     with caplog.at_level(logging.INFO):
-        fisher = fisher_information(model, data, structure=ImplicitFisher)
+        fisher = fisher_information(model, data, structure=Implicit())
         v = {name: torch.randn(shape, dtype=torch.float64) for name, shape in fisher.shapes.items()}
         flat = torch.cat([tensor.flatten() for tensor in v.values()])
         form = fisher.quadratic_form(v)  # before a product has found how
@@ -248,8 +247,8 @@ def test_matrix_free_copies_keep_ties_factors_and_hooks(tmp_path):
         x = torch.randn(5, width, dtype=torch.float64)
         model(x)
         data = [(x, torch.zeros(5, dtype=torch.long))]
-        expected = 3.0 * fisher_information(model, data, structure=DenseFisher).to_dense()
-        fisher = 3.0 * fisher_information(model, data, structure=ImplicitFisher)
+        expected = 3.0 * fisher_information(model, data, structure=Dense()).to_dense()
+        fisher = 3.0 * fisher_information(model, data, structure=Implicit())
         fisher.save(tmp_path / "fisher")
         bare = FisherMatrix.load(tmp_path / "fisher")
         assert repr(bare).endswith("without its network)")
@@ -299,7 +298,7 @@ def test_sampled_matrices_know_their_examples_and_draw_apart(tmp_path, monkeypat
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
     data = [(torch.randn(10, 4), torch.zeros(10, dtype=torch.long))]
-    fisher, _ = sampled_fisher(model, data, num_samples=4, structure=LowRankFisher)
+    fisher, _ = sampled_fisher(model, data, num_samples=4, structure=LowRank())
     fisher.save(tmp_path / "fisher")
     for copy in (fisher, 2.0 * fisher, FisherMatrix.load(tmp_path / "fisher")):
         assert copy.num_examples == 10
@@ -347,7 +346,7 @@ def test_kronecker_factors_over_batches_of_different_lengths():
         for t in (2, 5)
     ]
     both, *single = (
-        fisher_information(model, data, structure=KroneckerFisher)
+        fisher_information(model, data, structure=Kronecker())
         for data in (batches, batches[:1], batches[1:])
     )
     for block, first, second in zip(both.blocks, *(s.blocks for s in single), strict=True):
@@ -367,7 +366,7 @@ def test_a_layer_that_some_examples_skip():
         )
         for n, t in ((2, 0), (6, 1))
     ]
-    fisher = fisher_information(model, data, structure=KroneckerFisher)
+    fisher = fisher_information(model, data, structure=Kronecker())
     shares = {
         name: float(block.inputs[0, -1, -1]) for block in fisher.blocks for name in block.shapes
     }
@@ -522,7 +521,7 @@ class ComplexInside(nn.Module):
 
 @pytest.mark.usefixtures("_in_double")
 @pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:Sparse CSR")
-@pytest.mark.parametrize("structure", [DiagonalFisher, DenseFisher, ImplicitFisher], ids=str)
+@pytest.mark.parametrize("structure", [Diagonal(), Dense(), Implicit()], ids=str)
 @pytest.mark.parametrize(
     "build",
     [
@@ -538,7 +537,7 @@ def test_any_operation_of_torch_may_be_inside(build, structure):
     batches = [(part, torch.zeros(len(part), dtype=torch.long)) for part in x.split(4)]
     found = fisher_information(model, batches, structure=structure)
     torch.testing.assert_close(flatten(found.diagonal()), expected.diagonal(), **EXACT)
-    if structure is DenseFisher:
+    if structure is Dense():
         torch.testing.assert_close(found.to_dense(), expected, **EXACT)
 
 
@@ -580,9 +579,7 @@ AWKWARD_PRODUCTS = {
 
 
 @pytest.mark.parametrize("name", AWKWARD_PRODUCTS)
-@pytest.mark.parametrize(
-    "structure", [DenseFisher, LowRankFisher.configured(rank=60), ImplicitFisher], ids=str
-)
+@pytest.mark.parametrize("structure", [Dense(), LowRank(rank=60), Implicit()], ids=str)
 def test_an_example_has_in_its_batch_what_it_has_alone(structure, name, tmp_path):
     torch.manual_seed(0)
     model = AWKWARD_PRODUCTS[name]().double()

@@ -10,11 +10,11 @@ from torch import nn
 from ewc import (
     Bernoulli,
     Categorical,
-    DenseFisher,
+    Dense,
     Empirical,
     Exact,
     Gaussian,
-    KroneckerFisher,
+    Kronecker,
     MonteCarlo,
     Poisson,
     fisher_information,
@@ -118,9 +118,9 @@ def test_of_a_linear_model_the_curvature_is_that_of_any_targets(case):
     if isinstance(likelihood, Categorical):
         return  # its two rows of weights have one direction too many
     scores = fisher_information(
-        model, [(x, y)], likelihood, structure=DenseFisher, estimator=Empirical()
+        model, [(x, y)], likelihood, structure=Dense(), estimator=Empirical()
     )
-    fisher = fisher_information(model, [(x, y)], likelihood, structure=DenseFisher)
+    fisher = fisher_information(model, [(x, y)], likelihood, structure=Dense())
     torch.testing.assert_close(observed.sandwich / 6, robust_covariance(fisher, scores))
 
 
@@ -178,7 +178,7 @@ def test_the_divergence_is_the_quadratic_to_third_order(case):
     model.eval()
     direction = line(model)
     steps = [sign * t for t in (1e-3, 2e-3, 4e-3, 8e-3) for sign in (1, -1)]
-    fisher = fisher_information(model, [(x, y)], likelihood, structure=DenseFisher)
+    fisher = fisher_information(model, [(x, y)], likelihood, structure=Dense())
     found = divergence_profile(
         model, [(x[:2], y[:2]), (x[2:], y[2:])], fisher, likelihood,
         direction=direction, steps=steps,
@@ -197,7 +197,7 @@ def test_of_a_softmax_it_is_the_divergence_by_hand():
     torch.manual_seed(0)
     model = nn.Linear(3, 4)
     x, y = torch.randn(5, 3), torch.randint(4, (5,))
-    fisher = fisher_information(model, [(x, y)], structure=KroneckerFisher)
+    fisher = fisher_information(model, [(x, y)], structure=Kronecker())
     direction = line(model)
     weight, bias = model.weight.detach(), model.bias.detach()
     found = divergence_profile(model, [(x, y)], fisher, direction=direction, steps=[-0.5, 2.0])
@@ -215,7 +215,7 @@ def test_of_a_softmax_it_is_the_divergence_by_hand():
 def test_of_a_linear_gaussian_model_it_is_the_quadratic():
     model = nn.Linear(3, 2).double()
     data = [(torch.randn(5, 3).double(), torch.zeros(5, 2).double())]
-    fisher = fisher_information(model, data, Gaussian(0.5), structure=DenseFisher)
+    fisher = fisher_information(model, data, Gaussian(0.5), structure=Dense())
     found = divergence_profile(
         model, data, fisher, Gaussian(0.5), direction=line(model), steps=[0.1, 3.0]
     )

@@ -10,12 +10,13 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from ewc import (
-    BlockDiagonalFisher,
+    BlockDiagonal,
+    Dense,
     DenseFisher,
     DiagonalFisher,
-    EigenvalueCorrectedFisher,
+    EigenvalueCorrected,
     FisherMatrix,
-    KroneckerFisher,
+    Kronecker,
     fisher_information,
 )
 from ewc.fisher import kronecker
@@ -130,9 +131,9 @@ def product(fisher):
 @pytest.mark.parametrize(
     "structure",
     [
-        KroneckerFisher,
-        KroneckerFisher.configured(reduce=True),
-        EigenvalueCorrectedFisher,
+        Kronecker(),
+        Kronecker(reduce=True),
+        EigenvalueCorrected(),
     ],
     ids=str,
 )
@@ -163,15 +164,12 @@ def test_convolutions_of_several_lengths_are_the_same_however_the_data_are_cut()
     found = []
     for size, memory in ((6, 2**29), (4, 2**29), (1, 2**29), (6, 1), (6, 5_000)):
         parts = [pair for x, y in data for pair in zip(x.split(size), y.split(size), strict=True)]
-        found.append(fisher_information(model, parts, structure=KroneckerFisher, memory=memory))
+        found.append(fisher_information(model, parts, structure=Kronecker(), memory=memory))
     for other in found[1:]:
         torch.testing.assert_close(product(other), product(found[0]), **EXACT)
     # Every length has a third of the weight, whatever its number of positions.
     inputs = torch.stack(
-        [
-            fisher_information(model, [pair], structure=KroneckerFisher).blocks[0].inputs
-            for pair in data
-        ]
+        [fisher_information(model, [pair], structure=Kronecker()).blocks[0].inputs for pair in data]
     )
     torch.testing.assert_close(found[0].blocks[0].inputs, inputs.mean(0), **EXACT)
 
@@ -206,7 +204,7 @@ def lstm_factors(model, x, n):
 @pytest.mark.parametrize("size", [1, 4, 9])
 def test_a_packed_lstm_weighs_every_position_by_its_own_length(size):
     model, x, n, y = case("lstm")
-    fisher = fisher_information(model, cut(x, n, y, size), structure=KroneckerFisher)
+    fisher = fisher_information(model, cut(x, n, y, size), structure=Kronecker())
     blocks = {block.weights.weight: block for block in fisher.blocks}
     seen, before = blocks["rnn.weight_ih_l0"], blocks["rnn.weight_hh_l0"]
     found = [seen.inputs[0], seen.outputs[0], before.inputs[0], before.outputs[0]]
@@ -215,7 +213,7 @@ def test_a_packed_lstm_weighs_every_position_by_its_own_length(size):
 
 def test_a_layer_of_two_forms_is_the_sum_of_them():
     model, x, n, y = case("transposed")
-    fisher = fisher_information(model, cut(x, n, y, 9), structure=KroneckerFisher)
+    fisher = fisher_information(model, cut(x, n, y, 9), structure=Kronecker())
     (block,) = (block for block in fisher.blocks if "inner.weight" in block.shapes)
     assert isinstance(block, SumFisher)
     assert set(block.shapes) == {"inner.weight", "inner.bias"}
@@ -223,7 +221,7 @@ def test_a_layer_of_two_forms_is_the_sum_of_them():
     usual = n > 2
     parts = [
         (float(some.sum()) / NUM_EXAMPLES)
-        * fisher_information(model, cut(x[some], n[some], y[some], 9), structure=KroneckerFisher)
+        * fisher_information(model, cut(x[some], n[some], y[some], 9), structure=Kronecker())
         for some in (usual, ~usual)
     ]
     expected = [part.to_dense()[:20, :20] for part in parts]
@@ -236,7 +234,7 @@ def test_a_layer_that_some_examples_skip_has_its_share():
     data = cut(x[:2], torch.tensor([1, 2]), y[:2], 2)
     exact, found = (
         fisher_information(model, data, structure=structure, parameters=["heads.*"]).to_dense()
-        for structure in (BlockDiagonalFisher, KroneckerFisher)
+        for structure in (BlockDiagonal(), Kronecker())
     )
     torch.testing.assert_close(found, exact, **EXACT)
 
@@ -268,13 +266,13 @@ def tied():
 LIMIT = 15**2 * 8  # bytes: above the blocks of the norm and of the bias
 
 
-@pytest.mark.parametrize("structure", [KroneckerFisher, EigenvalueCorrectedFisher])
+@pytest.mark.parametrize("structure", [Kronecker(), EigenvalueCorrected()])
 @pytest.mark.parametrize(("size", "memory"), [(6, 2**29), (6, 1), (4, 2**29), (1, 2**29)])
 def test_large_layers_without_a_kronecker_form_have_their_exact_diagonal(
     structure, size, memory, monkeypatch
 ):
     model, x, y = tied()
-    exact = fisher_information(model, [(x, y)], structure=DenseFisher).diagonal()
+    exact = fisher_information(model, [(x, y)], structure=Dense()).diagonal()
     monkeypatch.setattr(kronecker, "LARGEST_BLOCK", LIMIT)
     batches = list(zip(x.split(size), y.split(size), strict=True))
     with pytest.warns(UserWarning, match="Only the exact diagonal is kept") as caught:
@@ -298,7 +296,7 @@ def test_a_matrix_with_exact_diagonals_has_every_verb(monkeypatch, tmp_path):
     model, x, y = tied()
     monkeypatch.setattr(kronecker, "LARGEST_BLOCK", LIMIT)
     with pytest.warns(UserWarning, match="Only the exact diagonal"):
-        fisher = fisher_information(model, [(x, y)], structure=KroneckerFisher)
+        fisher = fisher_information(model, [(x, y)], structure=Kronecker())
     fisher.save(tmp_path / "fisher")
     twice = fisher + fisher
     assert isinstance(twice, FisherMatrix)
@@ -323,7 +321,7 @@ def test_small_layers_without_a_kronecker_form_have_their_exact_block_for_any_me
     model, x, y = tied()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fisher = fisher_information(model, [(x, y)], structure=KroneckerFisher, memory=1)
+        fisher = fisher_information(model, [(x, y)], structure=Kronecker(), memory=1)
     assert "exact diagonals" not in repr(fisher)
 
 
@@ -336,6 +334,6 @@ def test_position_embeddings_of_a_large_network_never_take_a_dense_block():
     model.forward = lambda x: head((x[:, None] + positions).tanh().mean(1))
     data = [(torch.randn(2, 768), torch.tensor([0, 1]))]
     with pytest.warns(UserWarning, match=r"positions \(91\.6 GB\)"):
-        fisher = fisher_information(model, data, structure=KroneckerFisher)
+        fisher = fisher_information(model, data, structure=Kronecker())
     expected = fisher_information(model, data).diagonal()["positions"]
     torch.testing.assert_close(fisher.diagonal()["positions"], expected)

@@ -34,7 +34,8 @@ from torch.utils.checkpoint import checkpoint
 from ewc import (
     Bernoulli,
     Categorical,
-    DenseFisher,
+    Dense,
+    Diagonal,
     DiagonalFisher,
     Empirical,
     Exact,
@@ -55,7 +56,7 @@ def test_dense_and_diagonal_equal_brute_force(network, likelihood, estimator, si
     y = targets_for(model, x, y, likelihood)
     expected = oracle(model, x, y, likelihood, estimator)
     data = batches(x, y, size)
-    dense = fisher_information(model, data, likelihood, estimator=estimator, structure=DenseFisher)
+    dense = fisher_information(model, data, likelihood, estimator=estimator, structure=Dense())
     diagonal = fisher_information(model, data, likelihood, estimator=estimator)
     torch.testing.assert_close(dense.to_dense(), expected, **EXACT)
     torch.testing.assert_close(flatten(diagonal.diagonal()), expected.diagonal(), **EXACT)
@@ -89,9 +90,9 @@ def test_duplicated_data_give_the_same_mean(network):
 
 def test_small_chunks_change_nothing(network):
     model, x, y = network
-    whole = fisher_information(model, [(x, y)], structure=DenseFisher)
+    whole = fisher_information(model, [(x, y)], structure=Dense())
     diagonal = fisher_information(model, [(x, y)])
-    parts = fisher_information(model, [(x, y)], structure=DenseFisher, memory=1)
+    parts = fisher_information(model, [(x, y)], structure=Dense(), memory=1)
     torch.testing.assert_close(parts.to_dense(), whole.to_dense(), **EXACT)
     found = fisher_information(model, [(x, y)], memory=1)
     torch.testing.assert_close(found.diagonal(), diagonal.diagonal(), **EXACT)
@@ -129,7 +130,7 @@ def test_any_use_of_a_layer_is_right(build, n):
     examples = batches(x, y, 1) if build is Branching else [(x, y)]
     expected = oracle(model, x.clone(), y, Categorical(), Exact())
     before = x.clone()
-    dense = fisher_information(model, examples, structure=DenseFisher)
+    dense = fisher_information(model, examples, structure=Dense())
     torch.testing.assert_close(dense.to_dense(), expected, **EXACT)
     assert torch.equal(x, before)
     diagonal = fisher_information(model, examples)
@@ -141,7 +142,7 @@ def test_every_batch_may_have_a_graph_of_its_own():
     x, y = torch.randn(12, 6, dtype=torch.float64), torch.randint(3, (12,))
     x[:, 0] = x[:, 0].abs() * torch.tensor([1, 1, 1, -1, -1, -1, 1, 1, 1, -1, -1, -1])
     expected = oracle(model, x, y, Categorical(), Exact())
-    fisher = fisher_information(model, batches(x, y, 3), structure=DenseFisher)
+    fisher = fisher_information(model, batches(x, y, 3), structure=Dense())
     torch.testing.assert_close(fisher.to_dense(), expected, **EXACT)
 
 
@@ -174,7 +175,7 @@ def test_task_labels_pick_the_head(tasks):
     y = torch.tensor([0, 2, 1, 1])
     examples = [(x_n, t_n) for x_n, t_n in zip(x, task, strict=True)]
     expected = reference.categorical_fisher(model, examples)
-    fisher = fisher_information(model, [(x, y, task)], structure=DenseFisher)
+    fisher = fisher_information(model, [(x, y, task)], structure=Dense())
     torch.testing.assert_close(fisher.to_dense(), expected, **EXACT)
 
 
@@ -283,7 +284,7 @@ def test_wrong_models_are_named():
         fisher_information(CalledTwice(), [(nan, torch.randn(2, 3))], Gaussian())
     huge = nn.Linear(10_000, 1_000)
     with pytest.raises(ValueError, match=r"over \d+ parameters takes \d+ GB, more than there is"):
-        fisher_information(huge, [(torch.randn(1, 10_000), y[:1])], structure=DenseFisher)
+        fisher_information(huge, [(torch.randn(1, 10_000), y[:1])], structure=Dense())
     with pytest.raises(ValueError, match=r"num_samples is 2.5: it must be a whole number"):
         MonteCarlo(2.5)
     with pytest.raises(ValueError, match=r"\(x, y\), but TwoHeads.forward also needs .task_labels"):
@@ -410,7 +411,7 @@ def test_arguments_in_place_of_inputs_say_how_the_model_is_called():
     expected = reference.categorical_fisher(model, list(zip(X, mask, strict=True)))
     for arguments in (Arguments((X, mask)), Arguments((X,), {"mask": mask})):
         batches = [(arguments[:4], LABELS[:4]), (arguments[4:], LABELS[4:])]
-        found = fisher_information(model, batches, structure=DenseFisher).to_dense()
+        found = fisher_information(model, batches, structure=Dense()).to_dense()
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
@@ -424,7 +425,7 @@ class Optional(Returned):
 def test_an_optional_second_argument_may_be_left_out():
     model = Optional(None)
     expected = reference.categorical_fisher(model.linear, [(x,) for x in X])
-    found = fisher_information(model, [(X, LABELS)], structure=DenseFisher).to_dense()
+    found = fisher_information(model, [(X, LABELS)], structure=Dense()).to_dense()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
@@ -442,7 +443,7 @@ def test_autocast_keeps_the_single_precision_of_the_sums():
     x, y = torch.randn(50, 6), torch.zeros(50, dtype=torch.long)
     expected = fisher_information(model, [(x, y)]).trace()
     with torch.autocast("cpu", torch.bfloat16):
-        for structure in (DiagonalFisher, DenseFisher):
+        for structure in (Diagonal(), Dense()):
             found = fisher_information(model, [(x, y)], structure=structure).trace()
             torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0)
 

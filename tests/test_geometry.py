@@ -19,7 +19,7 @@ from torch.distributions import (
 )
 
 from ewc import Bernoulli as BernoulliLikelihood
-from ewc import DenseFisher, fisher_information
+from ewc import Dense, fisher_information
 from ewc.statistics import fisher_rao_distance, parametric_fisher, path_length
 
 
@@ -199,7 +199,7 @@ def test_the_length_of_a_path_of_networks():
     def fisher_at(parameters):
         with torch.no_grad():
             model.weight.copy_(parameters["weight"])
-        return fisher_information(model, data, BernoulliLikelihood(), structure=DenseFisher)
+        return fisher_information(model, data, BernoulliLikelihood(), structure=Dense())
 
     ends = Bernoulli(logits=t(-2.0)), Bernoulli(logits=t(1.5))
     expected = fisher_rao_distance(*ends).item()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ewc import DenseFisher, EWCPenalty, Gaussian, Online, Separate, fisher_information
+from ewc import Dense, EWCPenalty, Gaussian, Online, Separate, fisher_information
 
 VARIANCE = 0.3
 
@@ -52,7 +52,7 @@ def train(model, penalty, x, y):
         return fit + penalty(Copy(values))
 
     minimise(model, loss)
-    fisher = fisher_information(model, [(x, y)], Gaussian(VARIANCE), structure=DenseFisher)
+    fisher = fisher_information(model, [(x, y)], Gaussian(VARIANCE), structure=Dense())
     penalty.consolidate(fisher, model)
 
 

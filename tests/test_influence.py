@@ -10,10 +10,10 @@ from torch.nn import functional
 from ewc import (
     Bernoulli,
     Categorical,
-    DenseFisher,
+    Dense,
     Gaussian,
-    ImplicitFisher,
-    KroneckerFisher,
+    Implicit,
+    Kronecker,
     fisher_information,
 )
 from ewc.statistics import influence, loss_gradient, parameters_without, self_influence
@@ -68,7 +68,7 @@ def logistic():
     return train, test, model_of(theta), left_out, refits
 
 
-def information(model, batch, structure=DenseFisher):
+def information(model, batch, structure=Dense()):
     return fisher_information(model, [batch], Bernoulli(), structure=structure)
 
 
@@ -78,7 +78,7 @@ def loss(theta, batch):
     return float(functional.binary_cross_entropy_with_logits(outputs, y))
 
 
-@pytest.mark.parametrize("structure", [DenseFisher, ImplicitFisher, KroneckerFisher])
+@pytest.mark.parametrize("structure", [Dense(), Implicit(), Kronecker()])
 def test_test_losses_change_as_in_refits(logistic, structure):
     train, test, model, left_out, refits = logistic
     fisher = information(model, train, structure=structure)
@@ -90,7 +90,7 @@ def test_test_losses_change_as_in_refits(logistic, structure):
     before = loss(theta, test)
     actual = np.array([loss(refit, test) - before for refit in refits])
     assert np.corrcoef(found[left_out], actual)[0, 1] > 0.95
-    if structure is KroneckerFisher:  # which is not the Hessian
+    if structure is Kronecker():  # which is not the Hessian
         return
     # In size too: of a quadratic loss the change is 1 / (1 - leverage) times the first order.
     design = torch.cat([train[0], torch.ones(260, 1, dtype=torch.float64)], 1)
@@ -132,7 +132,7 @@ def test_influence_is_the_bilinear_form_of_its_definition():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Tanh(), nn.Linear(5, 3)).double()
     x, y = torch.randn(30, 4, dtype=torch.float64), torch.randint(3, (30,))
-    fisher = fisher_information(model, [(x, y)], structure=DenseFisher)
+    fisher = fisher_information(model, [(x, y)], structure=Dense())
     model.train()
     found = self_influence(model, [(x[:20], y[:20]), (x[20:], y[20:])], fisher, damping=0.1)
     damped = fisher.to_dense() + 0.1 * torch.eye(fisher.num_parameters, dtype=torch.float64)
@@ -153,7 +153,7 @@ def test_influence_is_the_bilinear_form_of_its_definition():
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("structure", [KroneckerFisher, ImplicitFisher, DenseFisher])
+@pytest.mark.parametrize("structure", [Kronecker(), Implicit(), Dense()])
 def test_planted_label_errors_are_found(structure):
     x, y = digits(*range(10))
     generator = torch.Generator().manual_seed(0)
@@ -176,10 +176,10 @@ def test_planted_label_errors_are_found(structure):
 
     optimizer.step(closure)
     fisher = fisher_information(model, [(x, y)], Categorical(), structure=structure)
-    if structure is ImplicitFisher:  # a solve an example takes long: of the suspicious part
+    if structure is Implicit():  # a solve an example takes long: of the suspicious part
         suspects = torch.arange(600)[::10]
         found = self_influence(model, [(x[suspects], y[suspects])], fisher, damping=0.01)
-        dense = fisher_information(model, [(x, y)], structure=DenseFisher)
+        dense = fisher_information(model, [(x, y)], structure=Dense())
         expected = self_influence(model, [(x[suspects], y[suspects])], dense, damping=0.01)
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
         return
@@ -192,7 +192,7 @@ def test_planted_label_errors_are_found(structure):
 def test_mistakes_are_named():
     model = nn.Linear(2, 1)
     x, y = torch.randn(5, 2), torch.randn(5, 1)
-    fisher = fisher_information(model, [(x, y)], Gaussian(), structure=DenseFisher)
+    fisher = fisher_information(model, [(x, y)], Gaussian(), structure=Dense())
     with pytest.raises(ValueError, match="The data are empty"):
         loss_gradient(model, [], fisher, Gaussian())
     with pytest.raises(ValueError, match="weight"):
@@ -226,7 +226,7 @@ def steps_without(model, likelihood, x, y, groups):
     return gradients, torch.stack(found)
 
 
-@pytest.mark.parametrize("structure", [DenseFisher, ImplicitFisher])
+@pytest.mark.parametrize("structure", [Dense(), Implicit()])
 @pytest.mark.parametrize("likelihood", [Bernoulli(), Categorical(), Gaussian(0.7)])
 def test_with_leverage_it_is_the_newton_step_without_the_example(likelihood, structure):
     """Dense matrices without each example, built and solved one by one; 12 data to 15 weights."""
@@ -263,7 +263,7 @@ def test_with_leverage_linear_regressions_are_refitted_exactly():
     model = nn.Linear(6, 2, bias=False).double()
     with torch.no_grad():
         model.weight.copy_(ridge(range(9)))
-    fisher = fisher_information(model, [(x, y)], Gaussian(), structure=DenseFisher)
+    fisher = fisher_information(model, [(x, y)], Gaussian(), structure=Dense())
     options = {"damping": DECAY, "leverage": True}
     for i in range(9):
         part = [(x[i : i + 1], y[i : i + 1])]
@@ -279,12 +279,12 @@ def test_leverage_of_networks_is_that_of_their_linearisation():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Tanh(), nn.Linear(5, 3)).double()
     x, y = torch.randn(30, 4, dtype=torch.float64), torch.randint(3, (30,))
-    fisher = fisher_information(model, [(x, y)], structure=DenseFisher)
+    fisher = fisher_information(model, [(x, y)], structure=Dense())
     dense = fisher.to_dense() + 0.1 * torch.eye(fisher.num_parameters, dtype=torch.float64)
     found = self_influence(model, [(x, y)], fisher, damping=0.1, leverage=True)
     model.eval()
     for i in (0, 11, 29):
-        alone = fisher_information(model, [(x[i : i + 1], y[i : i + 1])], structure=DenseFisher)
+        alone = fisher_information(model, [(x[i : i + 1], y[i : i + 1])], structure=Dense())
         value = functional.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
         g = torch.cat([t.flatten() for t in torch.autograd.grad(value, model.parameters())])
         expected = g @ torch.linalg.solve(dense - alone.to_dense() / 30, g) / 30
@@ -295,7 +295,7 @@ def test_leverages_of_1_are_refused():
     """Of a matrix that does not hold the example: here of other data."""
     x, y = torch.ones(1, 2), torch.zeros(1, 1)
     model = nn.Linear(2, 1)
-    other = fisher_information(model, [(0.1 * x, y)], Gaussian(), structure=KroneckerFisher)
+    other = fisher_information(model, [(0.1 * x, y)], Gaussian(), structure=Kronecker())
     with pytest.raises(torch.linalg.LinAlgError, match="a leverage of 1 or more"):
         self_influence(model, [(x, y)], other, Gaussian(), damping=0.1, leverage=True)
     with pytest.raises(ValueError, match="no examples"):

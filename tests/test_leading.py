@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ewc import EigenvalueCorrectedFisher, KroneckerFisher, MonteCarlo, fisher_information
+from ewc import (
+    EigenvalueCorrected,
+    Kronecker,
+    MonteCarlo,
+    fisher_information,
+)
 from ewc.matrices.layers.eigenvalue_corrected import EigenbasisInverse
 from ewc.matrices.layers.kronecker import KroneckerProduct
 from ewc.matrices.layers.leading import (
@@ -80,7 +85,7 @@ def dense_inverse(block: FisherMatrix, damping: float, tolerance: float) -> Tens
 
 
 @pytest.mark.parametrize("tolerance", [0.5, 0.1, 0.01])
-@pytest.mark.parametrize("structure", [KroneckerFisher, EigenvalueCorrectedFisher])
+@pytest.mark.parametrize("structure", [Kronecker(), EigenvalueCorrected()])
 def test_the_tolerance_bounds_every_quadratic_form(
     seen: tuple[nn.Module, list[tuple[Tensor, Tensor]]], structure: type, tolerance: float
 ) -> None:
@@ -104,7 +109,7 @@ def test_without_tolerance_or_where_it_saves_nothing_it_is_exact(
 ) -> None:
     """A damping far below all eigenvalues, or one that rounding would swallow."""
     network, data = seen
-    fisher = fisher_information(network, data, estimator=MonteCarlo(1), structure=KroneckerFisher)
+    fisher = fisher_information(network, data, estimator=MonteCarlo(1), structure=Kronecker())
     block = fisher.blocks[0]
     assert isinstance(block, KroneckerProduct)
     for damping, tolerance in ((0.1, 0.0), (1e-9, 0.1), (1e-18, 1.0)):

@@ -5,20 +5,21 @@ import torch
 from torch import nn
 
 from ewc import (
-    BlockDiagonalFisher,
+    BlockDiagonal,
+    Dense,
     DenseFisher,
+    Diagonal,
     DiagonalFisher,
-    EigenvalueCorrectedFisher,
+    EigenvalueCorrected,
     FisherMatrix,
     Gaussian,
-    ImplicitFisher,
-    KroneckerFisher,
-    LowRankFisher,
+    Implicit,
+    Kronecker,
+    LowRank,
     fisher_information,
-    nearest_kronecker,
 )
-from ewc.fisher import SumFisher
-from ewc.matrices.eigenvalue_corrected import nearest_in_eigenbasis
+from ewc.fisher import ImplicitFisher
+from ewc.matrices import BlockDiagonalFisher, nearest_kronecker
 from ewc.parameters import flatten, unflatten
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
@@ -64,33 +65,33 @@ class ManyKinds(nn.Module):
 def mixed_sum():
     model, data = model_and_data()
     one = fisher_information(model, data)
-    return one + fisher_information(model, data, structure=DenseFisher)
+    return one + fisher_information(model, data, structure=Dense())
 
 
 def kronecker_sum():
     model, data = model_and_data()
-    one = fisher_information(model, data, structure=KroneckerFisher)
+    one = fisher_information(model, data, structure=Kronecker())
     other = [(2 + x.sin(), y) for x, y in data]
-    return one + fisher_information(model, other, structure=KroneckerFisher)
+    return one + fisher_information(model, other, structure=Kronecker())
 
 
 PLAIN = {
-    "diagonal": computed(DiagonalFisher),
-    "block_diagonal": computed(BlockDiagonalFisher),
-    "kronecker": computed(KroneckerFisher),
-    "eigenvalue_corrected": computed(EigenvalueCorrectedFisher),
-    "low_rank": computed(LowRankFisher.configured(rank=5)),
-    "dense": computed(DenseFisher),
-    "implicit": computed(ImplicitFisher),
+    "diagonal": computed(Diagonal()),
+    "block_diagonal": computed(BlockDiagonal()),
+    "kronecker": computed(Kronecker()),
+    "eigenvalue_corrected": computed(EigenvalueCorrected()),
+    "low_rank": computed(LowRank(rank=5)),
+    "dense": computed(Dense()),
+    "implicit": computed(Implicit()),
     "mixed_sum": mixed_sum,
     "kronecker_sum": kronecker_sum,
 }
 MANY = {
-    "many_block_diagonal": of_many_kinds(BlockDiagonalFisher),
-    "many_kronecker": of_many_kinds(KroneckerFisher),
-    "many_eigenvalue_corrected": of_many_kinds(EigenvalueCorrectedFisher),
-    "many_low_rank": of_many_kinds(LowRankFisher.configured(rank=5)),
-    "many_implicit": of_many_kinds(ImplicitFisher),
+    "many_block_diagonal": of_many_kinds(BlockDiagonal()),
+    "many_kronecker": of_many_kinds(Kronecker()),
+    "many_eigenvalue_corrected": of_many_kinds(EigenvalueCorrected()),
+    "many_low_rank": of_many_kinds(LowRank(rank=5)),
+    "many_implicit": of_many_kinds(Implicit()),
 }
 
 
@@ -190,16 +191,16 @@ def test_conversion_keeps_the_structure(fisher):
 
 def implicit_sum():
     model, data = model_and_data()
-    one = fisher_information(model, data, structure=ImplicitFisher)
+    one = fisher_information(model, data, structure=Implicit())
     other = [(x.sin(), y) for x, y in data]
-    return one + 2.0 * fisher_information(model, other, structure=ImplicitFisher)
+    return one + 2.0 * fisher_information(model, other, structure=Implicit())
 
 
 def implicit_blocks():
     """Matrix-free blocks, one of them a sum."""
     model, data = model_and_data()
     blocks = [
-        fisher_information(model, data, structure=ImplicitFisher, parameters=[f"{layer}.*"])
+        fisher_information(model, data, structure=Implicit(), parameters=[f"{layer}.*"])
         for layer in (0, 2)
     ]
     blocks[1] = blocks[1] + blocks[1]
@@ -218,12 +219,12 @@ NESTED = {
 def test_products_of_some_parameters_are_no_functions_of_the_others():
     """They are numbers: no graph of the whole network hangs on them."""
     model, data = model_and_data()
-    fisher = fisher_information(model, data, structure=ImplicitFisher, parameters=["2.*"])
+    fisher = fisher_information(model, data, structure=Implicit(), parameters=["2.*"])
     v = vector(fisher)
     assert not any(tensor.requires_grad for tensor in fisher.matvec(v).values())
     assert not fisher.quadratic_form(v).requires_grad
     assert all(parameter.requires_grad for parameter in model.parameters())
-    dense = fisher_information(model, data, structure=DenseFisher, parameters=["2.*"])
+    dense = fisher_information(model, data, structure=Dense(), parameters=["2.*"])
     torch.testing.assert_close(fisher.to_dense(), dense.to_dense(), **CLOSE)
 
 
@@ -277,8 +278,8 @@ def test_two_losses_are_one_of_the_sum_of_their_log_likelihoods():
         def forward(self, x):
             return self.model(x)[:, self.columns]
 
-    classes = fisher_information(Part(slice(3)), data, structure=DenseFisher)
-    numbers = fisher_information(Part(slice(3, 5)), values, Gaussian(0.5), structure=DenseFisher)
+    classes = fisher_information(Part(slice(3)), data, structure=Dense())
+    numbers = fisher_information(Part(slice(3, 5)), values, Gaussian(0.5), structure=Dense())
     both = classes.plus_on_same_examples(numbers)
     expected = torch.zeros(20, 20, dtype=torch.float64)
     for example in x:
@@ -304,7 +305,7 @@ def test_another_number_of_examples_leaves_the_mean(fisher, size):
 
 def test_flat_order_is_the_order_of_the_parameters():
     model, data = model_and_data()
-    fisher = fisher_information(model, data, structure=DenseFisher)
+    fisher = fisher_information(model, data, structure=Dense())
     expected = unflatten(fisher.to_dense().diagonal(), fisher.shapes)
     assert list(fisher.shapes) == [name for name, _ in model.named_parameters()]
     torch.testing.assert_close(fisher_information(model, data).diagonal(), expected, **CLOSE)
@@ -330,7 +331,7 @@ def test_mistakes_are_named(tmp_path):
         _ = float("nan") * fisher
     with pytest.raises(torch.linalg.LinAlgError, match=r"is 0 in parameter '0.weight'"):
         DiagonalFisher({"0.weight": torch.zeros(2)}, 1).solve({"0.weight": torch.ones(2)}, 0.0)
-    for structure in (DiagonalFisher, KroneckerFisher, DenseFisher):
+    for structure in (Diagonal(), Kronecker(), Dense()):
         zero = 0 * fisher_information(model, data, structure=structure)
         rows = {name: torch.ones(2, *shape).double() for name, shape in zero.shapes.items()}
         with pytest.raises(torch.linalg.LinAlgError):
@@ -341,8 +342,6 @@ def test_mistakes_are_named(tmp_path):
         _ = fisher + fisher_information(nn.Linear(3, 3).double(), data)
     with pytest.raises(ValueError, match=r"shape \[2, 3\]"):
         DenseFisher(torch.zeros(2, 3), {"a": torch.Size([2])}, 1)
-    with pytest.raises(TypeError, match="a SumFisher is made of other matrices"):
-        fisher_information(model, data, structure=SumFisher)
     with pytest.raises(FileNotFoundError, match="no Fisher matrix at"):
         FisherMatrix.load(tmp_path / "missing")
     from safetensors.torch import save_file
@@ -358,8 +357,8 @@ def test_mistakes_are_named(tmp_path):
 
 def test_a_sum_of_kronecker_matrices_is_exact_and_lazy():
     model, data = model_and_data()
-    one = fisher_information(model, data, structure=KroneckerFisher)
-    other = fisher_information(model, [(x + 1, y) for x, y in data], structure=KroneckerFisher)
+    one = fisher_information(model, data, structure=Kronecker())
+    other = fisher_information(model, [(x + 1, y) for x, y in data], structure=Kronecker())
     total = one + 2.0 * other
     torch.testing.assert_close(total.to_dense(), one.to_dense() + 2 * other.to_dense(), **CLOSE)
     assert sum(tensor.numel() for tensor in total.state()[0].values()) == 2 * sum(
@@ -371,7 +370,7 @@ def test_a_sum_of_kronecker_matrices_is_exact_and_lazy():
 def test_nearest_kronecker_is_the_leading_singular_pair(count):
     model, data = model_and_data()
     terms = [
-        fisher_information(model, [(x.sin() + i, y) for x, y in data], structure=KroneckerFisher)
+        fisher_information(model, [(x.sin() + i, y) for x, y in data], structure=Kronecker())
         for i in range(count)
     ]
     total = terms[0]
@@ -399,18 +398,18 @@ def test_nearest_kronecker_is_the_leading_singular_pair(count):
 
 def test_nearest_kronecker_takes_sums_of_kronecker_matrices_only():
     model, data = model_and_data()
-    dense = fisher_information(model, data, structure=DenseFisher)
-    kronecker = fisher_information(model, data, structure=KroneckerFisher)
+    dense = fisher_information(model, data, structure=Dense())
+    kronecker = fisher_information(model, data, structure=Kronecker())
     with pytest.raises(ValueError, match="DenseFisher is no sum of Kronecker matrices"):
         nearest_kronecker(dense)
-    corrected = fisher_information(model, data, structure=EigenvalueCorrectedFisher)
+    corrected = fisher_information(model, data, structure=EigenvalueCorrected())
     with pytest.raises(ValueError, match=r"block of 0.weight, 0.bias is no sum of Kronecker"):
         nearest_kronecker(kronecker + corrected)
 
 
-def test_nearest_in_eigenbasis_keeps_the_diagonal_there_and_exact_blocks():
+def test_nearest_eigenvalue_corrected_matrix_keeps_the_diagonal_there_and_exact_blocks():
     first, second = (MANY["many_eigenvalue_corrected"]() for _ in range(2))
-    found = nearest_in_eigenbasis(0.3 * first + second, second)
+    found = (0.3 * first + second).nearest()
     mean = 0.3 * first.to_dense() + second.to_dense()
     # Along the eigenvectors of every layer, which are products of those of its two factors.
     basis = torch.zeros_like(mean)
@@ -436,25 +435,19 @@ def test_nearest_in_eigenbasis_keeps_the_diagonal_there_and_exact_blocks():
     assert found.num_examples == 18
 
 
-def test_nearest_in_eigenbasis_takes_sums_of_corrected_matrices_only():
+def test_sums_of_unlike_matrices_are_nearest_to_themselves():
     model, data = model_and_data()
-    basis = fisher_information(model, data, structure=EigenvalueCorrectedFisher)
-    diagonal = fisher_information(model, data)
-    with pytest.raises(ValueError, match="DiagonalFisher is no sum of eigenvalue-corrected"):
-        nearest_in_eigenbasis(diagonal, basis)
-    kronecker = fisher_information(model, data, structure=KroneckerFisher)
-    with pytest.raises(ValueError, match="is no sum of eigenvalue-corrected matrices of the layer"):
-        nearest_in_eigenbasis(kronecker + basis, basis)
-    torch.testing.assert_close(
-        nearest_in_eigenbasis(basis, basis).to_dense(), basis.to_dense(), **CLOSE
-    )
+    corrected = fisher_information(model, data, structure=EigenvalueCorrected())
+    kronecker = fisher_information(model, data, structure=Kronecker())
+    for fisher in (fisher_information(model, data), corrected, kronecker + corrected):
+        torch.testing.assert_close(fisher.nearest().to_dense(), fisher.to_dense(), **CLOSE)
 
 
 def test_large_sums_are_solved_by_conjugate_gradients(monkeypatch):
     fisher = kronecker_sum()
     v = vector(fisher)
     expected = fisher.solve(v, 0.05)
-    monkeypatch.setattr("ewc.matrices.sum.DENSE_LIMIT", 1)
+    monkeypatch.setattr("ewc.matrices.matrix.DENSE_LIMIT", 1)
     torch.testing.assert_close(fisher.solve(v, 0.05), expected, rtol=1e-8, atol=1e-10)
     with pytest.raises(torch.linalg.LinAlgError, match="did not converge with damping 0"):
         (mixed_sum() * 0.0).solve(vector(fisher), 0.0)

@@ -10,11 +10,11 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 from ewc import (
-    DenseFisher,
-    DiagonalFisher,
+    Dense,
+    Diagonal,
     Empirical,
     Gaussian,
-    KroneckerFisher,
+    Kronecker,
     fisher_information,
 )
 from ewc.statistics import aic, bic, effective_parameters, laplace_log_evidence, tic
@@ -47,7 +47,7 @@ def fitted(x, y, prior_precision=0.0, noise=NOISE):
     return model, float(density.sum())
 
 
-def information(model, x, y, structure=DenseFisher, noise=NOISE, **options):
+def information(model, x, y, structure=Dense(), noise=NOISE, **options):
     likelihood = Gaussian(variance=noise**2)
     return fisher_information(model, [(x, y)], likelihood, structure=structure, **options)
 
@@ -78,7 +78,7 @@ def test_the_evidence_of_a_linear_model_is_that_of_its_normal_distribution(prior
     assert found == pytest.approx(float(expected), rel=1e-8)
 
 
-@pytest.mark.parametrize("structure", [DiagonalFisher, KroneckerFisher, DenseFisher])
+@pytest.mark.parametrize("structure", [Diagonal(), Kronecker(), Dense()])
 def test_the_evidence_takes_every_structure(structure):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()

@@ -12,18 +12,19 @@ from torch.nn.functional import cross_entropy
 
 from ewc import (
     Categorical,
-    DenseFisher,
-    DiagonalFisher,
-    EigenvalueCorrectedFisher,
+    Dense,
+    Diagonal,
+    EigenvalueCorrected,
     Empirical,
     FisherMatrix,
     Gaussian,
-    ImplicitFisher,
+    Implicit,
+    Kronecker,
     KroneckerFisher,
-    LowRankFisher,
+    LowRank,
     fisher_information,
 )
-from ewc.fisher import SumFisher
+from ewc.matrices import SumFisher
 from ewc.matrices.layers.eigenvalue_corrected import EigenvalueCorrectedProduct
 from ewc.matrices.layers.kronecker import KroneckerProduct
 from ewc.natural_gradient import NaturalGradient
@@ -65,7 +66,7 @@ def stepped(optimizer: NaturalGradient, data: list[tuple[Tensor, Tensor]]) -> fl
     return float(loss.detach())
 
 
-@pytest.mark.parametrize("structure", [DenseFisher, KroneckerFisher, EigenvalueCorrectedFisher])
+@pytest.mark.parametrize("structure", [Dense(), Kronecker(), EigenvalueCorrected()])
 def test_one_step_solves_linear_regression(structure: type) -> None:
     """Of a linear model with normal errors the loss is the quadratic that F is of."""
     torch.manual_seed(2)
@@ -85,9 +86,7 @@ def test_one_step_solves_linear_regression(structure: type) -> None:
     torch.testing.assert_close(model.bias.detach(), solution[:, -1], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    "structure", [DenseFisher, DiagonalFisher, KroneckerFisher, EigenvalueCorrectedFisher]
-)
+@pytest.mark.parametrize("structure", [Dense(), Diagonal(), Kronecker(), EigenvalueCorrected()])
 def test_steps_are_those_of_the_definition(
     network: nn.Module, classified: list[tuple[Tensor, Tensor]], structure: type
 ) -> None:
@@ -143,7 +142,7 @@ def test_the_path_does_not_depend_on_the_parametrisation() -> None:
     changed = Reparametrised(start, change)
     descent = copy.deepcopy(plain), copy.deepcopy(changed)
     pairs = [
-        (model, NaturalGradient(model, lr=0.5, damping=0.0, structure=DenseFisher))
+        (model, NaturalGradient(model, lr=0.5, damping=0.0, structure=Dense()))
         for model in (plain, changed)
     ]
     for _ in range(5):
@@ -165,7 +164,7 @@ def test_the_trust_region_bounds_the_divergence(
     """A step that would go too far goes as far as it may, and in the same direction."""
     max_kl = 1e-6
     free = copy.deepcopy(network)
-    dense = {"momentum": momentum, "structure": DenseFisher}
+    dense = {"momentum": momentum, "structure": Dense()}
     stepped(NaturalGradient(free, lr=1.0, **dense), classified)
     optimizer = NaturalGradient(network, lr=1.0, max_kl=max_kl, **dense)
     before = parameters_of(network)
@@ -219,7 +218,7 @@ def test_the_forecast_is_right_where_the_model_is() -> None:
     x, y = torch.randn(30, 4, dtype=torch.float64), torch.randn(30, 1, dtype=torch.float64)
     model = nn.Linear(4, 1).double()
     optimizer = NaturalGradient(
-        model, Gaussian(), lr=0.4, momentum=0.5, damping=0.0, structure=DenseFisher
+        model, Gaussian(), lr=0.4, momentum=0.5, damping=0.0, structure=Dense()
     )
     for _ in range(3):
         optimizer.update_fisher([(x, y)])
@@ -239,8 +238,8 @@ def test_the_damping_follows_what_happened(
     damping: float,
 ) -> None:
     """Martens and Grosse's rule, by shares of the forecast written from its equation."""
-    optimizer = NaturalGradient(network, lr=0.7, damping=0.1, structure=DenseFisher)
-    fisher = fisher_information(network, classified, structure=DenseFisher).to_dense()
+    optimizer = NaturalGradient(network, lr=0.7, damping=0.1, structure=Dense())
+    fisher = fisher_information(network, classified, structure=Dense()).to_dense()
     loss = mean_loss(network, classified)
     gradient = torch.cat(
         [g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))]
@@ -253,7 +252,7 @@ def test_the_damping_follows_what_happened(
     assert optimizer.param_groups[0]["damping"] == pytest.approx(damping)
 
 
-@pytest.mark.parametrize("structure", [DiagonalFisher, DenseFisher])
+@pytest.mark.parametrize("structure", [Diagonal(), Dense()])
 def test_the_running_mean(
     network: nn.Module, classified: list[tuple[Tensor, Tensor]], structure: type
 ) -> None:
@@ -277,7 +276,7 @@ def test_the_running_mean_of_kronecker_matrices_stays_one(
     for _ in range(2):
         optimizer.update_fisher(classified)
     assert isinstance(optimizer.fisher, KroneckerFisher)
-    fisher = fisher_information(network, classified, structure=KroneckerFisher)
+    fisher = fisher_information(network, classified, structure=Kronecker())
     torch.testing.assert_close(optimizer.fisher.to_dense(), fisher.to_dense())
 
 
@@ -286,11 +285,11 @@ def test_the_running_mean_of_corrected_matrices_is_seen_in_the_last_eigenvectors
 ) -> None:
     """By layer the diagonal of the mean along these eigenvectors, which are the last's."""
     first, second = ([batch] for batch in classified)
-    optimizer = NaturalGradient(network, decay=0.8, structure=EigenvalueCorrectedFisher)
+    optimizer = NaturalGradient(network, decay=0.8, structure=EigenvalueCorrected())
     optimizer.update_fisher(first)
     optimizer.update_fisher(second)
     one, two = (
-        fisher_information(network, part, structure=EigenvalueCorrectedFisher)
+        fisher_information(network, part, structure=EigenvalueCorrected())
         for part in (first, second)
     )
     mean = 0.8 * one.to_dense() + 0.2 * two.to_dense()
@@ -312,11 +311,11 @@ def test_with_a_batch_a_step_ends_at_the_minimum_of_the_exact_model(
 ) -> None:
     """The slope of the quadratic model is 0 there, with F by its definition."""
     optimizer = NaturalGradient(
-        network, lr=50.0, momentum=momentum, damping=0.05, structure=DiagonalFisher
+        network, lr=50.0, momentum=momentum, damping=0.05, structure=Diagonal()
     )
     optimizer.update_fisher(classified)
     for _ in range(2):
-        fisher = fisher_information(network, classified[:1], structure=DenseFisher).to_dense()
+        fisher = fisher_information(network, classified[:1], structure=Dense()).to_dense()
         damped = fisher + 0.05 * torch.eye(len(fisher), dtype=torch.float64)
         before = parameters_of(network)
         optimizer.zero_grad()
@@ -339,7 +338,7 @@ def test_the_tolerance_is_of_eigenvalues_below_a_share_of_the_damping(
     network: nn.Module, classified: list[tuple[Tensor, Tensor]]
 ) -> None:
     """Along the matrix's own eigenvectors: those below count as 0, others are exact."""
-    fisher = fisher_information(network, classified, structure=EigenvalueCorrectedFisher)
+    fisher = fisher_information(network, classified, structure=EigenvalueCorrected())
     damping, tolerance = 0.3, 0.1
     used = 0
     for block in fisher.blocks:
@@ -384,7 +383,7 @@ def test_frozen_parameters_stay(
     network[0].weight.requires_grad_(False)
     frozen = network[0].weight.clone()
     empirical = fisher_information(
-        network, classified, estimator=Empirical(), structure=KroneckerFisher
+        network, classified, estimator=Empirical(), structure=Kronecker()
     )
     optimizer = NaturalGradient(network, estimator=Empirical())
     stepped(optimizer, classified)
@@ -458,7 +457,7 @@ def test_what_is_refused(network: nn.Module, classified: list[tuple[Tensor, Tens
     with pytest.raises(RuntimeError, match="no step yet"):
         optimizer.adapt_damping(0.0)
     low_rank = NaturalGradient(
-        network, decay=0.5, structure=LowRankFisher.configured(rank=3), likelihood=Categorical()
+        network, decay=0.5, structure=LowRank(rank=3), likelihood=Categorical()
     )
     low_rank.update_fisher(classified)
     with pytest.raises(TypeError, match="the mean of two LowRankFisher is none"):
@@ -466,12 +465,12 @@ def test_what_is_refused(network: nn.Module, classified: list[tuple[Tensor, Tens
 
 
 STRUCTURES = {
-    "diagonal": DiagonalFisher,
-    "kronecker": KroneckerFisher,
-    "corrected": EigenvalueCorrectedFisher,
-    "low_rank": LowRankFisher.configured(rank=3),
-    "dense": DenseFisher,
-    "implicit": ImplicitFisher,
+    "diagonal": Diagonal(),
+    "kronecker": Kronecker(),
+    "corrected": EigenvalueCorrected(),
+    "low_rank": LowRank(rank=3),
+    "dense": Dense(),
+    "implicit": Implicit(),
 }
 
 

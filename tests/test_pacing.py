@@ -4,10 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from ewc import EWCPenalty, FisherMatrix, KroneckerFisher, Online, Separate, fisher_information
+from ewc import EWCPenalty, Kronecker, Online, Separate, fisher_information
 from ewc.consolidation.pacing import PERIOD, paces, turns
-from ewc.matrices.layers.kronecker import KroneckerProduct
-from ewc.matrices.layers.truncated import TruncatedProduct
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -27,7 +25,7 @@ def information(model, seed):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(40, 1, 7, 7, generator=generator, dtype=torch.float64)
     y = torch.randint(3, (40,), generator=generator)
-    return fisher_information(model, [(x, y)], structure=KroneckerFisher)
+    return fisher_information(model, [(x, y)], structure=Kronecker())
 
 
 def remembered(share, consolidation, tasks=2):
@@ -94,7 +92,7 @@ def test_in_single_precision_no_direction_is_lost():
     model = nn.Linear(400, 4)
     x = 1 + 0.1 * torch.randn(2000, 400)
     fisher = fisher_information(
-        model, [(x, torch.zeros(2000, dtype=torch.long))], structure=KroneckerFisher
+        model, [(x, torch.zeros(2000, dtype=torch.long))], structure=Kronecker()
     )
     penalty = EWCPenalty(1.0, Online(), eigenvector_share=0.2)
     penalty.consolidate(fisher, model)
@@ -126,7 +124,7 @@ def test_gradient_descent_is_stable_where_it_is_with_the_whole_matrix():
     x = torch.randn(300, 100, dtype=torch.float64) * torch.logspace(0, -1, 100).double()
     data = [(x, torch.zeros(300, dtype=torch.long))]
     penalty = EWCPenalty(1.0, Online(), eigenvector_share=0.02)
-    fisher = fisher_information(model, data, structure=KroneckerFisher)
+    fisher = fisher_information(model, data, structure=Kronecker())
     penalty.consolidate(fisher, model)
     with torch.no_grad():
         model.weight.add_(torch.randn_like(model.weight))
@@ -165,29 +163,35 @@ def test_turns_share_the_vectors_out_evenly():
     assert set(sizes) == {3 + 5 + 2 + 1}
 
 
-def test_a_truncated_product_is_the_kronecker_product_of_its_factor(tmp_path):
-    model = network()
-    (block,) = (b for b in information(model, 0).blocks if "4.weight" in b.shapes)
-    assert isinstance(block, KroneckerProduct)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_step_takes_the_eigenvectors_of_its_turn(bias):
+    r"""The gradient :math:`\sum_j 2^l a_j (G D u_j) u_j^\top`, and half its product with D."""
+    torch.manual_seed(0)
+    model = nn.Linear(80, 3, bias=bias).double()
+    data = [(torch.randn(40, 80, dtype=torch.float64), torch.randint(3, (40,)))]
+    fisher = fisher_information(model, data, structure=Kronecker())
+    penalty = EWCPenalty(1.0, eigenvector_share=0.2)
+    penalty.consolidate(fisher, model)
+    d = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(d[name])
+    matrix = torch.cat([d["weight"], d["bias"][:, None]], 1) if bias else d["weight"]
+    (block,) = fisher.blocks
     values, vectors = torch.linalg.eigh(block.inputs[0])
-    few = TruncatedProduct(block.weights, block.outputs, vectors.T[-4:], values[-4:], 40)
-    inputs = vectors[:, -4:] @ torch.diag(values[-4:]) @ vectors[:, -4:].T
-    # The order of the parameters is that of the weight's rows, then the bias.
-    outputs = block.outputs[0]
-    expected = torch.einsum("ab,ij->aibj", outputs, inputs)
-    v = {name: torch.randn(shape, dtype=torch.float64) for name, shape in block.shapes.items()}
-    matrix = torch.cat([v["4.weight"], v["4.bias"][:, None]], 1)
-    product = torch.einsum("aibj,bj->ai", expected, matrix)
-    for factor in (1.0, 0.25):
-        found = (factor * few).matvec(v)
-        torch.testing.assert_close(found["4.weight"], factor * product[:, :-1], **EXACT)
-        torch.testing.assert_close(found["4.bias"], factor * product[:, -1], **EXACT)
-    torch.testing.assert_close(few.times(matrix[None])[0], product, **EXACT)
-    torch.testing.assert_close(few.trace(), outputs.trace() * inputs.trace(), **EXACT)
-    few.save(tmp_path / "few.safetensors")
-    loaded = FisherMatrix.load(tmp_path / "few.safetensors")
-    assert isinstance(loaded, TruncatedProduct)
-    torch.testing.assert_close(loaded.matvec(v), few.matvec(v), rtol=0, atol=0)
+    first = len(values) - int((values > 1e-12 * values[-1]).sum())  # 40 examples: a null space
+    values, vectors = values[first:], vectors[:, first:]
+    pace = paces(values, 0.2 * block.inputs.shape[1])
+    generator = torch.Generator().manual_seed(0)
+    turn = int(torch.randint(PERIOD, (), generator=generator))
+    for step, (value, gradient) in enumerate(gradients(penalty, model, 3)):
+        expected = torch.zeros_like(matrix)
+        for j in turns(pace)[step ^ turn]:
+            u = vectors[:, j]
+            expected += 2.0 ** pace[j] * values[j] * torch.outer(block.outputs[0] @ matrix @ u, u)
+        pieces = [expected[:, :80].flatten(), *([expected[:, 80]] if bias else [])]
+        torch.testing.assert_close(gradient, torch.cat(pieces), **EXACT)
+        assert value == pytest.approx(float(0.5 * (matrix * expected).sum()), rel=1e-9)
 
 
 def test_a_head_that_grows_is_paced_as_well():
@@ -209,7 +213,7 @@ def test_a_layer_without_information_is_no_obstacle():
     model = nn.Sequential(nn.Linear(80, 70, bias=False), nn.ReLU(), nn.Linear(70, 3)).double()
     data = [(torch.zeros(5, 80, dtype=torch.float64), torch.randint(3, (5,)))]
     penalty = EWCPenalty(1.0, Online(), eigenvector_share=0.1)
-    penalty.consolidate(fisher_information(model, data, structure=KroneckerFisher), model)
+    penalty.consolidate(fisher_information(model, data, structure=Kronecker()), model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter))

@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 from ewc import (
-    BlockDiagonalFisher,
-    DenseFisher,
+    BlockDiagonal,
+    Dense,
+    Diagonal,
     DiagonalFisher,
-    EigenvalueCorrectedFisher,
+    EigenvalueCorrected,
     EWCPenalty,
-    ImplicitFisher,
-    KroneckerFisher,
-    LowRankFisher,
+    Implicit,
+    Kronecker,
+    LowRank,
     Online,
     Separate,
     fisher_information,
@@ -83,13 +84,13 @@ def test_separate_equals_the_sum_over_tasks(count, num_examples):
 
 
 STRUCTURES = {
-    "diagonal": DiagonalFisher,
-    "block_diagonal": BlockDiagonalFisher,
-    "kronecker": KroneckerFisher,
-    "eigenvalue_corrected": EigenvalueCorrectedFisher,
-    "low_rank": LowRankFisher.configured(rank=3),
-    "dense": DenseFisher,
-    "implicit": ImplicitFisher,
+    "diagonal": Diagonal(),
+    "block_diagonal": BlockDiagonal(),
+    "kronecker": Kronecker(),
+    "eigenvalue_corrected": EigenvalueCorrected(),
+    "low_rank": LowRank(rank=3),
+    "dense": Dense(),
+    "implicit": Implicit(),
 }
 
 
@@ -104,8 +105,8 @@ def test_a_sample_stands_for_its_task(name, consolidation, size):
         move(model)
         data = [(torch.randn(sample, 3, dtype=torch.float64), torch.randint(2, (sample,)))]
         if name == "sum":
-            one = fisher_information(model, data, structure=KroneckerFisher)
-            fisher = one + fisher_information(model, data, structure=ImplicitFisher)
+            one = fisher_information(model, data, structure=Kronecker())
+            fisher = one + fisher_information(model, data, structure=Implicit())
         else:
             fisher = fisher_information(model, data, structure=STRUCTURES[name])
         penalty.consolidate(fisher, model, num_examples=num_examples)
@@ -186,7 +187,7 @@ def test_dense_separate_keeps_every_cross_term():
         move(model)
         x = torch.randn(size, 3, dtype=torch.float64)
         fisher = fisher_information(
-            model, [(x, torch.zeros(size, dtype=torch.long))], structure=DenseFisher
+            model, [(x, torch.zeros(size, dtype=torch.long))], structure=Dense()
         )
         penalty.consolidate(fisher, model)
         tasks.append((fisher, torch.nn.utils.parameters_to_vector(model.parameters()).detach()))
@@ -256,7 +257,7 @@ def test_half_precision_models_keep_single_precision_terms():
 def test_separate_terms_may_go_on_as_online():
     model, penalty = small_model(), EWCPenalty()
     x, y = torch.randn(6, 3, dtype=torch.float64), torch.zeros(6, dtype=torch.long)
-    fisher = fisher_information(model, [(x, y)], structure=DenseFisher)
+    fisher = fisher_information(model, [(x, y)], structure=Dense())
     penalty.consolidate(fisher, model)
     penalty.consolidate(fisher, model)
     penalty.consolidation = Online(0.5)
@@ -268,7 +269,7 @@ def test_separate_terms_may_go_on_as_online():
 def test_dense_fisher_follows_growth_in_the_middle():
     model, penalty = small_model(), EWCPenalty()
     x, y = torch.randn(6, 3, dtype=torch.float64), torch.zeros(6, dtype=torch.long)
-    penalty.consolidate(fisher_information(model, [(x, y)], structure=DenseFisher), model)
+    penalty.consolidate(fisher_information(model, [(x, y)], structure=Dense()), model)
     move(model)
     before = penalty(model)
     grow(model, 4)
@@ -379,12 +380,12 @@ def test_frozen_parameters_get_no_gradient():
 @pytest.mark.parametrize(
     "structure",
     [
-        BlockDiagonalFisher,
-        KroneckerFisher,
-        EigenvalueCorrectedFisher,
-        LowRankFisher.configured(rank=3),
-        DenseFisher,
-        ImplicitFisher,
+        BlockDiagonal(),
+        Kronecker(),
+        EigenvalueCorrected(),
+        LowRank(rank=3),
+        Dense(),
+        Implicit(),
     ],
     ids=lambda s: getattr(s, "__name__", "low_rank"),
 )
@@ -422,7 +423,7 @@ def test_every_structure_may_weigh_the_parameters(structure, consolidation):
     assert float(model[2].weight.grad[2:].abs().max()) == 0.0
 
 
-@pytest.mark.parametrize("structure", [DiagonalFisher, KroneckerFisher])
+@pytest.mark.parametrize("structure", [Diagonal(), Kronecker()])
 def test_under_autocast_value_and_gradient_keep_their_precision(structure):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))

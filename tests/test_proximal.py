@@ -5,13 +5,14 @@ import torch
 from torch import nn
 
 from ewc import (
-    BlockDiagonalFisher,
-    DenseFisher,
-    DiagonalFisher,
-    EigenvalueCorrectedFisher,
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    EigenvalueCorrected,
     EWCPenalty,
+    Kronecker,
     KroneckerFisher,
-    LowRankFisher,
+    LowRank,
     Online,
     fisher_information,
 )
@@ -20,12 +21,12 @@ from ewc.fisher.structures.block_diagonal import layer_of
 from ewc.parameters import flatten
 
 STRUCTURES = [
-    DiagonalFisher,
-    BlockDiagonalFisher,
-    KroneckerFisher,
-    EigenvalueCorrectedFisher,
-    DenseFisher,
-    LowRankFisher,
+    Diagonal(),
+    BlockDiagonal(),
+    Kronecker(),
+    EigenvalueCorrected(),
+    Dense(),
+    LowRank(),
 ]
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -58,7 +59,7 @@ def hessian(penalty, model):
     return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
 
 
-@pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: s.__name__)
+@pytest.mark.parametrize("structure", STRUCTURES, ids=repr)
 @pytest.mark.parametrize("strength", [2.0, 1e6])
 def test_the_step_is_the_minimum_of_its_definition(structure, strength):
     model = network()
@@ -99,7 +100,7 @@ def test_step_sizes_are_what_the_optimizer_does(kind):
 
 def test_every_entry_has_its_own_step_size_with_a_diagonal():
     model = network()
-    penalty = remembered(model, DiagonalFisher)
+    penalty = remembered(model, Diagonal())
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     x, y = data()
     nn.functional.cross_entropy(model(x), y).backward()
@@ -118,7 +119,7 @@ def test_every_entry_has_its_own_step_size_with_a_diagonal():
     torch.testing.assert_close(found, expected, **EXACT)
 
 
-@pytest.mark.parametrize("structure", [DiagonalFisher, KroneckerFisher], ids=lambda s: s.__name__)
+@pytest.mark.parametrize("structure", [Diagonal(), Kronecker()], ids=repr)
 @pytest.mark.parametrize("every", [1, 4])
 def test_it_ends_where_the_explicit_penalty_ends(structure, every):
     """Gradient descent on a loss plus penalty, and on the loss with implicit steps."""
@@ -141,7 +142,7 @@ def test_it_ends_where_the_explicit_penalty_ends(structure, every):
     assert ends[1] == pytest.approx(ends[0], abs=0.02)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: s.__name__)
+@pytest.mark.parametrize("structure", STRUCTURES, ids=repr)
 def test_any_strength_is_stable(structure):
     model = network()
     penalty = remembered(model, structure, 1e12)
@@ -153,7 +154,7 @@ def test_any_strength_is_stable(structure):
 
 def test_frozen_and_new_parameters_stay_where_they_are():
     model = network()
-    penalty = remembered(model, KroneckerFisher)
+    penalty = remembered(model, Kronecker())
     model[0].weight.requires_grad_(False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     held = model[0].weight.detach().clone()
@@ -170,7 +171,7 @@ def test_sums_of_kronecker_matrices_stay_one_matrix():
     model = network()
     lazy, projected = EWCPenalty(1.0, Online(exact=True)), EWCPenalty(1.0, Online())
     for _ in range(3):
-        fisher = fisher_information(model, [data()], structure=KroneckerFisher)
+        fisher = fisher_information(model, [data()], structure=Kronecker())
         for penalty in (lazy, projected):
             penalty.consolidate(fisher, model)
         with torch.no_grad():

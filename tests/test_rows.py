@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn import functional
 
 from ewc import (
-    DenseFisher,
-    DiagonalFisher,
-    ImplicitFisher,
-    KroneckerFisher,
+    Dense,
+    Diagonal,
+    Implicit,
+    Kronecker,
     MonteCarlo,
     fisher_information,
 )
@@ -56,7 +56,7 @@ def noisy_network(amount):
     )
 
 
-@pytest.mark.parametrize("structure", [DiagonalFisher, KroneckerFisher], ids=lambda s: s.__name__)
+@pytest.mark.parametrize("structure", [Diagonal(), Kronecker()], ids=repr)
 @pytest.mark.parametrize("amount", [1e-7, 1e-3])
 def test_no_layer_needs_reproducible_gradients(structure, amount, monkeypatch):
     torch.manual_seed(1)
@@ -205,7 +205,7 @@ def test_rows_may_lie_in_another_order_in_every_batch(build):
     y = torch.zeros(4, dtype=torch.long)
     batches = [(x[i : i + 4], y) for i in (0, 4, 8)]
     for order in (batches, [batches[1], batches[0], batches[2]]):
-        found = fisher_information(model, order, structure=DenseFisher)
+        found = fisher_information(model, order, structure=Dense())
         torch.testing.assert_close(found.to_dense(), expected, **EXACT)
 
 
@@ -218,7 +218,7 @@ def test_no_order_of_rows_looks_like_another(n):
         x[:, 0] = torch.tensor(order, dtype=torch.float64)
         expected = reference.categorical_fisher(model, [(row,) for row in x])
         data = [(x, torch.zeros(n, dtype=torch.long))]
-        found = fisher_information(model, data, structure=DenseFisher).to_dense()
+        found = fisher_information(model, data, structure=Dense()).to_dense()
         gaps.append(float((found - expected).norm() / expected.norm()))
     assert max(gaps) < 1e-12
 
@@ -230,9 +230,9 @@ def test_swaps_in_large_batches_are_seen():
         x[:, 0] = torch.arange(300)
         x[[i, j], 0] = x[[j, i], 0]
         data = [(x, torch.zeros(300, dtype=torch.long))]
-        found = fisher_information(model, data, structure=DenseFisher).to_dense()
+        found = fisher_information(model, data, structure=Dense()).to_dense()
         alone = [(row[None], torch.zeros(1, dtype=torch.long)) for row in x]
-        expected = fisher_information(model, alone, structure=DenseFisher).to_dense()
+        expected = fisher_information(model, alone, structure=Dense()).to_dense()
         torch.testing.assert_close(found, expected, **EXACT)
 
 
@@ -255,7 +255,7 @@ def test_a_layout_seen_on_few_examples_is_not_taken_for_that_of_many(build):
     model, x = build().double(), torch.randn(16, 12).double()
     expected = reference.categorical_fisher(model, [(row,) for row in x])
     data = [(x, torch.zeros(16, dtype=torch.long))]
-    found = fisher_information(model, data, structure=DenseFisher)
+    found = fisher_information(model, data, structure=Dense())
     torch.testing.assert_close(found.to_dense(), expected, **EXACT)
 
 
@@ -340,7 +340,7 @@ class Similarities(nn.Module):
 @pytest.mark.parametrize(
     "build", [Standardised, CentredInputs, BatchFirstForgotten, OnAGraph, Similarities]
 )
-@pytest.mark.parametrize("structure", [DiagonalFisher, ImplicitFisher], ids=lambda s: s.__name__)
+@pytest.mark.parametrize("structure", [Diagonal(), Implicit()], ids=repr)
 def test_examples_that_depend_on_each_other_are_refused(build, structure):
     torch.manual_seed(0)
     data = [(torch.randn(9, 4), torch.randint(3, (9,)))]
@@ -420,7 +420,7 @@ def test_chunks_of_weight_and_bias_need_not_be_parallel(build, shape):
     model, x = build().double(), torch.randn(shape).double()
     expected = reference.categorical_fisher(model, [(row,) for row in x])
     data = [(x, torch.zeros(len(x), dtype=torch.long))]
-    found = fisher_information(model, data, structure=DenseFisher)
+    found = fisher_information(model, data, structure=Dense())
     torch.testing.assert_close(found.to_dense(), expected, **EXACT)
     diagonal = fisher_information(model, data).to_dense().diagonal()
     torch.testing.assert_close(diagonal, expected.diagonal(), **EXACT)

@@ -14,19 +14,18 @@ from torch import nn
 
 from ewc import (
     Categorical,
-    DenseFisher,
-    DiagonalFisher,
-    EigenvalueCorrectedFisher,
+    Dense,
+    Diagonal,
+    EigenvalueCorrected,
     Exact,
     Gaussian,
-    ImplicitFisher,
-    KroneckerFisher,
-    LowRankFisher,
+    Implicit,
+    Kronecker,
+    LowRank,
     MonteCarlo,
     fisher_information,
-    sampled_fisher,
 )
-from ewc.fisher import compute
+from ewc.fisher import compute, sampled_fisher
 from ewc.parameters import flatten
 
 
@@ -45,18 +44,16 @@ def body_and_head():
         (lambda m: [m[2].bias, "0.bias"], ["0.bias", "2.bias"]),
     ],
 )
-@pytest.mark.parametrize(
-    "structure", [DenseFisher, DiagonalFisher, KroneckerFisher, ImplicitFisher, LowRankFisher]
-)
+@pytest.mark.parametrize("structure", [Dense(), Diagonal(), Kronecker(), Implicit(), LowRank()])
 def test_the_matrix_of_some_parameters_is_a_part_of_the_whole(choose, names, structure):
     model, x, y = body_and_head()
-    whole = fisher_information(model, [(x, y)], structure=DenseFisher)
+    whole = fisher_information(model, [(x, y)], structure=Dense())
     part = fisher_information(model, [(x, y)], structure=structure, parameters=choose(model))
     assert list(part.shapes) == names
     expected = whole.diagonal()
-    if structure is not KroneckerFisher:
+    if structure is not Kronecker():
         torch.testing.assert_close(part.diagonal(), {n: expected[n] for n in names}, **EXACT)
-    if structure is DenseFisher:
+    if structure is Dense():
         v = {n: torch.randn(s, dtype=torch.float64) for n, s in part.shapes.items()}
         zeros = {n: torch.zeros(s, dtype=torch.float64) for n, s in whole.shapes.items()}
         torch.testing.assert_close(part.quadratic_form(v), whole.quadratic_form(zeros | v), **EXACT)
@@ -76,9 +73,7 @@ def test_choices_that_choose_nothing_are_named():
     "layer", ["linear", "conv2d", "embedding", "transformer", "lstm", "no_rule"]
 )
 @pytest.mark.parametrize("memory", [1, 5_000, 100_000])
-@pytest.mark.parametrize(
-    "structure", [DiagonalFisher, KroneckerFisher, EigenvalueCorrectedFisher, LowRankFisher]
-)
+@pytest.mark.parametrize("structure", [Diagonal(), Kronecker(), EigenvalueCorrected(), LowRank()])
 def test_the_memory_cap_changes_no_number(layer, memory, structure):
     torch.manual_seed(0)
     model = LAYERS[layer]().double()
@@ -148,7 +143,7 @@ model = nn.Sequential(nn.Linear(1000, 2000), nn.Tanh(), nn.Linear(2000, 10))
 data = [(torch.randn(32, 1000), torch.randint(10, (32,)))]
 options = {"memory": 2**26, "estimator": ewc.MonteCarlo(1)}
 ewc.fisher_information(model, data, **options)"""
-    call = "ewc.fisher_information(model, data, structure=ewc.LowRankFisher, **options)"
+    call = "ewc.fisher_information(model, data, structure=ewc.LowRank(), **options)"
     size = 4 * (1001 * 2000 + 2001 * 10)
     assert peak_above(setup, call) < (20 + 13) * size + 2**26
 
@@ -191,9 +186,9 @@ def confident():
 def test_tolerance_keeps_what_it_guarantees(tolerance, monkeypatch):
     model, x, y = confident()
     monkeypatch.setattr(compute, "SORTED_AT_ONCE", 10)
-    exact = fisher_information(model, [(x, y)], structure=DenseFisher).to_dense()
+    exact = fisher_information(model, [(x, y)], structure=Dense()).to_dense()
     found = fisher_information(
-        model, [(x, y)], estimator=Exact(tolerance), structure=DenseFisher
+        model, [(x, y)], estimator=Exact(tolerance), structure=Dense()
     ).to_dense()
     missing = exact - found
     assert float(torch.linalg.eigvalsh(missing).min()) > -1e-12
@@ -285,7 +280,7 @@ class DictWithoutRule(WholeDict):
 
 
 @pytest.mark.parametrize("build", [ByName, WholeDict, DictWithoutRule])
-@pytest.mark.parametrize("structure", [DenseFisher, ImplicitFisher])
+@pytest.mark.parametrize("structure", [Dense(), Implicit()])
 def test_dicts_of_inputs(build, structure, tmp_path):
     model = build().double()
     tokens, mask = torch.randint(5, (6, 3)), (torch.rand(6, 3) > 0.3).double()
@@ -325,7 +320,7 @@ def test_dicts_of_unequal_lengths_are_named():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("structure", [DiagonalFisher, KroneckerFisher, LowRankFisher])
+@pytest.mark.parametrize("structure", [Diagonal(), Kronecker(), LowRank()])
 def test_every_floating_point_type(dtype, structure):
     torch.manual_seed(0)
     model = LAYERS["linear"]()
@@ -340,7 +335,7 @@ def test_every_floating_point_type(dtype, structure):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("structure", [DiagonalFisher, KroneckerFisher, ImplicitFisher])
+@pytest.mark.parametrize("structure", [Diagonal(), Kronecker(), Implicit()])
 def test_a_cuda_device_gives_the_same(layer, structure):
     torch.manual_seed(0)
     model = LAYERS[layer]().double()
@@ -366,8 +361,8 @@ x, y = torch.randn(11, 6, dtype=torch.float64), torch.randint(3, (11,))
 shards = [slice(0, 8), slice(8, 11)]  # of unequal size
 mine = [(x[shards[rank]], y[shards[rank]])]
 v = None
-for structure in (DiagonalFisher, BlockDiagonalFisher, KroneckerFisher,
-                  EigenvalueCorrectedFisher, DenseFisher, LowRankFisher, ImplicitFisher):
+for structure in (Diagonal(), BlockDiagonal(), Kronecker(),
+                  EigenvalueCorrected(), Dense(), LowRank(), Implicit()):
     found = fisher_information(model, mine, structure=structure, group=distributed.group.WORLD)
     expected = fisher_information(model, [(x, y)], structure=structure)
     assert found.num_examples == 11
@@ -389,7 +384,7 @@ class Heads(nn.Module):  # every process sees another head
         return self.heads[int(task[0])](x)
 heads = Heads()
 by_task = [(x[:8], y[:8], torch.zeros(8)), (x[8:], y[8:], torch.ones(3))]
-for structure in (KroneckerFisher, EigenvalueCorrectedFisher):
+for structure in (Kronecker(), EigenvalueCorrected()):
     found = fisher_information(heads, [by_task[rank]], structure=structure,
                                group=distributed.group.WORLD)
     expected = fisher_information(heads, by_task, structure=structure)
@@ -398,7 +393,7 @@ traces = [fisher_information(model, [(x, y)], estimator=MonteCarlo(1)).trace()]
 joint = fisher_information(model, [(x, y)], estimator=MonteCarlo(1), group=distributed.group.WORLD)
 assert joint.num_examples == 22 and abs(joint.trace() - traces[0]) > 1e-6  # other draws
 try:
-    fisher_information(model, mine if rank else [], structure=KroneckerFisher,
+    fisher_information(model, mine if rank else [], structure=Kronecker(),
                        group=distributed.group.WORLD)
 except ValueError as error:
     assert "every shard needs an example" in str(error), error

@@ -13,14 +13,14 @@ import torch
 from omegaconf import OmegaConf
 
 from ewc import (
-    BlockDiagonalFisher,
-    DenseFisher,
-    DiagonalFisher,
-    EigenvalueCorrectedFisher,
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    EigenvalueCorrected,
     Empirical,
-    ImplicitFisher,
-    KroneckerFisher,
-    LowRankFisher,
+    Implicit,
+    Kronecker,
+    LowRank,
     MonteCarlo,
 )
 from experiments.command_line import CONFIGS
@@ -81,7 +81,7 @@ def test_options_reach_their_objects():
     assert plugin.penalty.strength == 7
     assert plugin.penalty.consolidation.decay == 0.5
     assert plugin.estimator == MonteCarlo(3, seed=4)
-    assert plugin.structure is DenseFisher
+    assert plugin.structure is Dense()
     assert experiment.model.hidden == [5, 6]
     optimizer = experiment.optimizer([torch.nn.Parameter(torch.zeros(1))])
     assert isinstance(optimizer, torch.optim.SGD)
@@ -93,13 +93,13 @@ def test_options_reach_their_objects():
 @pytest.mark.parametrize(
     ("structure", "expected"),
     [
-        ("diagonal", DiagonalFisher),
-        ("block_diagonal", BlockDiagonalFisher),
-        ("kronecker", KroneckerFisher),
-        ("eigenvalue_corrected", EigenvalueCorrectedFisher),
-        ("low_rank", LowRankFisher.configured(rank=20, oversampling=10, seed=0)),
-        ("dense", DenseFisher),
-        ("implicit", ImplicitFisher),
+        ("diagonal", Diagonal()),
+        ("block_diagonal", BlockDiagonal()),
+        ("kronecker", Kronecker()),
+        ("eigenvalue_corrected", EigenvalueCorrected()),
+        ("low_rank", LowRank(rank=20, oversampling=10, seed=0)),
+        ("dense", Dense()),
+        ("implicit", Implicit()),
     ],
 )
 def test_ewc_takes_every_estimator_with_every_structure(estimator, structure, expected):
@@ -118,10 +118,8 @@ def test_batch_means_are_of_observed_labels_only():
 
 def test_options_of_a_structure_reach_it_or_are_named():
     node = compose("fisher/structure=low_rank", "fisher.structure.rank=7")["fisher"]
-    assert build(node, Fisher).structure == LowRankFisher.configured(
-        rank=7, oversampling=10, seed=0
-    )
-    assert str(LowRankFisher.configured(rank=7)) == "LowRankFisher.configured(rank=7)"
+    assert build(node, Fisher).structure == LowRank(rank=7, oversampling=10, seed=0)
+    assert str(LowRank(rank=7)) == "LowRank(rank=7)"
     node["structure"]["ranks"] = 7
     message = r"structure: LowRankFisher has no option 'ranks': it has rank, oversampling, seed\."
     with pytest.raises(ConfigurationError, match=message):
@@ -195,10 +193,10 @@ def test_what_does_not_decide_the_outcome_makes_no_other_experiment():
 def test_an_option_that_there_was_not_yet_had_its_default():
     config = compose("strategy=ewc")
     older = compose("strategy=ewc")
-    del older["training"]["anneal"], older["strategy"]["rank"], older["benchmark"]["num_tasks"]
+    del older["training"]["anneal"], older["strategy"]["shrinkage"], older["benchmark"]["num_tasks"]
     assert same_outcome(older, config)
     assert same_outcome(config, older)
-    for other in ("training.anneal=true", "strategy.rank=9", "benchmark.num_tasks=2"):
+    for other in ("training.anneal=true", "strategy.shrinkage=0.9", "benchmark.num_tasks=2"):
         assert not same_outcome(older, compose("strategy=ewc", other))
         assert not same_outcome(compose("strategy=ewc", other), older)
     del older["optimizer"]["fused"]  # torch's own default is another

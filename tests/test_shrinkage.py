@@ -5,17 +5,17 @@ import torch
 from torch import nn
 
 from ewc import (
-    BlockDiagonalFisher,
+    BlockDiagonal,
+    Dense,
     DenseFisher,
-    DiagonalFisher,
-    EigenvalueCorrectedFisher,
+    Diagonal,
+    EigenvalueCorrected,
     EWCPenalty,
-    KroneckerFisher,
-    LowRankFisher,
+    Kronecker,
+    LowRank,
     Online,
     fisher_information,
 )
-from ewc.matrices.shrinkage import shrunk
 from ewc.parameters import flatten
 from ewc.plugin import EWCPlugin
 from experiments.strategies import Fisher, OnlineEWC
@@ -51,11 +51,11 @@ def spread(dense, amount):
     return result
 
 
-@pytest.mark.parametrize("structure", [KroneckerFisher, EigenvalueCorrectedFisher])
+@pytest.mark.parametrize("structure", [Kronecker(), EigenvalueCorrected()])
 @pytest.mark.parametrize("amount", [0.0, 0.3, 1.0])
 def test_shrinkage_is_a_partial_trace(structure, amount):
     fisher = fisher_information(network(), data(), structure=structure)
-    found = shrunk(fisher, amount)
+    found = fisher.shrunk(amount)
     assert type(found) is structure
     torch.testing.assert_close(found.to_dense(), spread(fisher.to_dense(), amount), **EXACT)
     torch.testing.assert_close(found.trace(), fisher.trace(), **EXACT)
@@ -63,17 +63,17 @@ def test_shrinkage_is_a_partial_trace(structure, amount):
 
 @pytest.mark.parametrize("amount", [0.3, 1.0])
 def test_shrinkage_of_a_diagonal_is_the_diagonal_of_the_shrunk_matrix(amount):
-    full = fisher_information(network(), data(), structure=DenseFisher).to_dense()
-    diagonal = fisher_information(network(), data(), structure=DiagonalFisher)
-    found = flatten(shrunk(diagonal, amount).diagonal())
+    full = fisher_information(network(), data(), structure=Dense()).to_dense()
+    diagonal = fisher_information(network(), data(), structure=Diagonal())
+    found = flatten(diagonal.shrunk(amount).diagonal())
     torch.testing.assert_close(found, spread(full, amount).diagonal(), **EXACT)
 
 
 def test_blocks_without_units_stay_as_they_are():
     torch.manual_seed(2)
     model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)).double()
-    fisher = fisher_information(model, data(), structure=KroneckerFisher)
-    found = shrunk(fisher, 0.5)
+    fisher = fisher_information(model, data(), structure=Kronecker())
+    found = fisher.shrunk(0.5)
     for before, after in zip(fisher.blocks, found.blocks, strict=True):
         same = torch.equal(before.to_dense(), after.to_dense())
         assert same == isinstance(before, DenseFisher)
@@ -88,7 +88,7 @@ def test_a_unit_that_nothing_excites_is_free_no_longer():
     values = []
     for shrinkage in (0.0, 0.5):
         penalty = EWCPenalty(1.0, Online(), shrinkage=shrinkage)
-        penalty.consolidate(fisher_information(model, data(), structure=KroneckerFisher), model)
+        penalty.consolidate(fisher_information(model, data(), structure=Kronecker()), model)
         with torch.no_grad():
             model[0].weight[2] += 1.0
             values.append(penalty(model).item())
@@ -100,22 +100,22 @@ def test_a_unit_that_nothing_excites_is_free_no_longer():
     assert values[1] > 1e-3
 
 
-@pytest.mark.parametrize("structure", [KroneckerFisher, EigenvalueCorrectedFisher])
+@pytest.mark.parametrize("structure", [Kronecker(), EigenvalueCorrected()])
 def test_the_terms_of_a_sum_are_shrunk(structure):
     fisher = fisher_information(network(), data(), structure=structure)
-    found = shrunk(fisher + 2 * fisher, 0.3).to_dense()
+    found = (fisher + 2 * fisher).shrunk(0.3).to_dense()
     torch.testing.assert_close(found, 3 * spread(fisher.to_dense(), 0.3), **EXACT)
 
 
 def test_the_plugin_hands_the_options_on_and_refuses_what_cannot_be_shrunk():
-    plugin = EWCPlugin(structure=KroneckerFisher, shrinkage=0.2, eigenvector_share=0.05)
+    plugin = EWCPlugin(structure=Kronecker(), shrinkage=0.2, eigenvector_share=0.05)
     assert plugin.penalty.shrinkage == 0.2
     assert plugin.penalty.eigenvector_share == 0.05
     strategy = OnlineEWC(shrinkage=0.3, eigenvector_share=0.4)
     (plugin,) = strategy.plugins(Fisher())
     assert (plugin.penalty.shrinkage, plugin.penalty.eigenvector_share) == (0.3, 0.4)
     with pytest.raises(ValueError, match="with LowRankFisher it must be 0"):
-        EWCPlugin(structure=LowRankFisher, shrinkage=0.2)
+        EWCPlugin(structure=LowRank(), shrinkage=0.2)
 
 
 def test_options_that_are_set_later_are_checked_too():
@@ -144,7 +144,7 @@ def test_impossible_shares_are_refused(amount):
         EWCPenalty(shrinkage=amount)
 
 
-@pytest.mark.parametrize("structure", [DenseFisher, BlockDiagonalFisher, LowRankFisher])
+@pytest.mark.parametrize("structure", [Dense(), BlockDiagonal(), LowRank()])
 def test_other_structures_are_refused_and_nothing_is_kept(structure):
     model, penalty = network(), EWCPenalty(shrinkage=0.1)
     fisher = fisher_information(model, data(), structure=structure)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ewc import Categorical, DenseFisher, MonteCarlo, SmoothedCategorical, fisher_information
+from ewc import Categorical, Dense, MonteCarlo, SmoothedCategorical, fisher_information
 from ewc.parameters import flatten
 
 N, C = 7, 4
@@ -71,15 +71,15 @@ def test_the_information_of_a_sure_network_does_not_vanish():
     with torch.no_grad():
         model.weight.mul_(100)
     data = [(torch.randn(50, 5, dtype=torch.float64), torch.randint(C, (50,)))]
-    plain = fisher_information(model, data, structure=DenseFisher)
-    found = fisher_information(model, data, SmoothedCategorical(0.1), structure=DenseFisher)
+    plain = fisher_information(model, data, structure=Dense())
+    found = fisher_information(model, data, SmoothedCategorical(0.1), structure=Dense())
     assert float(found.trace()) > 5 * float(plain.trace())
     x = torch.cat([data[0][0], torch.ones(50, 1, dtype=torch.float64)], 1)
     p = smoothed(model(data[0][0]).detach(), 0.1)
     expected = ((1 - p.square().sum(1)) * x.square().sum(1)).mean()
     torch.testing.assert_close(found.trace(), expected)
     drawn = fisher_information(
-        model, data, SmoothedCategorical(0.1), estimator=MonteCarlo(4000), structure=DenseFisher
+        model, data, SmoothedCategorical(0.1), estimator=MonteCarlo(4000), structure=Dense()
     )
     error = flatten(drawn.diagonal()) / flatten(found.diagonal()) - 1
     assert float(error.abs().max()) < 0.05

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from ewc import (
-    DenseFisher,
-    EigenvalueCorrectedFisher,
+    Dense,
+    EigenvalueCorrected,
     Gaussian,
-    ImplicitFisher,
-    KroneckerFisher,
+    Implicit,
+    Kronecker,
     fisher_information,
 )
 from ewc.statistics import (
@@ -29,7 +29,7 @@ def network():
     return model, [(x, y)]
 
 
-@pytest.fixture(params=[DenseFisher, ImplicitFisher, KroneckerFisher, EigenvalueCorrectedFisher])
+@pytest.fixture(params=[Dense(), Implicit(), Kronecker(), EigenvalueCorrected()])
 def fisher(request):
     model, data = network()
     return fisher_information(model, data, structure=request.param)
@@ -57,7 +57,7 @@ def test_the_density_is_that_of_the_dense_matrix(fisher):
 
 def test_rank_is_bounded_by_the_examples():
     model, data = network()
-    fisher = fisher_information(model, data, structure=DenseFisher)
+    fisher = fisher_information(model, data, structure=Dense())
     # Twelve examples with three classes say something of 24 directions out of 111.
     density = spectral_density(fisher, num_steps=111, num_samples=60)
     threshold = 1e-9 * largest_eigenvalue(fisher)
@@ -67,7 +67,7 @@ def test_rank_is_bounded_by_the_examples():
 
 def test_few_steps_keep_the_moments():
     model, data = network()
-    fisher = fisher_information(model, data, structure=DenseFisher)
+    fisher = fisher_information(model, data, structure=Dense())
     few = spectral_density(fisher, num_steps=5, num_samples=3)
     many = spectral_density(fisher, num_steps=111, num_samples=3)
     assert len(few.values) == 15
@@ -104,7 +104,7 @@ def test_the_effective_dimension_of_ridge_regression_is_its_degrees_of_freedom()
     # The hat matrix X (X'X + noise * delta I)^-1 X' of the fit with this prior.
     gram = x.T @ x + noise * penalty * torch.eye(8, dtype=torch.float64)
     expected = float((x @ torch.linalg.solve(gram, x.T)).trace())
-    for structure in (DenseFisher, KroneckerFisher):
+    for structure in (Dense(), Kronecker()):
         fisher = fisher_information(model, data, Gaussian(noise), structure=structure)
         assert effective_dimension(fisher, penalty) == pytest.approx(expected, rel=1e-10)
     assert expected < 7.9

@@ -11,22 +11,26 @@ from torch.nn import functional
 
 from ewc import (
     Bernoulli,
-    BlockDiagonalFisher,
+    BlockDiagonal,
     Categorical,
+    Dense,
     DenseFisher,
+    Diagonal,
     DiagonalFisher,
-    EigenvalueCorrectedFisher,
+    EigenvalueCorrected,
     Empirical,
     Exact,
     FisherMatrix,
     Gaussian,
-    ImplicitFisher,
-    KroneckerFisher,
-    LowRankFisher,
+    Implicit,
+    Kronecker,
+    LowRank,
     MonteCarlo,
     Poisson,
     fisher_information,
 )
+from ewc.fisher import ImplicitFisher
+from ewc.matrices import BlockDiagonalFisher
 from ewc.matrices.layers.eigenvalue_corrected import EigenvalueCorrectedProduct
 from ewc.matrices.layers.kronecker import KroneckerProduct
 from ewc.parameters import flatten, unflatten
@@ -142,13 +146,13 @@ def check_eigenvalues(block, dense, close):
 
 
 STRUCTURES = {
-    "diagonal": DiagonalFisher,
-    "block_diagonal": BlockDiagonalFisher,
-    "kronecker": KroneckerFisher,
-    "eigenvalue_corrected": EigenvalueCorrectedFisher,
-    "low_rank": LowRankFisher.configured(rank=400),
-    "dense": DenseFisher,
-    "implicit": ImplicitFisher,
+    "diagonal": Diagonal(),
+    "block_diagonal": BlockDiagonal(),
+    "kronecker": Kronecker(),
+    "eigenvalue_corrected": EigenvalueCorrected(),
+    "low_rank": LowRank(rank=400),
+    "dense": Dense(),
+    "implicit": Implicit(),
 }
 
 
@@ -236,7 +240,7 @@ def test_kronecker_factors_equal_brute_force(layer, find, positions, reduce):
     a, g = reference.kronecker_factors(
         model, module, [(x_n,) for x_n in x], positions(module), reduce and layer != "embedding"
     )
-    fisher = computed(layer, "categorical", Exact(), KroneckerFisher.configured(reduce=reduce))
+    fisher = computed(layer, "categorical", Exact(), Kronecker(reduce=reduce))
     check_kronecker_block(fisher, model, module, a, g)
 
 
@@ -329,32 +333,32 @@ def test_kronecker_factors_of_every_geometry_equal_brute_force(name):
     model, x, y = convolutional(*CONVOLUTIONS[name])
     examples = [(x_n,) for x_n in x]
     a, g = reference.kronecker_factors(model, model[0], examples, patches(model[0]))
-    fisher = fisher_information(model, [(x, y)], structure=KroneckerFisher)
+    fisher = fisher_information(model, [(x, y)], structure=Kronecker())
     check_kronecker_block(fisher, model, model[0], a, g)
 
 
-@pytest.mark.parametrize("structure", [KroneckerFisher, EigenvalueCorrectedFisher])
+@pytest.mark.parametrize("structure", [Kronecker(), EigenvalueCorrected()])
 def test_kronecker_is_exact_for_deep_linear_networks(structure):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 6), nn.Linear(6, 3)).double()
     x, y = torch.randn(8, 5, dtype=torch.float64), torch.randn(8, 3, dtype=torch.float64)
-    blocks = fisher_information(model, [(x, y)], Gaussian(0.5), structure=BlockDiagonalFisher)
+    blocks = fisher_information(model, [(x, y)], Gaussian(0.5), structure=BlockDiagonal())
     found = fisher_information(model, [(x, y)], Gaussian(0.5), structure=structure)
     torch.testing.assert_close(found.to_dense(), blocks.to_dense(), **CLOSE)
     # ... and not with a nonlinearity, where inputs and gradients depend on each other.
     bent = nn.Sequential(model[0], nn.Tanh(), model[1], nn.Tanh(), model[2])
-    blocks = fisher_information(bent, [(x, y)], Gaussian(0.5), structure=BlockDiagonalFisher)
+    blocks = fisher_information(bent, [(x, y)], Gaussian(0.5), structure=BlockDiagonal())
     found = fisher_information(bent, [(x, y)], Gaussian(0.5), structure=structure)
     gap = (found.to_dense() - blocks.to_dense()).norm() / blocks.to_dense().norm()
     assert 0.001 < float(gap) < 0.8
 
 
-@pytest.mark.parametrize("structure", [KroneckerFisher, EigenvalueCorrectedFisher])
+@pytest.mark.parametrize("structure", [Kronecker(), EigenvalueCorrected()])
 def test_kronecker_is_exact_for_one_example(structure):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     data = [(torch.randn(1, 5, dtype=torch.float64), torch.tensor([1]))]
-    blocks = fisher_information(model, data, structure=BlockDiagonalFisher)
+    blocks = fisher_information(model, data, structure=BlockDiagonal())
     found = fisher_information(model, data, structure=structure)
     torch.testing.assert_close(found.to_dense(), blocks.to_dense(), **CLOSE)
 
@@ -365,9 +369,9 @@ def test_reduce_is_exact_for_a_linear_network_that_averages(reduce):
     model = Sequential2d().double()
     model.forward = lambda x: model.head(model.inner(x.unflatten(1, (2, 3))).mean(1))
     data = [(torch.randn(6, 6, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64))]
-    kind = KroneckerFisher.configured(reduce=reduce)
+    kind = Kronecker(reduce=reduce)
     found = fisher_information(model, data, Gaussian(), structure=kind).to_dense()
-    blocks = fisher_information(model, data, Gaussian(), structure=BlockDiagonalFisher).to_dense()
+    blocks = fisher_information(model, data, Gaussian(), structure=BlockDiagonal()).to_dense()
     gap = float((found - blocks).norm() / blocks.norm())
     assert gap < 1e-12 if reduce else gap > 0.01
 
@@ -376,7 +380,7 @@ def test_reduce_is_exact_for_a_linear_network_that_averages(reduce):
 def test_the_corrected_eigenvectors_are_those_of_the_chosen_form(reduce):
     of_factors, corrected = (
         computed("sequence", "categorical", Exact(), kind.configured(reduce=reduce))
-        for kind in (KroneckerFisher, EigenvalueCorrectedFisher)
+        for kind in (Kronecker(), EigenvalueCorrected())
     )
     for product, block in zip(of_factors.blocks, corrected.blocks, strict=True):
         rotated = block.inputs.transpose(1, 2) @ product.inputs @ block.inputs
@@ -388,7 +392,7 @@ def test_the_corrected_eigenvectors_are_those_of_the_chosen_form(reduce):
 @pytest.mark.parametrize("rank", [1, 5, 20])
 def test_low_rank_keeps_the_diagonal_and_never_exceeds_the_matrix(rank):
     dense = brute_force("linear", "categorical", Exact())
-    fisher = computed("linear", "categorical", Exact(), LowRankFisher.configured(rank=rank))
+    fisher = computed("linear", "categorical", Exact(), LowRank(rank=rank))
     assert fisher.values.shape == (rank,)
     torch.testing.assert_close(flatten(fisher.diagonal()), dense.diagonal(), **CLOSE)
     low = (fisher.vectors * fisher.values) @ fisher.vectors.T
@@ -401,19 +405,19 @@ def test_low_rank_keeps_the_diagonal_and_never_exceeds_the_matrix(rank):
 def test_structures_with_options_name_their_mistakes():
     model, x, y = case("linear", "categorical")
     with pytest.raises(TypeError, match="KroneckerFisher has no option 'rank': it has reduce"):
-        KroneckerFisher.configured(rank=3)
+        Kronecker(rank=3)
     with pytest.raises(ValueError, match="rank is 0: it must be 1 or more"):
-        fisher_information(model, [(x, y)], structure=LowRankFisher.configured(rank=0))
+        fisher_information(model, [(x, y)], structure=LowRank(rank=0))
     with pytest.raises(ValueError, match="list_iterator, which can be read once"):
-        fisher_information(model, iter([(x, y)]), structure=EigenvalueCorrectedFisher)
+        fisher_information(model, iter([(x, y)]), structure=EigenvalueCorrected())
     with pytest.raises(TypeError, match="a KroneckerProduct is made of other matrices"):
         fisher_information(model, [(x, y)], structure=KroneckerProduct)
 
 
 def test_layers_without_a_kronecker_form_have_their_exact_block():
-    fisher = computed("layer_norm", "categorical", Exact(), KroneckerFisher)
+    fisher = computed("layer_norm", "categorical", Exact(), Kronecker())
     assert repr(fisher).endswith("exact blocks: layer.weight, layer.bias)")
     (block,) = (b for b in fisher.blocks if "layer.weight" in b.shapes)
     assert isinstance(block, DenseFisher)
     assert isinstance(fisher, FisherMatrix)
-    assert "exact" not in repr(computed("linear", "categorical", Exact(), KroneckerFisher))
+    assert "exact" not in repr(computed("linear", "categorical", Exact(), Kronecker()))

@@ -21,16 +21,16 @@ largest eigenvalue, gradient descent is stable wherever it is with the whole mat
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ewc.consolidation.quadratic import Quadratic
-from ewc.matrices.block_diagonal import BlockDiagonalFisher
-from ewc.matrices.layers.kronecker import KroneckerProduct
-from ewc.matrices.layers.truncated import TruncatedProduct
-from ewc.matrices.matrix import FisherMatrix, SumFisher
+from ewc.matrices.matrix import FisherMatrix, InputFactor
+from ewc.parameters import Parameters
 
 SLOWEST = 6
 """The slowest pace: one step of ``2**SLOWEST``."""
@@ -55,7 +55,7 @@ class Paced:
     def __init__(self, terms: Sequence[Quadratic], share: float) -> None:
         self.terms = list(terms)
         self.share = share
-        self._paces = [_Pace.of(term.precision, share) for term in terms]
+        self._layers: dict[int, _PacedLayer | None] = {}
 
     def at(self, step: int) -> list[Quadratic]:
         """The quadratics of one step; their mean over :data:`PERIOD` steps is exact.
@@ -68,9 +68,19 @@ class Paced:
         generator = torch.Generator().manual_seed(period)
         turn = place ^ int(torch.randint(PERIOD, (), generator=generator))
         return [
-            Quadratic(pace.at(turn), term.anchor, term.constant)
-            for term, pace in zip(self.terms, self._paces, strict=True)
+            _PacedQuadratic(term.precision, term.anchor, term.constant, paced=self, turn=turn)
+            for term in self.terms
         ]
+
+    def layer_product(self, turn: int, layer: FisherMatrix, v: Parameters) -> Parameters:
+        """The product of one layer's matrix, with the eigenvectors of one turn."""
+        key = id(layer)  # the terms keep their layers
+        if key not in self._layers:
+            factors = layer.input_factor()
+            wide = factors is not None and len(factors.input_eigen[0]) > PERIOD
+            self._layers[key] = _PacedLayer(factors, self.share) if factors and wide else None
+        paced = self._layers[key]
+        return layer.matvec(v) if paced is None else paced.product(v, turn)
 
 
 class ScaledTerms:
@@ -99,80 +109,34 @@ class ScaledTerms:
         return self._paced
 
 
-class _Pace:
-    """A matrix that is the same in every step."""
+class _PacedLayer:
+    """A layer whose Kronecker product takes some eigenvectors of its inputs in each step."""
 
-    def __init__(self, matrix: FisherMatrix) -> None:
-        self.matrix = matrix
-
-    @staticmethod
-    def of(matrix: FisherMatrix, share: float) -> "_Pace":
-        """The pace of a matrix, by its structure."""
-        if isinstance(matrix, BlockDiagonalFisher):
-            return _Blocks(matrix, share)
-        if isinstance(matrix, SumFisher):
-            return _Terms(matrix, share)
-        if isinstance(matrix, KroneckerProduct):
-            dense = matrix.inputs.dim() == 3 and len(matrix.inputs) == 1
-            if dense and matrix.inputs.shape[1] > PERIOD:
-                return _Eigenvectors(matrix, share)
-        return _Pace(matrix)
-
-    def at(self, turn: int) -> FisherMatrix:
-        """The matrix of one turn, from 0 to ``PERIOD - 1``."""
-        return self.matrix
-
-
-class _Blocks(_Pace):
-    """A block-diagonal matrix, every block at its pace."""
-
-    def __init__(self, matrix: BlockDiagonalFisher, share: float) -> None:
-        super().__init__(matrix)
-        self._blocks = [_Pace.of(block, share) for block in matrix.blocks]
-
-    def at(self, turn: int) -> FisherMatrix:
-        """The blocks of one turn."""
-        blocks = [block.at(turn) for block in self._blocks]
-        return BlockDiagonalFisher(blocks, self.matrix.shapes, self.matrix.num_examples)
-
-
-class _Terms(_Pace):
-    """A sum, every term at its pace."""
-
-    def __init__(self, matrix: SumFisher, share: float) -> None:
-        super().__init__(matrix)
-        self._terms = [_Pace.of(term, share) for term in matrix.terms]
-
-    def at(self, turn: int) -> FisherMatrix:
-        """The sum of one turn."""
-        return SumFisher([term.at(turn) for term in self._terms], self.matrix.num_examples)
-
-
-class _Eigenvectors(_Pace):
-    """A Kronecker product, some eigenvectors of its second factor a step."""
-
-    def __init__(self, matrix: KroneckerProduct, share: float) -> None:
-        super().__init__(matrix)
-        self.product = matrix
-        values, vectors = (tensor[0] for tensor in matrix.input_eigen)
+    def __init__(self, factors: InputFactor, share: float) -> None:
+        self._factors = factors
+        values, vectors = factors.input_eigen
         # Rounding leaves the eigenvalues of a singular factor near 0, on either side.
-        kept = values > torch.finfo(matrix.dtype).eps * values[-1]
+        kept = values > torch.finfo(factors.dtype).eps * values[-1]
         pace = paces(values[kept], share * len(values))
-        self._vectors = vectors[:, kept].T.to(matrix.dtype).contiguous()
-        self._values = (values[kept] * 2.0**pace).to(matrix.dtype)
+        self._vectors = vectors[:, kept].T.to(factors.dtype).contiguous()
+        self._values = (values[kept] * 2.0**pace).to(factors.dtype)
         self._turns = turns(pace)
 
-    def at(self, turn: int) -> FisherMatrix:
-        """The product with the eigenvectors of one turn."""
+    def product(self, v: Mapping[str, Tensor], turn: int) -> Parameters:
+        """The product with the eigenvectors of one turn, from 0 to ``PERIOD - 1``."""
         chosen = self._turns[turn]
-        product = self.product
-        return TruncatedProduct(
-            product.weights,
-            product.outputs,
-            self._vectors[chosen],
-            self._values[chosen],
-            product.num_examples,
-        )
+        return self._factors.product_along(v, self._values[chosen], self._vectors[chosen])
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _PacedQuadratic(Quadratic):
+    """A quadratic whose matrix is that of one turn."""
+
+    paced: Paced
+    turn: int
+
+    def product(self, v: Parameters) -> Parameters:
+        return self.precision.matvec_with(v, partial(self.paced.layer_product, self.turn))
 
 
 def paces(values: Tensor, budget: float) -> Tensor:

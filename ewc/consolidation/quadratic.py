@@ -75,6 +75,10 @@ class Quadratic:
         dtype = self.place[1]
         return {name: d.to(dtype) for name, d in zip(here, differences, strict=True)}
 
+    def product(self, v: Parameters) -> Parameters:
+        """The product of the precision with a vector."""
+        return self.precision.matvec(v)
+
     def state(self) -> dict[str, Any]:
         """Tensors and plain values, for a ``state_dict``."""
         tensors, about = self.precision.description()
@@ -150,7 +154,7 @@ def value_and_gradient(terms: list[Quadratic], here: Parameters) -> tuple[Tensor
         step = term.step_to(here)
         # Under autocast products would come in half precision, which cannot hold N F.
         with torch.autocast(term.place[0].type, enabled=False):
-            product = term.precision.matvec(step)
+            product = term.product(step)
         value = value + 0.5 * dot(step, product) + term.constant
         if gradient:
             product = {name: gradient[name] + tensor for name, tensor in product.items()}

@@ -224,9 +224,12 @@ class BlockDiagonalFisher(FisherMatrix):
     def resolvent(self, v: Mapping[str, Tensor], steps: Mapping[str, Tensor | float]) -> Parameters:
         return self._gathered(block.resolvent(self._part(v, block), steps) for block in self.blocks)
 
-    def per_layer(self, function: Callable[[FisherMatrix], FisherMatrix]) -> "BlockDiagonalFisher":
-        blocks = [block.per_layer(function) for block in self.blocks]
-        return BlockDiagonalFisher(blocks, self.shapes, self.num_examples)
+    def matvec_with(
+        self,
+        v: Mapping[str, Tensor],
+        product: Callable[[FisherMatrix, Parameters], Parameters],
+    ) -> Parameters:
+        return self._gathered(b.matvec_with(self._part(v, b), product) for b in self.blocks)
 
     def check_entries(self) -> None:
         """Check the entries of every block."""

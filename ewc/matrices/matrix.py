@@ -9,7 +9,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,27 @@ class DampedInverse(ABC):
             shapes: the parameters by name, in the flat order.
         """
         return torch.stack([flatten(self(unflatten(row, shapes))) for row in v])
+
+
+class InputFactor(Protocol):
+    r"""A layer's :math:`G \otimes A`, whose products may take some eigenvectors of ``A``."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of the entries."""
+
+    @property
+    def input_eigen(self) -> tuple[Tensor, Tensor]:
+        """The eigenvalues of ``A``, ascending, ``[i]``, and its eigenvectors, ``[i, i]``."""
+
+    def product_along(self, v: Mapping[str, Tensor], values: Tensor, vectors: Tensor) -> Parameters:
+        r"""The product with :math:`\sum_j a_j u_j u_j^\top` in the place of ``A``.
+
+        Args:
+            v: the vector.
+            values: the :math:`a_j`, ``[k]``.
+            vectors: the :math:`u_j` as rows, ``[k, i]``.
+        """
 
 
 class FisherMatrix(ABC):
@@ -191,7 +212,6 @@ class FisherMatrix(ABC):
         summed ``N`` is the mean over both sets of examples.  For two losses on the same
         examples, which must not count twice, see :meth:`plus_on_same_examples`.
         """
-
         return SumFisher([self, other])
 
     def plus_on_same_examples(self, other: "FisherMatrix") -> "FisherMatrix":
@@ -346,9 +366,17 @@ class FisherMatrix(ABC):
             return dict(v)
         return self.solve({name: tensor / size for name, tensor in v.items()}, 1 / size)
 
-    def per_layer(self, function: "Callable[[FisherMatrix], FisherMatrix]") -> "FisherMatrix":
-        """The matrix with ``function`` applied to every block and every term of a sum."""
-        return function(self)
+    def matvec_with(
+        self,
+        v: Mapping[str, Tensor],
+        product: "Callable[[FisherMatrix, Parameters], Parameters]",
+    ) -> Parameters:
+        """The product :math:`F v`, with ``product`` taken for every block and term of a sum."""
+        return product(self, dict(v))
+
+    def input_factor(self) -> "InputFactor | None":
+        """The matrix by the eigenvectors of its second Kronecker factor, if it has one."""
+        return None
 
     # --- what all structures share ----------------------------------------------------
 
@@ -608,8 +636,13 @@ class SumFisher(FisherMatrix):
     def _shrunk(self, amount: float) -> "SumFisher":
         return SumFisher([term.shrunk(amount) for term in self.terms], self.num_examples)
 
-    def per_layer(self, function: Callable[[FisherMatrix], FisherMatrix]) -> "SumFisher":
-        return SumFisher([term.per_layer(function) for term in self.terms], self.num_examples)
+    def matvec_with(
+        self,
+        v: Mapping[str, Tensor],
+        product: Callable[[FisherMatrix, Parameters], Parameters],
+    ) -> Parameters:
+        products = [term.matvec_with(v, product) for term in self.terms]
+        return {n: sum((p[n] for p in products[1:]), start=products[0][n]) for n in self.shapes}
 
     def check_entries(self) -> None:
         """Check the entries of every term."""

@@ -22,8 +22,8 @@ def error_by_layer(approximation: FisherMatrix, exact: FisherMatrix) -> dict[str
 
     Args:
         approximation: :math:`\hat F`, of any structure.
-        exact: :math:`F`, usually a :class:`~ewc.BlockDiagonalFisher`, of which no matrix of
-            the whole network's size is made, or a :class:`~ewc.DenseFisher`.
+        exact: :math:`F`, usually a :class:`~ewc.matrices.BlockDiagonalFisher`, of which no
+            matrix of the whole network's size is made, or a :class:`~ewc.DenseFisher`.
 
     Returns:
         The errors by the layers' names.

@@ -9,8 +9,8 @@ by about
 (arXiv:1703.04730, section 2; Cook & Weisberg 1982), with the Fisher information in place of the
 Hessian: for likelihoods whose outputs are natural parameters the generalised Gauss-Newton
 matrix, and the Hessian itself for linear models.  Everything else follows by the chain rule.
-``F`` may have any structure: :class:`~ewc.ImplicitFisher` solves by conjugate gradients without
-a matrix, :class:`~ewc.KroneckerFisher` in its eigenbasis.
+``F`` may have any structure: :class:`~ewc.fisher.ImplicitFisher` solves by conjugate gradients
+without a matrix, :class:`~ewc.KroneckerFisher` in its eigenbasis.
 
 The refit keeps ``1 / N`` before the sum of the others, so the decay weighs :math:`N \delta`
 against that sum with the example and without.  Its first step by Newton's method takes the

@@ -55,7 +55,7 @@ def spectral_density(
     ends of the spectrum are the first to be right. ``num_samples * num_steps`` products.
 
     Args:
-        fisher: of any structure; :class:`~ewc.ImplicitFisher` for exact products.
+        fisher: of any structure; :class:`~ewc.fisher.ImplicitFisher` for exact products.
         num_steps: of the Lanczos process.
         num_samples: random vectors.
         seed: of the vectors.

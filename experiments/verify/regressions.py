@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ewc.fisher import DenseFisher, fisher_information
+from ewc.fisher import fisher_information
 from ewc.likelihoods import Bernoulli, Likelihood, Poisson
+from ewc.matrices import DenseFisher
 from ewc.parameters import Parameters
 
 MOMENTS: dict[type[Likelihood], Callable[[Tensor], tuple[Tensor, Tensor]]] = {

@@ -31,7 +31,7 @@ from ewc.pullback.pullback import Chunk
 class EigenvalueCorrected(Structure[EigenvalueCorrectedFisher]):
     """EKFAC: the eigenvectors of K-FAC with the exact second moments along them.
 
-    It takes two passes over the data; see :class:`~ewc.EigenvalueCorrectedFisher`.
+    It takes two passes over the data; see :class:`~ewc.matrices.EigenvalueCorrectedFisher`.
 
     Attributes:
         reduce: reduce over positions before taking second moments (K-FAC-reduce) instead of

@@ -35,7 +35,7 @@ class Accumulator(ABC, Generic[Matrix]):
     def mean(self, num_examples: int) -> "Matrix | Accumulator[Matrix]":
         """The mean over the examples as a matrix, or the accumulator of another pass."""
 
-    def join(self, group: ProcessGroup) -> None:  # noqa: B027 - most have nothing to do
+    def join(self, group: ProcessGroup) -> None:
         """Prepare for data that are spread over the processes of a group."""
 
 

@@ -95,7 +95,12 @@ class EigenvalueCorrectedProduct(LayerMatrix):
         check_not_negative(damping, "damping")
         check_not_negative(tolerance, "tolerance")
         leading = leading_columns(
-            self.weights, self.outputs, self.inputs, self.spectrum, damping, tolerance
+            self.weights,
+            self.outputs,
+            self.inputs,
+            self.spectrum,
+            damping=damping,
+            tolerance=tolerance,
         )
         return leading or EigenbasisInverse(self, damping)
 

@@ -11,7 +11,7 @@ from ewc.checks import check_not_negative
 from ewc.matrices.layers.eigenvalue_corrected import EigenbasisInverse, EigenvalueCorrectedProduct
 from ewc.matrices.layers.layer_matrix import LayerMatrix, LayerWeights, one_more
 from ewc.matrices.layers.leading import leading_inverse
-from ewc.matrices.matrix import DampedInverse, State
+from ewc.matrices.matrix import DampedInverse, InputFactor, State
 from ewc.parameters import Parameters, check_shape
 
 
@@ -46,13 +46,38 @@ class KroneckerProduct(LayerMatrix):
         left = self.outputs @ matrix
         return left * self.inputs[:, None] if self.inputs.dim() == 2 else left @ self.inputs
 
+    def input_factor(self) -> InputFactor | None:
+        return self if self.inputs.dim() == 3 and len(self.inputs) == 1 else None
+
     @property
     def input_eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues and -vectors of ``A``, in double precision; multiples share them."""
         if "inputs" not in self._bases:
-            values, vectors = torch.linalg.eigh(self.inputs.double())
+            values, vectors = torch.linalg.eigh(self.inputs[0].double())
             self._bases["inputs"] = values, vectors
         return self._bases["inputs"]
+
+    def product_along(self, v: Mapping[str, Tensor], values: Tensor, vectors: Tensor) -> Parameters:
+        r"""The product with :math:`\sum_j a_j u_j u_j^\top` in the place of ``A``.
+
+        Takes ``2 o k (o + 2 i)`` operations instead of ``2 o i (o + i)``.
+
+        Args:
+            v: the vector.
+            values: the :math:`a_j`, ``[k]``.
+            vectors: the :math:`u_j` as rows, ``[k, i]``.
+        """
+        layout, bias = self.weights.layout, self.weights.bias
+        weight = layout.to_matrix(v[self.weights.weight])[0]
+        if bias is None:
+            along = self.outputs[0] @ (weight @ vectors.T) * values
+            return {self.weights.weight: layout.to_parameter((along @ vectors)[None])}
+        # The bias apart: putting it beside the weight would copy that, there and back.
+        vectors, last = vectors[:, :-1], vectors[:, -1]
+        along = torch.addmm(torch.outer(v[bias], last), weight, vectors.T)
+        along = self.outputs[0] @ along * values
+        product = layout.to_parameter((along @ vectors)[None])
+        return {self.weights.weight: product, bias: along @ last}
 
     @cached_property
     def eigen(self) -> EigenvalueCorrectedProduct:
@@ -119,7 +144,9 @@ class KroneckerProduct(LayerMatrix):
         """
         check_not_negative(damping, "damping")
         check_not_negative(tolerance, "tolerance")
-        leading = leading_inverse(self.weights, self.outputs, self.inputs, damping, tolerance)
+        leading = leading_inverse(
+            self.weights, self.outputs, self.inputs, damping=damping, tolerance=tolerance
+        )
         return leading or EigenbasisInverse(self.eigen, damping)
 
     def inverse_diagonal(self, damping: float) -> Parameters:

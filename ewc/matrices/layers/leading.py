@@ -77,7 +77,7 @@ class LeadingInverse(DampedInverse):
 
 
 def leading_inverse(
-    weights: LayerWeights, outputs: Tensor, inputs: Tensor, damping: float, tolerance: float
+    weights: LayerWeights, outputs: Tensor, inputs: Tensor, *, damping: float, tolerance: float
 ) -> LeadingInverse | None:
     r"""The inverse of a layer's :math:`G \otimes A + \delta I` up to a tolerance.
 
@@ -126,6 +126,7 @@ def leading_columns(
     outputs: Tensor,
     inputs: Tensor | None,
     spectrum: Tensor,
+    *,
     damping: float,
     tolerance: float,
 ) -> LeadingInverse | None:

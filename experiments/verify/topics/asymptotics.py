@@ -11,15 +11,9 @@ from scipy.stats import kstest
 from sklearn.datasets import load_diabetes
 from torch import Tensor
 
-from ewc.fisher import (
-    DenseFisher,
-    DiagonalFisher,
-    Empirical,
-    KroneckerFisher,
-    LowRankFisher,
-    fisher_information,
-)
+from ewc.fisher import Empirical, fisher_information
 from ewc.likelihoods import Bernoulli, Categorical, Likelihood, Poisson
+from ewc.matrices import DenseFisher, DiagonalFisher, KroneckerFisher, LowRankFisher
 from ewc.parameters import Parameters, flatten
 from ewc.statistics import (
     ChiSquaredTest,

@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from ewc.fisher import DenseFisher, fisher_information
+from ewc.fisher import fisher_information
 from ewc.likelihoods import Bernoulli
+from ewc.matrices import DenseFisher
 from ewc.matrices.matrix import FisherMatrix
 from ewc.statistics import cramer_rao_bound, parametric_fisher
 from experiments.verify.check import Check, Surroundings

@@ -5,8 +5,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ewc.fisher import DenseFisher, ImplicitFisher, KroneckerFisher, fisher_information
+from ewc.fisher import ImplicitFisher, fisher_information
 from ewc.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from ewc.matrices import DenseFisher, KroneckerFisher
 from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import Parameters, dot, unflatten
 from ewc.statistics import DivergenceProfile, divergence_profile, leading_eigenvector

@@ -14,7 +14,8 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from ewc import Categorical, DenseFisher, FisherMatrix, ImplicitFisher, fisher_information
+from ewc import Categorical, DenseFisher, FisherMatrix, fisher_information
+from ewc.fisher import ImplicitFisher
 from ewc.natural_gradient import NaturalGradient
 from ewc.parameters import Parameters
 from ewc.statistics import (

@@ -14,11 +14,11 @@ from ewc import (
     Categorical,
     DenseFisher,
     FisherMatrix,
-    ImplicitFisher,
     KroneckerFisher,
     Likelihood,
     fisher_information,
 )
+from ewc.fisher import ImplicitFisher
 from ewc.natural_gradient import NaturalGradient
 from ewc.statistics import influence, loss_gradient, parameters_without, self_influence
 from experiments.data import Digits, Images

@@ -13,17 +13,16 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 from ewc import (
-    BlockDiagonalFisher,
     Categorical,
     DenseFisher,
     DiagonalFisher,
-    EigenvalueCorrectedFisher,
     FisherMatrix,
     Gaussian,
     KroneckerFisher,
     Likelihood,
     fisher_information,
 )
+from ewc.matrices import BlockDiagonalFisher, EigenvalueCorrectedFisher
 from ewc.parameters import Parameters, flatten, trainable_parameters
 from ewc.statistics import (
     error_by_layer,

@@ -10,14 +10,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from ewc import (
-    Bernoulli,
-    DenseFisher,
-    EigenvalueCorrectedFisher,
-    Gaussian,
-    KroneckerFisher,
-    MonteCarlo,
-)
+from ewc import Bernoulli, DenseFisher, Gaussian, KroneckerFisher, MonteCarlo
+from ewc.matrices import EigenvalueCorrectedFisher
 from ewc.natural_gradient import NaturalGradient
 from experiments.data import MNIST, Digits, Images
 from experiments.verify.check import Check, Surroundings

@@ -7,7 +7,8 @@ from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ewc import DenseFisher, FisherMatrix, Gaussian, ImplicitFisher, fisher_information
+from ewc import DenseFisher, FisherMatrix, Gaussian, fisher_information
+from ewc.fisher import ImplicitFisher
 from ewc.statistics import (
     SpectralDensity,
     effective_dimension,
