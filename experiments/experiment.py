@@ -23,16 +23,16 @@ from ewc.checks import check_count, check_share
 from ewc.parameters import flatten, trainable_parameters
 from ewc.plugin import EWCPlugin
 from ewc.statistics import fisher_overlap_by_layer
-from experiments.benchmarks import Benchmark, Tasks
-from experiments.command_line import sentence
-from experiments.data import default_data_root
-from experiments.folder import NETWORK, PENALTY, only_warned, part_of
-from experiments.metrics import average_accuracy, backward_transfer, forgetting
-from experiments.models import MLP
-from experiments.observers import AccuracyObserver, TrainingObserver
-from experiments.schedule import CosineAnnealing, TailAverage
-from experiments.strategies import Fisher, Strategy
-from experiments.tracking import Recorder, WandB
+from experiments.configuration.command_line import sentence
+from experiments.reporting.folder import NETWORK, PENALTY, only_warned, part_of
+from experiments.reporting.metrics import average_accuracy, backward_transfer, forgetting
+from experiments.reporting.tracking import Recorder, WandB
+from experiments.strategies.strategy import Fisher, Strategy
+from experiments.tasks.benchmarks import Benchmark, Tasks
+from experiments.tasks.images import default_data_root
+from experiments.training.models import MLP
+from experiments.training.observers import AccuracyObserver, TrainingObserver
+from experiments.training.schedule import CosineAnnealing, TailAverage
 
 MOST_THREADS = 1024
 """Far more end the process without a word."""

@@ -15,8 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.command_line import CONFIGS, ended_briefly, remove_empty, sentence
-from experiments.schema import ConfigurationError, build, plain
+from experiments.configuration.command_line import CONFIGS, ended_briefly, remove_empty, sentence
+from experiments.configuration.schema import ConfigurationError, build, plain
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def run(config: DictConfig) -> float:
         reason = f"{type(error).__name__}: {sentence(error)}"
     if single:
         sys.exit(f"error: {reason}")
-    from experiments.report import note_failure
+    from experiments.reporting.sweep import note_failure
 
     _log.error("%s", reason)
     sweep = Path(job.runtime.cwd) / job.sweep.dir
@@ -59,8 +59,8 @@ def run(config: DictConfig) -> float:
 
 def _run(config: dict[str, Any], directory: Path, single: bool) -> float:
     # Slow to import, and not needed to find a wrong option on the command line.
-    from experiments import folder
     from experiments.experiment import Experiment
+    from experiments.reporting import folder
 
     if done := folder.finished(directory, config):
         # A sweep into the same folder goes on where it stopped.
@@ -90,9 +90,10 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path) -> float:
     """Run it, keep its results, then all that can be had again from them, and show them."""
     from rich.console import Console
 
-    from experiments import pictures, report
-    from experiments.folder import PICTURES, only_warned
-    from experiments.tracking import Recorder
+    from experiments.reporting import pictures
+    from experiments.reporting import sweep as report
+    from experiments.reporting.folder import PICTURES, only_warned
+    from experiments.reporting.tracking import Recorder
 
     job, experiment = HydraConfig.get(), prepared.experiment
     choices, scenario = job.runtime.choices, experiment.benchmark.scenario
@@ -134,7 +135,7 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path) -> float:
 
 def _keep(directory: Path, results: dict[str, Any]) -> None:
     """Write the results, or show them where they cannot be written: there is no other copy."""
-    from experiments import folder
+    from experiments.reporting import folder
 
     try:
         folder.write_results(directory, results)

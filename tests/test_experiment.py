@@ -13,11 +13,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from ewc import EWCPenalty
-from experiments import report
-from experiments.command_line import CONFIGS
+from experiments.configuration.command_line import CONFIGS
+from experiments.configuration.schema import build, plain
 from experiments.experiment import Experiment
-from experiments.schema import build, plain
-from experiments.tracking import Recorder, WandB
+from experiments.reporting import sweep as report
+from experiments.reporting.tracking import Recorder, WandB
 
 ROOT = Path(CONFIGS).parent
 SMALL = ["model.hidden=[32]", "training.epochs=4", "training.batch_size=16"]

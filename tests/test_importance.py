@@ -10,7 +10,7 @@ from torch import nn
 
 from ewc import Empirical, fisher_information
 from ewc.parameters import flatten
-from experiments.importance import (
+from experiments.strategies.importance import (
     AbsoluteGradients,
     BatchMeanGradients,
     SquaredNorm,

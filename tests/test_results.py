@@ -9,11 +9,11 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from experiments import pictures
-from experiments.command_line import CONFIGS
-from experiments.metrics import average_accuracies, average_accuracy
-from experiments.report import has_options, markdown, options_of, sweep_table
-from experiments.results import (
+from experiments.configuration.command_line import CONFIGS
+from experiments.configuration.schema import ConfigurationError, plain
+from experiments.reporting import pictures
+from experiments.reporting.metrics import average_accuracies, average_accuracy
+from experiments.reporting.page import (
     as_configured,
     bars_table,
     decades_within,
@@ -24,7 +24,7 @@ from experiments.results import (
     report_of,
     section,
 )
-from experiments.schema import ConfigurationError, plain
+from experiments.reporting.sweep import has_options, markdown, options_of, sweep_table
 
 
 def job(accuracy, **settings):

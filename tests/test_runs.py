@@ -21,12 +21,14 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 import ewc
-from experiments import experiment, folder, report, run
+from experiments import experiment, run
+from experiments.configuration.schema import ConfigurationError
 from experiments.experiment import Prepared
-from experiments.folder import OWNER, finished, owned, read_results, write_results
-from experiments.observers import TrainingObserver
-from experiments.schema import ConfigurationError
-from experiments.tracking import Recorder, WandB
+from experiments.reporting import folder
+from experiments.reporting import sweep as report
+from experiments.reporting.folder import OWNER, finished, owned, read_results, write_results
+from experiments.reporting.tracking import Recorder, WandB
+from experiments.training.observers import TrainingObserver
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["model.hidden=[8]", "training.iterations=20", "training.batch_size=16"]
@@ -255,7 +257,7 @@ def test_finished_results_of_the_same_configuration_are_given(tmp_path):
 HOLDER = """
 import json, sys, time
 from pathlib import Path
-from experiments.folder import owned
+from experiments.reporting.folder import owned
 with owned(Path(sys.argv[1]), json.loads(sys.argv[2])):
     print("mine", flush=True)
     time.sleep(600)

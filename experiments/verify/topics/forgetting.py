@@ -19,7 +19,7 @@ from ewc import (
     fisher_information,
 )
 from ewc.forgetting import ForgettingBudget
-from experiments.data import MNIST, Images
+from experiments.tasks.images import MNIST, Images
 from experiments.verify.check import Check, Surroundings
 
 EXAMPLES = 10_000

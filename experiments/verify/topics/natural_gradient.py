@@ -19,7 +19,7 @@ from ewc import (
     MonteCarlo,
 )
 from ewc.natural_gradient import NaturalGradient
-from experiments.data import MNIST, Digits, Images
+from experiments.tasks.images import MNIST, Digits, Images
 from experiments.verify.check import Check, Surroundings
 from experiments.verify.race import Course, Runner, Step, plain, race
 

@@ -6,7 +6,7 @@ A key that does not exist, a value of the wrong type and an argument the class r
 end as one :class:`ConfigurationError` that names the option and says what is allowed.
 
 A ``_target_`` is taken only where the annotation wants an object, and only if it names a
-class of that kind (:mod:`experiments.targets`).
+class of that kind (:mod:`experiments.configuration.targets`).
 """
 
 import inspect
@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
-from experiments.targets import (
+from experiments.configuration.targets import (
     PACKAGES,
     ConfigurationError,
     checked_target,

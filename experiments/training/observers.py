@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from ewc.plugin import EWCPlugin, check_finite_loss
-from experiments.tracking import Recorder
+from experiments.reporting.tracking import Recorder
 
 _log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.metrics import average_accuracies
-from experiments.report import means_by_strength, options_of
+from experiments.reporting.metrics import average_accuracies
+from experiments.reporting.sweep import means_by_strength, options_of
 
 Jobs = Sequence[Mapping[str, Any]]
 

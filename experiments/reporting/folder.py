@@ -19,7 +19,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from experiments.schema import NO_OUTCOME, ConfigurationError, same_outcome
+from experiments.configuration.schema import NO_OUTCOME, ConfigurationError, same_outcome
 
 _log = logging.getLogger(__name__)
 

@@ -21,14 +21,14 @@ from ewc.consolidation import Consolidation
 from ewc.fisher import Estimator
 from ewc.fisher.accumulator import Configured
 from ewc.plugin import EWCPlugin
-from experiments.distillation import Distillation
-from experiments.importance import (
+from experiments.strategies.distillation import Distillation
+from experiments.strategies.importance import (
     BatchMeanGradients,
     SynapticIntelligencePlugin,
     l2,
     memory_aware_synapses,
 )
-from experiments.loaders import InMemoryJoint, InMemoryNaive
+from experiments.training.loaders import InMemoryJoint, InMemoryNaive
 
 
 @dataclass(frozen=True)
