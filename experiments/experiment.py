@@ -19,7 +19,7 @@ from torch import nn
 
 from ewc import FisherMatrix
 from ewc import __version__ as ewc_version
-from ewc.checks import check_count, check_share
+from ewc.checks import check_count
 from ewc.parameters import flatten, trainable_parameters
 from ewc.plugin import EWCPlugin
 from ewc.statistics import fisher_overlap_by_layer
@@ -27,51 +27,17 @@ from experiments.configuration.command_line import sentence
 from experiments.reporting.folder import NETWORK, PENALTY, only_warned, part_of
 from experiments.reporting.metrics import average_accuracy, backward_transfer, forgetting
 from experiments.reporting.tracking import Recorder, WandB
-from experiments.strategies.strategy import Fisher, Strategy
+from experiments.strategies.fisher import Fisher
+from experiments.strategies.strategy import Strategy
 from experiments.tasks.benchmarks import Benchmark, Tasks
 from experiments.tasks.images import default_data_root
 from experiments.training.models import MLP
 from experiments.training.observers import AccuracyObserver, TrainingObserver
+from experiments.training.protocol import Training
 from experiments.training.schedule import CosineAnnealing, TailAverage
 
 MOST_THREADS = 1024
 """Far more end the process without a word."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """How each task is trained.
-
-    Attributes:
-        batch_size: images in a training step.
-        epochs: sweeps over a task's images, where ``iterations`` is not set.
-        iterations: training steps a task; ``None`` for ``epochs``.
-        reset_optimizer: start every task with a fresh optimizer state.
-        anneal: let the learning rate fall to 0 over every task, as half a cosine.
-        tail_average: the share of a task's iterations, the last ones, over which the network
-            takes the mean of its parameters; 0 leaves it those of the last one.
-        eval_batch_size: images in a batch of the evaluation and of the Fisher pass.
-        log_every: record one training step in so many.
-
-    Raises:
-        ValueError: a count is below 1, or the share is not in [0, 1].
-    """
-
-    batch_size: int = 128
-    epochs: int = 1
-    iterations: int | None = None
-    reset_optimizer: bool = True
-    anneal: bool = False
-    tail_average: float = 0.0
-    eval_batch_size: int = 1000
-    log_every: int = 1
-
-    def __post_init__(self) -> None:
-        """Check the counts and the share."""
-        for name in ("batch_size", "epochs", "iterations", "eval_batch_size", "log_every"):
-            if (count := getattr(self, name)) is not None:
-                check_count(count, name)
-        check_share(self.tail_average, "tail_average")
 
 
 @dataclass(frozen=True)

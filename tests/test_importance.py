@@ -10,14 +10,14 @@ from torch import nn
 
 from ewc import Empirical, fisher_information
 from ewc.parameters import flatten
-from experiments.strategies.importance import (
+from experiments.strategies.batch_means import BatchMeanGradients
+from experiments.strategies.l2 import l2
+from experiments.strategies.memory_aware_synapses import (
     AbsoluteGradients,
-    BatchMeanGradients,
     SquaredNorm,
-    SynapticIntelligencePlugin,
-    l2,
     memory_aware_synapses,
 )
+from experiments.strategies.synaptic_intelligence import SynapticIntelligencePlugin
 
 
 class Watcher(SupervisedPlugin):

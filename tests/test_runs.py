@@ -33,7 +33,7 @@ from experiments.training.observers import TrainingObserver
 ROOT = Path(__file__).parents[1]
 SMALL = ["model.hidden=[8]", "training.iterations=20", "training.batch_size=16"]
 SMALL += ["benchmark.num_tasks=2", "wandb.mode=disabled", "strategy=naive"]
-TRAINING = {"_target_": "experiments.experiment.Training", "epochs": 2}
+TRAINING = {"_target_": "experiments.training.protocol.Training", "epochs": 2}
 CONFIG = {"_target_": "experiments.experiment.Experiment", "seed": 0, "threads": 1}
 CONFIG |= {"training": TRAINING}
 RESULTS = {

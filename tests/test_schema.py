@@ -26,7 +26,7 @@ from ewc import (
 from experiments.configuration.command_line import CONFIGS
 from experiments.configuration.schema import ConfigurationError, build, plain, same_outcome
 from experiments.experiment import Experiment
-from experiments.strategies.strategy import Fisher
+from experiments.strategies.fisher import Fisher
 
 OPTIONS = [
     f"{path.parent.relative_to(CONFIGS).as_posix()}={path.stem}"
@@ -220,7 +220,7 @@ def foreign(tmp_path, monkeypatch):
 import logging
 from pathlib import Path
 from hydra.experimental.callback import Callback
-from experiments.strategies.strategy import EWC
+from experiments.strategies.ewc import EWC
 
 def leave(*args, **kwargs):
     Path({str(trace)!r}).touch()

@@ -17,8 +17,8 @@ from ewc.fisher.kronecker_product import KroneckerProduct
 from ewc.fisher.truncated_product import TruncatedProduct
 from ewc.fisher.truncation import truncated
 from ewc.plugin import EWCPlugin
-from experiments.strategies.strategy import Fisher as FisherOptions
-from experiments.strategies.strategy import OnlineEWC
+from experiments.strategies.ewc import OnlineEWC
+from experiments.strategies.fisher import Fisher as FisherOptions
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 RANK = 5

@@ -1,0 +1,105 @@
+"""Elastic Weight Consolidation: a quadratic a task, one in all, and Avalanche's own."""
+
+from dataclasses import dataclass
+
+from avalanche.training.plugins import EWCPlugin as AvalanchePlugin
+from avalanche.training.plugins import SupervisedPlugin
+
+from ewc import Online, Separate
+from ewc.consolidation import Consolidation
+from ewc.plugin import EWCPlugin
+from experiments.strategies.fisher import Fisher
+from experiments.strategies.strategy import Penalised
+
+
+@dataclass(frozen=True)
+class EWC(Penalised):
+    r"""One quadratic a task (Kirkpatrick et al. 2017).
+
+    Attributes:
+        strength: :math:`\lambda`; 1 is the Bayes value.
+        shrinkage: the share of the information that a layer's units have alike.
+        eigenvector_share: of Kronecker matrices a step takes so many of the eigenvectors,
+            on average.
+        rank: of Kronecker matrices so many eigenvectors of every input factor are
+            remembered; ``None`` for all.
+        implicit_every: take implicit steps after so many iterations; ``None`` adds the
+            penalty to the loss.
+        budget: nats an example by which old losses may rise with each task, by the penalty's
+            forecast; the strength is then where the search starts. ``None`` keeps it.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    shrinkage: float = 0.0
+    eigenvector_share: float = 1.0
+    rank: int | None = None
+    implicit_every: int | None = None
+    budget: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        self.plugins(Fisher())
+
+    def consolidation(self) -> Consolidation:
+        """How tasks are put together."""
+        return Separate()
+
+    def plugins(self, fisher: Fisher) -> list[SupervisedPlugin]:
+        """The EWC plugin."""
+        plugin = EWCPlugin(
+            self.strength,
+            likelihood=fisher.likelihood,
+            estimator=fisher.estimator,
+            structure=fisher.structure,
+            consolidation=self.consolidation(),
+            shrinkage=self.shrinkage,
+            eigenvector_share=self.eigenvector_share,
+            rank=self.rank,
+            implicit_every=self.implicit_every,
+            budget=self.budget,
+        )
+        return [plugin]
+
+
+@dataclass(frozen=True)
+class OnlineEWC(EWC):
+    r"""One quadratic in all, around the last parameters (Schwarz et al. 2018).
+
+    Attributes:
+        strength: :math:`\lambda`; 1 is the Bayes value.
+        shrinkage: as of :class:`EWC`.
+        eigenvector_share: as of :class:`EWC`.
+        rank: as of :class:`EWC`.
+        implicit_every: as of :class:`EWC`.
+        budget: as of :class:`EWC`.
+        decay: :math:`\gamma`, what is left of the old sum at each new task.
+        exact: keep sums of Kronecker matrices term by term, not projected to one.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    decay: float = 1.0
+    exact: bool = False
+
+    def consolidation(self) -> Consolidation:
+        """How tasks are put together."""
+        return Online(self.decay, self.exact)
+
+
+@dataclass(frozen=True)
+class AvalancheEWC(Penalised):
+    r"""Avalanche's own plugin, for comparison: batch-mean gradients, :math:`\lambda F d^2`.
+
+    Attributes:
+        strength: its ``ewc_lambda``; without the half of the other strategies.
+
+    Raises:
+        ValueError: the strength is negative or not finite.
+    """
+
+    def plugins(self, fisher: Fisher) -> list[SupervisedPlugin]:
+        """The plugin, which does not look at how the Fisher information is to be taken."""
+        return [AvalanchePlugin(self.strength, mode="separate")]
