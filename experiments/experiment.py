@@ -21,7 +21,6 @@ from ewc import FisherMatrix
 from ewc import __version__ as ewc_version
 from ewc.checks import check_count
 from ewc.parameters import flatten, trainable_parameters
-from ewc.plugin import EWCPlugin
 from ewc.statistics import fisher_overlap_by_layer
 from experiments.configuration.command_line import sentence
 from experiments.reporting.folder import NETWORK, PENALTY, only_warned, part_of
@@ -32,7 +31,7 @@ from experiments.strategies.strategy import Strategy
 from experiments.tasks.benchmarks import Benchmark, Tasks
 from experiments.tasks.images import default_data_root
 from experiments.training.models import MLP
-from experiments.training.observers import AccuracyObserver, TrainingObserver
+from experiments.training.observers import AccuracyObserver, PenaltyPlugin, TrainingObserver
 from experiments.training.protocol import Training
 from experiments.training.schedule import CosineAnnealing, TailAverage
 
@@ -197,10 +196,12 @@ class Prepared:
         start = time.perf_counter()
         experiment, training = self.experiment, self.experiment.training
         plugins = experiment.strategy.plugins(experiment.fisher)
-        ewc = next((p for p in plugins if isinstance(p, EWCPlugin)), None)
+        penalised = next((p for p in plugins if isinstance(p, PenaltyPlugin)), None)
         train_stream = self.tasks.scenario.streams["train"]
         test_stream = self.tasks.scenario.streams["test"]
-        observer = TrainingObserver(recorder, ewc, len(train_stream), training.log_every, console)
+        observer = TrainingObserver(
+            recorder, penalised, len(train_stream), training.log_every, console
+        )
         meter = AccuracyObserver()
         annealing = [CosineAnnealing()] if training.anneal else []
         average = [TailAverage(training.tail_average)] if training.tail_average else []
@@ -229,13 +230,13 @@ class Prepared:
                 strategy.eval(test_stream)
                 seconds["eval"] += time.perf_counter() - trained
                 # What comes after the last step is the Fisher pass, if there is one.
-                seconds["fisher"] += trained - observer.trained_at if ewc else 0.0
+                seconds["fisher"] += trained - observer.trained_at if penalised else 0.0
                 matrix.append(meter.accuracies)
                 after = flatten(dict(self.model.named_parameters())).detach()
-                record = _task_record(number, matrix, ewc, float((after - before).norm()))
-                if ewc and ewc.fisher is not None:
-                    first = first or ewc.fisher
-                    overlaps.append(fisher_overlap_by_layer(first, ewc.fisher))
+                record = _task_record(number, matrix, penalised, float((after - before).norm()))
+                if penalised and penalised.fisher is not None:
+                    first = first or penalised.fisher
+                    overlaps.append(fisher_overlap_by_layer(first, penalised.fisher))
                     record |= {f"fisher/overlap/{k}": v for k, v in overlaps[-1].items()}
                 recorder.log(record)
                 log.info(
@@ -245,7 +246,7 @@ class Prepared:
                     100 * matrix[-1][number],
                     100 * record["eval/average_accuracy"],
                 )
-                self._save(recorder.directory, ewc)
+                self._save(recorder.directory, penalised)
         finally:
             observer.close()
         seconds["train"] = observer.train_seconds
@@ -263,7 +264,7 @@ class Prepared:
             "device": str(experiment.torch_device),
         }
 
-    def _save(self, folder: Path, ewc: EWCPlugin | None) -> None:
+    def _save(self, folder: Path, penalised: PenaltyPlugin | None) -> None:
         """Keep the network and what the penalty remembers, as they are after a task."""
         state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
         network, penalty = folder / NETWORK, folder / PENALTY
@@ -271,14 +272,14 @@ class Prepared:
             network.parent.mkdir(exist_ok=True)
             save_file(state, part_of(network))
             part_of(network).replace(network)
-        if ewc:
+        if penalised:
             with only_warned(PENALTY):
-                torch.save(ewc.penalty.state_dict(), part_of(penalty))
+                torch.save(penalised.penalty.state_dict(), part_of(penalty))
                 part_of(penalty).replace(penalty)
 
 
 def _task_record(
-    number: int, matrix: list[list[float]], ewc: EWCPlugin | None, drift: float
+    number: int, matrix: list[list[float]], penalised: PenaltyPlugin | None, drift: float
 ) -> dict[str, float | int]:
     """What is known after a task, by the names of the metrics."""
     record: dict[str, float | int] = {"task": number}
@@ -287,8 +288,8 @@ def _task_record(
     record["eval/average_accuracy"] = average_accuracy(matrix)
     record["eval/forgetting"] = forgetting(matrix)
     record[f"drift/task{number:02d}"] = drift
-    if ewc and ewc.fisher is not None:
-        record[f"fisher/trace/task{number:02d}"] = float(ewc.fisher.trace())
+    if penalised and penalised.fisher is not None:
+        record[f"fisher/trace/task{number:02d}"] = float(penalised.fisher.trace())
     return record
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from avalanche.training.plugins import SupervisedPlugin
 
-from ewc import DiagonalFisher, Online
+from ewc import Online
 from ewc.checks import check_not_negative
 from ewc.parameters import Parameters
-from ewc.plugin import EWCPlugin
 from experiments.strategies.fisher import Fisher
+from experiments.strategies.importance import ImportancePlugin
 from experiments.strategies.strategy import Penalised
 
 
@@ -44,7 +44,7 @@ class SI(Penalised):
         return [SynapticIntelligencePlugin(self.strength, self.damping)]
 
 
-class SynapticIntelligencePlugin(EWCPlugin):
+class SynapticIntelligencePlugin(ImportancePlugin):
     r"""Importance from the path of the training itself (Zenke et al. 2017, arXiv:1703.04200).
 
     :math:`\Omega = \sum_t \max(0, \omega_t) / (\Delta_t^2 + \xi)` with
@@ -59,21 +59,21 @@ class SynapticIntelligencePlugin(EWCPlugin):
     """
 
     def __init__(self, strength: float, damping: float = 0.1) -> None:
-        super().__init__(strength, consolidation=Online())
+        super().__init__(strength, Online())
         self.damping = damping
         self._path: Parameters = {}
         self._before: Parameters = {}
         self._start: Parameters = {}
 
+    def num_examples(self, strategy: Any) -> int:
+        """One for every task: all tasks weigh alike, whatever their size."""
+        return 1
+
     def before_training_exp(self, strategy: Any, **options: Any) -> None:
         """Begin a new path."""
         super().before_training_exp(strategy, **options)
-        self.penalty.num_examples = 1
         self._start = _copies(strategy.model)
         self._path = {name: torch.zeros_like(tensor) for name, tensor in self._start.items()}
-
-    def check_task(self, strategy: Any, **options: Any) -> None:
-        """Nothing can fail after training: there is no pass over the data."""
 
     def before_update(self, strategy: Any, **_: Any) -> None:
         """Remember where the step starts."""
@@ -86,16 +86,13 @@ class SynapticIntelligencePlugin(EWCPlugin):
                 step = parameter.detach() - self._before[name]
                 self._path[name].addcmul_(parameter.grad, step, value=-1.0)
 
-    def after_training_exp(self, strategy: Any, **_: Any) -> None:
-        """Turn the path into importance and remember the task."""
-        moved = {n: p - self._start[n] for n, p in _copies(strategy.model).items()}
-        importance = {
-            name: path.clamp_min(0) / (moved[name].square() + self.damping)
-            for name, path in self._path.items()
+    def importance(self, strategy: Any) -> Parameters:
+        """The gain along the path, for the square of the way from its start to its end."""
+        end = _copies(strategy.model)
+        return {
+            name: gain.clamp_min(0) / ((end[name] - self._start[name]).square() + self.damping)
+            for name, gain in self._path.items()
         }
-        # One example a task: all tasks weigh alike, whatever their size.
-        self.fisher = DiagonalFisher(importance, num_examples=1)
-        self.penalty.consolidate(self.fisher, strategy.model)
 
 
 def _copies(model: torch.nn.Module) -> Parameters:
