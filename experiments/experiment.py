@@ -23,7 +23,8 @@ from ewc.checks import check_count
 from ewc.parameters import flatten, trainable_parameters
 from ewc.statistics import fisher_overlap_by_layer
 from experiments.configuration.command_line import sentence
-from experiments.reporting.folder import NETWORK, PENALTY, only_warned, part_of
+from experiments.reporting.files import only_warned, part_of
+from experiments.reporting.folder import NETWORK, PENALTY
 from experiments.reporting.metrics import average_accuracy, backward_transfer, forgetting
 from experiments.reporting.tracking import Recorder, WandB
 from experiments.strategies.fisher import Fisher

@@ -61,6 +61,7 @@ def _run(config: dict[str, Any], directory: Path, single: bool) -> float:
     # Slow to import, and not needed to find a wrong option on the command line.
     from experiments.experiment import Experiment
     from experiments.reporting import folder
+    from experiments.reporting.results import write_results
 
     if done := folder.finished(directory, config):
         # A sweep into the same folder goes on where it stopped.
@@ -82,7 +83,7 @@ def _run(config: dict[str, Any], directory: Path, single: bool) -> float:
             # What a sweep keeps of it: that it has run, and how it ended.
             overrides = list(HydraConfig.get().overrides.task)
             job = {"seed": experiment.seed, "config": config, "overrides": overrides}
-            folder.write_results(directory, {"diverged": str(error), **job})
+            write_results(directory, {"diverged": str(error), **job})
             return math.nan
 
 
@@ -90,9 +91,9 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path) -> float:
     """Run it, keep its results, then all that can be had again from them, and show them."""
     from rich.console import Console
 
-    from experiments.reporting import pictures
-    from experiments.reporting import sweep as report
-    from experiments.reporting.folder import PICTURES, only_warned
+    from experiments.reporting import run_pictures, run_report
+    from experiments.reporting.files import only_warned
+    from experiments.reporting.folder import PICTURES
     from experiments.reporting.tracking import Recorder
 
     job, experiment = HydraConfig.get(), prepared.experiment
@@ -111,15 +112,15 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path) -> float:
             path = directory / f"{picture}.png"
             with only_warned(path.name):
                 if picture == "accuracy_matrix":
-                    pictures.draw_accuracy_matrix(matrix, title, path)
+                    run_pictures.draw_accuracy_matrix(matrix, title, path)
                 else:
-                    pictures.draw_learning_curves(matrix, recorder.steps, title, path)
+                    run_pictures.draw_learning_curves(matrix, recorder.steps, title, path)
                 recorder.picture(picture, path)
-        recorder.table("accuracy", *report.accuracy_table(matrix))
+        recorder.table("accuracy", *run_report.accuracy_table(matrix))
         final = ("average_accuracy", "forgetting", "backward_transfer")
         recorder.summary({key: results[key] for key in final})
     console = Console()
-    report.show_results(results, title, scenario, console)
+    run_report.show_results(results, title, scenario, console)
     seconds = ", ".join(f"{key} {value:.1f}" for key, value in results["seconds"].items())
     console.print(
         f"average accuracy {100 * results['average_accuracy']:.2f} %, forgetting "
@@ -135,10 +136,10 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path) -> float:
 
 def _keep(directory: Path, results: dict[str, Any]) -> None:
     """Write the results, or show them where they cannot be written: there is no other copy."""
-    from experiments.reporting import folder
+    from experiments.reporting.results import write_results
 
     try:
-        folder.write_results(directory, results)
+        write_results(directory, results)
     except OSError:
         print(json.dumps(results))
         raise

@@ -11,20 +11,12 @@ from omegaconf import OmegaConf
 
 from experiments.configuration.command_line import CONFIGS
 from experiments.configuration.schema import ConfigurationError, plain
-from experiments.reporting import pictures
+from experiments.reporting import sweep_pictures as pictures
+from experiments.reporting.bars import bars_table, decades_within, leads_over
 from experiments.reporting.metrics import average_accuracies, average_accuracy
-from experiments.reporting.page import (
-    as_configured,
-    bars_table,
-    decades_within,
-    kept_table,
-    leads_over,
-    main,
-    of_recipe,
-    report_of,
-    section,
-)
-from experiments.reporting.sweep import has_options, markdown, options_of, sweep_table
+from experiments.reporting.page import kept_table, main, section
+from experiments.reporting.recipes import as_configured, of_recipe, report_of
+from experiments.reporting.tables import has_options, markdown, options_of, sweep_table
 
 
 def job(accuracy, **settings):

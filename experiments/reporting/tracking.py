@@ -13,7 +13,8 @@ import wandb
 
 from experiments.configuration.command_line import sentence
 from experiments.configuration.schema import ConfigurationError
-from experiments.reporting.folder import METRICS, only_warned
+from experiments.reporting.files import only_warned
+from experiments.reporting.folder import METRICS
 
 
 @dataclass(frozen=True)
