@@ -19,59 +19,25 @@ from torch import nn
 
 from ewc import FisherMatrix
 from ewc import __version__ as ewc_version
-from ewc.checks import check_count, check_share
+from ewc.checks import check_count
 from ewc.parameters import flatten, trainable_parameters
-from ewc.plugin import EWCPlugin
 from ewc.statistics import fisher_overlap_by_layer
-from experiments.benchmarks import Benchmark, Tasks
-from experiments.command_line import sentence
-from experiments.data import default_data_root
-from experiments.folder import NETWORK, PENALTY, only_warned, part_of
-from experiments.metrics import average_accuracy, backward_transfer, forgetting
-from experiments.models import MLP
-from experiments.observers import AccuracyObserver, TrainingObserver
-from experiments.schedule import CosineAnnealing, TailAverage
-from experiments.strategies import Fisher, Strategy
-from experiments.tracking import Recorder, WandB
+from experiments.configuration.command_line import sentence
+from experiments.reporting.files import only_warned, part_of
+from experiments.reporting.folder import NETWORK, PENALTY
+from experiments.reporting.metrics import average_accuracy, backward_transfer, forgetting
+from experiments.reporting.tracking import Recorder, WandB
+from experiments.strategies.fisher import Fisher
+from experiments.strategies.strategy import Strategy
+from experiments.tasks.benchmarks import Benchmark, Tasks
+from experiments.tasks.images import default_data_root
+from experiments.training.models import MLP
+from experiments.training.observers import AccuracyObserver, PenaltyPlugin, TrainingObserver
+from experiments.training.protocol import Training
+from experiments.training.schedule import CosineAnnealing, TailAverage
 
 MOST_THREADS = 1024
 """Far more end the process without a word."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """How each task is trained.
-
-    Attributes:
-        batch_size: images in a training step.
-        epochs: sweeps over a task's images, where ``iterations`` is not set.
-        iterations: training steps a task; ``None`` for ``epochs``.
-        reset_optimizer: start every task with a fresh optimizer state.
-        anneal: let the learning rate fall to 0 over every task, as half a cosine.
-        tail_average: the share of a task's iterations, the last ones, over which the network
-            takes the mean of its parameters; 0 leaves it those of the last one.
-        eval_batch_size: images in a batch of the evaluation and of the Fisher pass.
-        log_every: record one training step in so many.
-
-    Raises:
-        ValueError: a count is below 1, or the share is not in [0, 1].
-    """
-
-    batch_size: int = 128
-    epochs: int = 1
-    iterations: int | None = None
-    reset_optimizer: bool = True
-    anneal: bool = False
-    tail_average: float = 0.0
-    eval_batch_size: int = 1000
-    log_every: int = 1
-
-    def __post_init__(self) -> None:
-        """Check the counts and the share."""
-        for name in ("batch_size", "epochs", "iterations", "eval_batch_size", "log_every"):
-            if (count := getattr(self, name)) is not None:
-                check_count(count, name)
-        check_share(self.tail_average, "tail_average")
 
 
 @dataclass(frozen=True)
@@ -231,10 +197,12 @@ class Prepared:
         start = time.perf_counter()
         experiment, training = self.experiment, self.experiment.training
         plugins = experiment.strategy.plugins(experiment.fisher)
-        ewc = next((p for p in plugins if isinstance(p, EWCPlugin)), None)
+        penalised = next((p for p in plugins if isinstance(p, PenaltyPlugin)), None)
         train_stream = self.tasks.scenario.streams["train"]
         test_stream = self.tasks.scenario.streams["test"]
-        observer = TrainingObserver(recorder, ewc, len(train_stream), training.log_every, console)
+        observer = TrainingObserver(
+            recorder, penalised, len(train_stream), training.log_every, console
+        )
         meter = AccuracyObserver()
         annealing = [CosineAnnealing()] if training.anneal else []
         average = [TailAverage(training.tail_average)] if training.tail_average else []
@@ -263,13 +231,13 @@ class Prepared:
                 strategy.eval(test_stream)
                 seconds["eval"] += time.perf_counter() - trained
                 # What comes after the last step is the Fisher pass, if there is one.
-                seconds["fisher"] += trained - observer.trained_at if ewc else 0.0
+                seconds["fisher"] += trained - observer.trained_at if penalised else 0.0
                 matrix.append(meter.accuracies)
                 after = flatten(dict(self.model.named_parameters())).detach()
-                record = _task_record(number, matrix, ewc, float((after - before).norm()))
-                if ewc and ewc.fisher is not None:
-                    first = first or ewc.fisher
-                    overlaps.append(fisher_overlap_by_layer(first, ewc.fisher))
+                record = _task_record(number, matrix, penalised, float((after - before).norm()))
+                if penalised and penalised.fisher is not None:
+                    first = first or penalised.fisher
+                    overlaps.append(fisher_overlap_by_layer(first, penalised.fisher))
                     record |= {f"fisher/overlap/{k}": v for k, v in overlaps[-1].items()}
                 recorder.log(record)
                 log.info(
@@ -279,7 +247,7 @@ class Prepared:
                     100 * matrix[-1][number],
                     100 * record["eval/average_accuracy"],
                 )
-                self._save(recorder.directory, ewc)
+                self._save(recorder.directory, penalised)
         finally:
             observer.close()
         seconds["train"] = observer.train_seconds
@@ -297,7 +265,7 @@ class Prepared:
             "device": str(experiment.torch_device),
         }
 
-    def _save(self, folder: Path, ewc: EWCPlugin | None) -> None:
+    def _save(self, folder: Path, penalised: PenaltyPlugin | None) -> None:
         """Keep the network and what the penalty remembers, as they are after a task."""
         state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
         network, penalty = folder / NETWORK, folder / PENALTY
@@ -305,14 +273,14 @@ class Prepared:
             network.parent.mkdir(exist_ok=True)
             save_file(state, part_of(network))
             part_of(network).replace(network)
-        if ewc:
+        if penalised:
             with only_warned(PENALTY):
-                torch.save(ewc.penalty.state_dict(), part_of(penalty))
+                torch.save(penalised.penalty.state_dict(), part_of(penalty))
                 part_of(penalty).replace(penalty)
 
 
 def _task_record(
-    number: int, matrix: list[list[float]], ewc: EWCPlugin | None, drift: float
+    number: int, matrix: list[list[float]], penalised: PenaltyPlugin | None, drift: float
 ) -> dict[str, float | int]:
     """What is known after a task, by the names of the metrics."""
     record: dict[str, float | int] = {"task": number}
@@ -321,8 +289,8 @@ def _task_record(
     record["eval/average_accuracy"] = average_accuracy(matrix)
     record["eval/forgetting"] = forgetting(matrix)
     record[f"drift/task{number:02d}"] = drift
-    if ewc and ewc.fisher is not None:
-        record[f"fisher/trace/task{number:02d}"] = float(ewc.fisher.trace())
+    if penalised and penalised.fisher is not None:
+        record[f"fisher/trace/task{number:02d}"] = float(penalised.fisher.trace())
     return record
 
 

@@ -15,8 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.command_line import CONFIGS, ended_briefly, remove_empty, sentence
-from experiments.schema import ConfigurationError, build, plain
+from experiments.configuration.command_line import CONFIGS, ended_briefly, remove_empty, sentence
+from experiments.configuration.schema import ConfigurationError, build, plain
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def run(config: DictConfig) -> float:
         reason = f"{type(error).__name__}: {sentence(error)}"
     if single:
         sys.exit(f"error: {reason}")
-    from experiments.report import note_failure
+    from experiments.reporting.sweep import note_failure
 
     _log.error("%s", reason)
     sweep = Path(job.runtime.cwd) / job.sweep.dir
@@ -59,8 +59,9 @@ def run(config: DictConfig) -> float:
 
 def _run(config: dict[str, Any], directory: Path, single: bool) -> float:
     # Slow to import, and not needed to find a wrong option on the command line.
-    from experiments import folder
     from experiments.experiment import Experiment
+    from experiments.reporting import folder
+    from experiments.reporting.results import write_results
 
     if done := folder.finished(directory, config):
         # A sweep into the same folder goes on where it stopped.
@@ -82,7 +83,7 @@ def _run(config: dict[str, Any], directory: Path, single: bool) -> float:
             # What a sweep keeps of it: that it has run, and how it ended.
             overrides = list(HydraConfig.get().overrides.task)
             job = {"seed": experiment.seed, "config": config, "overrides": overrides}
-            folder.write_results(directory, {"diverged": str(error), **job})
+            write_results(directory, {"diverged": str(error), **job})
             return math.nan
 
 
@@ -90,9 +91,10 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path) -> float:
     """Run it, keep its results, then all that can be had again from them, and show them."""
     from rich.console import Console
 
-    from experiments import pictures, report
-    from experiments.folder import PICTURES, only_warned
-    from experiments.tracking import Recorder
+    from experiments.reporting import run_pictures, run_report
+    from experiments.reporting.files import only_warned
+    from experiments.reporting.folder import PICTURES
+    from experiments.reporting.tracking import Recorder
 
     job, experiment = HydraConfig.get(), prepared.experiment
     choices, scenario = job.runtime.choices, experiment.benchmark.scenario
@@ -110,15 +112,15 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path) -> float:
             path = directory / f"{picture}.png"
             with only_warned(path.name):
                 if picture == "accuracy_matrix":
-                    pictures.draw_accuracy_matrix(matrix, title, path)
+                    run_pictures.draw_accuracy_matrix(matrix, title, path)
                 else:
-                    pictures.draw_learning_curves(matrix, recorder.steps, title, path)
+                    run_pictures.draw_learning_curves(matrix, recorder.steps, title, path)
                 recorder.picture(picture, path)
-        recorder.table("accuracy", *report.accuracy_table(matrix))
+        recorder.table("accuracy", *run_report.accuracy_table(matrix))
         final = ("average_accuracy", "forgetting", "backward_transfer")
         recorder.summary({key: results[key] for key in final})
     console = Console()
-    report.show_results(results, title, scenario, console)
+    run_report.show_results(results, title, scenario, console)
     seconds = ", ".join(f"{key} {value:.1f}" for key, value in results["seconds"].items())
     console.print(
         f"average accuracy {100 * results['average_accuracy']:.2f} %, forgetting "
@@ -134,10 +136,10 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path) -> float:
 
 def _keep(directory: Path, results: dict[str, Any]) -> None:
     """Write the results, or show them where they cannot be written: there is no other copy."""
-    from experiments import folder
+    from experiments.reporting.results import write_results
 
     try:
-        folder.write_results(directory, results)
+        write_results(directory, results)
     except OSError:
         print(json.dumps(results))
         raise

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ewc import Diagonal, EigenvalueCorrected
-from experiments.data import MNIST, default_data_root
+from experiments.tasks.images import MNIST, default_data_root
 from experiments.verify.race import Course, Runner, Step, plain, race
 from experiments.verify.topics.natural_gradient import (
     IN_LARGE_BATCHES,

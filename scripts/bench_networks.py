@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.data import MNIST
+from experiments.tasks.images import MNIST
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 Workload = tuple[nn.Module, Tensor, Tensor, int]

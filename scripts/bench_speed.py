@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ewc import Categorical, DiagonalFisher, EWCPenalty, Exact, fisher_information  # noqa: E402
 from ewc.plugin import EWCPlugin  # noqa: E402
-from experiments.benchmarks import Permuted  # noqa: E402
-from experiments.data import MNIST, Images  # noqa: E402
-from experiments.loaders import InMemoryNaive  # noqa: E402
-from experiments.models import MLP  # noqa: E402
+from experiments.tasks.benchmarks import Permuted  # noqa: E402
+from experiments.tasks.images import MNIST, Images  # noqa: E402
+from experiments.training.loaders import InMemoryNaive  # noqa: E402
+from experiments.training.models import MLP  # noqa: E402
 
 
 def mlp() -> nn.Sequential:

@@ -18,7 +18,7 @@ from statistics import median
 import torch
 from torch import nn
 
-from experiments.data import MNIST, Images, default_data_root
+from experiments.tasks.images import MNIST, Images, default_data_root
 from experiments.verify.race import Runner, Step, race
 from experiments.verify.topics.natural_gradient import HORIZON, SMALL, TARGET, adam, mlp, sgd
 

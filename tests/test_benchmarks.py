@@ -12,10 +12,10 @@ from threading import Thread
 import pytest
 import torch
 
-from experiments.benchmarks import Permuted, Split
-from experiments.data import MNIST, Digits, Images, ImageSource
-from experiments.loaders import EvaluationBatches, TrainingBatches
-from experiments.mnist_files import MNIST_FILES, IdxFile, read_files
+from experiments.tasks.benchmarks import Permuted, Split
+from experiments.tasks.images import MNIST, Digits, Images, ImageSource
+from experiments.tasks.mnist_files import MNIST_FILES, IdxFile, read_files
+from experiments.training.loaders import EvaluationBatches, TrainingBatches
 
 CPU = torch.device("cpu")
 NOWHERE = Path("/nonexistent")

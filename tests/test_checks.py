@@ -97,7 +97,7 @@ def test_truth_values_are_no_numbers_and_numbers_no_truth_values():
                 int,
                 Exact(),
                 Diagonal,
-                DiagonalFisher,
+                Diagonal(),
                 DiagonalFisher({"a": torch.ones(2)}, 1),
             ],
             r"structure must be a Structure instance such as Diagonal\(\), got",

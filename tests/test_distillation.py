@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.benchmarks import Split
-from experiments.data import Digits
-from experiments.distillation import Distillation
-from experiments.models import MLP
+from experiments.strategies.distillation import Distillation
+from experiments.tasks.benchmarks import Split
+from experiments.tasks.images import Digits
+from experiments.training.models import MLP
 
 
 def divergence(new, old, temperature):

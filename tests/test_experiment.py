@@ -13,11 +13,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from ewc import EWCPenalty
-from experiments import report
-from experiments.command_line import CONFIGS
+from experiments.configuration.command_line import CONFIGS
+from experiments.configuration.schema import build, plain
 from experiments.experiment import Experiment
-from experiments.schema import build, plain
-from experiments.tracking import Recorder, WandB
+from experiments.reporting.results import read_jobs
+from experiments.reporting.tables import sweep_table
+from experiments.reporting.tracking import Recorder, WandB
 
 ROOT = Path(CONFIGS).parent
 SMALL = ["model.hidden=[32]", "training.epochs=4", "training.batch_size=16"]
@@ -151,7 +152,7 @@ def test_reports_of_sweeps_average_over_seeds():
             *(("l2", seed, 0.6) for seed in (2, 0, 3)),
         ]
     ]
-    columns, rows = report.sweep_table(jobs)
+    columns, rows = sweep_table(jobs)
     assert columns == ["strategy", "seeds", "average accuracy", "forgetting", "seconds"]
     assert rows == [
         ["ewc", "0, 1", "85.00 ± 5.00", "10.00 ± 0.00", "2.0"],
@@ -174,7 +175,7 @@ def test_published_figures_stand_beside_their_rows():
         for name in ("ewc", "naive")
     ]
     published = {"benchmark.scenario=task,strategy=ewc": "98.6", "strategy=naive": "19.9"}
-    columns, rows = report.sweep_table(jobs, published)
+    columns, rows = sweep_table(jobs, published)
     assert columns[-1] == "published"
     assert [(row[0], row[1], row[-1]) for row in rows] == [
         ("task", "ewc", "98.6"),
@@ -299,7 +300,7 @@ def test_a_sweep_runs_its_jobs_in_parallel_and_reports(tmp_path):
         *SMALL,
     )
     assert done.returncode == 0, done.stderr
-    jobs = report.read_jobs(tmp_path / "sweep")
+    jobs = read_jobs(tmp_path / "sweep")
     assert [job["overrides"][:2] for job in jobs] == [
         [f"strategy={name}", f"seed={seed}"] for name in ("naive", "ewc") for seed in (0, 1)
     ]
@@ -345,7 +346,7 @@ def test_a_job_that_diverges_does_not_end_the_sweep(tmp_path):
         rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| 1e+30 |")]
         assert [row[1:3] for row in rows] == [["0", "diverged"]]
         assert "| 0.1 | 0 |" in text
-    jobs = report.read_jobs(tmp_path / "sweep")
+    jobs = read_jobs(tmp_path / "sweep")
     (failed,) = [job["diverged"] for job in jobs if "diverged" in job]
     assert "in task 1, step 2" in failed
     assert "already done" in done.stdout + done.stderr

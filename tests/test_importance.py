@@ -10,14 +10,11 @@ from torch import nn
 
 from ewc import Empirical, fisher_information
 from ewc.parameters import flatten
-from experiments.importance import (
-    AbsoluteGradients,
-    BatchMeanGradients,
-    SquaredNorm,
-    SynapticIntelligencePlugin,
-    l2,
-    memory_aware_synapses,
-)
+from experiments.strategies.batch_means import BatchMeanGradients
+from experiments.strategies.fisher import Fisher
+from experiments.strategies.l2 import L2Plugin
+from experiments.strategies.memory_aware_synapses import MAS, AbsoluteGradients, OutputNorm
+from experiments.strategies.synaptic_intelligence import SynapticIntelligencePlugin
 
 
 class Watcher(SupervisedPlugin):
@@ -92,14 +89,12 @@ def test_memory_aware_synapses_take_single_examples():
         gradient = torch.autograd.grad(model(example[None]).square().sum(), model.parameters())
         total = total + torch.cat([g.abs().flatten() for g in gradient]) / 9
     data = [(x[:4], torch.zeros(4)), (x[4:], torch.zeros(5))]
-    found = fisher_information(
-        model, data, SquaredNorm(), estimator=Empirical(), structure=AbsoluteGradients
-    )
+    found = fisher_information(model, data, estimator=OutputNorm(), structure=AbsoluteGradients)
     torch.testing.assert_close(flatten(found.diagonal()), total)
 
 
 def test_avalanches_own_is_the_same_for_batches_of_one_only():
-    model, stream = trained(memory_aware_synapses(0.0))
+    model, stream = trained(*MAS(0.0).plugins(Fisher()))
     found = {}
     for size in (1, 16):
         strategy = strategy_of(Naive, model, [])
@@ -107,16 +102,14 @@ def test_avalanches_own_is_the_same_for_batches_of_one_only():
         importance = MASPlugin()._get_importance(strategy)
         found[size] = torch.cat([data.data.flatten() for data in importance.values()])
     x, y = next(iter(torch.utils.data.DataLoader(stream[1].dataset, batch_size=100)))[:2]
-    ours = fisher_information(
-        model, [(x, y)], SquaredNorm(), estimator=Empirical(), structure=AbsoluteGradients
-    )
+    ours = fisher_information(model, [(x, y)], estimator=OutputNorm(), structure=AbsoluteGradients)
     expected = flatten(ours.diagonal())
     torch.testing.assert_close(found[1], expected, rtol=1e-4, atol=1e-6)
     assert float((found[16] - expected).norm() / expected.norm()) > 0.05
 
 
 def test_l2_holds_all_parameters_alike():
-    plugin = l2(3.0)
+    plugin = L2Plugin(3.0)
     model, _ = trained(plugin)
     with torch.no_grad():
         for parameter in model.parameters():

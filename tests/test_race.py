@@ -6,7 +6,7 @@ import math
 import torch
 from torch import nn
 
-from experiments.data import Images
+from experiments.tasks.images import Images
 from experiments.verify.race import Runner, plain, race
 
 

@@ -9,22 +9,14 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from experiments import pictures
-from experiments.command_line import CONFIGS
-from experiments.metrics import average_accuracies, average_accuracy
-from experiments.report import has_options, markdown, options_of, sweep_table
-from experiments.results import (
-    as_configured,
-    bars_table,
-    decades_within,
-    kept_table,
-    leads_over,
-    main,
-    of_recipe,
-    report_of,
-    section,
-)
-from experiments.schema import ConfigurationError, plain
+from experiments.configuration.command_line import CONFIGS
+from experiments.configuration.schema import ConfigurationError, plain
+from experiments.reporting import sweep_pictures as pictures
+from experiments.reporting.bars import bars_table, decades_within, leads_over
+from experiments.reporting.metrics import average_accuracies, average_accuracy
+from experiments.reporting.page import kept_table, main, section
+from experiments.reporting.recipes import as_configured, of_recipe, report_of
+from experiments.reporting.tables import has_options, markdown, options_of, sweep_table
 
 
 def job(accuracy, **settings):

@@ -21,17 +21,21 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 import ewc
-from experiments import experiment, folder, report, run
+from experiments import experiment, run
+from experiments.configuration.schema import ConfigurationError
 from experiments.experiment import Prepared
-from experiments.folder import OWNER, finished, owned, read_results, write_results
-from experiments.observers import TrainingObserver
-from experiments.schema import ConfigurationError
-from experiments.tracking import Recorder, WandB
+from experiments.reporting import folder
+from experiments.reporting import results as result_files
+from experiments.reporting.folder import OWNER, finished, owned
+from experiments.reporting.results import read_jobs, read_results, write_results
+from experiments.reporting.sweep import report_sweep
+from experiments.reporting.tracking import Recorder, WandB
+from experiments.training.observers import TrainingObserver
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["model.hidden=[8]", "training.iterations=20", "training.batch_size=16"]
 SMALL += ["benchmark.num_tasks=2", "wandb.mode=disabled", "strategy=naive"]
-TRAINING = {"_target_": "experiments.experiment.Training", "epochs": 2}
+TRAINING = {"_target_": "experiments.training.protocol.Training", "epochs": 2}
 CONFIG = {"_target_": "experiments.experiment.Experiment", "seed": 0, "threads": 1}
 CONFIG |= {"training": TRAINING}
 RESULTS = {
@@ -152,11 +156,11 @@ def test_damaged_results_are_named_and_left_out(tmp_path, caplog, content):
         (tmp_path / name).mkdir()
         write_results(tmp_path / name, results)
     damage(tmp_path / "b", content)
-    assert report.read_jobs(tmp_path) == [RESULTS, DIVERGED]
+    assert read_jobs(tmp_path) == [RESULTS, DIVERGED]
     (message,) = [record.getMessage() for record in caplog.records]
     assert f"{os.path.relpath(tmp_path / 'b' / 'results.json')} is damaged" in message
     assert "\n" not in message
-    assert report.report_sweep(tmp_path) == 2
+    assert report_sweep(tmp_path) == 2
     assert "| ewc | 0 | 75.00 (1 diverged) |" in (tmp_path / "report.md").read_text()
 
 
@@ -255,7 +259,7 @@ def test_finished_results_of_the_same_configuration_are_given(tmp_path):
 HOLDER = """
 import json, sys, time
 from pathlib import Path
-from experiments.folder import owned
+from experiments.reporting.folder import owned
 with owned(Path(sys.argv[1]), json.loads(sys.argv[2])):
     print("mine", flush=True)
     time.sleep(600)
@@ -397,7 +401,7 @@ def test_results_come_before_pictures(tmp_path, command, monkeypatch):
 
 
 def test_results_that_cannot_be_written_are_printed(tmp_path, command, monkeypatch):
-    monkeypatch.setattr(folder, "write_whole", broken)
+    monkeypatch.setattr(result_files, "write_whole", broken)
     code, out, err = command()
     assert (code, len(err.splitlines())) == (1, 1)
     assert "Input/output error" in err
@@ -543,7 +547,7 @@ def test_a_job_that_fails_in_training_does_not_end_the_sweep(tmp_path, command, 
     last = err.splitlines()[-1]
     assert "error: 1 job of the sweep failed: job 0 (" in last
     assert str(error.args[-1]) in last
-    assert [job["seed"] for job in report.read_jobs(tmp_path / "run")] == [1]
+    assert [job["seed"] for job in read_jobs(tmp_path / "run")] == [1]
     assert (tmp_path / "run" / "report.md").exists()
 
 

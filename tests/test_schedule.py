@@ -11,12 +11,14 @@ from rich.console import Console
 
 from ewc import EWCPenalty, Online
 from ewc.parameters import flatten
-from experiments.benchmarks import Split
-from experiments.data import Digits
-from experiments.experiment import Experiment, Training
-from experiments.models import MLP
-from experiments.strategies import EWC, Naive, OnlineEWC, Strategy
-from experiments.tracking import Recorder, WandB
+from experiments.experiment import Experiment
+from experiments.reporting.tracking import Recorder, WandB
+from experiments.strategies.ewc import EWC, OnlineEWC
+from experiments.strategies.strategy import Naive, Strategy
+from experiments.tasks.benchmarks import Split
+from experiments.tasks.images import Digits
+from experiments.training.models import MLP
+from experiments.training.protocol import Training
 
 
 class Watch(SupervisedPlugin):

@@ -23,10 +23,10 @@ from ewc import (
     LowRank,
     MonteCarlo,
 )
-from experiments.command_line import CONFIGS
+from experiments.configuration.command_line import CONFIGS
+from experiments.configuration.schema import ConfigurationError, build, plain, same_outcome
 from experiments.experiment import Experiment
-from experiments.schema import ConfigurationError, build, plain, same_outcome
-from experiments.strategies import Fisher
+from experiments.strategies.fisher import Fisher
 
 OPTIONS = [
     f"{path.parent.relative_to(CONFIGS).as_posix()}={path.stem}"
@@ -152,7 +152,7 @@ def test_the_target_of_an_estimator_may_be_changed():
         ({"seed": -1}, "seed is -1"),
         ({"threads": 0}, "threads is 0"),
         ({"model": {"hidden": [0]}}, "model: hidden is .*: every width must be 1 or more"),
-        ({"model": {"_target_": "experiments.models.CNN"}}, "'model._target_' is"),
+        ({"model": {"_target_": "experiments.training.models.CNN"}}, "'model._target_' is"),
     ],
 )
 def test_mistakes_are_named(change, message):
@@ -218,7 +218,7 @@ def foreign(tmp_path, monkeypatch):
 import logging
 from pathlib import Path
 from hydra.experimental.callback import Callback
-from experiments.strategies import EWC
+from experiments.strategies.ewc import EWC
 
 def leave(*args, **kwargs):
     Path({str(trace)!r}).touch()
@@ -276,14 +276,14 @@ def test_values_are_never_built(place, target, nest):
         "torch.hub.load",
         "torch.utils.cpp_extension.load",
         "experiments.run.main",
-        "experiments.data.os.system",
-        "experiments.tracking.Recorder",
+        "experiments.tasks.images.os.system",
+        "experiments.reporting.tracking.Recorder",
         "ewc.fisher_information",
         "ewc.FisherMatrix.load",
         "torch.nn.Linear",
     ],
 )
-@pytest.mark.parametrize("place", [place for place in OBJECTS if place != "fisher.structure"])
+@pytest.mark.parametrize("place", OBJECTS)
 def test_only_classes_that_fit_their_place_are_called(place, target):
     config = OmegaConf.create(compose())
     OmegaConf.update(config, f"{place}._target_", target)
@@ -292,30 +292,22 @@ def test_only_classes_that_fit_their_place_are_called(place, target):
         build(plain(config), Experiment)
 
 
-@pytest.mark.parametrize("target", ["experiments.models.MLP", "experiments.run.main", "os.getcwd"])
+@pytest.mark.parametrize(
+    "target", ["experiments.training.models.MLP", "experiments.run.main", "os.getcwd"]
+)
 def test_the_whole_is_of_the_class_that_is_wanted(target):
     with pytest.raises(ConfigurationError, match="Option '_target_' is"):
         build(compose() | {"_target_": target}, Experiment)
 
 
-@pytest.mark.parametrize("path", ["ewc.Exact", "torch.load", "foreign.Own", "os.PathLike", 3, None])
-def test_only_matrices_are_named_as_structures(foreign, path):
-    config = compose()
-    config["fisher"]["structure"]["path"] = path
-    with pytest.raises(ConfigurationError, match=r"'fisher\.structure\.path' is"):
-        build(config, Experiment)
-    assert not foreign.exists()
-
-
 @pytest.mark.parametrize(
     ("place", "node", "message"),
     [
-        ("fisher.estimator", {"_target_": "hydra.utils.get_class", "path": "ewc.Exact"}, "Estim"),
-        ("model", {"_target_": "experiments.models.MLP", "_partial_": True}, "MLP"),
+        ("model", {"_target_": "experiments.training.models.MLP", "_partial_": True}, "MLP"),
         ("optimizer", {"_target_": "torch.optim.SGD", "lr": 0.1}, "partial.*Optimizer"),
     ],
 )
-def test_an_object_a_class_and_a_partial_are_told_apart(place, node, message):
+def test_an_object_and_a_partial_are_told_apart(place, node, message):
     config = OmegaConf.create(compose())
     OmegaConf.update(config, place, node, merge=False)
     with pytest.raises(ConfigurationError, match=f"Option '{place}' must be .*{message}"):
@@ -394,8 +386,8 @@ RECIPES = {
         "'hydra.callbacks.x._target_' is 'foreign.leave'",
     ),
     "callback of another kind": (
-        "hydra: {callbacks: {x: {_target_: experiments.data.os.system, command: exit}}}",
-        "'hydra.callbacks.x._target_' is 'experiments.data.os.system'",
+        "hydra: {callbacks: {x: {_target_: experiments.tasks.images.os.system, command: exit}}}",
+        "'hydra.callbacks.x._target_' is 'experiments.tasks.images.os.system'",
     ),
     "within a callback": (
         "hydra: {callbacks: {report: {pictures: [{_target_: foreign.leave}]}}}",

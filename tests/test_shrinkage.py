@@ -18,7 +18,8 @@ from ewc import (
 )
 from ewc.parameters import flatten
 from ewc.plugin import EWCPlugin
-from experiments.strategies import Fisher, OnlineEWC
+from experiments.strategies.ewc import OnlineEWC
+from experiments.strategies.fisher import Fisher
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 SIZES = ((4, 5), (5, 3))

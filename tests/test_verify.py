@@ -11,7 +11,7 @@ import torch
 
 from ewc import Bernoulli, Empirical, Poisson
 from ewc.statistics import robust_covariance
-from experiments.mnist_files import DamagedFileError
+from experiments.tasks.mnist_files import DamagedFileError
 from experiments.verify import regressions
 from experiments.verify.check import Check
 from experiments.verify.digits import digits, principal_components

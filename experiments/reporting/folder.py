@@ -1,4 +1,4 @@
-"""A run's folder: one process at a time, one configuration, and results that are whole.
+"""A run's folder: one process at a time and one configuration.
 
 ``run.json`` says which process runs in the folder, or ran there last, and with which
 configuration.  A process holds a lock on it for as long as it runs; the operating system
@@ -17,145 +17,30 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from pydantic import BaseModel, ConfigDict, ValidationError
 
-from experiments.schema import NO_OUTCOME, ConfigurationError, same_outcome
+from experiments.configuration.schema import NO_OUTCOME, ConfigurationError, same_outcome
+from experiments.reporting.files import part_of
+from experiments.reporting.results import DamagedResultsError, read_results
 
 _log = logging.getLogger(__name__)
 
 OWNER = "run.json"
+
 METRICS = "metrics.jsonl"
+
 NETWORK = "checkpoints/model.safetensors"
+
 PENALTY = "checkpoints/penalty.pt"
+
 PICTURES = ("accuracy_matrix", "learning_curves")
 """Names of the pictures of a run, PNG files."""
 
 _RECORDS = (METRICS, NETWORK, PENALTY)
+
 _LEFT = (*_RECORDS, *(f"{name}.png" for name in PICTURES), "config.yaml", "results.json")
 """What a run leaves in its folder, beside ``run.json``, its log and W&B's files."""
 
-
-# --- results ------------------------------------------------------------------------------
-
-
-class DamagedResultsError(ValueError):
-    """A ``results.json`` that is not what :func:`write_results` writes."""
-
-
-class _Job(BaseModel):
-    """What every ``results.json`` holds."""
-
-    model_config = ConfigDict(strict=True)
-    config: dict[str, Any]
-    overrides: list[str]
-    seed: int
-
-
-class _Finished(_Job):
-    """What it holds of a run that trained every task."""
-
-    average_accuracy: float
-    forgetting: float
-    backward_transfer: float
-    accuracy_matrix: list[list[float]]
-    fisher_overlap: list[dict[str, float]] = []
-    seconds: dict[str, float]
-    versions: dict[str, str]
-
-
-class _Diverged(_Job):
-    """What it holds of one that diverged."""
-
-    diverged: str
-
-
-def write_results(directory: Path, results: Mapping[str, Any]) -> None:
-    """Write ``results.json`` whole or not at all.
-
-    Raises:
-        OSError: it cannot be written; an earlier one is as it was.
-    """
-    write_whole(directory / "results.json", json.dumps(results, indent=2) + "\n")
-
-
-def read_results(directory: Path) -> dict[str, Any] | None:
-    """What :func:`write_results` wrote into a run's folder, ``None`` if there is nothing.
-
-    Raises:
-        DamagedResultsError: there is something else; the message names the file.
-    """
-    path = directory / "results.json"
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        kind = _Diverged if isinstance(results, dict) and "diverged" in results else _Finished
-        kind.model_validate(results)
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise _damaged(path, f"{where}: {first['msg']}" if where else first["msg"]) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, str(error)) from error
-    else:
-        matrix = results.get("accuracy_matrix", [[0.0]])
-        if not matrix or any(len(row) != len(matrix) for row in matrix):
-            raise _damaged(path, "accuracy_matrix: it has not as many columns as rows")
-        if "total" not in results.get("seconds", {"total": 0.0}):
-            raise _damaged(path, "seconds.total: Field required")
-        return dict(results)
-
-
-def _damaged(path: Path, reason: str) -> DamagedResultsError:
-    return DamagedResultsError(f"{os.path.relpath(path)} is damaged ({reason}).")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is there whole or not at all, also when the machine stops.
-
-    Raises:
-        OSError: it cannot be written; an earlier file of that name is as it was.
-    """
-    part = part_of(path)
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
-    # The file is there; some file systems cannot sync a folder.
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def part_of(path: Path) -> Path:
-    """Where a file is written before it takes the place of an earlier one of its name."""
-    return path.with_name(f"{path.name}.part")
-
-
-@contextlib.contextmanager
-def only_warned(what: str) -> Iterator[None]:
-    """Make a warning of any error of something that a run can do without.
-
-    Args:
-        what: what could not be done, for the message.
-    """
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        _log.warning("%s: %s; the run goes on without.", what, reason)
-
-
-# --- one owner and one configuration ------------------------------------------------------
+_OPTIONS = "hydra.run.dir=DIR (of a sweep hydra.sweep.dir=DIR)"
 
 
 def finished(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -229,9 +114,6 @@ def _lock(descriptor: int, kind: int, directory: Path) -> None:
             os.path.relpath(directory),
             error.strerror,
         )
-
-
-_OPTIONS = "hydra.run.dir=DIR (of a sweep hydra.sweep.dir=DIR)"
 
 
 def _results_of_same(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:

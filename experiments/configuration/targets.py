@@ -7,7 +7,7 @@ against what its place wants before anything is called.
 
 import inspect
 from collections.abc import Iterable, Sequence
-from typing import Any, get_origin, get_type_hints
+from typing import Any
 
 import hydra
 from hydra.errors import HydraException
@@ -73,7 +73,7 @@ def checked_target(target: Any, name: object, option: str, wanted: Sequence[type
     """Hold a target, not yet called, against the classes that its place wants.
 
     Args:
-        target: a class, or a method of a class that says by its annotation what it returns.
+        target: a class.
         name: its dotted name.
         option: where the configuration names it, for messages.
         wanted: the classes of which it must make an instance.
@@ -81,11 +81,7 @@ def checked_target(target: Any, name: object, option: str, wanted: Sequence[type
     Raises:
         ConfigurationError: it makes something else, or is another function.
     """
-    made = target
-    if inspect.ismethod(target) and inspect.isclass(target.__self__):
-        hint = get_type_hints(target).get("return")
-        made = get_origin(hint) or hint
-    if not (inspect.isclass(made) and issubclass(made, tuple(wanted))):
+    if not (inspect.isclass(target) and issubclass(target, tuple(wanted))):
         names = " or ".join(f"{c.__module__}.{c.__qualname__}" for c in wanted)
         kind = "class" if inspect.isclass(target) else type(target).__name__
         raise ConfigurationError(

@@ -13,7 +13,7 @@ import torch
 from avalanche.training import Naive
 from torch import Tensor
 
-from experiments.benchmarks import TaskData
+from experiments.tasks.benchmarks import TaskData
 
 
 class TrainingBatches:

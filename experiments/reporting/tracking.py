@@ -11,9 +11,10 @@ from typing import Any, Literal, Self
 
 import wandb
 
-from experiments.command_line import sentence
-from experiments.folder import METRICS, only_warned
-from experiments.schema import ConfigurationError
+from experiments.configuration.command_line import sentence
+from experiments.configuration.schema import ConfigurationError
+from experiments.reporting.files import only_warned
+from experiments.reporting.folder import METRICS
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ A key that does not exist, a value of the wrong type and an argument the class r
 end as one :class:`ConfigurationError` that names the option and says what is allowed.
 
 A ``_target_`` is taken only where the annotation wants an object, and only if it names a
-class of that kind (:mod:`experiments.targets`).
+class of that kind (:mod:`experiments.configuration.targets`).
 """
 
 import inspect
@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
-from experiments.targets import (
+from experiments.configuration.targets import (
     PACKAGES,
     ConfigurationError,
     checked_target,
@@ -31,9 +31,6 @@ from experiments.targets import (
 __all__ = ["NO_OUTCOME", "ConfigurationError", "build", "plain", "same_outcome"]
 
 Built = TypeVar("Built")
-
-CLASS_ITSELF = "hydra.utils.get_class"
-"""The target of a node that stands for a class, named by ``path``, and makes no instance."""
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -67,8 +64,6 @@ def build(config: Mapping[str, Any], wanted: type[Built]) -> Built:
 
 
 def _built(node: Mapping[str, Any], wanted: list[Any], path: str, modules: Sequence[str]) -> Any:
-    if node.get("_target_") == CLASS_ITSELF:
-        return _class_itself(node, wanted, path, modules)
     call = _call(node, wanted, path, modules)
     arguments: dict[str, Any] = {}
     for key, value in node.items():
@@ -112,13 +107,12 @@ def _argument(value: Any, hint: Any, option: str, modules: Sequence[str]) -> Any
 def _objects(hint: Any, modules: Sequence[str]) -> list[Any]:
     """What a place may have built, by its annotation; empty where it takes a value.
 
-    Objects are classes of ``modules``, ``partial`` of one and ``type`` of one; ``None`` may
-    stand beside them.
+    Objects are classes of ``modules`` and ``partial`` of one; ``None`` may stand beside them.
     """
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     members = tuple(member for member in members if member is not type(None))
     for member in members:
-        is_wrapped = get_origin(member) in (partial, type)
+        is_wrapped = get_origin(member) is partial
         core = get_args(member)[0] if is_wrapped else get_origin(member) or member
         if not (inspect.isclass(core) and is_within(core.__module__, modules)):
             return []
@@ -135,23 +129,6 @@ def _target_in(value: Any) -> Any:
         found = (_target_in(element) for element in value)
         return next((target for target in found if target is not None), None)
     return None
-
-
-def _class_itself(
-    node: Mapping[str, Any], wanted: list[Any], path: str, modules: Sequence[str]
-) -> Any:
-    """The class that a node names, where the annotation wants a class."""
-    bounds = [get_args(member)[0] for member in wanted if get_origin(member) is type]
-    if not bounds:
-        raise _misfit(path, wanted)
-    option, name = _option(path, "path"), node.get("path")
-    if unknown := node.keys() - {"_target_", "path"}:
-        raise ConfigurationError(
-            f"Unknown option {_option(path, min(unknown, key=str))!r}: allowed is {option}."
-        )
-    found = located(name, option, modules)
-    checked_target(found, name, option, bounds)
-    return found
 
 
 NO_OUTCOME = ("data_root", "threads", "trusted", "wandb")
@@ -215,7 +192,7 @@ def _call(node: Mapping[str, Any], wanted: list[Any], path: str, modules: Sequen
         bounds = [get_args(member)[0] for member in wanted if get_origin(member) is partial]
     else:
         members = (get_origin(member) or member for member in wanted)
-        bounds = [member for member in members if member not in (partial, type)]
+        bounds = [member for member in members if member is not partial]
     if not bounds:
         raise _misfit(path, wanted)
     target = located(name, option, modules)
@@ -250,8 +227,8 @@ def _checked(value: Any, hint: Any, option: str) -> Any:
 def _misfit(path: str, wanted: list[Any]) -> ConfigurationError:
     kinds = " or ".join(map(inspect.formatannotation, wanted))
     return ConfigurationError(
-        f"Option {path!r} must be {kinds}: _partial_: true makes a partial, the target "
-        f"{CLASS_ITSELF} a type, any other target an object."
+        f"Option {path!r} must be {kinds}: _partial_: true makes a partial, any other target an "
+        "object."
     )
 
 

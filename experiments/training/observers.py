@@ -3,20 +3,36 @@
 import logging
 import math
 import time
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from avalanche.training.plugins import SupervisedPlugin
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from ewc.plugin import EWCPlugin, check_finite_loss
-from experiments.tracking import Recorder
+from ewc import EWCPenalty, FisherMatrix
+from ewc.plugin import check_finite_loss
+from experiments.reporting.tracking import Recorder
 
 _log = logging.getLogger(__name__)
 
 RUINED_LOSS, RUINED_SIZE = 10.0, 1e6
 """By what factor the loss and the parameters must have grown for a network to be called ruined."""
+
+
+@runtime_checkable
+class PenaltyPlugin(Protocol):
+    """A plugin that adds a quadratic penalty to the loss, as far as a run records it.
+
+    Attributes:
+        penalty: all that it remembers of earlier tasks.
+        fisher: the weights that the last task has in the penalty; ``None`` before the first.
+        last_penalty: the penalty's value in the current iteration.
+    """
+
+    penalty: EWCPenalty
+    fisher: FisherMatrix | None
+    last_penalty: Tensor
 
 
 class TrainingObserver(SupervisedPlugin):
@@ -27,7 +43,7 @@ class TrainingObserver(SupervisedPlugin):
 
     Args:
         recorder: where the records go.
-        ewc: the EWC plugin beside it, if there is one.
+        plugin: the plugin beside it that adds a penalty, if there is one.
         num_tasks: how many tasks there will be.
         log_every: record one step in so many.
         console: where the progress bar is drawn; nothing is drawn off a terminal.
@@ -40,14 +56,14 @@ class TrainingObserver(SupervisedPlugin):
     def __init__(
         self,
         recorder: Recorder,
-        ewc: EWCPlugin | None,
+        plugin: PenaltyPlugin | None,
         num_tasks: int,
         log_every: int,
         console: Console,
     ) -> None:
         super().__init__()
         self.recorder = recorder
-        self.ewc = ewc
+        self.plugin = plugin
         self.num_tasks = num_tasks
         self.log_every = log_every
         self.console = console
@@ -96,7 +112,7 @@ class TrainingObserver(SupervisedPlugin):
         step = strategy.clock.train_iterations + 1  # the clock is the last plugin
         if step % self.log_every == 0:
             loss = strategy.loss.item()
-            penalty = self.ewc.last_penalty.item() if self.ewc else 0.0
+            penalty = self.plugin.last_penalty.item() if self.plugin else 0.0
             task = strategy.experience.current_experience
             self.recorder.log(
                 {"step": step, "task": task, "train/loss": loss, "train/penalty": penalty}

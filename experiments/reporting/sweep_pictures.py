@@ -1,80 +1,15 @@
-"""Pictures of a run, and over the jobs of a recipe for RESULTS.md: it names the ones it wants."""
+"""Pictures over the jobs of a recipe, for RESULTS.md: a recipe names the ones it wants."""
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.metrics import average_accuracies
-from experiments.report import means_by_strength, options_of
-
-Jobs = Sequence[Mapping[str, Any]]
-
-# --- one run ------------------------------------------------------------------------------
-
-
-def draw_accuracy_matrix(matrix: Sequence[Sequence[float]], title: str, path: Path) -> None:
-    """A heat map of the accuracies: rows after each task, columns on each task."""
-    size = len(matrix)
-    figure = Figure(figsize=(max(4.5, 0.55 * size + 2), max(3.8, 0.5 * size + 1.6)))
-    axes = figure.add_subplot()
-    image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    if size <= 12:
-        for i, row in enumerate(matrix):
-            for j, value in enumerate(row):
-                colour = "black" if value > 0.6 else "white"
-                axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color=colour)
-    ticks = range(0, size, max(1, size // 10))
-    axes.set_xticks(ticks, [str(t + 1) for t in ticks])
-    axes.set_yticks(ticks, [str(t + 1) for t in ticks])
-    axes.set(xlabel="test accuracy on task", ylabel="after training on task", title=title)
-    figure.colorbar(image, ax=axes)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
-def draw_learning_curves(
-    matrix: Sequence[Sequence[float]], steps: Sequence[Mapping[str, float]], title: str, path: Path
-) -> None:
-    """Accuracy on every task after each, and loss and penalty over the training steps."""
-    size = len(matrix)
-    figure = Figure(figsize=(11, 4))
-    left, right = figure.subplots(1, 2)
-    for task in range(size):
-        after = range(task + 1, size + 1)
-        left.plot(after, [100 * matrix[i - 1][task] for i in after], marker=".", lw=1, alpha=0.6)
-    mean = [100 * accuracy for accuracy in average_accuracies(matrix)]
-    left.plot(range(1, size + 1), mean, color="black", lw=2.5, label="mean over tasks so far")
-    left.set(xlabel="tasks learnt", ylabel="test accuracy in %", title=title)
-    left.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.legend()
-    left.grid(alpha=0.3)
-    width = max(1, len(steps) // 400)
-    for name, colour in (("train/loss", "tab:blue"), ("train/penalty", "tab:red")):
-        xs, ys = [], []
-        for start in range(0, len(steps), width):
-            part = steps[start : start + width]
-            xs.append(part[-1]["step"])
-            ys.append(statistics.fmean(record[name] for record in part))
-        if any(y > 0 for y in ys):
-            label = name.removeprefix("train/") + (
-                " (part of the loss)" if "penalty" in name else ""
-            )
-            right.plot(xs, [y if y > 0 else math.nan for y in ys], color=colour, lw=1, label=label)
-    right.set(xlabel="training step", ylabel="nats per example", yscale="log", title="training")
-    if right.lines:
-        right.legend()
-    right.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
-# --- the jobs of a recipe -----------------------------------------------------------------
+from experiments.reporting.metrics import average_accuracies
+from experiments.reporting.tables import Jobs, means_by_strength, options_of
 
 
 def over_tasks(jobs: Jobs, title: str) -> Figure:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ewc.checks import check_count
-from experiments.mnist_files import read_files
+from experiments.tasks.mnist_files import read_files
 
 
 @dataclass(frozen=True)

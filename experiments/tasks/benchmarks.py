@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ewc.checks import check_count
-from experiments.data import Digits, Images, ImageSource
+from experiments.tasks.images import Digits, Images, ImageSource
 
 Scenario = Literal["task", "domain", "class"]
 """Van de Ven and Tolias 2019, arXiv:1904.07734: is the task told when testing, need it not

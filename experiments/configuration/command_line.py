@@ -19,10 +19,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.hydra_section import check_hydra_section
-from experiments.targets import ConfigurationError
+from experiments.configuration.hydra_section import check_hydra_section
+from experiments.configuration.targets import ConfigurationError
 
-CONFIGS = str(Path(__file__).resolve().parents[1] / "configs")
+CONFIGS = str(Path(__file__).resolve().parents[2] / "configs")
 
 
 class CheckedLoader(ConfigLoaderImpl):

@@ -13,7 +13,7 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.targets import ConfigurationError, checked_target, located
+from experiments.configuration.targets import ConfigurationError, checked_target, located
 
 PLACES: dict[str, tuple[type, tuple[str, ...]]] = {
     "callbacks": (Callback, ("experiments", "hydra.experimental.callbacks")),

@@ -1,0 +1,1 @@
+"""What runs and sweeps leave: results, tables, pictures and W&B."""

@@ -1,0 +1,105 @@
+"""What was set out to be reached, and whether the kept results reach it."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments.reporting.tables import (
+    Jobs,
+    finished,
+    has_options,
+    markdown,
+    mean_and_error,
+    means_by_strength,
+    options_of,
+    strength_of,
+)
+
+
+def bars_table(bars: list[dict[str, Any]], jobs: Mapping[str, Jobs]) -> list[str]:
+    """The bars, what was measured for each, and whether it is met.
+
+    Args:
+        bars: ``name``, ``published``, ``bar``, ``recipe``, ``settings`` of the jobs that count,
+            optionally a ``remark`` each; without a ``bar`` the value is only shown.  The
+            value is the mean accuracy, at least the bar; with ``decades: true`` the decades
+            of strength within a point of the best, at least the bar; with ``default`` the
+            points by which this strength is under the best one, each over the seeds that both
+            have, at most the bar, and no verdict where it is the smallest or largest one.
+        jobs: the results by recipe.
+    """
+    rows = []
+    for bar in bars:
+        members = [
+            job
+            for job in finished(jobs.get(bar["recipe"], []))
+            if has_options(options_of(job), bar["settings"])
+        ]
+        value, shown = measured(bar, members)
+        verdict = ""
+        if value is not None and "bar" in bar:
+            met = value <= bar["bar"] if "default" in bar else value >= bar["bar"]
+            verdict = "yes" if met else "no"
+        limits = str(bar.get("bar", "")), shown, verdict, bar.get("remark", "")
+        rows.append([bar["name"], str(bar.get("published", "")), *limits])
+    return markdown(["benchmark", "published", "bar", "measured", "met", "remark"], rows)
+
+
+def measured(bar: Mapping[str, Any], jobs: Jobs) -> tuple[float | None, str]:
+    """The value that a bar is about, and how the table shows it; ``None`` without a value."""
+    if not jobs:
+        return None, "not run"
+    if bar.get("decades"):
+        value = decades_within(jobs, 1.0)
+        return value, f"{value:g} (strengths in steps of ten)"
+    if "default" in bar:
+        leads = leads_over(jobs, bar["default"])
+        if not leads:
+            return None, "not run"
+        best = max(leads.values(), key=statistics.fmean)
+        shown = (
+            f"{mean_and_error(best)} under the best of {len(leads)} strengths "
+            f"({min(leads):g} to {max(leads):g}, {_number_of_seeds(best)})"
+        )
+        # Where the default is the smallest or largest there is, the best may lie beyond.
+        inside = min(leads) < bar["default"] < max(leads)
+        return statistics.fmean(best) if inside else None, shown
+    value = statistics.fmean(100 * job["average_accuracy"] for job in jobs)
+    return value, f"{value:.2f} ({_number_of_seeds(jobs)})"
+
+
+def _number_of_seeds(of: Sequence[Any]) -> str:
+    return f"{len(of)} seed{'s' * (len(of) > 1)}"
+
+
+def leads_over(jobs: Jobs, default: float) -> dict[float, list[float]]:
+    """By how many points every strength is over a default one, on each seed that both have."""
+    found: dict[float, dict[int, float]] = {}
+    for job in jobs:
+        found.setdefault(strength_of(job), {})[job["seed"]] = 100 * job["average_accuracy"]
+    reference = found.get(default, {})
+    return {
+        strength: [by_seed[seed] - reference[seed] for seed in common]
+        for strength, by_seed in sorted(found.items())
+        if (common := sorted(by_seed.keys() & reference.keys()))
+    }
+
+
+def decades_within(jobs: Jobs, points: float) -> float:
+    """The longest run of strengths, in decades, whose mean is within ``points`` of the best.
+
+    A strength without result, a factor of more than ten from its neighbours, ends a run.
+    """
+    means = means_by_strength(jobs)
+    best = max(means.values())
+    longest, first, last = 0.0, 0.0, 0.0
+    for strength, mean in means.items():
+        if mean < best - points:
+            last = 0.0
+            continue
+        if strength > 10.001 * last:
+            first = strength
+        last = strength
+        longest = max(longest, math.log10(strength / first))
+    return round(longest, 1)

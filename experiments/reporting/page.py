@@ -1,0 +1,115 @@
+"""RESULTS.md, a page written from kept results."""
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from experiments.configuration.command_line import CONFIGS
+from experiments.configuration.schema import ConfigurationError
+from experiments.reporting.bars import bars_table
+from experiments.reporting.recipes import (
+    as_configured,
+    of_recipe,
+    report_of,
+    swept_by,
+    title_of,
+)
+from experiments.reporting.results import read_jobs
+from experiments.reporting.sweep_pictures import OF_SWEEPS
+from experiments.reporting.tables import (
+    Jobs,
+    finished,
+    has_options,
+    markdown,
+    options_of,
+    sweep_table,
+)
+
+INTRODUCTION = """\
+# Results
+
+Average test accuracy over all tasks after the last one, and forgetting, in per cent: mean ±
+standard error over the seeds, without an error one seed. Published figures are of other seeds,
+and where said of other settings. Seconds are what a job took on a machine that did other things
+beside it, not what a method costs. Written by `python -m experiments.results` from the
+`results.json` of every job under `results/`. The command above a table runs what is missing of
+it (`EWC_DATA` names the folder of MNIST); to run all of it again, remove its folder first."""
+
+
+def section(jobs: Jobs, recipe: Path, pictures: Path) -> str:
+    """The heading, the command, the table and the pictures of one recipe."""
+    report, done = report_of(recipe), finished(jobs)
+    lines = [
+        f"## {recipe.stem}",
+        "",
+        title_of(recipe),
+        "",
+        f"```\npython -m experiments.run experiment={recipe.stem}\n```",
+        "",
+        *markdown(*sweep_table(jobs, report.get("published"), list(swept_by(recipe)))),
+    ]
+    if not done:  # all diverged: there is nothing to draw
+        return "\n".join(lines)
+    for name in report.get("pictures", ["over_tasks"]):
+        if name not in OF_SWEEPS:
+            raise ConfigurationError(
+                f"{recipe}: {name!r} is no picture: allowed are {', '.join(OF_SWEEPS)}."
+            )
+        figure = OF_SWEEPS[name](done, recipe.stem)
+        path = pictures / f"{recipe.stem}_{name}.png"
+        figure.savefig(path, dpi=110)
+        lines += ["", f"![{name.replace('_', ' ')}]({pictures.name}/{path.name})"]
+    versions: dict[str, dict[str, None]] = {}
+    for job in done:
+        for name, version in job["versions"].items():
+            versions.setdefault(name, {})[version] = None
+    named = (f"{name} {' and '.join(found)}" for name, found in versions.items())
+    lines += ["", f"Versions: {', '.join(named)}."]
+    return "\n".join(lines)
+
+
+def kept_table(recipes: Sequence[Path], jobs: Mapping[str, Jobs]) -> list[str]:
+    """How many jobs of every sweep are kept, how many it has, and values without any."""
+    rows = []
+    for recipe in recipes:
+        if swept := swept_by(recipe):
+            size = math.prod(len(values) for values in swept.values())
+            given = [options_of(job) for job in jobs[recipe.stem]]
+            without = [
+                f"{name}={value}"
+                for name, values in swept.items()
+                for value in values
+                if name != "seed" and not any(has_options(own, {name: value}) for own in given)
+            ]
+            rows.append([recipe.stem, str(len(given)), str(size), ", ".join(without)])
+    why = "What is missing has not been run, for want of time; its recipe's command runs it."
+    columns = ["recipe", "jobs kept", "jobs in all", "without any job"]
+    return ["## What is kept", "", why, "", *markdown(columns, rows)]
+
+
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--page", type=Path, default=Path("RESULTS.md"))
+    arguments = parser.parse_args()
+    recipes = sorted((Path(CONFIGS) / "experiment").glob("*.yaml"))
+    jobs = {}
+    for recipe in recipes:
+        asked = of_recipe(read_jobs(arguments.results / recipe.stem), recipe)
+        jobs[recipe.stem] = as_configured(asked, recipe)
+        if others := len(asked) - len(jobs[recipe.stem]):
+            print(f"{recipe.stem}: {others} jobs left out, which ran with another configuration")
+    parts = [INTRODUCTION]
+    if (path := arguments.results / "bars.yaml").exists():
+        bars: Any = OmegaConf.to_container(OmegaConf.load(path))
+        parts.append("\n".join(bars_table(bars, jobs)))
+    run = [recipe for recipe in recipes if jobs[recipe.stem]]
+    parts += [section(jobs[recipe.stem], recipe, arguments.results) for recipe in run]
+    parts.append("\n".join(kept_table(recipes, jobs)))
+    arguments.page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    print(f"{arguments.page}: {len(run)} tables")

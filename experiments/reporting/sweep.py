@@ -1,0 +1,97 @@
+"""The report over the jobs of a sweep, and the jobs that failed."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from experiments.reporting.files import only_warned, write_whole
+from experiments.reporting.results import read_sweep
+from experiments.reporting.tables import markdown, sweep_table
+
+FAILURES = "failed.txt"
+"""In a sweep's folder: its jobs that failed, one a line."""
+
+
+class SweepReport(Callback):
+    """When a sweep has ended: ``report.md`` over its jobs, also printed.
+
+    Args:
+        published: accuracies in per cent that were published for some rows, by the row's
+            settings as on the command line: ``strategy=ewc`` or
+            ``benchmark.scenario=task,strategy=ewc``.
+        pictures: for RESULTS.md, names of functions in :mod:`experiments.reporting.sweep_pictures`.
+    """
+
+    def __init__(
+        self, published: Mapping[str, str] | None = None, pictures: Sequence[str] = ()
+    ) -> None:
+        self.published = dict(published or {})
+        self.pictures = list(pictures)
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Forget the failures of a sweep before into the same folder: its jobs run again."""
+        (Path(config.hydra.sweep.dir) / FAILURES).unlink(missing_ok=True)
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Put together what the jobs left.
+
+        Raises:
+            SystemExit: a job has failed.
+        """
+        folder = Path(config.hydra.sweep.dir)
+        with only_warned("report.md"):
+            report_sweep(folder, self.published)
+        if failed := failures(folder):
+            count = f"{len(failed)} job{'s' * (len(failed) > 1)}"
+            more = f"; and {len(failed) - 3} more, in {folder / FAILURES}"
+            named = "; ".join(failed[:3]) + more * (len(failed) > 3)
+            sys.exit(f"error: {count} of the sweep failed: {named}")
+
+
+def note_failure(folder: Path, job: str, reason: str) -> None:
+    """Note in a sweep's folder that a job failed: processes of all kinds can read it there."""
+    with (folder / FAILURES).open("a", encoding="utf-8") as file:
+        file.write(f"{job}: {reason}\n")
+
+
+def failures(folder: Path) -> list[str]:
+    """The jobs of a sweep that failed the last time it ran, each with the reason."""
+    path = folder / FAILURES
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def report_sweep(folder: Path, published: Mapping[str, str] | None = None) -> int:
+    """Write ``report.md`` over the finished jobs of a sweep, and print it.
+
+    Args:
+        folder: of the sweep.
+        published: see :class:`SweepReport`.
+
+    Returns:
+        The number of jobs; nothing is written over none.
+    """
+    jobs, damaged = read_sweep(folder)
+    if not jobs:
+        return 0
+    columns, rows = sweep_table(jobs, published)
+    text = "Accuracy and forgetting in %, mean ± standard error over the jobs of a row."
+    lines = [text, "", *markdown(columns, rows), ""]
+    if failed := failures(folder):
+        lines += ["Without results, as they failed:", "", *(f"- {job}" for job in failed), ""]
+    if damaged:
+        lines += ["Left out:", "", *(f"- {job}" for job in damaged), ""]
+    write_whole(folder / "report.md", "\n".join(lines))
+    table = Table(title=f"{len(jobs)} jobs: {os.path.relpath(folder)}")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    return len(jobs)

@@ -1,0 +1,133 @@
+"""Tables over the jobs of a sweep: a row a setting, over its seeds."""
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Jobs = Sequence[Mapping[str, Any]]
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def sweep_table(
+    jobs: Sequence[Mapping[str, Any]],
+    published: Mapping[str, str] | None = None,
+    shown: Sequence[str] = (),
+) -> tuple[list[str], list[list[str]]]:
+    """A row for each setting that was swept, over its seeds.
+
+    Args:
+        jobs: what the jobs wrote; those that diverged are counted beside the accuracy.
+        published: see :class:`SweepReport`.
+        shown: options that have a column although all jobs have the same.
+
+    Returns:
+        The names of the columns and the rows, as text.
+    """
+    groups: dict[tuple[tuple[str, str], ...], list[Mapping[str, Any]]] = defaultdict(list)
+    for job in jobs:
+        key = tuple(pair for pair in options_of(job).items() if pair[0] != "seed")
+        groups[key].append(job)
+    names = list(dict.fromkeys(name for key in groups for name, _ in key))
+    varied = [n for n in names if n in shown or len({dict(key).get(n) for key in groups}) > 1]
+    varied = varied or names[:1]
+    rows = []
+    for key, members in groups.items():
+        values = dict(key)
+        done = finished(members)
+        accuracy, drop = (
+            mean_and_error([100 * job[name] for job in done])
+            for name in ("average_accuracy", "forgetting")
+        )
+        if failed := len(members) - len(done):
+            accuracy = f"{accuracy} ({failed} diverged)" if done else "diverged"
+        total = f"{statistics.fmean(j['seconds']['total'] for j in done):.1f}" if done else ""
+        rows.append(
+            [
+                *(_shown(values.get(name, "")) for name in varied),
+                _seeds(members),
+                accuracy,
+                drop,
+                total,
+                *([_published(values, published)] if published else []),
+            ]
+        )
+    columns = [*varied, "seeds", "average accuracy", "forgetting", "seconds"]
+    return columns + ["published"] * bool(published), rows
+
+
+def finished(jobs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The jobs that have results; the others diverged."""
+    return [job for job in jobs if "diverged" not in job]
+
+
+def mean_and_error(values: Sequence[float]) -> str:
+    """The mean ± its standard error, of one value without; nothing of none."""
+    if not values:
+        return ""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return f"{mean:.2f}"
+    return f"{mean:.2f} ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}"
+
+
+def means_by_strength(jobs: Sequence[Mapping[str, Any]]) -> dict[float, float]:
+    """The mean accuracy in per cent at every strength, the smallest strength first."""
+    found: dict[float, list[float]] = {}
+    for job in jobs:
+        found.setdefault(strength_of(job), []).append(100 * job["average_accuracy"])
+    return {strength: statistics.fmean(found[strength]) for strength in sorted(found)}
+
+
+def strength_of(job: Mapping[str, Any]) -> float:
+    """The strength that a job ran with."""
+    return float(job["config"]["strategy"]["strength"])
+
+
+def options_of(job: Mapping[str, Any]) -> dict[str, str]:
+    """The options that a job was given on the command line, by name."""
+    pairs = (override.lstrip("+~").partition("=") for override in job["overrides"])
+    return {name: value for name, _, value in pairs}
+
+
+def has_options(options: Mapping[str, str], wanted: Mapping[str, Any]) -> bool:
+    """Whether all ``wanted`` are among the options; ``1e-3`` is ``0.001``, as for Hydra."""
+    return all(
+        name in options and _value(options[name]) == _value(str(value))
+        for name, value in wanted.items()
+    )
+
+
+def _value(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _shown(text: str) -> str:
+    """A value as a person writes it: 1e+11, not 100000000000.0."""
+    value = _value(text)
+    return f"{value:g}" if isinstance(value, float) else value
+
+
+def _seeds(jobs: Sequence[Mapping[str, Any]]) -> str:
+    """The jobs' seeds, three or more in a row as ``first to last``."""
+    seeds = sorted({int(job["seed"]) for job in jobs})
+    if len(seeds) > 2 and seeds[-1] - seeds[0] == len(seeds) - 1:
+        return f"{seeds[0]} to {seeds[-1]}"
+    return ", ".join(map(str, seeds))
+
+
+def _published(values: Mapping[str, str], published: Mapping[str, str]) -> str:
+    """The figure whose settings are all among a row's."""
+    for setting, figure in published.items():
+        if has_options(values, dict(pair.split("=", 1) for pair in setting.split(","))):
+            return str(figure)
+    return ""

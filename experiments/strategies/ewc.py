@@ -1,0 +1,93 @@
+"""Elastic Weight Consolidation: a quadratic a task, one in all, and Avalanche's own."""
+
+from dataclasses import dataclass
+
+from avalanche.training.plugins import EWCPlugin as AvalanchePlugin
+from avalanche.training.plugins import SupervisedPlugin
+
+from ewc import Online, Separate
+from ewc.consolidation.consolidation import Consolidation
+from ewc.plugin import EWCPlugin
+from experiments.strategies.fisher import Fisher
+from experiments.strategies.strategy import Penalised
+
+
+@dataclass(frozen=True)
+class EWC(Penalised):
+    r"""One quadratic a task (Kirkpatrick et al. 2017).
+
+    Attributes:
+        strength: :math:`\lambda`; 1 is the Bayes value.
+        shrinkage: the share of the information that a layer's units have alike.
+        eigenvector_share: of Kronecker matrices a step takes so many of the eigenvectors,
+            on average.
+        implicit_every: take implicit steps after so many iterations; ``None`` adds the
+            penalty to the loss.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    shrinkage: float = 0.0
+    eigenvector_share: float = 1.0
+    implicit_every: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        self.plugins(Fisher())
+
+    def consolidation(self) -> Consolidation:
+        """How tasks are put together."""
+        return Separate()
+
+    def plugins(self, fisher: Fisher) -> list[SupervisedPlugin]:
+        """The EWC plugin."""
+        plugin = EWCPlugin(
+            self.strength,
+            likelihood=fisher.likelihood,
+            estimator=fisher.estimator,
+            structure=fisher.structure,
+            consolidation=self.consolidation(),
+            shrinkage=self.shrinkage,
+            eigenvector_share=self.eigenvector_share,
+            implicit_every=self.implicit_every,
+        )
+        return [plugin]
+
+
+@dataclass(frozen=True)
+class OnlineEWC(EWC):
+    r"""One quadratic in all, around the last parameters (Schwarz et al. 2018).
+
+    Attributes:
+        strength: :math:`\lambda`; 1 is the Bayes value.
+        shrinkage: as of :class:`EWC`.
+        eigenvector_share: as of :class:`EWC`.
+        implicit_every: as of :class:`EWC`.
+        decay: :math:`\gamma`, what is left of the old sum at each new task.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    decay: float = 1.0
+
+    def consolidation(self) -> Consolidation:
+        """How tasks are put together."""
+        return Online(self.decay)
+
+
+@dataclass(frozen=True)
+class AvalancheEWC(Penalised):
+    r"""Avalanche's own plugin, for comparison: batch-mean gradients, :math:`\lambda F d^2`.
+
+    Attributes:
+        strength: its ``ewc_lambda``; without the half of the other strategies.
+
+    Raises:
+        ValueError: the strength is negative or not finite.
+    """
+
+    def plugins(self, fisher: Fisher) -> list[SupervisedPlugin]:
+        """The plugin, which does not look at how the Fisher information is to be taken."""
+        return [AvalanchePlugin(self.strength, mode="separate")]

@@ -1,0 +1,70 @@
+"""Quadratic penalties whose weights are another importance than the Fisher information."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from avalanche.training.plugins import SupervisedPlugin
+
+from ewc import DiagonalFisher, EWCPenalty, FisherMatrix
+from ewc.consolidation.consolidation import Consolidation
+from ewc.parameters import Parameters
+from ewc.plugin import check_finite_loss
+
+
+class ImportancePlugin(SupervisedPlugin, ABC):
+    r"""EWC's penalty with an importance :math:`\Omega` in place of the Fisher information.
+
+    The penalty of one task is :math:`\lambda / 2 \cdot \sum_p \Omega_p (\theta_p - a_p)^2`
+    around the parameters ``a`` that the task ended with.
+
+    Args:
+        strength: :math:`\lambda`.
+        consolidation: how tasks are put together.
+
+    Attributes:
+        penalty: what is added to the loss.
+        fisher: the importance of the last task, as a diagonal matrix; ``None`` before the
+            first task.
+        last_penalty: the penalty's value in the current iteration, without gradient.
+    """
+
+    def __init__(self, strength: float, consolidation: Consolidation) -> None:
+        super().__init__()
+        self.penalty = EWCPenalty(strength, consolidation)
+        self.fisher: FisherMatrix | None = None
+        self.last_penalty = torch.zeros(())
+
+    @abstractmethod
+    def importance(self, strategy: Any) -> Parameters:
+        """The importance of every parameter for the task that was just trained."""
+
+    def num_examples(self, strategy: Any) -> int:
+        """The weight of the task in training beside other tasks: its size."""
+        return len(strategy.experience.dataset)
+
+    def before_training_exp(self, strategy: Any, **_: Any) -> None:
+        """Weigh the earlier tasks against the one in training."""
+        self.penalty.num_examples = self.num_examples(strategy)
+
+    def before_backward(self, strategy: Any, **_: Any) -> None:
+        """Add the penalty to the loss of the current mini-batch.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        if self.penalty.terms:
+            value = self.penalty(strategy.model)
+            self.last_penalty = value.detach()
+            strategy.loss = strategy.loss + value
+        check_finite_loss(strategy)
+
+    def after_training_exp(self, strategy: Any, **_: Any) -> None:
+        """Measure the importance and remember the task.
+
+        Raises:
+            FloatingPointError: the importance is not finite.
+        """
+        matrix = DiagonalFisher(self.importance(strategy), self.num_examples(strategy))
+        self.penalty.consolidate(matrix, strategy.model)
+        self.fisher = matrix

@@ -1,0 +1,1 @@
+"""The streams of tasks, and the images they are cut from."""

@@ -1,0 +1,1 @@
+"""How a network is trained on a task: batches, schedules and what watches them."""
