@@ -156,18 +156,16 @@ class OnlineEWC(EWC):
         eigenvector_share: as of :class:`EWC`.
         implicit_every: as of :class:`EWC`.
         decay: :math:`\gamma`, what is left of the old sum at each new task.
-        exact: keep sums of Kronecker matrices term by term, not projected to one.
 
     Raises:
         ValueError: a number is out of range.
     """
 
     decay: float = 1.0
-    exact: bool = False
 
     def consolidation(self) -> Consolidation:
         """How tasks are put together."""
-        return Online(self.decay, self.exact)
+        return Online(self.decay)
 
 
 @dataclass(frozen=True)

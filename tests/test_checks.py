@@ -83,11 +83,6 @@ def test_options_that_are_no_such_numbers_are_refused(make):
         make()
 
 
-def test_truth_values_are_no_numbers_and_numbers_no_truth_values():
-    with pytest.raises(TypeError, match="exact must be True or False, got 1"):
-        Online(0.5, exact=1)
-
-
 @pytest.mark.parametrize(
     ("check", "right", "wrong", "message"),
     [
