@@ -237,7 +237,7 @@ IN_SMALL_BATCHES = [
     Runner("Adam", 512, adam(0.008), limit=600, every=5),
     Runner("Adam" + MEAN, 256, adam(0.008), limit=600, horizon=HORIZON),
 ]
-"""Batch sizes and rates of scripts/tune_natural_gradient.py; a look every 2,560 images."""
+"""Each with the best batch size and rate of eight trials; a look every 2,560 images."""
 
 HELD_TO_SECONDS = {"SGD", "SGD" + MEAN, *(runner.name for runner in IN_LARGE_BATCHES[1:3])}
 """Whom ours is held to in seconds; to its steps SGD in any form, and all in large batches."""
