@@ -537,7 +537,7 @@ def test_any_operation_of_torch_may_be_inside(build, structure):
     batches = [(part, torch.zeros(len(part), dtype=torch.long)) for part in x.split(4)]
     found = fisher_information(model, batches, structure=structure)
     torch.testing.assert_close(flatten(found.diagonal()), expected.diagonal(), **EXACT)
-    if structure is Dense():
+    if structure == Dense():
         torch.testing.assert_close(found.to_dense(), expected, **EXACT)
 
 

@@ -11,6 +11,7 @@ from ewc import (
     Categorical,
     Diagonal,
     DiagonalFisher,
+    EigenvalueCorrected,
     Exact,
     Gaussian,
     Kronecker,
@@ -80,11 +81,6 @@ def test_options_that_are_no_such_numbers_are_refused(make):
         make()
 
 
-def test_truth_values_are_no_numbers_and_numbers_no_truth_values():
-    with pytest.raises(TypeError, match="exact must be True or False, got 1"):
-        Online(0.5, exact=1)
-
-
 @pytest.mark.parametrize(
     ("check", "right", "wrong", "message"),
     [
@@ -97,7 +93,7 @@ def test_truth_values_are_no_numbers_and_numbers_no_truth_values():
                 int,
                 Exact(),
                 Diagonal,
-                Diagonal(),
+                DiagonalFisher,
                 DiagonalFisher({"a": torch.ones(2)}, 1),
             ],
             r"structure must be a Structure instance such as Diagonal\(\), got",
@@ -121,7 +117,7 @@ def test_truth_values_are_no_numbers_and_numbers_no_truth_values():
             r"consolidation must be an instance of Separate or Online such as Separate\(\), got",
         ),
     ],
-    ids=["structure", "made_by_pass", "estimator", "likelihood", "consolidation"],
+    ids=["structure", "estimator", "likelihood", "consolidation"],
 )
 def test_choices_of_another_kind_are_refused(check, right, wrong, message):
     for value in right:
@@ -129,3 +125,9 @@ def test_choices_of_another_kind_are_refused(check, right, wrong, message):
     for value in wrong:
         with pytest.raises(TypeError, match=message):
             check(value)
+
+
+@pytest.mark.parametrize("structure", [Kronecker, EigenvalueCorrected])
+def test_numbers_are_no_truth_values(structure):
+    with pytest.raises(TypeError, match="reduce must be True or False, got 1"):
+        structure(reduce=1)

@@ -19,7 +19,7 @@ from ewc import (
     Kronecker,
     fisher_information,
 )
-from ewc.fisher import kronecker
+from ewc.fisher.structures import kronecker
 from ewc.matrices.layers.kronecker import KroneckerProduct
 from ewc.matrices.matrix import SumFisher
 

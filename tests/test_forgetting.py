@@ -5,15 +5,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from ewc import (
-    Dense,
-    Diagonal,
-    EWCPenalty,
-    Kronecker,
-    Online,
-    Separate,
-    fisher_information,
-)
+from ewc import Dense, Diagonal, EWCPenalty, Kronecker, Online, Separate, fisher_information
+from ewc.matrices import nearest_kronecker
 
 
 def task(seed, n):
@@ -40,7 +33,7 @@ def flat(model):
 
 
 @pytest.mark.parametrize("structure", [Diagonal(), Kronecker(), Dense()])
-@pytest.mark.parametrize("consolidation", [Separate(), Online(exact=True)])
+@pytest.mark.parametrize("consolidation", [Separate(), Online()])
 def test_the_forecast_is_the_mean_of_the_quadratics(structure, consolidation):
     """Two tasks of unequal size, with a strength that must not matter."""
     model, penalty = network(), EWCPenalty(17.0, consolidation)
@@ -51,13 +44,16 @@ def test_the_forecast_is_the_mean_of_the_quadratics(structure, consolidation):
         fisher = fisher_information(model, [task(seed, n)], structure=structure)
         penalty.consolidate(fisher, model)
         anchors.append(flat(model))
-        matrices.append(n * fisher.to_dense())
+        matrices.append(fisher.precision)
     if isinstance(consolidation, Online):
-        anchors[0] = anchors[1]
+        total = matrices[0] + matrices[1]
+        if structure == Kronecker():
+            total, _ = nearest_kronecker(total)
+        anchors, matrices = anchors[1:], [total]
     moved(model, 0.1, 3)
     here = flat(model)
     expected = sum(
-        0.5 * (here - a) @ m @ (here - a) for a, m in zip(anchors, matrices, strict=True)
+        0.5 * (here - a) @ m.to_dense() @ (here - a) for a, m in zip(anchors, matrices, strict=True)
     )
     assert penalty.predicted_rise(model) == pytest.approx(float(expected) / 80, rel=1e-9)
     assert penalty.remembered_examples == 80

@@ -90,7 +90,7 @@ def test_test_losses_change_as_in_refits(logistic, structure):
     before = loss(theta, test)
     actual = np.array([loss(refit, test) - before for refit in refits])
     assert np.corrcoef(found[left_out], actual)[0, 1] > 0.95
-    if structure is Kronecker():  # which is not the Hessian
+    if structure == Kronecker():  # which is not the Hessian
         return
     # In size too: of a quadratic loss the change is 1 / (1 - leverage) times the first order.
     design = torch.cat([train[0], torch.ones(260, 1, dtype=torch.float64)], 1)
@@ -176,7 +176,7 @@ def test_planted_label_errors_are_found(structure):
 
     optimizer.step(closure)
     fisher = fisher_information(model, [(x, y)], Categorical(), structure=structure)
-    if structure is Implicit():  # a solve an example takes long: of the suspicious part
+    if structure == Implicit():  # a solve an example takes long: of the suspicious part
         suspects = torch.arange(600)[::10]
         found = self_influence(model, [(x[suspects], y[suspects])], fisher, damping=0.01)
         dense = fisher_information(model, [(x, y)], structure=Dense())

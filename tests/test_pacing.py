@@ -28,12 +28,17 @@ def information(model, seed):
     return fisher_information(model, [(x, y)], structure=Kronecker())
 
 
-def remembered(share, consolidation, tasks=2):
+def sum_of_two(model, seed):
+    """A sum of Kronecker matrices, which is none itself."""
+    return information(model, seed) + information(model, seed + 100)
+
+
+def remembered(share, consolidation, tasks=2, of=information):
     """A penalty over some tasks, and the model away from the anchors."""
     model = network()
     penalty = EWCPenalty(3.0, consolidation, eigenvector_share=share)
     for seed in range(tasks):
-        penalty.consolidate(information(model, seed), model)
+        penalty.consolidate(of(model, seed), model)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -50,11 +55,14 @@ def gradients(penalty, model, steps):
     return found
 
 
-@pytest.mark.parametrize("consolidation", [Online(), Separate(), Online(exact=True)])
+@pytest.mark.parametrize(
+    ("consolidation", "of"),
+    [(Online(), information), (Separate(), information), (Separate(), sum_of_two)],
+)
 @pytest.mark.parametrize("share", [0.05, 0.3])
-def test_over_a_period_value_and_gradient_are_exact(share, consolidation):
-    penalty, model = remembered(share, consolidation)
-    whole, _ = remembered(1.0, consolidation)
+def test_over_a_period_value_and_gradient_are_exact(share, consolidation, of):
+    penalty, model = remembered(share, consolidation, of=of)
+    whole, _ = remembered(1.0, consolidation, of=of)
     steps = gradients(penalty, model, PERIOD)
     ((value, gradient),) = gradients(whole, model, 1)
     assert sum(v for v, _ in steps) / PERIOD == pytest.approx(value, rel=1e-9)

@@ -28,9 +28,7 @@ from ewc.matrices import BlockDiagonalFisher, LowRankFisher
 from ewc.matrices.layers.kronecker import KroneckerProduct
 from ewc.matrices.layers.layer_matrix import LayerWeights
 
-CONSOLIDATIONS = pytest.mark.parametrize(
-    "consolidation", [Separate(), Online(0.5), Online(0.5, exact=True)], ids=repr
-)
+CONSOLIDATIONS = pytest.mark.parametrize("consolidation", [Separate(), Online(0.5)], ids=repr)
 HALF = [torch.bfloat16, torch.float16]
 
 
@@ -264,7 +262,7 @@ def test_rounding_is_no_negative_square(structure, size):
         return tensor * (1 + 5e-4 * noise.clamp(-2, 2))
 
     fisher.check_entries()
-    if structure is not Implicit():
+    if structure != Implicit():
         fisher.to(dtype=torch.bfloat16).check_entries()
         fisher.to(dtype=torch.bfloat16).to(dtype=torch.float32).check_entries()
         fisher.mapped(rounded).check_entries()

@@ -16,7 +16,7 @@ from ewc import (
     MonteCarlo,
     fisher_information,
 )
-from ewc.fisher import tape
+from ewc.pullback import tape
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 

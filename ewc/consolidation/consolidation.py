@@ -61,20 +61,16 @@ class Online:
 
     Attributes:
         decay: :math:`\gamma`, from 0 (only the last task counts) to 1 (all count fully).
-        exact: keep sums of Kronecker matrices term by term.
 
     Raises:
         ValueError: ``decay`` is outside [0, 1].
-        TypeError: ``exact`` is not a truth value.
     """
 
     decay: float = 1.0
-    exact: bool = False
 
     def __post_init__(self) -> None:
-        """Check the decay and the choice."""
+        """Check the decay."""
         check_share(self.decay, "decay")
-        check_instance(self.exact, bool, "exact", "True or False")
 
     def consolidated(self, terms: list[Quadratic], new: Quadratic) -> list[Quadratic]:
         """The one term after a task whose own term is ``new``."""

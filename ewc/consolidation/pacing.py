@@ -77,7 +77,7 @@ class Paced:
         key = id(layer)  # the terms keep their layers
         if key not in self._layers:
             factors = layer.input_factor()
-            wide = factors is not None and len(factors.input_eigen[0]) > PERIOD
+            wide = factors is not None and factors.num_inputs > PERIOD
             self._layers[key] = _PacedLayer(factors, self.share) if factors and wide else None
         paced = self._layers[key]
         return layer.matvec(v) if paced is None else paced.product(v, turn)

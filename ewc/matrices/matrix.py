@@ -64,6 +64,10 @@ class InputFactor(Protocol):
         """The floating-point type of the entries."""
 
     @property
+    def num_inputs(self) -> int:
+        """``i``, the size of ``A``."""
+
+    @property
     def input_eigen(self) -> tuple[Tensor, Tensor]:
         """The eigenvalues of ``A``, ascending, ``[i]``, and its eigenvectors, ``[i, i]``."""
 

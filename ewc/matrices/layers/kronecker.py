@@ -50,6 +50,11 @@ class KroneckerProduct(LayerMatrix):
         return self if self.inputs.dim() == 3 and len(self.inputs) == 1 else None
 
     @property
+    def num_inputs(self) -> int:
+        """``i``."""
+        return self.inputs.shape[1]
+
+    @property
     def input_eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues and -vectors of ``A``, in double precision; multiples share them."""
         if "inputs" not in self._bases:
