@@ -21,7 +21,7 @@ from ewc import (
     LowRank,
     fisher_information,
 )
-from ewc.fisher import compute, sampled_fisher, sampling
+from ewc.fisher import data_pass, sampled_fisher, sampling
 from ewc.parameters import flatten
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -269,13 +269,13 @@ def test_memory_is_shared_out_anew_for_every_shape(monkeypatch):
     torch.manual_seed(0)
     sizes = {}
 
-    class Watched(compute.Tape):
+    class Watched(data_pass.Tape):
         def __init__(self, model, parameters, arguments, outputs, memory):
             super().__init__(model, parameters, arguments, outputs, memory)
             (x,) = arguments.tensors()
             sizes[x.shape[1]] = max(sizes.get(x.shape[1], 0), x.shape[0])
 
-    monkeypatch.setattr(compute, "Tape", Watched)
+    monkeypatch.setattr(data_pass, "Tape", Watched)
     layer = nn.Linear(3, 8)
     model = nn.Sequential(layer, nn.Tanh(), nn.Flatten(1, 1), nn.Linear(8, 8))
     model.forward = lambda x: model[1](layer(x)).mean(1)

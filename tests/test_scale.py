@@ -25,7 +25,7 @@ from ewc import (
     MonteCarlo,
     fisher_information,
 )
-from ewc.fisher import compute, sampled_fisher
+from ewc.fisher import data_pass, sampled_fisher
 from ewc.parameters import flatten
 
 
@@ -185,7 +185,7 @@ def confident():
 @pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-4])
 def test_tolerance_keeps_what_it_guarantees(tolerance, monkeypatch):
     model, x, y = confident()
-    monkeypatch.setattr(compute, "SORTED_AT_ONCE", 10)
+    monkeypatch.setattr(data_pass, "SORTED_AT_ONCE", 10)
     exact = fisher_information(model, [(x, y)], structure=Dense()).to_dense()
     found = fisher_information(
         model, [(x, y)], estimator=Exact(tolerance), structure=Dense()
@@ -213,7 +213,7 @@ def test_tolerance_saves_vectors_and_needs_no_batch_size(monkeypatch):
     other = fisher_information(model, batches, estimator=Exact(0.01)).diagonal()
     torch.testing.assert_close(one, other, **EXACT)
     counted = []
-    monkeypatch.setattr(compute, "SORTED_AT_ONCE", 10)
+    monkeypatch.setattr(data_pass, "SORTED_AT_ONCE", 10)
     original = Exact.score_vectors
 
     def counting(self, *args):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from ewc.fisher.data_pass import check_outputs
 from ewc.fisher.evaluation import plain_operations, undisturbed
-from ewc.fisher.information import check_outputs
 from ewc.likelihoods import Likelihood
 from ewc.parameters import Parameters
 from ewc.pullback.arguments import Arguments, Caller
