@@ -97,6 +97,11 @@ def _add_absolute(pullback: Pullback, total: Parameters) -> None:
             total[name] += vectors.abs().sum((0, 1))
 
 
+@dataclass(frozen=True)
+class BatchMeans(Empirical):
+    """Observed labels, whose gradients are averaged over a batch before they are squared."""
+
+
 class BatchMeanGradients(DiagonalFisher):
     r"""The mean over batches of the squared mean gradient, :math:`(\frac1B \sum_n v_n)^2`.
 

@@ -15,6 +15,9 @@ from experiments.report import means_by_strength, options_of
 
 Jobs = Sequence[Mapping[str, Any]]
 
+SPEAKING = ("strategy", "fisher/estimator", "fisher/structure")
+"""Options whose values need no name before them in a legend."""
+
 # --- one run ------------------------------------------------------------------------------
 
 
@@ -162,7 +165,7 @@ def by_setting(jobs: Jobs, but: Sequence[str] = ()) -> dict[str, list[Mapping[st
     settings = [options_of(job) for job in jobs]
     for job, own in zip(jobs, settings, strict=True):
         varied = [
-            value if name in ("strategy", "fisher") else f"{name}={value}"
+            value if name in SPEAKING else f"{name}={value}"
             for name, value in own.items()
             if name not in ("seed", *but) and len({other.get(name) for other in settings}) > 1
         ]

@@ -9,7 +9,6 @@ from avalanche.training.plugins import LwFPlugin, SupervisedPlugin
 from ewc import (
     Categorical,
     DiagonalFisher,
-    Empirical,
     Exact,
     FisherMatrix,
     Likelihood,
@@ -24,6 +23,7 @@ from ewc.plugin import EWCPlugin
 from experiments.distillation import Distillation
 from experiments.importance import (
     BatchMeanGradients,
+    BatchMeans,
     SynapticIntelligencePlugin,
     l2,
     memory_aware_synapses,
@@ -41,7 +41,7 @@ class Fisher:
         structure: what of the matrix is kept.
 
     Raises:
-        ValueError: batch means of other gradients than those of observed labels.
+        ValueError: another structure than the diagonal, of batch means.
     """
 
     likelihood: Likelihood = field(default_factory=Categorical)
@@ -50,12 +50,14 @@ class Fisher:
 
     def __post_init__(self) -> None:
         """Check that the two fit together."""
-        if self.structure is BatchMeanGradients and not isinstance(self.estimator, Empirical):
-            name = type(self.estimator).__name__
-            raise ValueError(
-                f"estimator is {name}: with BatchMeanGradients it must be Empirical, for means "
-                "over a batch are taken of the gradients of its own labels."
-            )
+        if isinstance(self.estimator, BatchMeans) and self.structure is not DiagonalFisher:
+            name = getattr(self.structure, "__name__", str(self.structure))
+            raise ValueError(f"structure is {name}: with BatchMeans it must be DiagonalFisher.")
+
+    @property
+    def request(self) -> type[FisherMatrix] | Configured[Any]:
+        """The structure that the pass over the data is asked for."""
+        return BatchMeanGradients if isinstance(self.estimator, BatchMeans) else self.structure
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ class EWC(Penalised):
             self.strength,
             likelihood=fisher.likelihood,
             estimator=fisher.estimator,
-            structure=fisher.structure,
+            structure=fisher.request,
             consolidation=self.consolidation(),
             shrinkage=self.shrinkage,
             eigenvector_share=self.eigenvector_share,

@@ -363,7 +363,7 @@ def test_a_wrong_option_removes_nothing_that_was_there(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fisher=exact_dense", "model.hidden=[4000]"], "over 300010 parameters takes 360 GB"),
+        (["fisher/structure=dense", "model.hidden=[4000]"], "over 300010 parameters takes 360 GB"),
         (["optimizer=sgd", "optimizer.lr=1e38", "training.iterations=1"], "in task 1"),
         (
             ["strategy.strengh=3"],
