@@ -28,6 +28,7 @@ from ewc.fisher.estimators import check_estimator
 from ewc.fisher.layer_matrix import LayerMatrix
 from ewc.fisher.matrix import FisherMatrix, check_structure
 from ewc.likelihoods import check_likelihood
+from ewc.update import Implicit, InLoss, check_update
 
 NO_NUMBERS = [True, "1", None, [1.0], math.nan, math.inf, -math.inf, 1j, torch.ones(2)]
 
@@ -70,6 +71,10 @@ def test_numbers_of_other_libraries_are_numbers():
         lambda: Gaussian(True),
         lambda: Gaussian("1"),
         lambda: SmoothedCategorical(True),
+        lambda: InLoss(0.0),
+        lambda: InLoss(1.5),
+        lambda: Implicit(0),
+        lambda: Implicit(1.5),
         lambda: LowRankFisher.accumulator({"a": torch.zeros(2)}, rank=True),
         lambda: LowRankFisher.accumulator({"a": torch.zeros(2)}, oversampling=1.0),
         lambda: sampled_fisher(nn.Linear(2, 2), [], num_samples=2.5),
@@ -124,8 +129,14 @@ def test_options_that_are_no_such_numbers_are_refused(make):
             ["online", None, Online, 0.5],
             r"consolidation must be an instance of Separate or Online such as Separate\(\), got",
         ),
+        (
+            check_update,
+            [InLoss(0.5), Implicit()],
+            ["implicit", None, Implicit, 10],
+            r"update must be an instance of InLoss or Implicit such as InLoss\(\), got",
+        ),
     ],
-    ids=["structure", "made_by_pass", "estimator", "likelihood", "consolidation"],
+    ids=["structure", "made_by_pass", "estimator", "likelihood", "consolidation", "update"],
 )
 def test_choices_of_another_kind_are_refused(check, right, wrong, message):
     for value in right:
