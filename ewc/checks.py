@@ -29,6 +29,16 @@ def check_share(value: float, name: str) -> None:
         raise ValueError(f"{name} is {value!r}: it must lie in [0, 1].")
 
 
+def check_positive_share(value: float, name: str) -> None:
+    """Check that a number is a share above 0.
+
+    Raises:
+        ValueError: it is outside (0, 1].
+    """
+    if not (is_number(value) and 0 < value <= 1):
+        raise ValueError(f"{name} is {value!r}: it must be above 0 and at most 1.")
+
+
 def check_not_negative(value: float, name: str) -> None:
     """Check for a finite number that is not negative.
 

@@ -23,8 +23,8 @@ from ewc.checks import (
     check_count,
     check_instance,
     check_not_negative,
+    check_positive_share,
     check_share,
-    is_number,
 )
 from ewc.consolidation.consolidation import Consolidation, Online, Separate, check_consolidation
 from ewc.consolidation.implicit_step import implicit_step
@@ -125,8 +125,7 @@ class EWCPenalty(nn.Module):
 
     @eigenvector_share.setter
     def eigenvector_share(self, value: float) -> None:
-        if not (is_number(value) and 0 < value <= 1):
-            raise ValueError(f"eigenvector_share is {value!r}: it must be above 0 and at most 1.")
+        check_positive_share(value, "eigenvector_share")
         self._eigenvector_share = float(value)
 
     @property

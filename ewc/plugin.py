@@ -18,6 +18,7 @@ from avalanche.training.plugins import SupervisedPlugin
 
 from ewc.checks import check_count
 from ewc.consolidation.consolidation import Consolidation, Separate
+from ewc.consolidation.update import Implicit, InLoss, Update, check_update
 from ewc.fisher import Estimator, Exact, fisher_information
 from ewc.fisher.estimators import check_estimator
 from ewc.fisher.evaluation import undisturbed
@@ -66,13 +67,8 @@ class EWCPlugin(SupervisedPlugin):
         consolidation: how tasks are put together.
         shrinkage: the share of the information that a layer's units have alike
             (:meth:`ewc.FisherMatrix.shrunk`); 0 takes the Fisher matrix as it is.
-        eigenvector_share: of Kronecker matrices a step takes so many of the eigenvectors,
-            on average (:mod:`ewc.consolidation.pacing`); 1 takes all, and so do implicit steps.
-        implicit_every: take the penalty's share by an implicit step after so many iterations
-            (:mod:`ewc.consolidation.implicit_step`): stable for any strength, and for matrices
-            whose products
-            cost more than a training step cheaper by that factor.  ``None`` adds the penalty
-            to the loss.
+        update: how the penalty moves the parameters, :class:`~ewc.consolidation.update.InLoss` or
+            :class:`~ewc.consolidation.update.Implicit`.
         max_examples: take the Fisher information of a larger task from a random sample of
             so many of its examples; the task keeps its weight in the penalty.  ``None``
             takes all.
@@ -88,9 +84,9 @@ class EWCPlugin(SupervisedPlugin):
 
     Raises:
         ValueError: the strength is negative or not finite, the shrinkage not in [0, 1], the
-            share of eigenvectors not in (0, 1], the structure one that cannot be shrunk,
-            or ``implicit_every`` or ``max_examples`` no whole number above 0.
-        TypeError: the likelihood, the estimator, the structure or the consolidation is none.
+            structure one that cannot be shrunk, or ``max_examples`` no whole number above 0.
+        TypeError: the likelihood, the estimator, the structure, the consolidation or the
+            update is none.
     """
 
     def __init__(
@@ -102,8 +98,7 @@ class EWCPlugin(SupervisedPlugin):
         structure: Structure[Any] = Diagonal(),
         consolidation: Consolidation = Separate(),
         shrinkage: float = 0.0,
-        eigenvector_share: float = 1.0,
-        implicit_every: int | None = None,
+        update: Update = InLoss(),
         max_examples: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -111,7 +106,7 @@ class EWCPlugin(SupervisedPlugin):
         check_likelihood(likelihood)
         check_estimator(estimator)
         check_structure(structure)
-        check_count(implicit_every, "implicit_every", optional=True)
+        check_update(update)
         check_count(max_examples, "max_examples", optional=True)
         if shrinkage and not structure.has_units:
             name = getattr(structure, "__name__", str(structure))
@@ -119,13 +114,13 @@ class EWCPlugin(SupervisedPlugin):
                 f"shrinkage is {shrinkage}: with {name} it must be 0; diagonal, Kronecker and "
                 "eigenvalue-corrected Fisher matrices can be shrunk."
             )
-        self.implicit_every = implicit_every
+        self.update = update
         self._since = self._taken = 0
         self.penalty = EWCPenalty(
             strength,
             consolidation,
             shrinkage=shrinkage,
-            eigenvector_share=eigenvector_share,
+            eigenvector_share=update.eigenvector_share if isinstance(update, InLoss) else 1.0,
         )
         self.likelihood = likelihood
         self.estimator = estimator
@@ -152,7 +147,7 @@ class EWCPlugin(SupervisedPlugin):
             FloatingPointError: the loss is not finite; the message names the task and
                 the step.
         """
-        if self.penalty.terms and self.implicit_every is None:
+        if self.penalty.terms and isinstance(self.update, InLoss):
             value = self.penalty(strategy.model)
             self.last_penalty = value.detach()
             strategy.loss = strategy.loss + value
@@ -160,9 +155,9 @@ class EWCPlugin(SupervisedPlugin):
 
     def after_update(self, strategy: Any, **_: Any) -> None:
         """Take the implicit step when it is due."""
-        if self.implicit_every is not None and self.penalty.terms:
+        if isinstance(self.update, Implicit) and self.penalty.terms:
             self._since += 1
-            if self._since == self.implicit_every:
+            if self._since == self.update.every:
                 self._take_implicit_step(strategy)
 
     def _take_implicit_step(self, strategy: Any) -> None:

@@ -412,7 +412,7 @@ def test_mistakes_in_the_arguments_are_named():
     assert tied.get_parameter(only) is tied.get_parameter(second)
     with pytest.raises(ValueError, match="The selection of parameters is empty"):
         fisher_information(tied, data, parameters=[])
-    with pytest.raises(TypeError, match=r"structure must be a FisherMatrix class .* got 'diagon"):
+    with pytest.raises(TypeError, match=r"structure must be a Structure instance .* got 'diagon"):
         fisher_information(tied, data, structure="diagonal")
     for memory in (1e6, None):
         with pytest.raises(ValueError, match="it must be a whole number of bytes above 0"):

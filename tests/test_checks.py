@@ -22,6 +22,7 @@ from ewc import (
 )
 from ewc.checks import check_count, check_not_negative, check_positive, check_share
 from ewc.consolidation.consolidation import Online, Separate, check_consolidation
+from ewc.consolidation.update import Implicit, InLoss, check_update
 from ewc.fisher import sampled_fisher
 from ewc.fisher.estimators import check_estimator
 from ewc.fisher.structures.structure import check_structure
@@ -68,6 +69,10 @@ def test_numbers_of_other_libraries_are_numbers():
         lambda: Gaussian(True),
         lambda: Gaussian("1"),
         lambda: SmoothedCategorical(True),
+        lambda: InLoss(0.0),
+        lambda: InLoss(1.5),
+        lambda: Implicit(0),
+        lambda: Implicit(1.5),
         lambda: LowRank(rank=True),
         lambda: LowRank(oversampling=1.0),
         lambda: sampled_fisher(nn.Linear(2, 2), [], num_samples=2.5),
@@ -116,8 +121,14 @@ def test_options_that_are_no_such_numbers_are_refused(make):
             ["online", None, Online, 0.5],
             r"consolidation must be an instance of Separate or Online such as Separate\(\), got",
         ),
+        (
+            check_update,
+            [InLoss(0.5), Implicit()],
+            ["implicit", None, Implicit, 10],
+            r"update must be an instance of InLoss or Implicit such as InLoss\(\), got",
+        ),
     ],
-    ids=["structure", "estimator", "likelihood", "consolidation"],
+    ids=["structure", "estimator", "likelihood", "consolidation", "update"],
 )
 def test_choices_of_another_kind_are_refused(check, right, wrong, message):
     for value in right:

@@ -124,7 +124,7 @@ def test_batch_mean_gradients_are_squared_after_the_mean():
     x, y = torch.randn(11, 6, dtype=torch.float64), torch.randint(4, (11,))
     batches = [(x[:4], y[:4]), (x[4:8], y[4:8]), (x[8:], y[8:])]
     found = fisher_information(
-        model, batches, estimator=Empirical(), structure=BatchMeanGradients
+        model, batches, estimator=Empirical(), structure=BatchMeanGradients()
     ).diagonal()
     expected = 0
     for inputs, targets in batches:

@@ -17,10 +17,10 @@ from ewc import (
     FisherMatrix,
     Implicit,
     Kronecker,
+    KroneckerFisher,
     LowRank,
     fisher_information,
 )
-from ewc.matrices import KroneckerFisher
 
 STRUCTURES = {
     "diagonal": Diagonal(),

@@ -616,8 +616,8 @@ def test_wrong_types_are_refused_when_given(network: nn.Module) -> None:
     for name, values, message in [
         ("likelihood", ["categorical", Categorical], "likelihood must be a Likelihood instance"),
         ("estimator", ["exact", Empirical], "estimator must be an Estimator instance"),
-        ("structure", ["kronecker", Empirical(), int], "structure must be a FisherMatrix class"),
-        ("structure", [FisherMatrix], "structure must be a FisherMatrix class"),
+        ("structure", ["kronecker", Empirical(), int], "structure must be a Structure instance"),
+        ("structure", [FisherMatrix], "structure must be a Structure instance"),
         ("structure", [SumFisher, KroneckerProduct], "structure must be one that a pass over"),
     ]:
         for value in values:

@@ -165,11 +165,12 @@ def test_accuracy_is_drawn_for_single_tasks():
 
 
 def test_accuracy_is_drawn_over_strength():
-    jobs = curve([80, 90], fisher="exact_diagonal") + curve([70, 60], fisher="empirical_diagonal")
+    of = "fisher/estimator"
+    jobs = curve([80, 90], **{of: "exact"}) + curve([70, 60], **{of: "empirical"})
     figure = pictures.over_strength(jobs, "t")
     assert drawn(figure) == [
-        ("exact_diagonal", [1, 10], [80, 90]),
-        ("empirical_diagonal", [1, 10], [70, 60]),
+        ("exact", [1, 10], [80, 90]),
+        ("empirical", [1, 10], [70, 60]),
     ]
     assert figure.axes[0].get_xscale() == "log"
 

@@ -7,18 +7,17 @@ from functools import partial
 import pytest
 import torch
 from avalanche.training.plugins import SupervisedPlugin
+from experiments.benchmarks import Split
+from experiments.data import Digits
+from experiments.models import MLP
+from experiments.tracking import Recorder, WandB
 from rich.console import Console
 
 from ewc import EWCPenalty, Online
+from ewc.consolidation.update import Implicit
 from ewc.parameters import flatten
-from experiments.experiment import Experiment
-from experiments.reporting.tracking import Recorder, WandB
-from experiments.strategies.ewc import EWC, OnlineEWC
-from experiments.strategies.strategy import Naive, Strategy
-from experiments.tasks.benchmarks import Split
-from experiments.tasks.images import Digits
-from experiments.training.models import MLP
-from experiments.training.protocol import Training
+from experiments.experiment import Experiment, Training
+from experiments.strategies import EWC, Naive, OnlineEWC, Strategy
 
 
 class Watch(SupervisedPlugin):
@@ -47,7 +46,7 @@ def run(folder, training, strategy):
 
 @pytest.mark.parametrize("reset", [True, False])
 @pytest.mark.parametrize("sizes", [{"iterations": 7}, {"epochs": 2}])
-@pytest.mark.parametrize("strategy", [Naive(), EWC(1.0), EWC(1.0, implicit_every=3)])
+@pytest.mark.parametrize("strategy", [Naive(), EWC(1.0), EWC(1.0, update=Implicit(3))])
 def test_the_learning_rate_falls_to_nothing_over_every_task(
     tmp_path, monkeypatch, strategy, sizes, reset
 ):
@@ -91,7 +90,7 @@ class Iterates(SupervisedPlugin):
 
 @pytest.mark.parametrize(("share", "last"), [(0.25, 2), (0.01, 1), (1.0, 8)])
 @pytest.mark.parametrize("sizes", [{"iterations": 8}, {"epochs": 1}])
-@pytest.mark.parametrize("strategy", [Naive(), EWC(1.0), EWC(1.0, implicit_every=2)])
+@pytest.mark.parametrize("strategy", [Naive(), EWC(1.0), EWC(1.0, update=Implicit(2))])
 def test_the_network_takes_the_mean_of_its_last_parameters(
     tmp_path, monkeypatch, strategy, sizes, share, last
 ):

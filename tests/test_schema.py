@@ -26,6 +26,7 @@ from ewc import (
 from experiments.configuration.command_line import CONFIGS
 from experiments.configuration.schema import ConfigurationError, build, plain, same_outcome
 from experiments.experiment import Experiment
+from experiments.strategies.batch_means import BatchMeanGradients
 from experiments.strategies.fisher import Fisher
 
 OPTIONS = [
@@ -66,7 +67,8 @@ def test_options_reach_their_objects():
             "strategy=online_ewc",
             "strategy.strength=7",
             "strategy.decay=0.5",
-            "fisher=monte_carlo_dense",
+            "fisher/estimator=monte_carlo",
+            "fisher/structure=dense",
             "fisher.estimator.num_samples=3",
             "model.hidden=[5,6]",
             "optimizer=sgd",
@@ -110,9 +112,13 @@ def test_ewc_takes_every_estimator_with_every_structure(estimator, structure, ex
     assert type(plugin.estimator).__name__.lower() == estimator.replace("_", "")
 
 
-def test_batch_means_are_of_observed_labels_only():
-    node = compose("fisher=batched_diagonal", "fisher/estimator=exact")["fisher"]
-    with pytest.raises(ConfigurationError, match="estimator is Exact: with BatchMeanGradients"):
+def test_batch_means_are_diagonal_only():
+    experiment = build(compose("strategy=ewc", "fisher/estimator=batch_means"), Experiment)
+    (plugin,) = experiment.strategy.plugins(experiment.fisher)
+    assert isinstance(plugin.estimator, Empirical)
+    assert plugin.structure == BatchMeanGradients()
+    node = compose("fisher/estimator=batch_means", "fisher/structure=kronecker")["fisher"]
+    with pytest.raises(ConfigurationError, match=r"structure is Kronecker\(.*\): with BatchMeans"):
         build(node, Fisher)
 
 
@@ -203,6 +209,13 @@ def test_an_option_that_there_was_not_yet_had_its_default():
     # What has no default is no option that can be left out.
     del (other := compose("strategy=ewc"))["benchmark"]["images"]["_target_"]
     assert not same_outcome(other, config)
+
+
+def test_jobs_of_nested_groups_have_one_folder_each():
+    overrides = ["experiment=strength_plain_sgd", "fisher/structure=dense", "seed=1"]
+    with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
+        config = hydra.compose("config", overrides=overrides, return_hydra_config=True)
+    assert config.hydra.sweep.subdir == "fisher.structure=dense,seed=1"
 
 
 # --- no code from configurations ----------------------------------------------------------

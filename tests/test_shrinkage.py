@@ -16,10 +16,10 @@ from ewc import (
     Online,
     fisher_information,
 )
+from ewc.consolidation.update import InLoss
 from ewc.parameters import flatten
 from ewc.plugin import EWCPlugin
-from experiments.strategies.ewc import OnlineEWC
-from experiments.strategies.fisher import Fisher
+from experiments.strategies import Fisher, OnlineEWC
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 SIZES = ((4, 5), (5, 3))
@@ -109,10 +109,10 @@ def test_the_terms_of_a_sum_are_shrunk(structure):
 
 
 def test_the_plugin_hands_the_options_on_and_refuses_what_cannot_be_shrunk():
-    plugin = EWCPlugin(structure=Kronecker(), shrinkage=0.2, eigenvector_share=0.05)
+    plugin = EWCPlugin(structure=Kronecker(), shrinkage=0.2, update=InLoss(0.05))
     assert plugin.penalty.shrinkage == 0.2
     assert plugin.penalty.eigenvector_share == 0.05
-    strategy = OnlineEWC(shrinkage=0.3, eigenvector_share=0.4)
+    strategy = OnlineEWC(shrinkage=0.3, update=InLoss(0.4))
     (plugin,) = strategy.plugins(Fisher())
     assert (plugin.penalty.shrinkage, plugin.penalty.eigenvector_share) == (0.3, 0.4)
     with pytest.raises(ValueError, match="with LowRankFisher it must be 0"):

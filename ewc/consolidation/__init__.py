@@ -2,5 +2,6 @@
 
 from ewc.consolidation.consolidation import Consolidation, Online, Separate
 from ewc.consolidation.quadratic import Quadratic
+from ewc.consolidation.update import Implicit, InLoss, Update
 
-__all__ = ["Consolidation", "Online", "Quadratic", "Separate"]
+__all__ = ["Consolidation", "Implicit", "InLoss", "Online", "Quadratic", "Separate", "Update"]

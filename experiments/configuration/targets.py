@@ -40,6 +40,14 @@ def _variable(name: str, *default: Any) -> Any:
 OmegaConf.register_new_resolver("oc.env", _variable, replace=True)
 
 
+def _one_folder(name: str) -> str:
+    """What ``${one_folder:name}`` stands for: groups within groups are no folders within."""
+    return name.replace("/", ".")
+
+
+OmegaConf.register_new_resolver("one_folder", _one_folder, replace=True)
+
+
 def is_within(name: str, modules: Iterable[str]) -> bool:
     """Whether a dotted name is one of the modules or lies in one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)

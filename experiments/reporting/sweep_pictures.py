@@ -11,6 +11,9 @@ from matplotlib.ticker import MaxNLocator
 from experiments.reporting.metrics import average_accuracies
 from experiments.reporting.tables import Jobs, means_by_strength, options_of
 
+SPEAKING = ("strategy", "fisher/estimator", "fisher/structure")
+"""Options whose values need no name before them in a legend."""
+
 
 def over_tasks(jobs: Jobs, title: str) -> Figure:
     """Average accuracy over the tasks so far: a panel a scenario, a line for other settings."""
@@ -97,7 +100,7 @@ def by_setting(jobs: Jobs, but: Sequence[str] = ()) -> dict[str, list[Mapping[st
     settings = [options_of(job) for job in jobs]
     for job, own in zip(jobs, settings, strict=True):
         varied = [
-            value if name in ("strategy", "fisher") else f"{name}={value}"
+            value if name in SPEAKING else f"{name}={value}"
             for name, value in own.items()
             if name not in ("seed", *but) and len({other.get(name) for other in settings}) > 1
         ]

@@ -4,11 +4,16 @@ from dataclasses import dataclass
 
 import torch
 
-from ewc import DiagonalFisher
+from ewc import DiagonalFisher, Empirical
 from ewc.fisher import Structure
 from ewc.fisher.structures.diagonal import DiagonalAccumulator
 from ewc.parameters import Parameters
 from ewc.pullback.pullback import Chunk
+
+
+@dataclass(frozen=True)
+class BatchMeans(Empirical):
+    """Observed labels, whose gradients are averaged over a batch before they are squared."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from avalanche.training.plugins import EWCPlugin as AvalanchePlugin
 from avalanche.training.plugins import SupervisedPlugin
 
 from ewc import Online, Separate
+from ewc.consolidation import InLoss, Update
 from ewc.consolidation.consolidation import Consolidation
 from ewc.plugin import EWCPlugin
 from experiments.strategies.fisher import Fisher
@@ -19,18 +20,14 @@ class EWC(Penalised):
     Attributes:
         strength: :math:`\lambda`; 1 is the Bayes value.
         shrinkage: the share of the information that a layer's units have alike.
-        eigenvector_share: of Kronecker matrices a step takes so many of the eigenvectors,
-            on average.
-        implicit_every: take implicit steps after so many iterations; ``None`` adds the
-            penalty to the loss.
+        update: how the penalty moves the parameters.
 
     Raises:
         ValueError: a number is out of range.
     """
 
     shrinkage: float = 0.0
-    eigenvector_share: float = 1.0
-    implicit_every: int | None = None
+    update: Update = InLoss()
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -46,11 +43,10 @@ class EWC(Penalised):
             self.strength,
             likelihood=fisher.likelihood,
             estimator=fisher.estimator,
-            structure=fisher.structure,
+            structure=fisher.request,
             consolidation=self.consolidation(),
             shrinkage=self.shrinkage,
-            eigenvector_share=self.eigenvector_share,
-            implicit_every=self.implicit_every,
+            update=self.update,
         )
         return [plugin]
 
@@ -62,8 +58,7 @@ class OnlineEWC(EWC):
     Attributes:
         strength: :math:`\lambda`; 1 is the Bayes value.
         shrinkage: as of :class:`EWC`.
-        eigenvector_share: as of :class:`EWC`.
-        implicit_every: as of :class:`EWC`.
+        update: as of :class:`EWC`.
         decay: :math:`\gamma`, what is left of the old sum at each new task.
 
     Raises:

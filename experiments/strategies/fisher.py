@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from ewc import Categorical, Diagonal, Empirical, Exact, Likelihood
+from ewc import Categorical, Diagonal, Exact, Likelihood
 from ewc.fisher import Estimator, Structure
-from experiments.strategies.batch_means import BatchMeanGradients
+from experiments.strategies.batch_means import BatchMeanGradients, BatchMeans
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Fisher:
         structure: what of the matrix is kept.
 
     Raises:
-        ValueError: batch means of other gradients than those of observed labels.
+        ValueError: another structure than the diagonal, of batch means.
     """
 
     likelihood: Likelihood = field(default_factory=Categorical)
@@ -27,11 +27,12 @@ class Fisher:
 
     def __post_init__(self) -> None:
         """Check that the two fit together."""
-        if isinstance(self.structure, BatchMeanGradients) and not isinstance(
-            self.estimator, Empirical
-        ):
-            name = type(self.estimator).__name__
-            raise ValueError(  # noqa: TRY004 - the pair does not fit, not the type
-                f"estimator is {name}: with BatchMeanGradients it must be Empirical, for means "
-                "over a batch are taken of the gradients of its own labels."
+        if isinstance(self.estimator, BatchMeans) and self.structure != Diagonal():
+            raise ValueError(
+                f"structure is {self.structure}: with BatchMeans it must be Diagonal()."
             )
+
+    @property
+    def request(self) -> Structure[Any]:
+        """The structure that the pass over the data is asked for."""
+        return BatchMeanGradients() if isinstance(self.estimator, BatchMeans) else self.structure
