@@ -109,9 +109,8 @@ class EWCPlugin(SupervisedPlugin):
         check_update(update)
         check_count(max_examples, "max_examples", optional=True)
         if shrinkage and not structure.has_units:
-            name = getattr(structure, "__name__", str(structure))
             raise ValueError(
-                f"shrinkage is {shrinkage}: with {name} it must be 0; diagonal, Kronecker and "
+                f"shrinkage is {shrinkage}: with {structure} it must be 0; diagonal, Kronecker and "
                 "eigenvalue-corrected Fisher matrices can be shrunk."
             )
         self.update = update

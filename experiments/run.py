@@ -16,7 +16,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.configuration.command_line import CONFIGS, ended_briefly, remove_empty, sentence
-from experiments.configuration.schema import ConfigurationError, build, plain
+from experiments.configuration.schema import build, plain
+from experiments.configuration.targets import ConfigurationError
 
 _log = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from experiments.configuration.command_line import CONFIGS
-from experiments.configuration.schema import ConfigurationError, plain
+from experiments.configuration.schema import plain
+from experiments.configuration.targets import ConfigurationError
 from experiments.reporting import sweep_pictures as pictures
 from experiments.reporting.bars import bars_table, decades_within, leads_over
 from experiments.reporting.metrics import average_accuracies, average_accuracy

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 
 import ewc
 from experiments import experiment, run
-from experiments.configuration.schema import ConfigurationError
+from experiments.configuration.targets import ConfigurationError
 from experiments.experiment import Prepared
 from experiments.reporting import folder
 from experiments.reporting import results as result_files

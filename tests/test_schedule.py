@@ -7,17 +7,19 @@ from functools import partial
 import pytest
 import torch
 from avalanche.training.plugins import SupervisedPlugin
-from experiments.benchmarks import Split
-from experiments.data import Digits
-from experiments.models import MLP
-from experiments.tracking import Recorder, WandB
 from rich.console import Console
 
 from ewc import EWCPenalty, Online
 from ewc.consolidation.update import Implicit
 from ewc.parameters import flatten
-from experiments.experiment import Experiment, Training
-from experiments.strategies import EWC, Naive, OnlineEWC, Strategy
+from experiments.experiment import Experiment
+from experiments.reporting.tracking import Recorder, WandB
+from experiments.strategies.ewc import EWC, OnlineEWC
+from experiments.strategies.strategy import Naive, Strategy
+from experiments.tasks.benchmarks import Split
+from experiments.tasks.images import Digits
+from experiments.training.models import MLP
+from experiments.training.protocol import Training
 
 
 class Watch(SupervisedPlugin):

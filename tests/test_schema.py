@@ -24,7 +24,8 @@ from ewc import (
     MonteCarlo,
 )
 from experiments.configuration.command_line import CONFIGS
-from experiments.configuration.schema import ConfigurationError, build, plain, same_outcome
+from experiments.configuration.schema import build, plain, same_outcome
+from experiments.configuration.targets import ConfigurationError
 from experiments.experiment import Experiment
 from experiments.strategies.batch_means import BatchMeanGradients
 from experiments.strategies.fisher import Fisher

@@ -18,7 +18,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from experiments.configuration.schema import NO_OUTCOME, ConfigurationError, same_outcome
+from experiments.configuration.schema import NO_OUTCOME, same_outcome
+from experiments.configuration.targets import ConfigurationError
 from experiments.reporting.files import part_of
 from experiments.reporting.results import DamagedResultsError, read_results
 

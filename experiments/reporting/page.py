@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from experiments.configuration.command_line import CONFIGS
-from experiments.configuration.schema import ConfigurationError
+from experiments.configuration.targets import ConfigurationError
 from experiments.reporting.bars import bars_table
 from experiments.reporting.recipes import (
     as_configured,

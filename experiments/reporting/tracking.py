@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 import wandb
 
 from experiments.configuration.command_line import sentence
-from experiments.configuration.schema import ConfigurationError
+from experiments.configuration.targets import ConfigurationError
 from experiments.reporting.files import only_warned
 from experiments.reporting.folder import METRICS
 

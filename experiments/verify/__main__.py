@@ -8,8 +8,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from experiments.command_line import CONFIGS, ended_briefly, remove_traces
-from experiments.schema import ConfigurationError, build, plain
+from experiments.configuration.command_line import CONFIGS, ended_briefly, remove_traces
+from experiments.configuration.schema import build
+from experiments.configuration.targets import ConfigurationError
+from experiments.schema import plain
 
 
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="verify")

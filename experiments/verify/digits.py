@@ -9,7 +9,7 @@ from torch.nn.functional import avg_pool2d
 
 from ewc.likelihoods import Likelihood
 from ewc.parameters import flatten
-from experiments.data import Digits
+from experiments.tasks.images import Digits
 
 
 def digits(side: int = 8) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from experiments.data import Images
+from experiments.tasks.images import Images
 
 Step = Callable[[int, Tensor, Tensor], None]
 """One step of training: its number from 0, inputs and labels."""

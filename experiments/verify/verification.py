@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from ewc.checks import check_count
-from experiments.data import default_data_root
-from experiments.mnist_files import DamagedFileError
+from experiments.tasks.images import default_data_root
+from experiments.tasks.mnist_files import DamagedFileError
 from experiments.verify.check import Check, Surroundings
 
 TOPICS = {

@@ -26,7 +26,7 @@ from ewc.fisher.estimators import Estimator
 from ewc.natural_gradient import NaturalGradient
 from ewc.parameters import Parameters, dot
 from ewc.statistics import robust_covariance, standard_errors
-from experiments.data import Digits
+from experiments.tasks.images import Digits
 from experiments.verify.check import Check, Surroundings
 
 Data = list[tuple[Tensor, Tensor]]

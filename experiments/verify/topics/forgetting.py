@@ -18,7 +18,7 @@ from ewc import (
     fisher_information,
 )
 from ewc.fisher import ImplicitFisher
-from experiments.data import MNIST, Images
+from experiments.tasks.images import MNIST, Images
 from experiments.verify.check import Check, Surroundings
 
 EXAMPLES = 10_000

@@ -25,7 +25,7 @@ from ewc.statistics import (
     geodesic_distance,
     path_length,
 )
-from experiments.data import Digits
+from experiments.tasks.images import Digits
 from experiments.verify.check import Check, Surroundings
 
 EXAMPLES, WIDTH, NATS = 300, 8, 1e-8

@@ -21,7 +21,7 @@ from ewc import (
 from ewc.fisher import ImplicitFisher
 from ewc.natural_gradient import NaturalGradient
 from ewc.statistics import influence, loss_gradient, parameters_without, self_influence
-from experiments.data import Digits, Images
+from experiments.tasks.images import Digits, Images
 from experiments.verify.check import Check, Surroundings
 
 DECAY = 1e-3

@@ -30,7 +30,7 @@ from ewc.statistics import (
     share_between_layers,
     standard_errors,
 )
-from experiments.data import MNIST, Digits, Images
+from experiments.tasks.images import MNIST, Digits, Images
 from experiments.verify.check import Check, Surroundings
 
 Data = list[tuple[Tensor, Tensor]]

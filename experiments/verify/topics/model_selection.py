@@ -28,7 +28,7 @@ from ewc import (
 )
 from ewc.natural_gradient import NaturalGradient
 from ewc.statistics import aic, bic, laplace_log_evidence, tic
-from experiments.data import Digits, Images
+from experiments.tasks.images import Digits, Images
 from experiments.verify.check import Check, Surroundings
 
 TRUTH, DEGREES, DATA_SETS = 3, range(1, 9), 50

@@ -13,7 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from ewc import Bernoulli, DenseFisher, Gaussian, KroneckerFisher, MonteCarlo
 from ewc.matrices import EigenvalueCorrectedFisher
 from ewc.natural_gradient import NaturalGradient
-from experiments.data import MNIST, Digits, Images
+from experiments.tasks.images import MNIST, Digits, Images
 from experiments.verify.check import Check, Surroundings
 from experiments.verify.race import Course, Runner, Step, plain, race
 

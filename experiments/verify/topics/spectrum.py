@@ -16,7 +16,7 @@ from ewc.statistics import (
     largest_eigenvalue,
     spectral_density,
 )
-from experiments.data import Digits, Images
+from experiments.tasks.images import Digits, Images
 from experiments.verify.check import Check, Surroundings
 
 EXAMPLES = 300
