@@ -120,7 +120,7 @@ class NaturalGradient(Optimizer):
         for name, value in (("lr", lr), ("weight_decay", weight_decay), ("damping", first)):
             check_not_negative(value, name)
         if not (is_number(momentum) and 0 <= momentum < 1):
-            raise ValueError(f"momentum is {momentum!r}: it must lie in [0, 1).")
+            raise ValueError(f"momentum must lie in [0, 1), got {momentum!r}.")
         check_positive(max_kl, "max_kl", optional=True)
         check_share(decay, "decay")
         check_not_negative(tolerance, "tolerance")
@@ -324,7 +324,7 @@ class NaturalGradient(Optimizer):
             ValueError: the change is not finite.
         """
         if not is_number(change):
-            raise ValueError(f"change is {change!r}: it must be a finite number.")
+            raise ValueError(f"change must be a finite number, got {change!r}.")
         if self.schedule is not None:
             raise RuntimeError("The damping follows a schedule: it cannot be adapted as well.")
         if self._last is None or self.fisher is None:

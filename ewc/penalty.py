@@ -132,7 +132,7 @@ class EWCPenalty(nn.Module):
     @eigenvector_share.setter
     def eigenvector_share(self, value: float) -> None:
         if not (is_number(value) and 0 < value <= 1):
-            raise ValueError(f"eigenvector_share is {value!r}: it must be above 0 and at most 1.")
+            raise ValueError(f"eigenvector_share must be above 0 and at most 1, got {value!r}.")
         self._eigenvector_share = float(value)
 
     @property

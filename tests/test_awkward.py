@@ -416,7 +416,7 @@ def test_mistakes_in_the_arguments_are_named():
     with pytest.raises(TypeError, match=r"structure must be a FisherMatrix class .* got 'diagon"):
         fisher_information(tied, data, structure="diagonal")
     for memory in (1e6, None):
-        with pytest.raises(ValueError, match="it must be a whole number of bytes above 0"):
+        with pytest.raises(ValueError, match="memory must be a whole number of bytes above 0, got"):
             fisher_information(tied, data, memory=memory)
     with pytest.raises(ValueError, match=r"Batch 0 is a tuple \(ndarray, Tensor\): the data must"):
         fisher_information(tied, [(data[0][0].numpy(), data[0][1])])

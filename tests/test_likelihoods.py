@@ -109,7 +109,7 @@ def test_samples_come_example_by_example(likelihood):
 
 @pytest.mark.parametrize("variance", [0.0, -1.0, math.nan, math.inf])
 def test_impossible_variances_are_refused(variance):
-    with pytest.raises(ValueError, match=r"variance is .*: it must be a finite number above 0"):
+    with pytest.raises(ValueError, match="variance must be a finite number above 0, got"):
         Gaussian(variance)
 
 

@@ -156,7 +156,7 @@ def test_mistakes_are_named():
         laplace_log_evidence(0.0, matrix, mode(model), 0.0)
     with pytest.raises(ValueError, match="The set of parameters"):
         laplace_log_evidence(0.0, matrix, {"weight": torch.zeros(1, 2)}, 1.0)
-    with pytest.raises(ValueError, match="num_examples is 0"):
+    with pytest.raises(ValueError, match=r"num_examples must .*, got 0"):
         bic(0.0, 1, 0)
-    with pytest.raises(ValueError, match="num_parameters is -1"):
+    with pytest.raises(ValueError, match=r"num_parameters must .*, got -1"):
         aic(0.0, -1)

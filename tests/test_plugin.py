@@ -293,7 +293,7 @@ def test_impossible_arguments_are_refused():
             EWCPlugin(**options, budget=0.1)
     with pytest.raises(ValueError, match="budget is -1: it must be a finite number above 0"):
         EWCPlugin(budget=-1)
-    with pytest.raises(ValueError, match="strength is -2"):
+    with pytest.raises(ValueError, match=r"strength must .*, got -2"):
         EWCPlugin(-2.0)
 
 
@@ -682,8 +682,8 @@ def test_a_sample_is_the_same_for_the_same_seed_and_has_an_example_once():
         ({"consolidation": "online"}, TypeError, "consolidation must be "),
         ({"consolidation": Online}, TypeError, "consolidation must be "),
         ({"implicit_every": 1.5}, ValueError, "implicit_every is 1.5: .* a whole number"),
-        ({"max_examples": 0}, ValueError, "max_examples is 0: it must be 1 or more, or None"),
-        ({"max_examples": 0.5}, ValueError, "max_examples is 0.5: it must be a whole number"),
+        ({"max_examples": 0}, ValueError, "max_examples must be .*, 1 or more, or None, got 0"),
+        ({"max_examples": 0.5}, ValueError, "max_examples must be a whole number, .*, got 0.5"),
     ],
 )
 def test_wrong_choices_are_refused_when_given(options, error, message):

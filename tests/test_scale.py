@@ -174,7 +174,7 @@ ewc.fisher_information(nn.Linear(8, 4), [(data[0][0], torch.randint(4, (4,)))])"
 
 def test_memory_must_be_positive():
     model, x, y = body_and_head()
-    with pytest.raises(ValueError, match="memory is 0: it must be a whole number of bytes above 0"):
+    with pytest.raises(ValueError, match="memory must be a whole number of bytes above 0, got 0"):
         fisher_information(model, [(x, y)], memory=0)
 
 
@@ -229,7 +229,7 @@ def test_tolerance_saves_vectors_and_needs_no_batch_size(monkeypatch):
     monkeypatch.setattr(Exact, "score_vectors", counting)
     fisher_information(model, [(x, y)], estimator=Exact(0.01))
     assert sum(counted) < 5 * len(x)  # 9 without a tolerance
-    with pytest.raises(ValueError, match="tolerance is 1: it must be from 0 to below 1"):
+    with pytest.raises(ValueError, match=r"tolerance must lie in \[0, 1\), got 1"):
         Exact(1)
 
 
@@ -246,7 +246,7 @@ def test_a_thousand_classes_by_sampling_with_an_error_bar():
     assert float(fisher.trace()) == pytest.approx(estimate.value)
     assert fisher.num_examples == 20
     assert 0 < estimate.standard_error < 0.2 * estimate.value
-    with pytest.raises(ValueError, match="num_samples is 1: it must be 2 or more"):
+    with pytest.raises(ValueError, match="num_samples must be a whole number, 2 or more, got 1"):
         sampled_fisher(model, data, num_samples=1)
     with pytest.raises(ValueError, match="list_iterator, which can be read once"):
         sampled_fisher(model, iter(data))

@@ -84,7 +84,7 @@ def confidence_intervals(
         ValueError: the level is not between 0 and 1, or names or shapes differ.
     """
     if not (is_number(level) and 0 < level < 1):
-        raise ValueError(f"level is {level!r}: it must lie between 0 and 1.")
+        raise ValueError(f"level must lie between 0 and 1, got {level!r}.")
     own = {name: parameters[name] for name in errors if name in parameters}
     check_same_shapes(shapes_of(own), shapes_of(errors), "The set of parameters")
     z = float(ndtri((1 + level) / 2))
