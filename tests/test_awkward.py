@@ -411,7 +411,7 @@ def test_mistakes_in_the_arguments_are_named():
     second = next(n for n in names if n not in dict(tied.named_parameters()))
     (only,) = fisher_information(tied, data, parameters=[second]).shapes
     assert tied.get_parameter(only) is tied.get_parameter(second)
-    with pytest.raises(ValueError, match="The selection of parameters is empty"):
+    with pytest.raises(ValueError, match="must name at least one parameter"):
         fisher_information(tied, data, parameters=[])
     with pytest.raises(TypeError, match=r"structure must be a FisherMatrix class .* got 'diagon"):
         fisher_information(tied, data, structure="diagonal")
@@ -546,7 +546,7 @@ def test_complex_parameters_are_refused_or_left_out():
     model = nn.Sequential(nn.Linear(4, 3))
     model.phase = nn.Parameter(torch.randn(2, dtype=torch.cfloat))
     data = [(torch.randn(5, 4), torch.zeros(5, dtype=torch.long))]
-    with pytest.raises(ValueError, match=r"'phase' is of type torch.complex64.*view_as_complex"):
+    with pytest.raises(ValueError, match=r"'phase' must be real, got .*complex64.*view_as_comp"):
         fisher_information(model, data)
     assert fisher_information(model, data, parameters=["0.*"]).shapes.keys() == {
         "0.weight",

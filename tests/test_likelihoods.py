@@ -115,7 +115,7 @@ def test_impossible_variances_are_refused(variance):
 
 def test_impossible_targets_are_refused():
     f = outputs()
-    with pytest.raises(ValueError, match=r"shape \[6, 2\] do not fit outputs of shape \[6, 4\]"):
+    with pytest.raises(ValueError, match=r"the outputs\' shape \[6, 4\], got \[6, 2\]"):
         Gaussian().check_targets(f, f[:, :2])
     with pytest.raises(ValueError, match="target is not finite"):
         Gaussian().check_targets(f, f * math.nan)

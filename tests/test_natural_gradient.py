@@ -453,7 +453,7 @@ def test_what_is_refused(network: nn.Module, classified: list[tuple[Tensor, Tens
         with pytest.raises(ValueError, match=message):
             NaturalGradient(network, **options)
     optimizer = NaturalGradient(network)
-    with pytest.raises(RuntimeError, match="update_fisher comes before"):
+    with pytest.raises(RuntimeError, match="call update_fisher before the first step"):
         optimizer.step()
     with pytest.raises(RuntimeError, match="no step yet"):
         optimizer.adapt_damping(0.0)
@@ -461,7 +461,7 @@ def test_what_is_refused(network: nn.Module, classified: list[tuple[Tensor, Tens
         network, decay=0.5, structure=LowRankFisher.configured(rank=3), likelihood=Categorical()
     )
     low_rank.update_fisher(classified)
-    with pytest.raises(TypeError, match="the mean of two LowRankFisher is none"):
+    with pytest.raises(TypeError, match="decay must be 0 with LowRankFisher, got"):
         low_rank.update_fisher(classified)
 
 
