@@ -70,20 +70,20 @@ def selected_parameters(model: nn.Module, selection: Sequence[Selection] | None)
             every = named_parameters(model, remove_duplicate=False)
             places = {id(p) for name, p in every if name == item or fnmatchcase(name, item)}
         elif isinstance(item, nn.Module | nn.Parameter):
-            own = [item] if isinstance(item, nn.Parameter) else item.parameters()
-            places = {id(parameter) for parameter in own}
+            inside = [item] if isinstance(item, nn.Parameter) else item.parameters()
+            places = {id(parameter) for parameter in inside}
         else:
             raise TypeError(
                 f"parameters must hold names, patterns, modules or parameters, got {shown(item)}."
             )
-        found = {name for name, parameter in parameters.items() if id(parameter) in places}
-        if not found:
+        names = {name for name, parameter in parameters.items() if id(parameter) in places}
+        if not names:
             what = repr(item) if isinstance(item, str) else f"The {type(item).__name__}"
             raise ValueError(
                 f"{what} selects none of the model's trainable parameters "
                 f"({', '.join(parameters)})."
             )
-        chosen |= found
+        chosen |= names
     return _real({name: value for name, value in parameters.items() if name in chosen})
 
 

@@ -41,27 +41,27 @@ def strategy_calls(strategy: Any, model: nn.Module, mbatch: Any) -> Calls:
         model: its model without wrappers, in evaluation mode.
         mbatch: a mini-batch of the strategy's data loader.
     """
-    own = beside(strategy, model)
-    own.mbatch = copy.copy(mbatch)
+    strategy_copy = beside(strategy, model)
+    strategy_copy.mbatch = copy.copy(mbatch)
     calls: list[tuple[Any, Any, Any, Any]] = []
 
     def remember(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         calls.append((args, kwargs, output, getattr(output, "_version", None)))
 
-    own._unpack_minibatch()
+    strategy_copy._unpack_minibatch()
     handle = model.register_forward_hook(remember, with_kwargs=True)
     try:
         with torch.enable_grad():
-            returned = own.forward()
+            returned = strategy_copy.forward()
     finally:
         handle.remove()
     if len(calls) == 1:
         args, kwargs, output, version = calls[0]
-        arguments = _arguments(args, kwargs, len(own.mb_y))
+        arguments = _arguments(args, kwargs, len(strategy_copy.mb_y))
         unchanged = returned is output and version == getattr(output, "_version", None)
-        # Inputs that depend on parameters are a part of the network.
+        # Where inputs depend on parameters, the network begins before them.
         if unchanged and arguments and not any(t.requires_grad for t in arguments.tensors()):
-            return ModelCalls(own)
+            return ModelCalls(strategy_copy)
     return StrategyCalls(StrategyNetwork(strategy, model, mbatch))
 
 
