@@ -1,8 +1,8 @@
 r"""Likelihoods :math:`p(y \mid f)`: what a network's outputs mean.
 
-The Fisher information of a network needs a likelihood for two things only: the *score*
-:math:`s(y) = \partial \log p(y \mid f) / \partial f`, and score vectors whose outer
-products sum to the Fisher information of the outputs,
+The Fisher information of a network needs two things of a likelihood.  The *score* is
+:math:`s(y) = \partial \log p(y \mid f) / \partial f`.  The score vectors have outer products
+that sum to the Fisher information of the outputs,
 :math:`E_{y \sim p(\cdot \mid f)}[s(y) s(y)^\top]`.
 
 Outputs ``f`` have shape ``[n, c]``: ``n`` examples, ``c`` outputs.
@@ -42,8 +42,8 @@ class Likelihood(ABC):
     def sample(self, outputs: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
         r"""Targets drawn from :math:`p(\cdot \mid f_n)`, shape ``[num_samples, n, ...]``.
 
-        Random numbers are drawn example by example from ``generator`` (a CPU generator),
-        so that cutting the data into other batches draws the same targets.
+        Random numbers are drawn example by example from ``generator``, a CPU generator.
+        Other batches of the same data therefore draw the same targets.
         """
 
     @abstractmethod
@@ -55,7 +55,7 @@ class Likelihood(ABC):
         """Check that ``targets`` can belong to ``outputs``.
 
         Raises:
-            ValueError: the targets have the wrong shape, or a value that is impossible.
+            ValueError: the targets have the wrong shape, or an impossible value.
         """
 
 
@@ -83,8 +83,8 @@ class Categorical(Likelihood):
         The matrix has rank :math:`c - 1`, and its Cholesky factor has a closed form: with
         the tail sums :math:`t_j = \sum_{i \ge j} p_i`, vector :math:`j < c - 1` is
         :math:`\sqrt{p_j t_{j+1} / t_j}\,(e_j - \sum_{i > j} p_i / t_{j+1}\, e_i)`.
-        No difference :math:`1 - p` is ever taken, so a saturated softmax loses no digits,
-        and there is one backward pass less than there are classes.
+        No difference :math:`1 - p` is ever taken, so a saturated softmax loses no digits.
+        There is one backward pass less than there are classes.
 
         Returns:
             Shape ``[c - 1, n, c]``.
@@ -117,10 +117,10 @@ class Categorical(Likelihood):
         return (log_p.exp() * (log_p - log_q)).sum(1)
 
     def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
-        """Check for class indices ``[n]`` between 0 and ``c - 1``.
+        """Check that targets are class indices ``[n]`` between 0 and ``c - 1``.
 
         Raises:
-            ValueError: targets of another shape, or a label outside the outputs.
+            ValueError: the targets have another shape, or a label lies outside the outputs.
         """
         n, classes = outputs.shape
         if targets.shape != (n,) or targets.is_floating_point():
@@ -132,11 +132,11 @@ class Categorical(Likelihood):
             elif targets.shape == (n,):
                 fix = "; for whole numbers, give y.long()"
             raise ValueError(
-                f"Targets of type {targets.dtype} and shape {list(targets.shape)} are not "
-                f"class indices: the categorical likelihood takes integers of shape [{n}]{fix}."
+                f"Targets of the categorical likelihood must be class indices, integers of shape "
+                f"[{n}], got {targets.dtype} of shape {list(targets.shape)}{fix}."
             )
         if n and (outside := targets[(targets < 0) | (targets >= classes)]).numel():
-            fix = "; for one output of yes or no, take Bernoulli() and y[:, None]"
+            fix = "; for one output with labels 0 and 1, take Bernoulli() and y[:, None]"
             raise ValueError(
                 f"Label {int(outside[0])} is outside the model's {classes} "
                 f"output{'s' * (classes > 1)}: allowed are "
@@ -163,7 +163,6 @@ class Gaussian(Likelihood):
     variance: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the variance."""
         check_positive(self.variance, "variance")
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -193,14 +192,14 @@ class Gaussian(Likelihood):
         return (outputs - other).square().sum(1) / (2 * self.variance)
 
     def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
-        """Check for finite targets of the outputs' shape.
+        """Check that targets are finite and have the outputs' shape.
 
         Raises:
-            ValueError: targets of another shape, or not finite.
+            ValueError: the targets have another shape, or one is not finite.
         """
         _check_shape(outputs, targets, "Gaussian")
         if not bool(targets.isfinite().all()):
-            raise ValueError("A target is not finite: the Gaussian likelihood takes numbers.")
+            raise ValueError("Targets of the Gaussian likelihood must be finite.")
 
 
 @dataclass(frozen=True)
@@ -240,14 +239,14 @@ class Bernoulli(Likelihood):
         return (yes + no).sum(1)
 
     def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
-        """Check for zeros and ones of the outputs' shape.
+        """Check that targets are 0 or 1 and have the outputs' shape.
 
         Raises:
-            ValueError: targets of another shape, or with another value, which it names.
+            ValueError: the targets have another shape, or one is neither 0 nor 1.
         """
         _check_shape(outputs, targets, "Bernoulli")
         if (odd := targets[(targets != 0) & (targets != 1)]).numel():
-            raise ValueError(f"A target is {odd[0]}: the Bernoulli likelihood takes 0 or 1.")
+            raise ValueError(f"Targets of the Bernoulli likelihood must be 0 or 1, got {odd[0]}.")
 
 
 @dataclass(frozen=True)
@@ -282,10 +281,10 @@ class Poisson(Likelihood):
         return (outputs.exp() * (outputs - other) - outputs.exp() + other.exp()).sum(1)
 
     def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
-        """Check for counts of the outputs' shape.
+        """Check that targets are counts and have the outputs' shape.
 
         Raises:
-            ValueError: targets of another shape, or that are no counts.
+            ValueError: the targets have another shape, or one is not a whole number from 0 on.
         """
         _check_shape(outputs, targets, "Poisson")
         fits = (targets >= 0) & targets.isfinite()
@@ -293,7 +292,7 @@ class Poisson(Likelihood):
             fits &= targets == targets.floor()
         if (odd := targets[~fits]).numel():
             raise ValueError(
-                f"A target is {odd[0]}: the Poisson likelihood takes whole numbers from 0 on."
+                f"Targets of the Poisson likelihood must be whole numbers from 0 on, got {odd[0]}."
             )
 
 
@@ -305,8 +304,8 @@ def _check_shape(outputs: Tensor, targets: Tensor, name: str) -> None:
     if [*targets.shape, 1] == list(outputs.shape):
         fix = "; give y[:, None]"
     raise ValueError(
-        f"Targets of shape {list(targets.shape)} do not fit outputs of shape "
-        f"{list(outputs.shape)}: the {name} likelihood takes equal shapes{fix}."
+        f"Targets of the {name} likelihood must have the outputs' shape {list(outputs.shape)}, "
+        f"got {list(targets.shape)}{fix}."
     )
 
 
@@ -316,9 +315,9 @@ def _along_axes(lengths: Tensor) -> Tensor:
 
 
 def check_likelihood(value: Likelihood) -> None:
-    """Check that a likelihood is one.
+    """Check that an argument is a :class:`Likelihood`.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: the argument is of another type.
     """
     check_instance(value, Likelihood, "likelihood", "a Likelihood instance such as Categorical()")

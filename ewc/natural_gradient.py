@@ -21,33 +21,31 @@ from ewc.parameters import Parameters, accumulation_dtype, dot, trainable_parame
 from ewc.wrappers import named_parameters
 
 DAMPING_FACTOR = 1.5
-"""By how much :meth:`NaturalGradient.adapt_damping` changes the damping."""
+"""The factor by which :meth:`NaturalGradient.adapt_damping` changes the damping."""
 
 
 class NaturalGradient(Optimizer):
-    r"""Steps along :math:`-(F + \delta I)^{-1} \nabla L`: steepest descent by the KL.
+    r"""Steps along :math:`-(F + \delta I)^{-1} \nabla L`: steepest descent in the KL divergence.
 
-    Of all moves that change the model's distribution by as many nats the natural gradient
-    lowers the loss most, so that to first order its path does not depend on how the model is
-    parametrised (Amari 1998, "Natural gradient works efficiently in learning").  With
-    :class:`KroneckerFisher` this is K-FAC (Martens & Grosse 2015, arXiv:1503.05671), with
-    :class:`EigenvalueCorrectedFisher` EKFAC (George et al. 2018, arXiv:1806.03884), with
-    :class:`DenseFisher` the thing itself.  The damping is added to :math:`F`, not to its
-    factors.
+    Among all moves that change the model's distribution by as many nats, the natural gradient
+    lowers the loss most.  To first order its path does not depend on the parametrisation of the
+    model (Amari 1998, "Natural gradient works efficiently in learning").  With a Kronecker
+    structure this is K-FAC (Martens & Grosse 2015, arXiv:1503.05671), with an
+    eigenvalue-corrected one EKFAC (George et al. 2018, arXiv:1806.03884), and with a dense one
+    the exact method.  The damping is added to :math:`F`, not to its factors.
 
-    A step with direction :math:`d = -(F + \delta I)^{-1} (\nabla L + w \theta)`, momentum
+    A step has the direction :math:`d = -(F + \delta I)^{-1} (\nabla L + w \theta)`, momentum
     :math:`\mu` and learning rate :math:`\eta`:
 
     .. math:: u \leftarrow \mu u + d, \qquad \theta \leftarrow \theta + \eta\, c\, u, \qquad
               c = \min\big(1, \sqrt{2 \kappa / (\eta^2 u^\top F u)}\big)
 
-    The trust region ``max_kl``, :math:`\kappa`, bounds what a step changes of the model's
-    predictions: :math:`\tfrac12 \eta^2 c^2 u^\top F u \le \kappa` nats an example.
+    The trust region ``max_kl``, :math:`\kappa`, bounds the change of the model's predictions by
+    a step: :math:`\tfrac12 \eta^2 c^2 u^\top F u \le \kappa` nats per example.
 
-    The loss must be a mean over examples of the negative log-likelihood, as
-    ``cross_entropy`` is for :class:`Categorical`, for a step with ``lr=1`` to be a Newton
-    step of that length.  :meth:`update_fisher` looks at the network's curvature, as often
-    as the user finds it worth::
+    The loss must be the mean over examples of the negative log-likelihood, as ``cross_entropy``
+    is for :class:`Categorical`.  A step with ``lr=1`` is then a Newton step.
+    :meth:`update_fisher` takes the Fisher information anew, as often as you call it::
 
         optimizer = NaturalGradient(model, lr=0.1, momentum=0.7, damping=0.03, tolerance=0.1)
         for step, (x, y) in enumerate(batches):
@@ -59,34 +57,33 @@ class NaturalGradient(Optimizer):
             optimizer.step(batch=(x[:500], y[:500]) if careful else None)
 
     ``param_groups[0]`` holds ``lr``, ``momentum``, ``weight_decay``, ``damping``, ``max_kl``
-    and ``longest``, the bound that the last ``step(batch=...)`` found; schedulers of the
-    learning rate work as ever, and a damping may be set there at any time.
+    and ``longest``, the bound from the last ``step(batch=...)``.  Schedulers of the learning
+    rate work as usual, and the damping may be set there at any time.
 
     Args:
-        model: the network, all of whose trainable parameters are optimised: those that require
-            a gradient at a step and did at the last :meth:`update_fisher`.  One that is
-            frozen in between stays; what a dense block moves beside it is the natural
-            gradient of all only after the next :meth:`update_fisher`.
-        likelihood: what its outputs mean.
+        model: the network.  A step moves the parameters that require a gradient, and did so at
+            the last :meth:`update_fisher`.  A parameter frozen in between stays; a dense block
+            around it is right again after the next :meth:`update_fisher`.
+        likelihood: what the outputs mean.
         lr: :math:`\eta`.
         momentum: :math:`\mu`, in [0, 1).
         weight_decay: :math:`w`, the gradient of :math:`\tfrac w2 |\theta|^2`.
-        damping: :math:`\delta`, or a schedule: what it is at each step, counted from 0.
-        max_kl: :math:`\kappa` in nats an example; ``None`` for no trust region.
-        decay: the weight of the running mean of Fisher matrices at each
-            :meth:`update_fisher`; 0 forgets what was before.  Means of Kronecker matrices
-            are projected (:func:`~ewc.nearest_kronecker`), those of
-            eigenvalue-corrected ones to the eigenvectors of the last.
-        tolerance: the relative error of :math:`v^\top (F + \delta I)^{-1} v` at any ``v``:
-            with 0.1 what is below a tenth of the damping counts as 0, and with Kronecker
-            structures a step costs a tenth of what it does with 0 (with K-FAC in wide layers
-            the eigenvectors half).
+        damping: :math:`\delta`, or a schedule from the number of the step, from 0 on, to it.
+        max_kl: :math:`\kappa` in nats per example; ``None`` for no trust region.
+        decay: the weight of the running mean of Fisher matrices at each :meth:`update_fisher`;
+            0 keeps the last matrix only.  A mean of Kronecker matrices is projected to one
+            (:func:`~ewc.nearest_kronecker`), a mean of eigenvalue-corrected ones to the
+            eigenvectors of the last.
+        tolerance: the relative error of :math:`v^\top (F + \delta I)^{-1} v` for every ``v``.
+            With 0.1 eigenvalues below a tenth of the damping count as 0, and a step with a
+            Kronecker structure costs a tenth of one with 0 (the eigenvectors of K-FAC in wide
+            layers a half).
         estimator: how the expectation over targets is taken.
         structure: what is kept of the matrix.
 
     Raises:
         ValueError: an option is outside its range, or the model has no trainable parameter.
-        TypeError: the model, the likelihood, the estimator or the structure is none.
+        TypeError: the model, the likelihood, the estimator or the structure has another type.
     """
 
     def __init__(
@@ -113,7 +110,7 @@ class NaturalGradient(Optimizer):
         for name, value in (("lr", lr), ("weight_decay", weight_decay), ("damping", first)):
             check_not_negative(value, name)
         if not (is_number(momentum) and 0 <= momentum < 1):
-            raise ValueError(f"momentum is {momentum!r}: it must lie in [0, 1).")
+            raise ValueError(f"momentum must lie in [0, 1), got {momentum!r}.")
         check_positive(max_kl, "max_kl", optional=True)
         check_share(decay, "decay")
         check_not_negative(tolerance, "tolerance")
@@ -141,12 +138,12 @@ class NaturalGradient(Optimizer):
         super().__init__(model.parameters(), options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take parameters that the model has gained into the one group there is.
+        """Add parameters that the model has gained to the one group.
 
-        :meth:`update_fisher` finds them by itself.
+        :meth:`update_fisher` does so by itself.
 
         Raises:
-            ValueError: a parameter is not of the model, or the group has options of its own.
+            ValueError: a parameter is not one of the model, or the group has options.
         """
         if not self.param_groups:
             super().add_param_group(param_group)
@@ -157,7 +154,7 @@ class NaturalGradient(Optimizer):
         if param_group.keys() != {"params"} or not known.issuperset(parameters):
             raise ValueError(
                 "NaturalGradient has one group of parameters, those of its model: "
-                "add_param_group takes new ones of the model only, without options of their own."
+                "param_group must hold 'params' of that model and no other option."
             )
         self._adopt(parameters)
 
@@ -166,9 +163,9 @@ class NaturalGradient(Optimizer):
         self.param_groups[0]["params"] += [p for p in parameters if p not in known]
 
     def state_dict(self) -> dict[str, Any]:
-        """What every optimizer has, with the running Fisher matrix and the last step.
+        """The state of every optimizer, with the running Fisher matrix and the last step.
 
-        Tensors and plain values, which ``torch.load`` takes with ``weights_only=True``.
+        It holds tensors and plain values, which ``torch.load`` takes with ``weights_only=True``.
         """
         fisher = None
         if self.fisher is not None:
@@ -179,10 +176,10 @@ class NaturalGradient(Optimizer):
         return {**super().state_dict(), "natural_gradient": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on as the optimizer whose ``state_dict`` it is would have gone on.
+        """Continue as the optimizer that made this state.
 
         Raises:
-            ValueError: the state does not fit; the optimizer is then as it was.
+            ValueError: the state does not fit; the optimizer is then unchanged.
         """
         # States of earlier versions have no Fisher matrix: update_fisher must make one.
         own = state_dict.get("natural_gradient", {"fisher": None, "last": None})
@@ -202,20 +199,19 @@ class NaturalGradient(Optimizer):
         self.fisher, self._last = fisher, last
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and copies: with all but the inverse, which is made again."""
+        """For pickle and copies: everything but the inverse, which is made again."""
         return {**self.__dict__, "_known_inverse": None}
 
     @torch.no_grad()
     def update_fisher(self, data: Iterable[Any]) -> None:
-        """Take the Fisher information at the present parameters into the running mean.
+        """Add the Fisher information at the present parameters to the running mean.
 
         Args:
-            data: batches, as :func:`~ewc.fisher_information` takes them: one batch, or as
-                many as the noise of the matrix asks for.
+            data: batches, as for :func:`~ewc.fisher_information`.  More batches mean less noise.
 
         Raises:
-            TypeError: with a ``decay``, means of this structure are not of its kind.
-            ValueError: the data are none.
+            TypeError: there is a ``decay``, and a mean of two such matrices has another structure.
+            ValueError: the data are empty.
         """
         self._adopt(self.model.parameters())
         fresh = fisher_information(
@@ -231,8 +227,8 @@ class NaturalGradient(Optimizer):
         mean = (self.decay * self.fisher + (1 - self.decay) * fresh).nearest()
         if isinstance(mean, SumFisher):
             raise TypeError(
-                f"decay is {self.decay}, but the mean of two {type(fresh).__name__} is none: "
-                "take decay=0, or a diagonal, Kronecker, eigenvalue-corrected or dense structure."
+                f"decay must be 0 with {type(fresh).__name__}, got {self.decay}: a running mean "
+                "needs a diagonal, Kronecker, eigenvalue-corrected or dense structure."
             )
         self.fisher = mean
 
@@ -240,21 +236,21 @@ class NaturalGradient(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None, *, batch: Any = None) -> Any:
         r"""Take one step.
 
-        A structure holds the information of single layers, and of some steps ago: along its
-        own direction it is easily five times too small.  With a ``batch`` the step goes no
-        further than to the minimum of the quadratic model along it,
+        A structure holds the information of single layers, from some steps ago.  Along the
+        step's direction it is easily five times too small.  With a ``batch`` the step ends at
+        the minimum of the quadratic model along it at the latest,
         :math:`\eta \, c \le - \nabla L^\top u / u^\top (F + \delta I) u`, with the exact
         Fisher information of these examples (Martens & Grosse 2015, section 6.4).  The bound
-        holds until the next step with a batch: a few of them, and every one of the first
-        twenty, keep a training stable.
+        holds until the next step with a batch.  A batch in each of the first twenty steps, and
+        in some later ones, keeps training stable.
 
         Args:
             closure: computes the loss and its gradients, and returns the loss.
-            batch: examples of the present batch, as :func:`~ewc.fisher_information` takes
-                them, best some hundred; ``None`` for the bound of before.
+            batch: some hundred examples of the present batch, as for
+                :func:`~ewc.fisher_information`; ``None`` keeps the bound.
 
         Raises:
-            RuntimeError: there was no :meth:`update_fisher` before.
+            RuntimeError: :meth:`update_fisher` was not called before.
             torch.linalg.LinAlgError: the damped matrix is not positive definite.
         """
         loss = None
@@ -263,8 +259,7 @@ class NaturalGradient(Optimizer):
                 loss = closure()
         if self.fisher is None:
             raise RuntimeError(
-                "The Fisher information is not known yet: update_fisher comes before the "
-                "first step."
+                "The Fisher information is not known yet: call update_fisher before the first step."
             )
         options = self.param_groups[0]
         if self.schedule is not None:
@@ -294,30 +289,30 @@ class NaturalGradient(Optimizer):
         return loss
 
     def adapt_damping(self, change: float) -> float:
-        r"""Change the damping by how well the last step's quadratic model held.
+        r"""Change the damping according to the quadratic model of the last step.
 
-        The Levenberg-Marquardt rule (Martens & Grosse 2015, section 6.5): with the move
-        :math:`\Delta` and the model's forecast :math:`M = \nabla L^\top \Delta +
-        \tfrac12 \Delta^\top (F + \delta I) \Delta`, the damping grows if the loss changed
-        by less than a quarter of :math:`M`, and shrinks if by more than three quarters.
+        This is the Levenberg-Marquardt rule (Martens & Grosse 2015, section 6.5).  For the move
+        :math:`\Delta` the model forecasts :math:`M = \nabla L^\top \Delta + \tfrac12
+        \Delta^\top (F + \delta I) \Delta`.  The damping grows if the loss changed by less than a
+        quarter of :math:`M`, and shrinks if it changed by more than three quarters.
 
         Args:
-            change: by how much the loss changed over the last step, on the same batch, in
-                nats an example; a decrease is negative.
+            change: the change of the loss over the last step, on the same batch, in nats per
+                example; a decrease is negative.
 
         Returns:
-            The ratio of what happened to what was forecast, 1 if the model is right.
+            The ratio of the change to the forecast, 1 if the model is exact.
 
         Raises:
             RuntimeError: there was no step yet, or the damping follows a schedule.
             ValueError: the change is not finite.
         """
         if not is_number(change):
-            raise ValueError(f"change is {change!r}: it must be a finite number.")
+            raise ValueError(f"change must be a finite number, got {change!r}.")
         if self.schedule is not None:
-            raise RuntimeError("The damping follows a schedule: it cannot be adapted as well.")
+            raise RuntimeError("The damping follows a schedule: do not call adapt_damping.")
         if self._last is None or self.fisher is None:
-            raise RuntimeError("There was no step yet whose outcome the damping could follow.")
+            raise RuntimeError("There was no step yet: call step before adapt_damping.")
         last = self._last
         bend = self.fisher.quadratic_form(last.move) + last.damping * dot(last.move, last.move)
         slope = dot(last.gradient, last.move)
@@ -330,7 +325,7 @@ class NaturalGradient(Optimizer):
         return ratio
 
     def _inverse(self, damping: float) -> DampedInverse:
-        """The damped inverse, which stays the same until one of the two changes."""
+        """The damped inverse, made anew if the matrix or the damping has changed."""
         assert self.fisher is not None
         known = self._known_inverse
         if known is None or known[0] is not self.fisher or known[1] != damping:
@@ -346,7 +341,7 @@ class NaturalGradient(Optimizer):
         move: Parameters,
         ridge: float,
     ) -> None:
-        """Find how far a step may go, where the loss bends by F and a ridge."""
+        """Bound the length of a step by the curvature, F plus a ridge, along it."""
         exact = fisher_information(
             self.model,
             [batch],
@@ -364,7 +359,7 @@ class NaturalGradient(Optimizer):
     def _with_momentum(
         self, here: Mapping[str, nn.Parameter], direction: Parameters, mass: float
     ) -> Parameters:
-        """The direction of some parameters with what momentum adds to it."""
+        """The direction of some parameters, with momentum."""
         if mass == 0:
             return {name: direction[name] for name in here}
         move: Parameters = {}
@@ -379,7 +374,7 @@ class NaturalGradient(Optimizer):
 
 
 class _Step(NamedTuple):
-    """What the last step did, and why."""
+    """The last step: the gradient before it, the move, its length and the damping."""
 
     gradient: Parameters
     move: Parameters
@@ -404,9 +399,9 @@ def _restore_types(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
 
 
 def _gradient(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> Parameters:
-    """The gradients of the loss with those of the weight decay; 0 where there is none.
+    """The gradients of the loss plus weight decay; 0 for a parameter without one.
 
-    What is frozen has none, although one may be left of before.
+    A frozen parameter counts as one without, even if it has an old gradient.
     """
     found: Parameters = {}
     for name, parameter in parameters.items():

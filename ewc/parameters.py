@@ -1,10 +1,9 @@
-r"""Vectors over a network's parameters: one tensor a name, in the order of the model.
+r"""Vectors over a network's parameters: one tensor for each name, in the model's order.
 
-Everything in this library that lives in parameter space (a gradient, an anchor, a
-diagonal, a direction :math:`v`) is a ``Parameters``: a plain ``dict`` from the names of
-``model.named_parameters()`` to tensors of the same shapes.  The order of the dict is the
-order of the flat vector.  Wrappers around a model (:mod:`ewc.wrappers`) have no part in the
-names.
+A gradient, an anchor, a diagonal and a direction :math:`v` are all ``Parameters``: a plain
+``dict`` from the names of ``model.named_parameters()`` to tensors of the same shapes.  The
+order of the dict is the order of the flat vector.  Names are those of the bare model, without
+its wrappers (:mod:`ewc.wrappers`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from ewc.checks import check_count, check_instance
+from ewc.checks import check_count, check_instance, shown
 from ewc.wrappers import named_parameters
 
 Parameters = dict[str, Tensor]
@@ -53,8 +52,8 @@ def selected_parameters(model: nn.Module, selection: Sequence[Selection] | None)
 
     Raises:
         ValueError: there is no trainable parameter, the selection is empty, an item
-            selects none, or a chosen parameter is complex.
-        TypeError: an item is something else.
+            selects nothing, or a chosen parameter is complex.
+        TypeError: an item is of another type.
     """
     parameters = trainable_parameters(model)
     if selection is None:
@@ -63,7 +62,7 @@ def selected_parameters(model: nn.Module, selection: Sequence[Selection] | None)
         selection = [selection]
     if not selection:
         raise ValueError(
-            "The selection of parameters is empty: it must name one or more, or be None for all."
+            "parameters must name at least one parameter, or be None for all, got an empty list."
         )
     chosen: set[str] = set()
     for item in selection:
@@ -71,32 +70,35 @@ def selected_parameters(model: nn.Module, selection: Sequence[Selection] | None)
             every = named_parameters(model, remove_duplicate=False)
             places = {id(p) for name, p in every if name == item or fnmatchcase(name, item)}
         elif isinstance(item, nn.Module | nn.Parameter):
-            own = [item] if isinstance(item, nn.Parameter) else item.parameters()
-            places = {id(parameter) for parameter in own}
+            inside = [item] if isinstance(item, nn.Parameter) else item.parameters()
+            places = {id(parameter) for parameter in inside}
         else:
             raise TypeError(
-                f"{item!r} selects no parameters: a name, a pattern, a module or a parameter does."
+                f"parameters must hold names, patterns, modules or parameters, got {shown(item)}."
             )
-        found = {name for name, parameter in parameters.items() if id(parameter) in places}
-        if not found:
+        names = {name for name, parameter in parameters.items() if id(parameter) in places}
+        if not names:
             what = repr(item) if isinstance(item, str) else f"The {type(item).__name__}"
             raise ValueError(
-                f"{what} selects none of the model's trainable parameters: "
-                f"they are {', '.join(parameters)}."
+                f"{what} selects none of the model's trainable parameters "
+                f"({', '.join(parameters)})."
             )
-        chosen |= found
+        chosen |= names
     return _real({name: value for name, value in parameters.items() if name in chosen})
 
 
 def _real(parameters: Parameters) -> Parameters:
-    """The same parameters, if all are real numbers."""
+    """The same parameters, if all are real.
+
+    Raises:
+        ValueError: a parameter is complex.
+    """
     for name, parameter in parameters.items():
         if parameter.is_complex():
             raise ValueError(
-                f"Parameter {name!r} is of type {parameter.dtype}: the Fisher information is one "
-                "over real numbers, so keep its real and imaginary parts as a parameter "
-                "[..., 2] (torch.view_as_complex in the forward pass), or leave it out by "
-                "parameters=."
+                f"Parameter {name!r} must be real, got {parameter.dtype}: keep its real and "
+                "imaginary parts in a parameter [..., 2] for torch.view_as_complex, or leave it "
+                "out by parameters=."
             )
     return parameters
 
@@ -107,9 +109,9 @@ def shapes_of(parameters: Mapping[str, Tensor]) -> Shapes:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type for sums over many terms: single precision at least.
+    """The type of sums over many terms: at least single precision.
 
-    In half precision a sum stops growing once it is some hundred times its terms.
+    A sum in half precision stops growing at some hundred times its terms.
     """
     return torch.promote_types(dtype, torch.float32)
 
@@ -143,8 +145,8 @@ def check_same_shapes(
     """Check that ``found`` has exactly the names and shapes of ``shapes``.
 
     Raises:
-        ValueError: a name is missing or foreign, or a shape differs; ``what`` names
-            their owner in the message.
+        ValueError: a name is missing or unknown, or a shape differs; ``what`` stands for
+            ``found`` in the message.
     """
     if odd := shapes.keys() ^ found.keys():
         name = min(odd)
@@ -162,11 +164,11 @@ def check_same_shapes(
 
 
 def size_of(sizes: Sequence[int]) -> torch.Size:
-    """A shape from its sizes, as they come from a file.
+    """A shape from its sizes, as a file holds them.
 
     Raises:
-        ValueError: one is not a whole number, 0 or more.
-        TypeError: it is no list.
+        ValueError: a size is not a whole number, 0 or more.
+        TypeError: the sizes are not a list.
     """
     check_instance(sizes, list | tuple, "A shape", "a list")
     for size in sizes:
@@ -175,23 +177,23 @@ def size_of(sizes: Sequence[int]) -> torch.Size:
 
 
 def check_shape(tensor: Tensor, shape: Sequence[int], what: str) -> None:
-    """Check that a tensor has a shape, and a floating-point type.
+    """Check that a tensor has a shape and a floating-point type.
 
     Raises:
-        ValueError: it has not; ``what`` names it in the message.
+        ValueError: the tensor has another shape or type; ``what`` names it in the message.
     """
     if list(tensor.shape) != list(shape) or not tensor.is_floating_point():
         raise ValueError(
-            f"{what} has shape {list(tensor.shape)} and type {tensor.dtype}: shape "
-            f"{list(shape)} and a floating-point type are needed."
+            f"{what} must have shape {list(shape)} and a floating-point type, got shape "
+            f"{list(tensor.shape)} and type {tensor.dtype}."
         )
 
 
 def grown_shapes(old: Mapping[str, torch.Size], new: Mapping[str, torch.Size]) -> Shapes:
-    """The union of two sets of shapes, where a parameter may only have grown in rows.
+    """The union of two sets of shapes, where a parameter may only have gained rows.
 
-    A parameter that is in both keeps its new shape.  Rows may be added at the end (a
-    classifier that met new classes); everything else must be equal.
+    A parameter in both sets keeps its new shape.  A classifier that met new classes has rows
+    added at the end; everything else must be equal.
 
     Raises:
         ValueError: a parameter shrank, or changed in another dimension than the rows.

@@ -1,14 +1,14 @@
 r"""The Elastic Weight Consolidation penalty, as a module added to any loss.
 
-With a Laplace approximation of the posterior after each task, the log-posterior of the
-parameters while task :math:`T` with :math:`N` examples is learnt is, per example of that
-task, the loss plus
+After each task the posterior of the parameters is approximated by a normal distribution
+(Laplace).  While task :math:`T` with :math:`N` examples is learnt, the negative log-posterior per
+example of that task is the loss plus
 
 .. math:: \tfrac12 \lambda \sum_{t < T} \frac{N_t}{N}
           (\theta - \theta_t^*)^\top F_t (\theta - \theta_t^*)
 
-(Kirkpatrick et al. 2017, arXiv:1612.00796, equation 3).  :math:`\lambda = 1` is the Bayes
-value, whatever the sizes of tasks and batches, for a loss that is a mean over examples.
+(Kirkpatrick et al. 2017, arXiv:1612.00796, equation 3).  The loss must be a mean over examples.
+Then :math:`\lambda = 1` is the Bayes value, whatever the sizes of tasks and batches.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,12 +38,12 @@ from ewc.parameters import Parameters
 class EWCPenalty(nn.Module):
     r""":math:`\frac12 \lambda \sum_t \frac{N_t}{N} (\theta - a_t)^\top F_t (\theta - a_t)`.
 
-    :math:`F_t` is the mean Fisher information of task :math:`t`, :math:`N_t` its examples and
-    :math:`a_t` the parameters after it (Kirkpatrick et al. 2017, equation 3).
+    :math:`F_t` is the mean Fisher information of task :math:`t`, :math:`N_t` its number of
+    examples and :math:`a_t` the parameters after it (Kirkpatrick et al. 2017, equation 3).
 
-    Use it as ``loss = criterion(model(x), y) + penalty(model)``.  Parameters are matched
-    by name.  A parameter that came later, or rows that a parameter gained since (a
-    classifier that met new classes), are free.
+    Use it as ``loss = criterion(model(x), y) + penalty(model)``.  Parameters are matched by
+    name.  New parameters are free, and so are new rows of a parameter, as of a classifier that
+    met new classes.
 
     Args:
         strength: :math:`\lambda`; 1 is the Bayes value.

@@ -1,4 +1,4 @@
-r"""Classes, with a Fisher information that does not vanish where the network is sure."""
+r"""Classes whose Fisher information has a floor where the network is certain."""
 
 from dataclasses import dataclass
 
@@ -11,21 +11,20 @@ from ewc.likelihoods import Categorical
 
 @dataclass(frozen=True)
 class SmoothedCategorical(Categorical):
-    r"""One of ``c`` classes, the information taken at less sure probabilities.
+    r"""One of ``c`` classes, with the information taken at smoothed probabilities.
 
-    A network that has fitted its training data gives nearly every example's label a probability
-    of nearly 1, and the Fisher information of the logits, :math:`\mathrm{diag}(p) - p p^\top`,
-    nearly vanishes: by how much says how long it was trained, not how much the outputs matter,
-    and a quadratic that small holds nothing.  Here :math:`p` is replaced by
+    A network that has fitted its training data gives nearly every label a probability near 1.
+    The Fisher information of the logits, :math:`\mathrm{diag}(p) - p p^\top`, then nearly
+    vanishes.  Its size says how long the network was trained, not how much its outputs matter.
+    Here the information is :math:`\mathrm{diag}(\tilde p) - \tilde p \tilde p^\top` with
 
-    .. math:: \tilde p = (1 - \epsilon) \, p + \epsilon / c
+    .. math:: \tilde p = (1 - \epsilon) \, p + \epsilon / c ,
 
-    in the information of the logits, :math:`\mathrm{diag}(\tilde p) - \tilde p \tilde p^\top`,
-    which is that of a network whose labels are smoothed (Szegedy et al. 2016,
-    arXiv:1512.00567, section 7).  The densities are those of :class:`~ewc.Categorical`; the
-    score is :math:`e_y - \tilde p`, whose covariance under :math:`\tilde p` this is, and no
-    longer their gradient.  With :class:`~ewc.Empirical`, which takes the observed labels, the
-    information of a sure network shrinks to the order of :math:`\epsilon^2` only.
+    that of a network with smoothed labels (Szegedy et al. 2016, arXiv:1512.00567, section 7).
+    The densities are those of :class:`~ewc.Categorical`.  The score is :math:`e_y - \tilde p`,
+    whose covariance under :math:`\tilde p` is this information; it is not the gradient of the
+    log-density.  With :class:`~ewc.Empirical`, which takes the observed labels, the information
+    of a certain network still shrinks to the order of :math:`\epsilon^2`.
 
     Attributes:
         smoothing: :math:`\epsilon`, from 0 (the Fisher information itself) to 1.
@@ -37,7 +36,6 @@ class SmoothedCategorical(Categorical):
     smoothing: float = 0.1
 
     def __post_init__(self) -> None:
-        """Check the smoothing."""
         check_share(self.smoothing, "smoothing")
 
     def smoothed(self, outputs: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""What a training strategy computes for a mini-batch, for a pass over its data.
+"""How a training strategy calls its network for a mini-batch.
 
-A strategy is what Avalanche calls one: an object with ``model``, ``mbatch``,
-``_unpack_minibatch()``, ``forward()`` and ``mb_y``.  Subclasses override any of them, so the
-function that is trained is known to the strategy alone.
+A strategy is meant in Avalanche's sense: an object with ``model``, ``mbatch``,
+``_unpack_minibatch()``, ``forward()`` and ``mb_y``.  Subclasses override any of them, so only
+the strategy knows the function that it trains.
 """
 
 import copy
@@ -16,60 +16,60 @@ from torch import Tensor, nn
 from ewc.pullback.arguments import Arguments
 
 Batch = tuple[Arguments, Any]
-"""How a network is called for a mini-batch, and the targets."""
+"""The arguments of the network for a mini-batch, and the targets."""
 
 
 class Calls(Protocol):
-    """How mini-batches go through a network."""
+    """From mini-batches to the arguments of a network."""
 
     @property
     def network(self) -> nn.Module:
         """The network that is called."""
 
     def __call__(self, mbatch: Any) -> Batch:
-        """The call of the network for a mini-batch."""
+        """The network's arguments and the targets for a mini-batch."""
 
 
 def strategy_calls(strategy: Any, model: nn.Module, mbatch: Any) -> Calls:
-    """How a strategy computes outputs from mini-batches.
+    """The calls by which a strategy computes outputs from mini-batches.
 
-    Where ``forward()`` returns what one call of the model returns, the network is the model
-    itself.  Else it is all of ``forward()``.
+    The network is the model itself where ``forward()`` returns the result of one call of it.
+    Otherwise the network is all of ``forward()``.
 
     Args:
-        strategy: the strategy; it stays as it is.
+        strategy: the strategy, which is not changed.
         model: its model without wrappers, in evaluation mode.
-        mbatch: a mini-batch, as the strategy's data loader gives it.
+        mbatch: a mini-batch of the strategy's data loader.
     """
-    own = beside(strategy, model)
-    own.mbatch = copy.copy(mbatch)
+    strategy_copy = beside(strategy, model)
+    strategy_copy.mbatch = copy.copy(mbatch)
     calls: list[tuple[Any, Any, Any, Any]] = []
 
     def remember(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         calls.append((args, kwargs, output, getattr(output, "_version", None)))
 
-    own._unpack_minibatch()
+    strategy_copy._unpack_minibatch()
     handle = model.register_forward_hook(remember, with_kwargs=True)
     try:
         with torch.enable_grad():
-            returned = own.forward()
+            returned = strategy_copy.forward()
     finally:
         handle.remove()
     if len(calls) == 1:
         args, kwargs, output, version = calls[0]
-        arguments = _arguments(args, kwargs, len(own.mb_y))
+        arguments = _arguments(args, kwargs, len(strategy_copy.mb_y))
         unchanged = returned is output and version == getattr(output, "_version", None)
-        # Inputs that depend on parameters are a part of the network.
+        # Where inputs depend on parameters, the network begins before them.
         if unchanged and arguments and not any(t.requires_grad for t in arguments.tensors()):
-            return ModelCalls(own)
+            return ModelCalls(strategy_copy)
     return StrategyCalls(StrategyNetwork(strategy, model, mbatch))
 
 
 class ModelCalls:
-    """The model's own arguments, which the strategy's ``forward()`` gives it.
+    """The arguments with which the strategy's ``forward()`` calls its model.
 
     Args:
-        strategy: a copy whose state may change.
+        strategy: a copy, whose state may change.
     """
 
     def __init__(self, strategy: Any) -> None:
@@ -77,7 +77,11 @@ class ModelCalls:
         self.network: nn.Module = strategy.model
 
     def __call__(self, mbatch: Any) -> Batch:
-        """The call of the model for a mini-batch; the model is not run."""
+        """The model's arguments and the targets for a mini-batch; the model does not run.
+
+        Raises:
+            ValueError: ``forward()`` calls the model differently than for the first mini-batch.
+        """
         strategy = self.strategy
         strategy.mbatch = mbatch
         strategy._unpack_minibatch()
@@ -95,14 +99,13 @@ class ModelCalls:
         finally:
             handle.remove()
         raise ValueError(
-            f"{type(strategy).__name__}.forward() calls its model in another way for some "
-            "mini-batches than for the first: it must call it once, with tensors of a row an "
-            "example."
+            f"{type(strategy).__name__}.forward() must call its model once for every "
+            "mini-batch, with tensors that have one row for each example."
         )
 
 
 class CallError(Exception):
-    """Ends ``forward()`` where the model is called; it never leaves this file."""
+    """Ends ``forward()`` at the call of the model; raised and caught in this file only."""
 
     def __init__(self, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         super().__init__()
@@ -111,14 +114,14 @@ class CallError(Exception):
 
 
 class StrategyNetwork(nn.Module):
-    """All that a strategy does from a mini-batch to outputs, as a network.
+    """A strategy's whole way from a mini-batch to outputs, as a network.
 
-    Its parameters, buffers and modules are the model's own, under the same names.
+    Its parameters, buffers and modules are those of the model, under the same names.
 
     Args:
-        strategy: the strategy; it stays as it is.
+        strategy: the strategy, which is not changed.
         model: its model without wrappers.
-        mbatch: a mini-batch, whose kind the others have.
+        mbatch: a mini-batch of the same type as all others.
     """
 
     def __init__(self, strategy: Any, model: nn.Module, mbatch: Any) -> None:
@@ -134,7 +137,7 @@ class StrategyNetwork(nn.Module):
         self.mapping = copy.copy(mbatch) if isinstance(mbatch, Mapping) else None
 
     def forward(self, *items: Any, **entries: Tensor) -> Any:
-        """The outputs for a mini-batch of these items, or of these entries."""
+        """The outputs for a mini-batch with these items, or with these named entries."""
         if self.mapping is None:
             self.strategy.mbatch = list(items)
         else:
@@ -151,12 +154,12 @@ class StrategyNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class StrategyCalls:
-    """Mini-batches as they are, for a network that unpacks them itself."""
+    """Whole mini-batches, for a network that unpacks them itself."""
 
     network: StrategyNetwork
 
     def __call__(self, mbatch: Any) -> Batch:
-        """The call for a mini-batch.
+        """The mini-batch as arguments, and its targets.
 
         Raises:
             ValueError: the mini-batch cannot be cut into examples.
@@ -171,21 +174,21 @@ class StrategyCalls:
         if arguments is None:
             items = dict(mbatch).values() if named else mbatch
             raise ValueError(
-                f"{type(strategy).__name__}.forward() does more than to return what its model "
-                "returns, so that its mini-batches must be of tensors, or dicts of tensors, "
-                f"with a row an example: one has {', '.join(map(_described, items))}."
+                f"Mini-batches of {type(strategy).__name__} must be tensors or dicts of tensors "
+                "with one row for each example, as its forward() does more than call the model; "
+                f"got {', '.join(map(_described, items))}."
             )
         return arguments, targets
 
 
 @dataclass(frozen=True)
 class Batches:
-    """The data of a loader, as often as they are asked for.
+    """The batches of a loader, for any number of passes.
 
     Attributes:
-        loader: gives a strategy's mini-batches.
-        calls: how they go through the network.
-        most: how many examples there are at most; ``None`` for all.
+        loader: the loader of a strategy's mini-batches.
+        calls: from mini-batches to the network's arguments.
+        most: the largest number of examples; ``None`` for all.
     """
 
     loader: Iterable[Any]
@@ -193,7 +196,7 @@ class Batches:
     most: int | None = None
 
     def __iter__(self) -> Iterator[Batch]:
-        """The call of the network, and the targets, of every mini-batch."""
+        """The network's arguments and the targets of every mini-batch."""
         left = self.most
         for mbatch in self.loader:
             arguments, targets = self.calls(mbatch)
@@ -206,14 +209,14 @@ class Batches:
 
 
 def beside(strategy: Any, model: nn.Module) -> Any:
-    """A copy of a strategy with another model: what is set on it, is not set on the strategy."""
+    """A shallow copy of a strategy with another model; setting its attributes is safe."""
     other = object.__new__(type(strategy))
     vars(other).update(vars(strategy), model=model)
     return other
 
 
 def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Arguments | None:
-    """The arguments of a call where they are tensors of so many rows, else ``None``."""
+    """The arguments of a call if all are tensors with ``rows`` rows, else ``None``."""
     positional = tuple(dict(a) if isinstance(a, Mapping) else a for a in args)
     values = [v for a in positional for v in (a.values() if isinstance(a, dict) else [a])]
     values += kwargs.values()

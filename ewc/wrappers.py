@@ -1,9 +1,9 @@
 """Modules that wrap a model and give its parameters other names.
 
 ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` put a module around a
-model: ``0.weight`` becomes ``_orig_mod.0.weight`` or ``module.0.weight``.  Everything in
-this library goes by the names of the bare model.  A wrapper is known by its class: a
-submodule that is called ``module`` keeps its name.
+model: ``0.weight`` becomes ``_orig_mod.0.weight`` or ``module.0.weight``.  This library uses
+the names of the bare model throughout.  A wrapper is recognised by its class, so a submodule
+called ``module`` keeps its name.
 """
 
 import sys
@@ -14,7 +14,7 @@ from torch import nn
 
 
 def bare(module: nn.Module) -> nn.Module:
-    """The module inside all wrappers around it; the module itself if there are none."""
+    """The module inside all wrappers; the module itself if it has none."""
     while (inner := _wrapped(module)) is not None:
         module = inner
     return module
@@ -34,10 +34,10 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
 def named_parameters(
     model: nn.Module, *, remove_duplicate: bool = True
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """What ``model.named_parameters()`` gives, by the names of the bare model.
+    """The pairs of ``model.named_parameters()``, with the names of the bare model.
 
     Args:
-        model: the network, maybe wrapped, maybe with wrapped modules inside.
+        model: the network; it and modules inside may be wrapped.
         remove_duplicate: whether a tied parameter has its first name only.
     """
     seen: set[int] = set()
@@ -58,7 +58,7 @@ def _walked(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Parameter]
 
 
 def parameter_of(model: nn.Module, name: str) -> nn.Parameter | None:
-    """The parameter that has this full name in the bare model, ``None`` if there is none."""
+    """The parameter with this full name in the bare model, or ``None``."""
     module = bare(model)
     *path, leaf = name.split(".")
     for part in path:
@@ -72,7 +72,7 @@ def parameter_of(model: nn.Module, name: str) -> nn.Parameter | None:
 
 @contextmanager
 def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
-    """The bare model, whose modules are bare too until the context is left."""
+    """The bare model; inside the context its modules are bare too."""
     model = bare(model)
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
     try:

@@ -98,7 +98,7 @@ def test_layers_without_information():
     assert error_by_layer(exact * 0.0, exact) == {"a": 1.0, "b": 0.0}
     wrong = DenseFisher(torch.eye(4), shapes, 3)
     assert error_by_layer(wrong, exact)["b"] == math.inf
-    with pytest.raises(ValueError, match="is 0: nothing has a share"):
+    with pytest.raises(ValueError, match="must not be 0: a share"):
         share_between_layers(exact * 0.0)
 
 

@@ -410,12 +410,12 @@ def test_mistakes_in_the_arguments_are_named():
     second = next(n for n in names if n not in dict(tied.named_parameters()))
     (only,) = fisher_information(tied, data, parameters=[second]).shapes
     assert tied.get_parameter(only) is tied.get_parameter(second)
-    with pytest.raises(ValueError, match="The selection of parameters is empty"):
+    with pytest.raises(ValueError, match="must name at least one parameter"):
         fisher_information(tied, data, parameters=[])
     with pytest.raises(TypeError, match=r"structure must be a Structure instance .* got 'diagon"):
         fisher_information(tied, data, structure="diagonal")
     for memory in (1e6, None):
-        with pytest.raises(ValueError, match="it must be a whole number of bytes above 0"):
+        with pytest.raises(ValueError, match="memory must be a whole number of bytes above 0, got"):
             fisher_information(tied, data, memory=memory)
     with pytest.raises(ValueError, match=r"Batch 0 is a tuple \(ndarray, Tensor\): the data must"):
         fisher_information(tied, [(data[0][0].numpy(), data[0][1])])
@@ -545,7 +545,7 @@ def test_complex_parameters_are_refused_or_left_out():
     model = nn.Sequential(nn.Linear(4, 3))
     model.phase = nn.Parameter(torch.randn(2, dtype=torch.cfloat))
     data = [(torch.randn(5, 4), torch.zeros(5, dtype=torch.long))]
-    with pytest.raises(ValueError, match=r"'phase' is of type torch.complex64.*view_as_complex"):
+    with pytest.raises(ValueError, match=r"'phase' must be real, got .*complex64.*view_as_comp"):
         fisher_information(model, data)
     assert fisher_information(model, data, parameters=["0.*"]).shapes.keys() == {
         "0.weight",

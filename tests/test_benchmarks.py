@@ -195,7 +195,7 @@ def test_padding_adds_black_edges_before_all_else(mnist_root):
 
 
 def test_negative_padding_is_refused():
-    with pytest.raises(ValueError, match="padding is -1: it must be 0 or more"):
+    with pytest.raises(ValueError, match="padding must be a whole number, 0 or more, got -1"):
         MNIST(padding=-1)
 
 

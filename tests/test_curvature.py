@@ -228,13 +228,13 @@ def test_of_a_linear_gaussian_model_it_is_the_quadratic():
 def test_mistakes_are_named():
     model = nn.Linear(3, 2)
     data = [(torch.randn(5, 3), torch.zeros(5).long())]
-    with pytest.raises(TypeError, match=r"MonteCarlo.*has no expected curvature"):
+    with pytest.raises(TypeError, match=r"must be Exact\(\) or Empirical\(\), got MonteCarlo"):
         network_formulations(model, data, estimator=MonteCarlo())
     with pytest.raises(ValueError, match="The data are empty"):
         network_formulations(model, [], estimator=Exact())
     fisher = fisher_information(model, data)
     for steps in ([], [0.1, 0.0], [math.inf]):
-        with pytest.raises(ValueError, match="one or more finite numbers, not 0"):
+        with pytest.raises(ValueError, match="one or more finite numbers, none of them 0, got"):
             divergence_profile(model, data, fisher, direction=line(model), steps=steps)
     with pytest.raises(ValueError, match="The data are empty"):
         divergence_profile(model, [], fisher, direction=line(model), steps=[1.0])

@@ -109,13 +109,13 @@ def test_samples_come_example_by_example(likelihood):
 
 @pytest.mark.parametrize("variance", [0.0, -1.0, math.nan, math.inf])
 def test_impossible_variances_are_refused(variance):
-    with pytest.raises(ValueError, match=r"variance is .*: it must be a finite number above 0"):
+    with pytest.raises(ValueError, match="variance must be a finite number above 0, got"):
         Gaussian(variance)
 
 
 def test_impossible_targets_are_refused():
     f = outputs()
-    with pytest.raises(ValueError, match=r"shape \[6, 2\] do not fit outputs of shape \[6, 4\]"):
+    with pytest.raises(ValueError, match=r"the outputs\' shape \[6, 4\], got \[6, 2\]"):
         Gaussian().check_targets(f, f[:, :2])
     with pytest.raises(ValueError, match="target is not finite"):
         Gaussian().check_targets(f, f * math.nan)

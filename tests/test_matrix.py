@@ -325,9 +325,9 @@ def test_vectors_that_do_not_fit_are_named(fisher):
 def test_mistakes_are_named(tmp_path):
     model, data = model_and_data()
     fisher = fisher_information(model, data)
-    with pytest.raises(ValueError, match="damping is -1"):
+    with pytest.raises(ValueError, match=r"damping must .*, got -1"):
         fisher.solve(vector(fisher), -1)
-    with pytest.raises(ValueError, match="factor is nan"):
+    with pytest.raises(ValueError, match=r"factor must .*, got nan"):
         _ = float("nan") * fisher
     with pytest.raises(torch.linalg.LinAlgError, match=r"is 0 in parameter '0.weight'"):
         DiagonalFisher({"0.weight": torch.zeros(2)}, 1).solve({"0.weight": torch.ones(2)}, 0.0)
@@ -336,7 +336,7 @@ def test_mistakes_are_named(tmp_path):
         rows = {name: torch.ones(2, *shape).double() for name, shape in zero.shapes.items()}
         with pytest.raises(torch.linalg.LinAlgError):
             zero.inverse_quadratic_forms(rows, 0.0)
-        with pytest.raises(ValueError, match="damping is -1"):
+        with pytest.raises(ValueError, match=r"damping must .*, got -1"):
             zero.inverse_quadratic_forms(rows, -1)
     with pytest.raises(ValueError, match=r"lacks parameter '0.bias'"):
         _ = fisher + fisher_information(nn.Linear(3, 3).double(), data)

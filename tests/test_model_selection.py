@@ -152,11 +152,11 @@ def test_mistakes_are_named():
     x, y = polynomial(2)
     model, _ = fitted(x, y)
     matrix = information(model, x, y)
-    with pytest.raises(ValueError, match="prior_precision is 0: an evidence needs a prior"):
+    with pytest.raises(ValueError, match="prior_precision must be a finite number above 0, got 0"):
         laplace_log_evidence(0.0, matrix, mode(model), 0.0)
     with pytest.raises(ValueError, match="The set of parameters"):
         laplace_log_evidence(0.0, matrix, {"weight": torch.zeros(1, 2)}, 1.0)
-    with pytest.raises(ValueError, match="num_examples is 0"):
+    with pytest.raises(ValueError, match=r"num_examples must .*, got 0"):
         bic(0.0, 1, 0)
-    with pytest.raises(ValueError, match="num_parameters is -1"):
+    with pytest.raises(ValueError, match=r"num_parameters must .*, got -1"):
         aic(0.0, -1)

@@ -441,18 +441,18 @@ def test_closure(network: nn.Module, classified: list[tuple[Tensor, Tensor]]) ->
 def test_what_is_refused(network: nn.Module, classified: list[tuple[Tensor, Tensor]]) -> None:
     """Options outside their range, and calls that come too early."""
     for options, message in [
-        ({"lr": -1.0}, "lr is -1.0"),
-        ({"momentum": 1.0}, r"momentum is 1.0: it must lie in \[0, 1\)"),
-        ({"weight_decay": math.nan}, "weight_decay is nan"),
-        ({"damping": -0.1}, "damping is -0.1"),
-        ({"max_kl": 0.0}, "max_kl is 0.0: it must be a finite number above 0, or None"),
-        ({"decay": 1.5}, "decay is 1.5"),
-        ({"tolerance": -1.0}, "tolerance is -1.0"),
+        ({"lr": -1.0}, "lr must be a finite number, 0 or above, got -1.0"),
+        ({"momentum": 1.0}, r"momentum must lie in \[0, 1\), got 1.0"),
+        ({"weight_decay": math.nan}, "weight_decay must be .*, got nan"),
+        ({"damping": -0.1}, "damping must be .*, got -0.1"),
+        ({"max_kl": 0.0}, "max_kl must be a finite number above 0, or None, got 0.0"),
+        ({"decay": 1.5}, "decay must .*, got 1.5"),
+        ({"tolerance": -1.0}, "tolerance must .*, got -1.0"),
     ]:
         with pytest.raises(ValueError, match=message):
             NaturalGradient(network, **options)
     optimizer = NaturalGradient(network)
-    with pytest.raises(RuntimeError, match="update_fisher comes before"):
+    with pytest.raises(RuntimeError, match="call update_fisher before the first step"):
         optimizer.step()
     with pytest.raises(RuntimeError, match="no step yet"):
         optimizer.adapt_damping(0.0)
@@ -460,7 +460,7 @@ def test_what_is_refused(network: nn.Module, classified: list[tuple[Tensor, Tens
         network, decay=0.5, structure=LowRank(rank=3), likelihood=Categorical()
     )
     low_rank.update_fisher(classified)
-    with pytest.raises(TypeError, match="the mean of two LowRankFisher is none"):
+    with pytest.raises(TypeError, match="decay must be 0 with LowRankFisher, got"):
         low_rank.update_fisher(classified)
 
 
@@ -634,9 +634,9 @@ def test_wrong_types_are_refused_when_given(network: nn.Module) -> None:
         {"damping": lambda _: -1.0},
     ):
         (name,) = options
-        with pytest.raises(ValueError, match=f"{name} is .*: it must"):
+        with pytest.raises(ValueError, match=f"{name} must .*, got"):
             NaturalGradient(network, **options)
-    with pytest.raises(ValueError, match="change is nan: it must be a finite number"):
+    with pytest.raises(ValueError, match="change must be a finite number, got nan"):
         NaturalGradient(network).adapt_damping(math.nan)
     network.requires_grad_(False)
     with pytest.raises(ValueError, match="Sequential has no trainable parameter"):

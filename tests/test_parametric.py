@@ -204,13 +204,13 @@ def test_a_mixture_of_far_parts():
     ("family", "parameters", "message"),
     [
         (lambda p: Uniform(t(0.0), p["a"]), {"a": t(1.0)}, "expected score of parameter 0 is -1"),
-        (lambda p: Pareto(p["a"], t(2.0)), {"a": t(1.0)}, "expected score of parameter 0 is 2 "),
+        (lambda p: Pareto(p["a"], t(2.0)), {"a": t(1.0)}, "expected score of parameter 0 is 2,"),
         (lambda p: Normal(p["a"], 1e-9), {"a": t(1e6)}, "does not converge"),
         (lambda p: StudentT(t(0.01), p["a"]), {"a": t(0.0)}, "does not converge"),
         (lambda p: Bernoulli(p["a"]), {"a": t(1.0)},
-         "expected score of parameter 0 is 1 |is not finite"),
+         "expected score of parameter 0 is 1,|is not finite"),
         (lambda p: Density(lambda x: -(x - p["a"]).square(), location=0.3), {"a": t(0.3)},
-         r"The mass of the Density that was found is 1\.77245385 and not 1"),
+         r"The mass of the Density must be 1, got 1\.77245385"),
     ],
 )  # fmt: skip
 def test_what_has_no_right_value_is_refused(family, parameters, message):
@@ -264,7 +264,7 @@ def test_sampled_matrices_lie_within_their_standard_errors():
     assert float(z.abs().max()) < 5
     assert 0.8 < float(z.std()) < 1.2
     assert torch.equal(torch.random.get_rng_state(), state)
-    with pytest.raises(ValueError, match="num_samples is 1"):
+    with pytest.raises(ValueError, match=r"num_samples must .*, got 1"):
         sampled_parametric_fisher(family, parameters, 1)
     with pytest.raises(TypeError, match="A Density cannot be sampled"):
         sampled_parametric_fisher(*FAMILIES["one below a bound"][:2], 10)
@@ -278,7 +278,7 @@ def test_distributions_of_vectors_are_sampled():
     )
     z = (fisher.to_dense() - covariance.inverse()) / error
     assert float(z.abs().max()) < 4
-    with pytest.raises(ValueError, match=r"of shape \[2\]: only that of a scalar"):
+    with pytest.raises(ValueError, match=r"must be of a scalar, got shape \[2\]"):
         parametric_fisher(lambda p: MultivariateNormal(p["m"], covariance), {"m": mean})
     with pytest.raises(ValueError, match=r"of shape \[2\]"):
         parametric_fisher(lambda p: Normal(p["m"], 1.0), {"m": mean})
@@ -290,7 +290,7 @@ def test_what_does_not_converge_says_so():
     slow = Density(
         lambda x: -2 * (x + 1).log() - math.log(math.pi**2 / 6), constraints.nonnegative_integer
     )
-    with pytest.raises(ArithmeticError, match="has not ended"):
+    with pytest.raises(ArithmeticError, match="did not end"):
         expectation(lambda x: x, slow)
     with pytest.raises(ValueError, match="for others take samples"):
         expectation(lambda x: x, Density(lambda x: x, constraints.simplex))
@@ -319,9 +319,12 @@ def test_the_bound_of_functions_and_of_biased_estimators():
     )
     assert both[1, 1].item() == pytest.approx(biased.item())
     for arguments, message in [
-        ({"num_examples": 0}, "num_examples is 0"),
-        ({"function": lambda p: p["v"]}, "parameters are missing"),
-        ({"parameters": parameters, "bias": lambda p: p["v"]}, "The bias has 1 entries.*have 2"),
+        ({"num_examples": 0}, "num_examples must .*, got 0"),
+        ({"function": lambda p: p["v"]}, "parameters must be given"),
+        (
+            {"parameters": parameters, "bias": lambda p: p["v"]},
+            "as many .* as function, 2, got 1",
+        ),
         ({"parameters": {"m": t(1.0)}, "bias": lambda p: p["m"]}, "The set of parameters"),
     ]:
         with pytest.raises(ValueError, match=message):

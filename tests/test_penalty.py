@@ -138,10 +138,10 @@ def test_a_sample_stands_for_its_task(name, consolidation, size):
 @pytest.mark.parametrize("size", [0, -5, 2.5, 30.0, math.inf, math.nan, True, "30"])
 def test_task_sizes_that_are_no_counts_are_refused(size):
     model, penalty = small_model(), EWCPenalty()
-    with pytest.raises(ValueError, match=r"num_examples is .*: it must be .*1 or more"):
+    with pytest.raises(ValueError, match=r"num_examples must be .*1 or more, got"):
         penalty.consolidate(random_fisher(model, 10), model, num_examples=size)
     assert penalty.terms == []
-    with pytest.raises(ValueError, match=r"num_examples is .*: it must be .*1 or more, or None"):
+    with pytest.raises(ValueError, match=r"num_examples must be .*1 or more, or None, got"):
         penalty.num_examples = size
     assert penalty.num_examples is None
 
@@ -314,13 +314,13 @@ def test_a_fisher_that_is_not_finite_changes_nothing():
 
 @pytest.mark.parametrize("strength", [-1.0, math.nan, math.inf])
 def test_impossible_strengths_are_refused(strength):
-    with pytest.raises(ValueError, match=r"strength is .*: it must be a finite number, 0 or"):
+    with pytest.raises(ValueError, match="strength must be a finite number, 0 or above, got"):
         EWCPenalty(strength)
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.1, math.nan])
 def test_impossible_decays_are_refused(decay):
-    with pytest.raises(ValueError, match=r"decay is .*: it must lie in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\], got"):
         Online(decay)
 
 

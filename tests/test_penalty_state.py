@@ -291,7 +291,7 @@ def test_infinite_buffers_of_networks_are_let_pass():
 
 def test_matrices_of_no_examples_are_refused():
     fisher = DiagonalFisher({"weight": torch.ones(2, 2)}, 0)
-    with pytest.raises(ValueError, match="num_examples is 0: it must be 1 or more"):
+    with pytest.raises(ValueError, match="num_examples must be a whole number, 1 or more, got 0"):
         EWCPenalty().consolidate(fisher, nn.Linear(2, 2, bias=False))
 
 
@@ -318,7 +318,7 @@ def test_wrong_consolidations_are_refused(value):
     ids=["strength", "shrinkage", "share", "decay"],
 )
 def test_what_is_no_number_is_refused(make, name, value):
-    with pytest.raises(ValueError, match=f"{name} is .*: it must"):
+    with pytest.raises(ValueError, match=f"{name} must .*, got"):
         make(value)
 
 
@@ -329,7 +329,7 @@ def test_what_is_no_matrix_and_no_model_is_refused():
         penalty.consolidate(fisher.diagonal(), model)
     with pytest.raises(TypeError, match=r"model must be the network, an nn\.Module, got"):
         penalty.consolidate(fisher, dict(model.named_parameters()))
-    with pytest.raises(ValueError, match=r"num_steps is 1.5: it must be a whole number, 1 or more"):
+    with pytest.raises(ValueError, match=r"num_steps must be a whole number, 1 or more, got 1.5"):
         penalty.implicit_step(model, torch.optim.SGD(model.parameters()), 1.5)
 
 

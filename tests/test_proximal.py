@@ -162,7 +162,7 @@ def test_frozen_and_new_parameters_stay_where_they_are():
     penalty.implicit_step(model, optimizer)
     assert torch.equal(model[0].weight, held)
     assert not torch.equal(model[2].weight, moved)
-    with pytest.raises(ValueError, match="num_steps is 0: it must be 1 or more"):
+    with pytest.raises(ValueError, match="num_steps must be a whole number, 1 or more, got 0"):
         penalty.implicit_step(model, optimizer, 0)
     assert layer_of("0.weight") == "0"
 

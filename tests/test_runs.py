@@ -522,7 +522,7 @@ def test_one_wrong_job_of_a_sweep_is_named_and_the_others_run(tmp_path, command)
     assert (code, len(err.splitlines())) == (1, 1)
     assert "error: 1 job of the sweep failed: job 1 (" in err
     assert " strategy.strength=-1 " in err
-    assert "): strategy: strength is -1.0: it must be a finite number" in err
+    assert "): strategy: strength must be a finite number, 0 or above, got -1.0" in err
     text = (tmp_path / "run" / "report.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith(("| 1 |", "| 2 |"))]
     assert len(rows) == 2

@@ -61,11 +61,11 @@ def test_the_matrix_of_some_parameters_is_a_part_of_the_whole(choose, names, str
 
 def test_choices_that_choose_nothing_are_named():
     model, x, y = body_and_head()
-    with pytest.raises(ValueError, match=r"'1\.\*' selects none of .*: they are 0.weight, 0.bias"):
+    with pytest.raises(ValueError, match=r"'1\.\*' selects none of .* .0.weight, 0.bias"):
         fisher_information(model, [(x, y)], parameters=["1.*"])
     with pytest.raises(ValueError, match="The Tanh selects none"):
         fisher_information(model, [(x, y)], parameters=[model[1]])
-    with pytest.raises(TypeError, match="3 selects no parameters"):
+    with pytest.raises(TypeError, match="names, patterns, modules or parameters, got 3"):
         fisher_information(model, [(x, y)], parameters=[3])
 
 
@@ -169,7 +169,7 @@ ewc.fisher_information(nn.Linear(8, 4), [(data[0][0], torch.randint(4, (4,)))])"
 
 def test_memory_must_be_positive():
     model, x, y = body_and_head()
-    with pytest.raises(ValueError, match="memory is 0: it must be a whole number of bytes above 0"):
+    with pytest.raises(ValueError, match="memory must be a whole number of bytes above 0, got 0"):
         fisher_information(model, [(x, y)], memory=0)
 
 
@@ -224,7 +224,7 @@ def test_tolerance_saves_vectors_and_needs_no_batch_size(monkeypatch):
     monkeypatch.setattr(Exact, "score_vectors", counting)
     fisher_information(model, [(x, y)], estimator=Exact(0.01))
     assert sum(counted) < 5 * len(x)  # 9 without a tolerance
-    with pytest.raises(ValueError, match="tolerance is 1: it must be from 0 to below 1"):
+    with pytest.raises(ValueError, match=r"tolerance must lie in \[0, 1\), got 1"):
         Exact(1)
 
 
@@ -241,7 +241,7 @@ def test_a_thousand_classes_by_sampling_with_an_error_bar():
     assert float(fisher.trace()) == pytest.approx(estimate.value)
     assert fisher.num_examples == 20
     assert 0 < estimate.standard_error < 0.2 * estimate.value
-    with pytest.raises(ValueError, match="num_samples is 1: it must be 2 or more"):
+    with pytest.raises(ValueError, match="num_samples must be a whole number, 2 or more, got 1"):
         sampled_fisher(model, data, num_samples=1)
     with pytest.raises(ValueError, match="list_iterator, which can be read once"):
         sampled_fisher(model, iter(data))

@@ -123,13 +123,16 @@ def test_mistakes_are_named():
     model, data = network()
     fisher = fisher_information(model, data)
     for function, message in [
-        (lambda: spectral_density(fisher, num_steps=0), "num_steps is 0"),
-        (lambda: spectral_density(fisher, num_samples=0), "num_samples is 0"),
-        (lambda: largest_eigenvalue(fisher, max_steps=0), "max_steps is 0"),
-        (lambda: largest_eigenvalue(fisher, tolerance=-1), "tolerance is -1"),
-        (lambda: effective_dimension(fisher, 0.0), "prior_precision is 0"),
-        (lambda: effective_dimension_estimate(fisher, -1.0), "prior_precision is -1"),
-        (lambda: effective_dimension_estimate(fisher, 1.0, num_samples=0), "num_samples is 0"),
+        (lambda: spectral_density(fisher, num_steps=0), "num_steps must .*, got 0"),
+        (lambda: spectral_density(fisher, num_samples=0), "num_samples must .*, got 0"),
+        (lambda: largest_eigenvalue(fisher, max_steps=0), "max_steps must .*, got 0"),
+        (lambda: largest_eigenvalue(fisher, tolerance=-1), "tolerance must .*, got -1"),
+        (lambda: effective_dimension(fisher, 0.0), "prior_precision must .*, got 0"),
+        (lambda: effective_dimension_estimate(fisher, -1.0), "prior_precision must .*, got -1"),
+        (
+            lambda: effective_dimension_estimate(fisher, 1.0, num_samples=0),
+            "num_samples must .*, got 0",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             function()

@@ -406,7 +406,7 @@ def test_structures_with_options_name_their_mistakes():
     model, x, y = case("linear", "categorical")
     with pytest.raises(TypeError, match="KroneckerFisher has no option 'rank': it has reduce"):
         Kronecker(rank=3)
-    with pytest.raises(ValueError, match="rank is 0: it must be 1 or more"):
+    with pytest.raises(ValueError, match="rank must be 1 or more, got 0"):
         fisher_information(model, [(x, y)], structure=LowRank(rank=0))
     with pytest.raises(ValueError, match="list_iterator, which can be read once"):
         fisher_information(model, iter([(x, y)]), structure=EigenvalueCorrected())

@@ -47,7 +47,7 @@ def test_a_row_prints_its_figures_and_keeps_them(tmp_path):
     ("options", "message"),
     [
         (["row=nothing"], "row is 'nothing': it must be all, or one of parametric"),
-        (["processes=0"], "processes is 0: it must be 1 or more"),
+        (["processes=0"], "processes must be a whole number, 1 or more, got 0"),
         (["rows=all"], "Unknown option 'rows': allowed are row, data_root, pictures"),
     ],
 )

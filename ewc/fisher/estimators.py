@@ -105,7 +105,7 @@ class Exact(Estimator):
     def __post_init__(self) -> None:
         """Check the tolerance."""
         if not (is_number(self.tolerance) and 0 <= self.tolerance < 1):
-            raise ValueError(f"tolerance is {self.tolerance!r}: it must be from 0 to below 1.")
+            raise ValueError(f"tolerance must lie in [0, 1), got {self.tolerance!r}.")
 
     def score_vectors(
         self,

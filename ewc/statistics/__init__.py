@@ -1,4 +1,4 @@
-"""What the Fisher information says of a model: thin users of a :class:`~ewc.FisherMatrix`."""
+"""What a Fisher matrix says of a model: functions of a :class:`~ewc.FisherMatrix`."""
 
 from ewc.statistics.approximation import (
     error_by_layer,

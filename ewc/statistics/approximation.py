@@ -1,8 +1,7 @@
 r"""What a structure leaves out of the Fisher matrix: its errors, by layer and between layers.
 
-By the Frobenius norm, in which :math:`\|F - \hat F\|_F^2` is the mean square of what a random
-direction's product with the matrix is off by (times ``p``, for directions of independent
-entries of unit variance).
+Errors are in the Frobenius norm: :math:`\|F - \hat F\|_F^2` is the mean of
+:math:`\|(F - \hat F) v\|^2` over random directions with independent entries of unit variance.
 """
 
 import torch
@@ -17,16 +16,16 @@ from ewc.parameters import check_same_shapes
 def error_by_layer(approximation: FisherMatrix, exact: FisherMatrix) -> dict[str, float]:
     r"""The relative error :math:`\|\hat F_l - F_l\|_F / \|F_l\|_F` of every layer's block.
 
-    A layer is a module with parameters of its own.  A matrix of 0 has an error of 1; a layer
-    whose own information is 0 has the error 0 if it is 0 in both, else infinity.
+    A layer is a module that holds parameters itself.  An approximation by 0 has an error of 1.
+    A layer without information has the error 0 if it is 0 in both, else infinity.
 
     Args:
         approximation: :math:`\hat F`, of any structure.
-        exact: :math:`F`, usually a :class:`~ewc.matrices.BlockDiagonalFisher`, of which no
-            matrix of the whole network's size is made, or a :class:`~ewc.DenseFisher`.
+        exact: :math:`F`, usually a :class:`~ewc.matrices.BlockDiagonalFisher` or a
+            :class:`~ewc.DenseFisher`.  The former needs no matrix of the whole network's size.
 
     Returns:
-        The errors by the layers' names.
+        The error of every layer, by its name.
 
     Raises:
         ValueError: the matrices are over different parameters.
@@ -39,7 +38,7 @@ def error_by_layer(approximation: FisherMatrix, exact: FisherMatrix) -> dict[str
 def relative_error(approximation: FisherMatrix, exact: FisherMatrix) -> float:
     r"""The relative error :math:`\|\hat F - F\|_F / \|F\|_F` of the whole matrix.
 
-    From dense matrices.
+    Both matrices are made dense.
 
     Args:
         approximation: :math:`\hat F`, of any structure.
@@ -55,18 +54,18 @@ def relative_error(approximation: FisherMatrix, exact: FisherMatrix) -> float:
 def share_between_layers(fisher: FisherMatrix) -> float:
     r"""The share of :math:`\|F\|_F^2` in the blocks between different layers, from 0 to 1.
 
-    What every block-diagonal structure leaves out: the square root is the least
-    :func:`relative_error` that one can have.
+    Every block-diagonal structure leaves this share out.  Its square root is the smallest
+    :func:`relative_error` that such a structure can have.
 
     Args:
-        fisher: the matrix, of any structure; dense, to be of interest.
+        fisher: the matrix; it should be one with entries between layers, such as a dense one.
 
     Raises:
         ValueError: the matrix is 0.
     """
     whole = float(fisher.to_dense().double().square().sum())
     if whole == 0:
-        raise ValueError("The Fisher matrix is 0: nothing has a share in it.")
+        raise ValueError("The Fisher matrix must not be 0: a share of it is undefined.")
     within = sum(float(block.double().square().sum()) for block in layer_blocks(fisher).values())
     return max(0.0, 1 - within / whole)
 
@@ -74,7 +73,7 @@ def share_between_layers(fisher: FisherMatrix) -> float:
 def layer_blocks(fisher: FisherMatrix) -> dict[str, Tensor]:
     """The dense block ``[p_l, p_l]`` of every layer, by its name.
 
-    The parameters of a layer are in the order of their names, whatever that of the matrix.
+    The parameters of a layer are in the order of their names, not in that of the matrix.
 
     Args:
         fisher: the matrix, of any structure.

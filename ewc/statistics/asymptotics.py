@@ -1,7 +1,7 @@
-r"""What the maximum of the likelihood is known to: errors, intervals and tests.
+r"""Errors, intervals and tests of the maximum likelihood estimate.
 
-With ``N`` independent examples the estimate is about normal around the truth with covariance
-:math:`(N F)^{-1}`, if the family holds the truth; without that, with the sandwich
+With ``N`` independent examples the estimate is approximately normal around the truth.  Its
+covariance is :math:`(N F)^{-1}` if the family holds the truth.  Otherwise it is the sandwich
 :math:`H^{-1} S H^{-1} / N` of the expected curvature ``H`` and the second moments ``S`` of the
 scores (White 1982, doi:10.2307/1912526; van der Vaart 1998, Asymptotic Statistics, chapter 5).
 """
@@ -21,15 +21,14 @@ from ewc.statistics.bounds import Function, cramer_rao_bound, jacobian_of
 def standard_errors(fisher: FisherMatrix, *, prior_precision: float = 0.0) -> Parameters:
     r"""The standard errors :math:`\sqrt{\mathrm{diag}\,(N F + \delta I)^{-1}}`, by parameter.
 
-    Of any structure; with a diagonal, Kronecker, eigenvalue-corrected or low-rank matrix of
-    a whole network without a matrix of its size.  What a structure leaves out of ``F`` is
-    missing from the errors: a diagonal one gives those of each parameter with all others
-    known, which are too small.
+    Any structure will do.  A diagonal, Kronecker, eigenvalue-corrected or low-rank matrix of a
+    whole network needs no dense matrix.  What a structure leaves out of ``F`` is missing from
+    the errors.  A diagonal gives the errors with all other parameters known: they are too small.
 
     Args:
         fisher: the mean information of the examples at the estimate.
-        prior_precision: :math:`\delta`, of a normal prior; needed where ``F`` is singular,
-            as that of every overparametrised network.
+        prior_precision: :math:`\delta` of a normal prior.  It must be above 0 where ``F`` is
+            singular, as for every overparametrised network.
 
     Raises:
         ValueError: the prior precision is negative or not finite.
@@ -42,12 +41,12 @@ def standard_errors(fisher: FisherMatrix, *, prior_precision: float = 0.0) -> Pa
 def robust_covariance(fisher: FisherMatrix, scores: FisherMatrix) -> Tensor:
     r"""The sandwich :math:`H^{-1} S H^{-1} / N`, ``[p, p]`` in the flat order.
 
-    The covariance of the estimate whether the family is right or not; the square roots of
-    its diagonal are robust standard errors (``HC0`` of linear models).
+    This is the covariance of the estimate, whether the family is right or not.  The square
+    roots of its diagonal are robust standard errors (``HC0`` for linear models).
 
     Args:
-        fisher: ``H``, the information under the model, ``estimator=Exact()``, at the
-            estimate; for likelihoods whose outputs are natural parameters the curvature.
+        fisher: ``H``, the information under the model (``estimator=Exact()``) at the estimate.
+            It is the curvature where the outputs are natural parameters of the likelihood.
         scores: ``S``, the second moments of the observed scores, ``estimator=Empirical()``,
             over the same examples.
 
@@ -58,8 +57,8 @@ def robust_covariance(fisher: FisherMatrix, scores: FisherMatrix) -> Tensor:
     check_same_shapes(scores.shapes, fisher.shapes, "The matrix of the scores")
     if scores.num_examples != fisher.num_examples:
         raise ValueError(
-            f"The scores are of {scores.num_examples} examples and the information of "
-            f"{fisher.num_examples}: both must be of the same."
+            f"scores must be over the same {fisher.num_examples} examples as fisher, got "
+            f"{scores.num_examples}."
         )
     meat = scores.embedded(fisher.shapes).to_dense()  # in the order of the other
     factor = torch.linalg.cholesky(fisher.to_dense())
@@ -75,16 +74,16 @@ def confidence_intervals(
     Args:
         parameters: the estimates.
         errors: their standard errors, from :func:`standard_errors` or of a robust covariance.
-        level: the share of samples whose interval holds the truth, as ``N`` grows.
+        level: the probability that an interval holds the truth, as ``N`` grows.
 
     Returns:
-        The lower and the upper ends.
+        The lower and the upper end, by parameter.
 
     Raises:
         ValueError: the level is not between 0 and 1, or names or shapes differ.
     """
     if not (is_number(level) and 0 < level < 1):
-        raise ValueError(f"level is {level!r}: it must lie between 0 and 1.")
+        raise ValueError(f"level must lie between 0 and 1, got {level!r}.")
     own = {name: parameters[name] for name in errors if name in parameters}
     check_same_shapes(shapes_of(own), shapes_of(errors), "The set of parameters")
     z = float(ndtri((1 + level) / 2))
@@ -96,8 +95,8 @@ class ChiSquaredTest:
     r"""A test whose statistic is chi-squared under the null hypothesis, as ``N`` grows.
 
     Attributes:
-        statistic: the value.
-        degrees_of_freedom: the restrictions that the null hypothesis makes.
+        statistic: the value of the statistic.
+        degrees_of_freedom: the number of restrictions of the null hypothesis.
     """
 
     statistic: float
@@ -105,7 +104,7 @@ class ChiSquaredTest:
 
     @property
     def p_value(self) -> float:
-        """The chance of so large a statistic under the null hypothesis."""
+        """The probability of a statistic at least this large under the null hypothesis."""
         return float(chdtrc(self.degrees_of_freedom, self.statistic))
 
 
@@ -118,14 +117,14 @@ def wald_test(
 ) -> ChiSquaredTest:
     r"""Wald's test of :math:`g(\theta) = 0`: :math:`g^\top (J \Sigma J^\top)^{-1} g`.
 
-    Wald 1943, doi:10.1090/S0002-9947-1943-0012401-3.  Needs the full fit only.
+    It needs the full fit only (Wald 1943, doi:10.1090/S0002-9947-1943-0012401-3).
 
     Args:
-        function: ``g``, to a tensor of as many entries as there are restrictions.
+        function: ``g``, to a tensor with one entry for each restriction.
         parameters: the estimate.
         fisher: the mean information of the examples at the estimate.
-        covariance: :math:`\Sigma`, ``[p, p]``; ``None`` for :math:`(N F)^{-1}`, else for
-            example :func:`robust_covariance`.
+        covariance: :math:`\Sigma`, ``[p, p]``, such as :func:`robust_covariance`;
+            ``None`` for :math:`(N F)^{-1}`.
 
     Raises:
         ValueError: the parameters are not those of ``fisher``.
@@ -148,13 +147,13 @@ def wald_test(
 def score_test(score: Parameters, fisher: FisherMatrix, degrees_of_freedom: int) -> ChiSquaredTest:
     r"""Rao's score test: :math:`s^\top (N F)^{-1} s`.
 
-    Rao 1948, doi:10.1017/S0305004100023987.  Needs the restricted fit only.
+    It needs the restricted fit only (Rao 1948, doi:10.1017/S0305004100023987).
 
     Args:
         score: :math:`s`, the gradient of the log-likelihood, summed over the examples, with
             respect to all parameters at the restricted fit.
         fisher: the mean information there, over all parameters.
-        degrees_of_freedom: the restrictions.
+        degrees_of_freedom: the number of restrictions.
 
     Raises:
         ValueError: the score is not over the parameters of ``fisher``, or there is no
@@ -175,17 +174,17 @@ def likelihood_ratio_test(
     Args:
         log_likelihood: of the full fit, summed over the examples, in nats.
         restricted: of the restricted fit.
-        degrees_of_freedom: the restrictions.
+        degrees_of_freedom: the number of restrictions.
 
     Raises:
-        ValueError: the restricted fit is the better one, so that one of the two is not at
-            its maximum, or there is no restriction.
+        ValueError: the restricted fit is the better one, so one of the two is not a maximum;
+            or there is no restriction.
     """
     check_count(degrees_of_freedom, "degrees_of_freedom")
     gain = 2 * (log_likelihood - restricted)
     if not gain >= -1e-6 * max(1.0, abs(log_likelihood)):
         raise ValueError(
-            f"The restricted fit has the log-likelihood {restricted}, above {log_likelihood} of "
-            "the full fit: both must be maxima."
+            f"restricted must not be above log_likelihood, {log_likelihood}, got {restricted}: "
+            "both fits must be maxima."
         )
     return ChiSquaredTest(max(gain, 0.0), degrees_of_freedom)

@@ -1,4 +1,4 @@
-r"""The Cramer-Rao bound: no estimator that sees ``N`` examples has a smaller variance."""
+r"""The Cramer-Rao bound: no estimator from ``N`` examples has a smaller variance."""
 
 from collections.abc import Callable
 
@@ -23,16 +23,16 @@ def cramer_rao_bound(
 ) -> Tensor:
     r"""The smallest covariance :math:`J (N F)^{-1} J^\top` of an estimator of :math:`g(\theta)`.
 
-    For an estimator with mean :math:`g(\theta) + b(\theta)`, with
-    :math:`J = \partial (g + b) / \partial \theta` (Cramer 1946, section 32; Rao 1945; Lehmann
-    & Casella 1998, theorem 2.6.6): its covariance minus the bound is positive semi-definite.
-    With :math:`g` the identity and no bias this is :math:`F^{-1} / N`; what the maximum of the
-    likelihood reaches as ``N`` grows (the delta method, for functions).
+    The estimator has the mean :math:`g(\theta) + b(\theta)`, and
+    :math:`J = \partial (g + b) / \partial \theta`.  Its covariance minus the bound is positive
+    semi-definite (Cramer 1946, section 32; Rao 1945; Lehmann & Casella 1998, theorem 2.6.6).
+    With :math:`g` the identity and no bias the bound is :math:`F^{-1} / N`.  The maximum
+    likelihood estimate reaches it as ``N`` grows (for functions by the delta method).
 
     Args:
         fisher: the information :math:`F` of one example.
-        num_examples: ``N``, independent examples of the estimator.
-        parameters: :math:`\theta`, where there is a function or a bias.
+        num_examples: ``N``, the independent examples of the estimator.
+        parameters: :math:`\theta`, needed with a function or a bias.
         function: ``g``, to a tensor of ``m`` entries; ``None`` for all parameters, in the
             flat order.
         bias: ``b``, to a tensor of as many entries; ``None`` for an unbiased estimator.
@@ -42,21 +42,21 @@ def cramer_rao_bound(
 
     Raises:
         ValueError: ``num_examples`` is below 1, the parameters are missing or not those of
-            ``fisher``, or function and bias have other numbers of entries.
-        torch.linalg.LinAlgError: the information is singular: there is a direction of which
-            the examples say nothing.
+            ``fisher``, or function and bias differ in their number of entries.
+        torch.linalg.LinAlgError: the information is singular: the examples say nothing about
+            some direction.
     """
     check_count(num_examples, "num_examples")
     size = fisher.num_parameters
     jacobian = torch.eye(size, dtype=fisher.dtype, device=fisher.device)
     if function is not None or bias is not None:
         if parameters is None:
-            raise ValueError("parameters are missing: function and bias are taken there.")
+            raise ValueError("parameters must be given with a function or a bias, got None.")
         own = jacobian if function is None else jacobian_of(function, parameters, fisher)
         shift = None if bias is None else jacobian_of(bias, parameters, fisher)
         if shift is not None and shift.shape != own.shape:
             raise ValueError(
-                f"The bias has {len(shift)} entries: it must have {len(own)}, as the function."
+                f"bias must have as many entries as function, {len(own)}, got {len(shift)}."
             )
         jacobian = own if shift is None else own + shift
     solved = [fisher.solve(unflatten(row, fisher.shapes), damping=0.0) for row in jacobian]

@@ -1,4 +1,4 @@
-r"""The curvature of a network's log-likelihood, which the Fisher information is in expectation.
+r"""The curvature of a network's log-likelihood, whose expectation is the Fisher information.
 
 With the residuals :math:`s_n = \partial \log p(y_n \mid f_n) / \partial f_n` and the network's
 own second derivatives
@@ -6,11 +6,11 @@ own second derivatives
 .. math:: - \frac1N \sum_n \nabla_\theta^2 \log p(y_n \mid f_n)
           = \frac1N \sum_n J_n^\top G_n J_n - \frac1N \sum_n \sum_c s_{nc} \nabla_\theta^2 f_{nc} ,
 
-with :math:`G_n = - \partial^2 \log p / \partial f^2`.  Where the outputs are natural parameters
-:math:`G_n` is the Fisher information of the outputs whatever the target, so that the first sum,
-the generalised Gauss-Newton matrix, is the Fisher information (Martens 2020,
-arXiv:1412.1193, section 9.2).  The second is 0 for linear models, and in expectation under the
-model, where the residuals have mean 0.
+with :math:`G_n = - \partial^2 \log p / \partial f^2`.  The first sum is the generalised
+Gauss-Newton matrix.  Where the outputs are natural parameters, :math:`G_n` is the Fisher
+information of the outputs for every target, and the first sum is the Fisher information
+(Martens 2020, arXiv:1412.1193, section 9.2).  The second sum is 0 for linear models, and in
+expectation under the model, where the residuals have mean 0.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -39,10 +39,10 @@ from ewc.statistics.network import NetworkFunction
 from ewc.statistics.parametric import Formulations
 
 EXAMPLES = 256
-"""Examples whose second derivatives are taken at once."""
+"""The number of examples whose second derivatives are taken at once."""
 
 ROWS = 64
-"""Rows of a Hessian matrix that are taken at once."""
+"""The number of rows of a Hessian matrix that are taken at once."""
 
 
 def network_formulations(
@@ -55,31 +55,30 @@ def network_formulations(
 ) -> Formulations:
     r"""Both formulations of a network's Fisher information, as dense matrices.
 
-    :math:`\frac1N \sum_n E[s_n s_n^\top]` with the scores :math:`s_n` of the parameters, and
-    :math:`- \frac1N \sum_n E[\nabla^2 \log p(y \mid f_n)]`, where ``y`` is the model's own with
-    :class:`~ewc.Exact` (the two are equal), and the target in the data with
-    :class:`~ewc.Empirical` (they are not).  The curvature under the model is the second
-    derivative of the KL from it, in which no Jacobian is squared: the two share no formula.
+    The first is :math:`\frac1N \sum_n E[s_n s_n^\top]` with the scores :math:`s_n` of the
+    parameters, the second :math:`- \frac1N \sum_n E[\nabla^2 \log p(y \mid f_n)]`.  With
+    :class:`~ewc.Exact` the target ``y`` is drawn from the model, and the two are equal.  With
+    :class:`~ewc.Empirical` it is the target in the data, and they differ.  The curvature under
+    the model is the second derivative of a KL divergence, so the two share no formula.
 
     Args:
-        model: the network, in evaluation mode inside.
-        data: batches, as :func:`~ewc.fisher_information` takes them.
+        model: the network; it runs in evaluation mode.
+        data: batches, as for :func:`~ewc.fisher_information`.
         likelihood: what the outputs mean.
-        estimator: whose targets.
-        parameters: some of the parameters; all that require a gradient if ``None``.
+        estimator: decides the targets.
+        parameters: a choice of parameters; ``None`` for all that require a gradient.
 
     Returns:
         The matrices ``[p, p]``, in nats per squared unit of the parameters.  With observed
-        targets ``sandwich / N`` is the covariance of the maximum of the likelihood, with the
-        Hessian matrix itself, where :func:`~ewc.statistics.robust_covariance` has the Fisher
-        information in its place.
+        targets ``sandwich / N`` is the covariance of the maximum likelihood estimate, from the
+        Hessian; :func:`~ewc.statistics.robust_covariance` takes the Fisher information instead.
 
     Raises:
         ValueError: as :func:`~ewc.fisher_information`.
-        TypeError: the estimator is neither.
+        TypeError: the estimator is neither ``Exact()`` nor ``Empirical()``.
     """
     if not isinstance(estimator, Exact | Empirical):
-        raise TypeError(f"{estimator!r} has no expected curvature: Exact() and Empirical() have.")
+        raise TypeError(f"estimator must be Exact() or Empirical(), got {estimator!r}.")
     batches = list(data)
     fisher = fisher_information(
         model,
@@ -94,7 +93,7 @@ def network_formulations(
     curvature = torch.zeros_like(fisher.to_dense())
 
     def loss_of(arguments: Arguments, targets: Tensor) -> Callable[[Tensor], Tensor]:
-        """What is to be differentiated twice, summed over some examples."""
+        """The function to be differentiated twice, summed over some examples."""
         if isinstance(estimator, Empirical):
             return lambda theta: network.losses(
                 unflatten(theta, fisher.shapes), arguments, targets
@@ -118,12 +117,12 @@ def network_formulations(
 
 @dataclass(frozen=True)
 class DivergenceProfile:
-    r"""What steps along a direction change of a model's distribution.
+    r"""How far steps along a direction change a model's distribution.
 
     Attributes:
         steps: :math:`t`, ``[s]``.
-        divergence: :math:`\frac1N \sum_n KL(p_\theta \| p_{\theta + t d})` in nats an example,
-            ``[s]``: how far the log-likelihood is expected to fall.
+        divergence: :math:`\frac1N \sum_n KL(p_\theta \| p_{\theta + t d})` in nats per example,
+            ``[s]``: the expected fall of the log-likelihood.
         quadratic: :math:`\tfrac12 t^2 d^\top F d`, ``[s]``.
     """
 
@@ -133,15 +132,15 @@ class DivergenceProfile:
 
     @property
     def error(self) -> Tensor:
-        """The distance of the two, ``[s]``."""
+        """The absolute difference of divergence and quadratic, ``[s]``."""
         return (self.divergence - self.quadratic).abs()
 
     @property
     def order(self) -> float:
-        r"""The power of the step that the error falls with, by least squares of logarithms.
+        r"""The order of the error in the step, by least squares of logarithms.
 
-        3 for the Fisher information at :math:`\theta`, 2 for a matrix that is not; NaN where
-        the KL is the quadratic, or there is one length of step.
+        It is 3 for the Fisher information at :math:`\theta`, and 2 for another matrix.  It is
+        NaN where the KL equals the quadratic, or all steps have one length.
         """
         x, y = self.steps.abs().log(), self.error.log()
         x = x - x.mean()
@@ -157,31 +156,31 @@ def divergence_profile(
     direction: Parameters,
     steps: Sequence[float],
 ) -> DivergenceProfile:
-    r"""How far the log-likelihood is expected to fall along a direction, and the quadratic.
+    r"""The expected fall of the log-likelihood along a direction, and its quadratic model.
 
     .. math:: \frac1N \sum_n KL(p_\theta(\cdot \mid x_n) \| p_{\theta + t d}(\cdot \mid x_n))
               = \tfrac12 t^2 d^\top F d + O(t^3)
 
     (Kullback & Leibler 1951; Amari 2016, Information Geometry and Its Applications, section
-    1.3).  One pass forwards a step; the outputs of a network in single precision have few
-    digits of a small divergence.
+    1.3).  Every step costs one forward pass.  In single precision a small divergence has few
+    correct digits.
 
     Args:
-        model: the network at :math:`\theta`, in evaluation mode inside.
-        data: batches, as :func:`~ewc.fisher_information` takes them.
+        model: the network at :math:`\theta`; it runs in evaluation mode.
+        data: batches, as for :func:`~ewc.fisher_information`.
         fisher: the mean information of these data, of any structure.
         likelihood: what the outputs mean.
-        direction: ``d``, an eigenvector for example (:func:`~ewc.statistics.leading_eigenvector`).
-        steps: ``t``, in units of the direction, of both signs and none of them 0.
+        direction: ``d``, for example from :func:`~ewc.statistics.leading_eigenvector`.
+        steps: ``t``, in units of the direction, of any sign but not 0.
 
     Raises:
-        ValueError: the direction is not over the parameters of ``fisher``, a step is 0 or not
-            finite or there is none, or the data are empty or no batches.
+        ValueError: the direction is not over the parameters of ``fisher``, ``steps`` is empty
+            or holds 0 or an infinite number, or the data are empty or not batches.
     """
     lengths = torch.tensor(list(steps), dtype=torch.float64)
     if not len(lengths) or not bool((lengths.isfinite() & (lengths != 0)).all()):
         raise ValueError(
-            f"steps are {list(steps)}: they must be one or more finite numbers, not 0."
+            f"steps must be one or more finite numbers, none of them 0, got {list(steps)}."
         )
     check_same_shapes(shapes_of(direction), fisher.shapes, "The direction")
     network = NetworkFunction(model, fisher.shapes, likelihood)

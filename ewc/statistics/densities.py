@@ -1,12 +1,14 @@
 r"""Log-densities of the families of ``torch.distributions``, without loss of digits.
 
-Near the ends of a support the logarithm of the distance to the end says more than ``x``: of a
+Near the end of a support the logarithm of the distance to the end says more than ``x``.  For a
 Gamma distribution of shape 0.001 half of the mass lies below the smallest number.  So the points
-of a quadrature carry both, and the densities that are singular there take what they need.  Of
-large counts and shapes the terms are put together so that they do not cancel (Loader 2000, Fast
-and accurate computation of binomial probabilities).  Other densities are those of
-``torch.distributions``, except for probabilities near 0, which torch rounds up to the resolution
-of its numbers, and for the von Mises distribution, whose normalisation it has to seven digits.
+of a quadrature carry both, and densities that are singular there use the logarithm.  For large
+counts and shapes the terms are grouped so that they do not cancel (Loader 2000, Fast and accurate
+computation of binomial probabilities).
+
+Other densities are those of ``torch.distributions``, with two exceptions.  Torch rounds
+probabilities near 0 up to the resolution of its numbers.  It knows the normalisation of the von
+Mises distribution to seven digits only.
 """
 
 import math
@@ -39,7 +41,7 @@ from torch.nn.functional import logsigmoid, softplus
 LOG_ROOT = math.log(2 * math.pi) / 2
 
 MANY = 30.0
-"""The concentration from which the asymptotic series of Bessel's function has all digits."""
+"""The concentration from which the asymptotic series of Bessel's function is exact."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Points:
 
     @classmethod
     def of(cls, x: Tensor) -> "Points":
-        """Values of which no more is known."""
+        """Points from their values alone."""
         return cls(x, x.log(), (-x).log1p())
 
     def __getitem__(self, index: Any) -> "Points":
@@ -77,7 +79,7 @@ KNOWN_BY_LOGARITHMS = (
     RelaxedBernoulli,
     Weibull,
 )
-"""Families whose densities need no ``x``, but the logarithms of the distances to the ends."""
+"""Families whose densities need only the logarithms of the distances to the ends."""
 
 
 @singledispatch
@@ -165,7 +167,7 @@ def _(distribution: VonMises, points: Points) -> Tensor:
 def log_scaled_bessel(k: Tensor) -> Tensor:
     r""":math:`\log (e^{-k} I_0(k))` for :math:`k \ge 0`, with two derivatives to all digits.
 
-    Of large ``k`` by the asymptotic series (Abramowitz & Stegun 1964, 9.7.1): the second
+    Large ``k`` take the asymptotic series (Abramowitz & Stegun 1964, 9.7.1).  Their second
     derivative is of the order of :math:`1/k^2`, a small difference of Bessel functions.
     """
     small = torch.special.i0e(k.clamp_max(MANY)).log()

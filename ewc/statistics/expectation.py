@@ -1,10 +1,11 @@
-r"""Expectations under a distribution of one variable, exact where they can be.
+r"""Expectations under a distribution of one variable, exact where possible.
 
-Over a finite set they are sums; over the counts a sum that begins at the likeliest and ends when
-nothing is left of the mass; over an interval a quadrature in a variable that runs over all real
-numbers, such as the logarithm of the distance to an end, so that singular ends become tails.  The
-mass is looked for by the log-density, so that no density is too narrow, too wide or too far away.
-The density is integrated together with the function: what was missed is known, and refused.
+Over a finite set an expectation is a sum.  Over counts the sum starts at the most likely count
+and ends when no mass is left.  Over an interval it is a quadrature in a variable that runs over
+all real numbers, such as the logarithm of the distance to an end.  Singular ends thus become tails.
+
+The log-density leads to the mass, so no density is too narrow, too wide or too far away.  The
+density is integrated together with the function.  Missing mass is therefore noticed, and refused.
 """
 
 import math
@@ -21,36 +22,36 @@ from ewc.statistics.densities import KNOWN_BY_LOGARITHMS, Points, log_density
 from ewc.statistics.quadrature import integral
 
 COUNTS = 2**24
-"""So many counts are summed before an expectation is given up."""
+"""The largest number of counts in a sum."""
 
 TOLERANCE = 1e-12
-"""The share of an expectation that may be left where sums and integrals end."""
+"""The largest relative rest at the end of a sum or an integral."""
 
 SET = 256
-"""Finite sets of so many numbers are summed in one go; more begin with a block of them."""
+"""Up to this many numbers are summed at once; larger sets begin with such a block."""
 
 WIDE = 2**13
 """The sums over more counts are integrals, but for the first of them: see :func:`_sum`."""
 
 ACCEPTED = 1e-7
-"""The relative errors of the mass and of an entry, as estimated, that are not refused."""
+"""The largest accepted relative error of the mass and of an entry."""
 
 LEVELS = (100.0, 300.0, 750.0)
-"""Where tails are cut: nats below the largest density, until nothing is left of the function."""
+"""Depths at which tails are cut, in nats below the largest density, tried in turn."""
 
 OFFSETS = 2.0 ** torch.arange(-60, 61, dtype=torch.float64)
-"""The distances at which the mass is looked for."""
+"""The distances at which to look for the mass."""
 
 
 @dataclass(frozen=True)
 class Density:
-    r"""A log-density of one's own, for what ``torch.distributions`` does not have.
+    r"""A log-density of your own, for families that ``torch.distributions`` lacks.
 
     Attributes:
         log_prob: :math:`\log p(x)` in nats for ``x`` of shape ``[n]``, normalised.
-        support: where ``x`` may lie, as in ``torch.distributions``.
-        location: about where the mass lies, for the quadrature.
-        scale: about how wide it lies.
+        support: the constraint on ``x``, as in ``torch.distributions``.
+        location: the approximate location of the mass, for the quadrature.
+        scale: the approximate width of the mass.
     """
 
     log_prob: Callable[[Tensor], Tensor]
@@ -67,11 +68,11 @@ def expectation(function: Callable[[Tensor], Tensor], under: Distribution | Dens
         under: the distribution of a scalar ``x``.
 
     Raises:
-        ValueError: ``x`` is no scalar, or its support is neither a set of integers nor an
+        ValueError: ``x`` is not a scalar, or its support is neither a set of integers nor an
             interval.
         ArithmeticError: the sum or the integral does not converge, or the density is not
-            normalised to seven digits: where the numbers have too few of them to tell its points
-            apart, or the mass lies outside of them.
+            normalised to seven digits.  The points may be too close for double precision, or
+            the mass may lie outside its range.
     """
     return expectation_at(lambda points: function(points.x), under)
 
@@ -79,11 +80,11 @@ def expectation(function: Callable[[Tensor], Tensor], under: Distribution | Dens
 def expectation_at(function: Callable[[Points], Tensor], under: Distribution | Density) -> Tensor:
     """The expectation of a function of :class:`~ewc.statistics.densities.Points`.
 
-    Arguments, result and errors as of :func:`expectation`.
+    Arguments, result and errors are those of :func:`expectation`.
     """
     if isinstance(under, Distribution) and (under.batch_shape or under.event_shape):
         own = [*under.batch_shape, *under.event_shape]
-        raise ValueError(f"The distribution is of shape {own}: only that of a scalar is summed.")
+        raise ValueError(f"The distribution must be of a scalar, got shape {own}.")
     shape = torch.Size()  # of an entry, known once the function was called
 
     def weighted(points: Points, log_weights: Tensor) -> Tensor:
@@ -108,15 +109,14 @@ def expectation_at(function: Callable[[Points], Tensor], under: Distribution | D
         total = _integral(weighted, under, lower, upper)
     if not bool(total.isfinite().all()):
         raise ArithmeticError(
-            f"The expectation under {_name(under)} is not finite: the function is infinite or "
-            "undefined where there is mass."
+            f"The expectation under {_name(under)} is not finite: the function must be finite "
+            "wherever there is mass."
         )
     mass = float(total[0])
     if not abs(mass - 1) <= ACCEPTED:
         raise ArithmeticError(
-            f"The mass of {_name(under)} that was found is {mass:.9g} and not 1: its density is "
-            "not normalised, loses digits, or has mass where numbers underflow or overflow; a "
-            "Density wants a location and a scale near its mass."
+            f"The mass of {_name(under)} must be 1, got {mass:.9g}: its density is not normalised, "
+            "loses digits, or underflows; a Density needs a location and a scale near its mass."
         )
     return (total[1:] / mass).view(shape)
 
@@ -145,8 +145,8 @@ def _range(under: Distribution | Density) -> tuple[float, float, bool]:
     whole = isinstance(support, _WHOLE)
     if not (whole or support is constraints.real or isinstance(support, _CONTINUOUS)):
         raise ValueError(
-            f"The support is {support}: expectations are taken over whole numbers and intervals; "
-            "for others take samples."
+            f"The support must be a set of whole numbers or an interval, got {support}: take "
+            "samples instead."
         )
     lower = float(getattr(support, "lower_bound", -math.inf))
     return lower, float(getattr(support, "upper_bound", math.inf)), whole
@@ -204,13 +204,12 @@ def _sum(weighted: Weighted, under: Distribution | Density, lower: float, upper:
         if finished or (bool((added <= TOLERANCE * size).all()) and total[0] > 1 - ACCEPTED):
             return total
     raise ArithmeticError(
-        f"The sum over counts has not ended after {COUNTS} of them, with {float(total[0])} of the "
-        "mass."
+        f"The sum over counts did not end after {COUNTS} counts, with a mass of {float(total[0])}."
     )
 
 
 def _highest(function: Callable[[Tensor], Tensor], start: float) -> float:
-    """About where a function is largest, by steps of all lengths uphill."""
+    """The approximate maximum of a function, by uphill steps of all lengths."""
     steps = torch.cat([-OFFSETS.flip(0), torch.zeros(1, dtype=torch.float64), OFFSETS])
     here, before = start, -math.inf
     for _ in range(200):
@@ -268,14 +267,14 @@ def _diverges(under: Distribution | Density) -> ArithmeticError:
 
 
 def _breaks(log_weights: Callable[[Tensor], Tensor], top: float, level: float) -> Tensor:
-    """The ends of panels around the top, doubling in length, until the level is reached.
+    """The ends of panels around the top, doubling in length, up to the level.
 
-    The first and the last panel hold tails in which nothing should be left.
+    The first and the last panel hold tails that should contain nothing.
     """
     peak = log_weights(torch.tensor([top], dtype=torch.float64))
 
     def reach(drop: float, side: int) -> float:
-        """How far the density is that much below its top at most, to a part in 2^24."""
+        """The distance at which the density has dropped so far, to a part in 2^24."""
         inside = torch.nonzero(peak - log_weights(top + side * OFFSETS) < drop)
         if not len(inside):
             return float(OFFSETS[0])

@@ -6,9 +6,9 @@ Legendre polynomials, which are 0 at both ends,
 .. math:: \theta(t) = a + t\, (b - a) + \sum_{k=1}^K c_k \phi_k(t) ,
 
 is the geodesic where it has the least energy :math:`\tfrac12 \int \dot\theta^\top F(\theta)\,
-\dot\theta \, dt` (do Carmo 1992, Riemannian Geometry, chapter 9).  The energy is taken by Gauss's
-quadrature and minimised by Newton's method; what an error of the path adds to its length is of
-second order, and geodesics are analytic, so that some ten polynomials give ten digits.
+\dot\theta \, dt` (do Carmo 1992, Riemannian Geometry, chapter 9).  The energy is integrated by
+Gauss's quadrature and minimised by Newton's method.  An error of the path changes its length in
+second order only, and geodesics are analytic.  So about ten polynomials give ten digits.
 """
 
 from collections.abc import Callable
@@ -26,19 +26,19 @@ from ewc.parameters import Parameters, Shapes, check_same_shapes, flatten, shape
 from ewc.statistics.metric import Metric, fisher_metric
 
 FEWEST, MOST = 6, 192
-"""Polynomials to begin and to end with; their number is doubled in between."""
+"""The first and the last number of polynomials; it is doubled in between."""
 
 REACH = 0.7
-"""How far a point of the path may move in a step of Newton's method, in units of the metric."""
+"""The largest move of a point in a step of Newton's method, in units of the metric."""
 
 STEPS = 60
-"""Steps of Newton's method at most, for each number of polynomials."""
+"""The largest number of steps of Newton's method, for each number of polynomials."""
 
 DAMPINGS = (0.0, *(4.0**k for k in range(-6, 20)))
-"""Multiples of the metric that are added to the Hessian, one after the other."""
+"""Multiples of the metric to add to the Hessian, tried one after the other."""
 
 ENOUGH = 1e-12
-"""The share of the energy that is not worth another step."""
+"""The relative gain in energy below which no further step is taken."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Geodesic:
     r"""A shortest path between two members of a family.
 
     Attributes:
-        distance: its length, the root of a number of nats.
-        path: the parameters at equal distances along it, ``[points, ...]`` by name.
+        distance: the length, in the square root of nats.
+        path: the parameters at equal steps along the path, ``[points, ...]`` by name.
     """
 
     distance: float
@@ -64,8 +64,8 @@ def geodesic(
 ) -> Geodesic:
     r"""The geodesic of a metric between two points, numerically.
 
-    The straight line between them is bent until its energy is least. Polynomials are added
-    until the length does not change any more. With a metric in closed form::
+    The straight line between them is bent until its energy is least.  Polynomials are added
+    until the length no longer changes.  With a metric in closed form::
 
         found = geodesic(
             lambda p: torch.diag(torch.stack([1 / p["s"] ** 2, 2 / p["s"] ** 2])),
@@ -74,19 +74,19 @@ def geodesic(
         )
 
     Args:
-        metric: twice differentiable by torch, without a look at the values (it is called
-            under ``torch.vmap``); of a family :func:`fisher_metric`.
-        start: the parameters at the beginning.
-        end: those at the end; the straight line between the two must stay where the metric
-            is positive.
-        num_points: of the path that is returned, 2 or more.
-        tolerance: of the length, relative.
+        metric: twice differentiable by torch, and fit for ``torch.vmap``.  For a family it is
+            :func:`fisher_metric`.
+        start: the parameters at the start.
+        end: the parameters at the end.  The metric must be positive on the straight line
+            between the two.
+        num_points: the number of points of the returned path, 2 or more.
+        tolerance: the relative tolerance of the length.
 
     Raises:
         ValueError: names or shapes differ, there are fewer than 2 points, or the tolerance is
             not above 0.
-        ArithmeticError: no geodesic was found, as the metric is singular or infinite on the
-            way, or the path too bent for the polynomials.
+        ArithmeticError: no geodesic was found: the metric is singular or infinite on the way,
+            or the path too bent for the polynomials.
     """
     check_count(num_points, "num_points", least=2)
     check_positive(tolerance, "tolerance")
@@ -108,30 +108,30 @@ def geodesic(
         size, before = 2 * size, length
     raise ArithmeticError(
         f"No geodesic was found: with {MOST} polynomials the length {length:g} still changes "
-        "by more than the tolerance; other parameters, such as logarithms, may bend less."
+        "by more than the tolerance; take other parameters, such as logarithms."
     )
 
 
 def geodesic_distance(
     family: Callable[[Parameters], Distribution], start: Parameters, end: Parameters
 ) -> float:
-    r"""The Fisher-Rao distance of two members of a family, numerically, to some nine digits.
+    r"""The Fisher-Rao distance of two members of a family, numerically, to about nine digits.
 
-    For families without a closed form in :func:`~ewc.statistics.fisher_rao_distance`: Gamma,
-    Beta, Dirichlet, multivariate normal distributions and whatever else has its divergence in
-    ``torch.distributions``. The same in all parameters of the family::
+    It serves families without a closed form in :func:`~ewc.statistics.fisher_rao_distance`:
+    Gamma, Beta, Dirichlet, multivariate normal and all others with a divergence in
+    ``torch.distributions``.  The distance does not depend on the choice of parameters::
 
         family = lambda p: Gamma(p["shape"], p["rate"])
         geodesic_distance(family, first, second)
 
     Args:
         family: from parameters to a distribution.
-        start: the parameters of one.
-        end: of the other.
+        start: the parameters of one distribution.
+        end: the parameters of the other.
 
     Raises:
-        ValueError: names or shapes differ, parameters are not allowed, or the support or how the
-            variable is transformed depends on them.
+        ValueError: names or shapes differ, parameters are not allowed, or the support or the
+            transform of the variable depends on them.
         NotImplementedError: ``torch.distributions`` has no divergence of the family.
         ArithmeticError: no geodesic was found.
     """
@@ -213,15 +213,15 @@ class _Energy:
 
 
 class _Newton:
-    """Newton's steps, with curvatures against the metric's own and their absolute values.
+    """Newton's steps with the absolute values of curvatures relative to the metric.
 
-    What is not convex is left the way down, however flat (Dauphin et al. 2014,
+    Absolute values lead downhill out of regions that are not convex (Dauphin et al. 2014,
     arXiv:1406.2572).
 
     Args:
         gradient: ``[k, p]``.
         hessian: ``[k, p, k, p]``.
-        constant: what the Hessian would be if the metric were constant.
+        constant: the Hessian for a constant metric.
 
     Raises:
         ArithmeticError: the metric is singular or not finite.
@@ -240,7 +240,7 @@ class _Newton:
         self.curvatures = curvatures.abs().clamp_min(1e-6)
         self.slopes = self.vectors.T @ self._whitened(gradient.reshape(size, 1))[:, 0]
         self.gain = float((self.slopes.square() / self.curvatures).sum() / 2)
-        """By how much the energy is above its minimum, if it is quadratic."""
+        """The height of the energy above its minimum, for a quadratic energy."""
 
     def step(self, damping: float) -> Tensor:
         """The step with a multiple of the metric added to the Hessian, ``[k, p]``."""
@@ -254,7 +254,7 @@ class _Newton:
 
 
 def _gauss(size: int) -> tuple[Tensor, Tensor]:
-    """The times and weights of a quadrature over [0, 1] that paths of so many terms need."""
+    """The times and weights of a quadrature over [0, 1] for paths with ``size`` terms."""
     places, weights = leggauss(2 * size + 8)
     return torch.from_numpy((places + 1) / 2), torch.from_numpy(weights / 2)
 

@@ -1,8 +1,8 @@
 r"""Information geometry: the Fisher information as a metric (Rao 1945; Amari 2016).
 
-The length of a small step is :math:`\sqrt{d\theta^\top F(\theta)\, d\theta}`, which is
-:math:`\sqrt{2 KL}` to second order and the same in any parameters. The distance of two
-distributions is the length of the shortest path between them.
+The length of a small step is :math:`\sqrt{d\theta^\top F(\theta)\, d\theta}`.  To second order
+it is :math:`\sqrt{2 KL}`, and it does not depend on the choice of parameters.  The distance of
+two distributions is the length of the shortest path between them.
 """
 
 import math
@@ -28,42 +28,42 @@ from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import Parameters, check_same_shapes, shapes_of
 
 ROUNDING = 1e-6
-"""The share of a distance (of 1, of smaller ones) up to which rounding is not refused."""
+"""The largest rounding error that is accepted, relative to the distance or to 1."""
 
 
 @singledispatch
 def fisher_rao_distance(first: Distribution, second: Distribution) -> Any:
     r"""The Fisher-Rao distance of two distributions of one family, in closed form.
 
-    For Bernoulli, categorical, Poisson, exponential and normal distributions, batches
-    included, and for multivariate normal ones with equal means or equal covariances (Atkinson
-    & Mitchell 1981, Sankhya A 43(3); Nielsen 2020, doi:10.3390/e22101100). Of others
-    :func:`~ewc.statistics.geodesic_distance` finds it.
+    It exists for Bernoulli, categorical, Poisson, exponential and normal distributions, also in
+    batches, and for multivariate normal ones with equal means or equal covariances (Atkinson
+    & Mitchell 1981, Sankhya A 43(3); Nielsen 2020, doi:10.3390/e22101100).
+    :func:`~ewc.statistics.geodesic_distance` serves the others.
 
     Args:
-        first: one.
-        second: the other, of the same class.
+        first: one distribution.
+        second: another one, of the same class.
 
-    The result is a tensor in the batch shape.
+    The result is a tensor of the batch shape.
 
     Raises:
-        TypeError: the family has no closed form here, or there are two of them.
-        ValueError: of multivariate normals means and covariances both differ.
+        TypeError: the family has no closed form here, or the families differ.
+        ValueError: multivariate normals differ both in mean and in covariance.
         ArithmeticError: the covariances of multivariate normals are too far apart for the digits
             of their type.
     """
     name = type(first).__name__
     raise TypeError(
-        f"{name} and {type(second).__name__} have no closed form of their distance: within a "
-        "family geodesic_distance finds it."
+        f"{name} and {type(second).__name__} have no closed form of their distance: take "
+        "geodesic_distance within one family."
     )
 
 
 def _check_family(first: Any, second: Any) -> None:
     if type(second) is not type(first):
         raise TypeError(
-            f"{type(first).__name__} and {type(second).__name__} are two families: a distance "
-            "is one within a family."
+            f"{type(first).__name__} and {type(second).__name__} are two families: both must be "
+            "of one."
         )
 
 
@@ -129,8 +129,8 @@ def _(first: MultivariateNormal, second: Any) -> Any:
         return solved[..., 0].norm(dim=-1)
     if bool(away.any()):
         raise ValueError(
-            "Means and covariances both differ: multivariate normal distributions then have no "
-            "closed form of their distance: geodesic_distance finds it."
+            "Means and covariances both differ: multivariate normals then have no closed form of "
+            "their distance, so take geodesic_distance."
         )
     # Logarithms of the relative eigenvalues, twice those of singular values, which are known to the
     # rounding of the largest: of either quotient those that are nearer to it.
@@ -142,14 +142,14 @@ def _(first: MultivariateNormal, second: Any) -> Any:
     distance = (logs.square().sum(-1) / 2).sqrt()
     if bool((rounding.amax(-1) > ROUNDING * distance.clamp_min(1)).any()):
         raise ArithmeticError(
-            f"The relative deviations of the two go up to {float(one.max()):.2g} and down to "
-            f"{float(1 / two.max()):.2g}, which leaves too few digits of those between."
+            f"The relative deviations range from {float(1 / two.max()):.2g} to "
+            f"{float(one.max()):.2g}, which leaves too few digits of those between."
         )
     return distance
 
 
 def _over_roots(above: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """The quotient by the roots of both, that of the larger first."""
+    """The quotient by the roots of both, the larger root first."""
     return above / torch.maximum(p, q).sqrt() / torch.minimum(p, q).sqrt()
 
 
@@ -165,11 +165,11 @@ def path_length(
 
     .. math:: \sum_s \sqrt{\Delta_s^\top F(\bar\theta_s) \Delta_s}
 
-    With the metric in the middle of every step: its error falls as the square of the steps.
+    The metric is taken in the middle of every step.  The error falls as the square of the steps.
 
     Args:
-        path: the parameters along it, two or more.
-        fisher_at: the Fisher information of a network with given parameters.
+        path: the parameters along the path, two or more.
+        fisher_at: the Fisher information of a network at given parameters.
 
     Raises:
         ValueError: there are fewer than two points, or their names or shapes differ.

@@ -1,4 +1,4 @@
-r"""What a training example did to the fit: influence functions (Koh & Liang 2017).
+r"""How a training example changed the fit: influence functions (Koh & Liang 2017).
 
 At a minimum of :math:`\frac1N \sum_i \ell_i(\theta) + \frac{\delta}{2} \|\theta - \mu\|^2`, with
 :math:`\ell_i` the negative log-likelihood of example ``i``, leaving it out moves the parameters
@@ -6,21 +6,21 @@ by about
 
 .. math:: \theta_{-i} - \theta \approx \tfrac1N (F + \delta I)^{-1} \nabla \ell_i
 
-(arXiv:1703.04730, section 2; Cook & Weisberg 1982), with the Fisher information in place of the
-Hessian: for likelihoods whose outputs are natural parameters the generalised Gauss-Newton
-matrix, and the Hessian itself for linear models.  Everything else follows by the chain rule.
-``F`` may have any structure: :class:`~ewc.fisher.ImplicitFisher` solves by conjugate gradients
-without a matrix, :class:`~ewc.KroneckerFisher` in its eigenbasis.
+(arXiv:1703.04730, section 2; Cook & Weisberg 1982).  The Fisher information stands in place of
+the Hessian.  Where the outputs are natural parameters it is the generalised Gauss-Newton matrix,
+and for linear models the Hessian itself.  Everything else follows by the chain rule.  ``F`` may
+have any structure: :class:`~ewc.fisher.ImplicitFisher` solves by conjugate gradients without a
+matrix, :class:`~ewc.KroneckerFisher` in its eigenbasis.
 
 The refit keeps ``1 / N`` before the sum of the others, so the decay weighs :math:`N \delta`
-against that sum with the example and without.  Its first step by Newton's method takes the
-example's own part out of the curvature as well:
+against that sum with the example and without it.  The first step of Newton's method also takes
+the example out of the curvature:
 
 .. math:: \theta_{-i} - \theta \approx
           \tfrac1N (F + \delta I - \tfrac1N U_i U_i^\top)^{-1} \nabla \ell_i
 
-where :math:`U_i U_i^\top` is the example's Fisher information: ``leverage=True``
-(:mod:`ewc.statistics.leverage`), which is exact where the loss is quadratic, as in a linear
+where :math:`U_i U_i^\top` is the example's Fisher information.  This is ``leverage=True``
+(:mod:`ewc.statistics.leverage`).  It is exact where the loss is quadratic, as in a linear
 regression with decay.
 """
 
@@ -39,7 +39,7 @@ from ewc.statistics.network import NetworkFunction
 from ewc.wrappers import named_parameters
 
 CHUNK = 256
-"""Examples whose own gradients are held at once."""
+"""The number of examples whose gradients are in memory at once."""
 
 
 def loss_gradient(
@@ -51,13 +51,13 @@ def loss_gradient(
     r"""The gradient of the mean negative log-likelihood of some data, in nats.
 
     Args:
-        model: the network, in evaluation mode inside.
-        data: batches, as :func:`~ewc.fisher_information` takes them.
-        fisher: names the parameters.
+        model: the network; it runs in evaluation mode.
+        data: batches, as for :func:`~ewc.fisher_information`.
+        fisher: a matrix over the parameters of the gradient.
         likelihood: what the outputs mean.
 
     Raises:
-        ValueError: the data are empty or no batches.
+        ValueError: the data are empty or not batches.
     """
     network = NetworkFunction(model, fisher.shapes, likelihood)
     total = {name: torch.zeros_like(tensor) for name, tensor in network.parameters.items()}
@@ -70,7 +70,7 @@ def loss_gradient(
             total = {name: total[name] + found[name] for name in total}
             count += len(targets)
     if not count:
-        raise ValueError("The data are empty: there is no loss to take the gradient of.")
+        raise ValueError("The data are empty: a gradient needs an example.")
     return {name: tensor / count for name, tensor in total.items()}
 
 
@@ -84,33 +84,33 @@ def influence(
     damping: float = 0.0,
     leverage: bool = False,
 ) -> Tensor:
-    r"""How a quantity changes when each training example is left out, one by one.
+    r"""The change of a quantity when one training example is left out, for each example.
 
-    For a quantity :math:`q(\theta)` the first-order change
-    :math:`\frac1N \nabla q^\top (F + \delta I)^{-1} \nabla \ell_i`: of the loss on test
-    examples with :func:`loss_gradient`, of a prediction or a parameter with its gradient.
-    One solve, and one forward derivative of the losses a batch.
+    The first-order change of a quantity :math:`q(\theta)` is
+    :math:`\frac1N \nabla q^\top (F + \delta I)^{-1} \nabla \ell_i`.  The quantity is the loss
+    on test examples with :func:`loss_gradient`, or a prediction or parameter with its gradient.
+    The cost is one solve, and one forward derivative of the losses for each batch.
 
     Args:
-        model: the network, at its fit.
+        model: the network at its fit.
         train: batches of the training set, in the order of the result.
         gradient: :math:`\nabla q`.
         fisher: the mean information of the training set; its ``num_examples`` is ``N``.
         likelihood: what the outputs mean.
-        damping: :math:`\delta`: the weight decay of the mean loss, at least.
-        leverage: take the example's own curvature out of the matrix too, which turns the first
-            order into one step of Newton's method, for ``K + 1`` solves an example.
-            ``fisher`` must hold that curvature, as an exact matrix of the training set does.
+        damping: :math:`\delta`, at least the weight decay of the mean loss.
+        leverage: take the example out of the curvature too.  The result is then one step of
+            Newton's method, for ``K + 1`` solves per example.  ``fisher`` must hold that
+            curvature, as an exact matrix of the training set does.
 
     Returns:
-        The changes ``[n]``, in the units of ``q``. Of a loss: positive where the example
-        helps, negative where it harms.
+        The changes ``[n]``, in the units of ``q``.  For a loss they are positive where the
+        example helps, and negative where it harms.
 
     Raises:
         ValueError: the gradient is not over the parameters of ``fisher``, or the data are
-            no batches.
-        torch.linalg.LinAlgError: the damped matrix is singular, or with ``leverage`` an
-            example holds more curvature than it.
+            not batches.
+        torch.linalg.LinAlgError: the damped matrix is singular, or with ``leverage`` holds less
+            curvature than one example.
     """
     network = NetworkFunction(model, fisher.shapes, likelihood)
     if leverage:
@@ -141,28 +141,28 @@ def self_influence(
     damping: float = 0.0,
     leverage: bool = False,
 ) -> Tensor:
-    r"""How the loss of each training example rises when it is left out itself.
+    r"""The rise of each training example's loss when that example is left out.
 
-    :math:`\frac1N \nabla \ell_i^\top (F + \delta I)^{-1} \nabla \ell_i`, 0 or above: large
-    for examples that nothing else in the training set explains, wrong labels among them.
+    It is :math:`\frac1N \nabla \ell_i^\top (F + \delta I)^{-1} \nabla \ell_i`, 0 or above.  It is
+    large for examples that the rest of the training set does not explain, such as wrong labels.
 
     Args:
-        model: the network, at its fit.
+        model: the network at its fit.
         train: batches of the training set, in the order of the result.
         fisher: the mean information of the training set.
         likelihood: what the outputs mean.
         damping: :math:`\delta`.
-        leverage: take the example's own curvature out of the matrix too, which turns the first
-            order into one step of Newton's method, for ``K + 1`` solves an example.
-            ``fisher`` must hold that curvature, as an exact matrix of the training set does.
+        leverage: take the example out of the curvature too.  The result is then one step of
+            Newton's method, for ``K + 1`` solves per example.  ``fisher`` must hold that
+            curvature, as an exact matrix of the training set does.
 
     Returns:
         The rises ``[n]``, in nats.
 
     Raises:
-        ValueError: the data are no batches.
-        torch.linalg.LinAlgError: the damped matrix is singular, or with ``leverage`` an
-            example holds more curvature than it.
+        ValueError: the data are not batches.
+        torch.linalg.LinAlgError: the damped matrix is singular, or with ``leverage`` holds less
+            curvature than one example.
     """
     network = NetworkFunction(model, fisher.shapes, likelihood)
     rises = []
@@ -190,24 +190,24 @@ def parameters_without(
     damping: float = 0.0,
     leverage: bool = False,
 ) -> Parameters:
-    r"""The parameters as they would be without some training examples, to first order.
+    r"""The parameters of a fit without some training examples, to first order.
 
-    :math:`\theta + \frac1N (F + \delta I)^{-1} \sum_{i} \nabla \ell_i`.
+    They are :math:`\theta + \frac1N (F + \delta I)^{-1} \sum_{i} \nabla \ell_i`.
 
     Args:
-        model: the network, at its fit.
-        examples: batches of what is left out.
+        model: the network at its fit.
+        examples: batches of the examples that are left out.
         fisher: the mean information of the training set.
         likelihood: what the outputs mean.
         damping: :math:`\delta`.
-        leverage: take the examples' own curvature out of the matrix too, which turns the first
-            order into one step of Newton's method, for ``K`` solves an example and one more.
-            ``fisher`` must hold that curvature, as an exact matrix of the training set does.
+        leverage: take the examples out of the curvature too.  The result is then one step of
+            Newton's method, for ``K`` solves per example and one more.  ``fisher`` must hold
+            that curvature, as an exact matrix of the training set does.
 
     Raises:
         ValueError: there are no examples.
-        torch.linalg.LinAlgError: the damped matrix is singular, or with ``leverage`` an
-            example holds more curvature than it.
+        torch.linalg.LinAlgError: the damped matrix is singular, or with ``leverage`` holds less
+            curvature than the examples.
     """
     batches = list(examples)
     own = dict(named_parameters(model))

@@ -1,4 +1,4 @@
-r"""What single examples hold of the curvature: their leverages in a fit.
+r"""The share of single examples in the curvature: their leverages in a fit.
 
 With :math:`U_i` the ``K`` pulled-back score vectors of example ``i``, so that
 :math:`U_i U_i^\top` is its Fisher information, :math:`B = (F + \delta I)^{-1}` and
@@ -7,8 +7,8 @@ With :math:`U_i` the ``K`` pulled-back score vectors of example ``i``, so that
 .. math:: \big(B^{-1} - \tfrac1N U_i U_i^\top\big)^{-1}
           = B + \tfrac1N B U_i (I - H_i)^{-1} U_i^\top B
 
-(Woodbury).  The eigenvalues of :math:`H_i` are leverages, from 0 to below 1: what the example
-itself has of the information along a direction in its outputs (Pregibon 1981,
+(Woodbury).  The eigenvalues of :math:`H_i` are leverages, from 0 to below 1.  A leverage is the
+example's share of the information along a direction in its outputs (Pregibon 1981,
 doi:10.1214/aos/1176345513).
 """
 
@@ -28,11 +28,11 @@ from ewc.statistics.network import NetworkFunction
 
 @dataclass(frozen=True)
 class Own:
-    """What some examples hold, in flat vectors.
+    """The gradients and score vectors of some examples, as flat vectors.
 
     Attributes:
-        gradients: of their losses, ``[n, p]``.
-        vectors: their score vectors :math:`U_i`, ``[n, k, p]``.
+        gradients: the gradients of the losses, ``[n, p]``.
+        vectors: the pulled-back score vectors :math:`U_i`, ``[n, k, p]``.
     """
 
     gradients: Tensor
@@ -43,7 +43,7 @@ class Own:
 
         Args:
             inverse: :math:`B`.
-            fisher: the matrix of which it is.
+            fisher: the matrix :math:`F`.
 
         Raises:
             torch.linalg.LinAlgError: a leverage is not below 1.
@@ -56,16 +56,15 @@ class Own:
         factor, failed = torch.linalg.cholesky_ex(rest)
         if bool(failed.any()):
             raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
-                "An example has a leverage of 1 or more, more curvature than the damped Fisher "
-                "matrix holds in all: the matrix must be an exact one that has the example in "
-                "it, or the damping larger."
+                "An example has a leverage of 1 or more: fisher must be an exact matrix over data "
+                "with this example, or damping larger."
             )
         along = solved @ self.gradients[:, :, None] / fisher.num_examples
         return first + (torch.cholesky_solve(along, factor).mT @ solved)[:, 0]
 
 
 def each(network: NetworkFunction, data: Iterable[Any], fisher: FisherMatrix) -> Iterator[Own]:
-    """What every example holds, as many at a time as fit into memory."""
+    """The gradients and vectors of all examples, as many at a time as fit into memory."""
     likelihood = network.likelihood
     vectorises: dict[tuple[str, ...], bool] = {}
     with network.evaluating():

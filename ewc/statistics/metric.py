@@ -24,21 +24,21 @@ r"""From parameters by name to :math:`F(\theta)`, ``[p, p]``, in torch operation
 
 
 def fisher_metric(family: Callable[[Parameters], Distribution]) -> Metric:
-    r"""The Fisher information of a family, differentiable and under ``torch.vmap``.
+    r"""The Fisher information of a family, differentiable and fit for ``torch.vmap``.
 
-    Over a finite set it is the sum :math:`E[s s^\top]`; else the second derivative of the
-    divergence in its second argument, :math:`F(\theta) = \nabla^2_{\theta'} KL(p_\theta \|
-    p_{\theta'})` at :math:`\theta' = \theta`, wherever ``torch.distributions`` has that in
-    closed form (Kullback 1959, Information Theory and Statistics, section 2.6).
+    Over a finite set it is the sum :math:`E[s s^\top]`.  Otherwise it is the second derivative
+    :math:`F(\theta) = \nabla^2_{\theta'} KL(p_\theta \| p_{\theta'})` at
+    :math:`\theta' = \theta`, where ``torch.distributions`` has the divergence in closed form
+    (Kullback 1959, Information Theory and Statistics, section 2.6).
     :func:`~ewc.statistics.parametric_fisher` takes every family, but cannot be differentiated.
 
     Args:
         family: from parameters to a distribution; the components of a batch are independent.
 
     Returns:
-        The metric; it raises a ``NotImplementedError`` where there is no divergence, and a
-        ``ValueError`` where the support, or how the variable is transformed, depends on the
-        parameters, so that the divergence is not smooth or not known.
+        The metric.  It raises a ``NotImplementedError`` where there is no divergence.  It raises
+        a ``ValueError`` where the support or the transform of the variable depends on the
+        parameters, for then the divergence is not smooth or not known.
     """
 
     def metric(parameters: Parameters) -> Tensor:
@@ -79,10 +79,10 @@ def _by_sum(
 
 
 def _check_fixed(member: Callable[[Tensor], Distribution], here: Tensor, name: str) -> None:
-    """Check that the support and the transforms of a family stay as they are.
+    """Check that the support and the transforms of a family are fixed.
 
     Raises:
-        ValueError: they depend on the parameters.
+        ValueError: one depends on the parameters.
     """
 
     def features(theta: Tensor) -> Tensor:
@@ -100,14 +100,13 @@ def _check_fixed(member: Callable[[Tensor], Distribution], here: Tensor, name: s
         return
     if moved:
         raise ValueError(
-            f"The support of {name}, or how its variable is transformed, depends on the "
-            "parameters, where the divergence of torch.distributions gives no metric: give the "
-            "information to geodesic as one."
+            f"The support or the transform of {name} depends on the parameters, so its divergence "
+            "gives no metric: give its information to geodesic as a metric."
         )
 
 
 _BY_TRANSFORMS = (TransformedDistribution, Kumaraswamy, Pareto, Weibull)
-"""Those whose divergence is that of what is transformed."""
+"""Families whose divergence is that of the variable before the transform."""
 
 _FEATURES = ("lower_bound", "upper_bound", "loc", "scale", "exponent", "_exponent")
 
@@ -130,7 +129,7 @@ def _divergence(first: Distribution, second: Distribution) -> Tensor:
 
 @contextmanager
 def _unchecked() -> Iterator[None]:
-    """Without the distributions' checks of their parameters, which look at values."""
+    """Switch off the distributions' checks of their parameters, which read values."""
     before = Distribution._validate_args
     Distribution.set_default_validate_args(False)
     try:

@@ -1,8 +1,8 @@
 r"""Which model to take: information criteria and the Laplace approximation of the evidence.
 
-All take the log-likelihood of the fit in nats, summed over the examples; the criteria are on
-the scale of the deviance, so that the smaller one is the better, the evidence is a
-log-probability, so that the larger one is.
+All take the log-likelihood of the fit in nats, summed over the examples.  The criteria are on
+the scale of the deviance: smaller is better.  The evidence is a log-probability: larger is
+better.
 """
 
 import math
@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ewc.checks import check_count, check_not_negative
+from ewc.checks import check_count, check_not_negative, check_positive
 from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import Parameters, check_same_shapes, flatten, shapes_of
 
@@ -19,7 +19,7 @@ def aic(log_likelihood: float, num_parameters: int) -> float:
     r"""Akaike's criterion :math:`-2 \log L + 2 p` (Akaike 1974, doi:10.1109/TAC.1974.1100705).
 
     Args:
-        log_likelihood: of the fit, in nats.
+        log_likelihood: the log-likelihood of the fit, in nats.
         num_parameters: ``p``.
 
     Raises:
@@ -32,16 +32,16 @@ def aic(log_likelihood: float, num_parameters: int) -> float:
 def bic(log_likelihood: float, num_parameters: int, num_examples: int) -> float:
     r"""The Bayesian criterion :math:`-2 \log L + p \log N` (Schwarz 1978).
 
-    What is left of minus twice the Laplace evidence as ``N`` grows
+    It is the leading part of minus twice the Laplace evidence as ``N`` grows
     (doi:10.1214/aos/1176344136).
 
     Args:
-        log_likelihood: of the fit, in nats.
+        log_likelihood: the log-likelihood of the fit, in nats.
         num_parameters: ``p``.
         num_examples: ``N``.
 
     Raises:
-        ValueError: a number is below what can be counted.
+        ValueError: ``num_parameters`` is negative, or ``num_examples`` below 1.
     """
     check_count(num_parameters, "num_parameters", least=0)
     check_count(num_examples, "num_examples")
@@ -51,11 +51,11 @@ def bic(log_likelihood: float, num_parameters: int, num_examples: int) -> float:
 def tic(log_likelihood: float, fisher: FisherMatrix, scores: FisherMatrix) -> float:
     r"""Takeuchi's criterion :math:`-2 \log L + 2 \, \mathrm{tr}(H^{-1} S)` (Takeuchi 1976).
 
-    Akaike's without the assumption that the model holds the truth: where it does,
-    :math:`S = H` and the trace is ``p``.
+    Unlike Akaike's criterion it does not assume that the model holds the truth.  Where the
+    model does, :math:`S = H` and the trace is ``p``.
 
     Args:
-        log_likelihood: of the fit, in nats.
+        log_likelihood: the log-likelihood of the fit, in nats.
         fisher: ``H``, the expected curvature, ``estimator=Exact()``.
         scores: ``S``, the second moments of the scores, ``estimator=Empirical()``.
 
@@ -71,13 +71,13 @@ def effective_parameters(
 ) -> float:
     r"""The trace :math:`\mathrm{tr}\,(H + \tfrac{\delta}{N} I)^{-1} S`: Takeuchi's penalty.
 
-    Half of what the deviance on the training examples is too small by, on average, as a
-    prediction of that on as many new ones.
+    The deviance on the training examples underestimates that on as many new examples.  The
+    mean difference is twice this trace.
 
     Args:
         fisher: ``H``.
         scores: ``S``.
-        prior_precision: :math:`\delta`, of the normal prior of a penalised fit.
+        prior_precision: :math:`\delta` of the normal prior of a penalised fit.
 
     Raises:
         ValueError: the matrices are over different parameters, or the precision is
@@ -100,31 +100,29 @@ def laplace_log_evidence(
     *,
     prior_mean: Parameters | None = None,
 ) -> float:
-    r"""The log-probability of the data, all parameters integrated out (MacKay 1992).
+    r"""The log-probability of the data with all parameters integrated out (MacKay 1992).
 
     .. math:: \log p(D) \approx \log L(\hat\theta)
               - \tfrac{\delta}{2} \|\hat\theta - \mu\|^2 + \tfrac{p}{2} \log \delta
               - \tfrac12 \log \det (N F + \delta I)
 
     at the mode :math:`\hat\theta` of the posterior with the prior
-    :math:`N(\mu, \delta^{-1} I)` (doi:10.1162/neco.1992.4.3.415). Exact for a Gaussian
-    likelihood of a linear model with :class:`~ewc.DenseFisher`; of a diagonal or Kronecker
-    matrix with its determinant in its own closed form.
+    :math:`N(\mu, \delta^{-1} I)` (doi:10.1162/neco.1992.4.3.415).  It is exact for a linear
+    model with a Gaussian likelihood and a :class:`~ewc.DenseFisher`.  The determinant of a
+    diagonal or Kronecker matrix has a closed form.
 
     Args:
-        log_likelihood: at the mode, in nats, summed over the examples.
+        log_likelihood: the log-likelihood at the mode, in nats, summed over the examples.
         fisher: the mean information of the examples at the mode.
         parameters: the mode.
         prior_precision: :math:`\delta`, above 0.
         prior_mean: :math:`\mu`; ``None`` for 0.
 
     Raises:
-        ValueError: the precision is not above 0 and finite, or the parameters are not those
-            of ``fisher``.
+        ValueError: the precision is not a finite number above 0, or the parameters are not
+            those of ``fisher``.
     """
-    check_not_negative(prior_precision, "prior_precision")
-    if prior_precision == 0:
-        raise ValueError("prior_precision is 0: an evidence needs a prior, so above 0.")
+    check_positive(prior_precision, "prior_precision")
     check_same_shapes(shapes_of(parameters), fisher.shapes, "The set of parameters")
     away = flatten({name: parameters[name] for name in fisher.shapes}).double()
     if prior_mean is not None:

@@ -19,8 +19,8 @@ class NetworkFunction:
     """The outputs and losses of a network at any values of some of its parameters.
 
     Args:
-        model: the network; itself it stays as it is.
-        names: the parameters that vary.
+        model: the network, which is not changed.
+        names: the names of the parameters that vary.
         likelihood: what the outputs mean.
     """
 
@@ -33,7 +33,7 @@ class NetworkFunction:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode, without fused kernels, inside."""
+        """Put the network into evaluation mode, without fused kernels."""
         with unwrapped(self.model), undisturbed(self.model), plain_operations(self.model):
             yield
 
@@ -47,8 +47,8 @@ class NetworkFunction:
             use_targets: whether the targets must fit the outputs.
 
         Raises:
-            ValueError: it is no batch, or its targets do not fit the outputs: ``[n]`` beside
-                outputs ``[n, 1]`` would be compared with all of them.
+            ValueError: an item is not a batch, or its targets do not fit the outputs.  Targets
+                ``[n]`` beside outputs ``[n, 1]`` would broadcast to ``[n, n]``.
         """
         for index, batch in enumerate(data):
             arguments, targets = self.caller.arguments(batch, index)
@@ -73,7 +73,7 @@ class NetworkFunction:
         return -self.likelihood.log_prob(self.outputs(parameters, arguments), targets)
 
     def gradients(self, arguments: Arguments, targets: Tensor) -> Parameters:
-        """The gradients of the losses, one by one, ``[n, ...]``."""
+        """The gradient of every single loss, ``[n, ...]`` by name."""
 
         def one(parameters: Parameters, target: Tensor, *tensors: Tensor) -> Tensor:
             alone = arguments.with_tensors([tensor[None] for tensor in tensors])

@@ -1,13 +1,13 @@
 r"""Do two tasks use the same parameters?  The overlap of their Fisher matrices.
 
 Kirkpatrick et al. 2017 (arXiv:1612.00796, section 4.3 of the supplement) scale both matrices
-to unit trace and take one minus their Frechet distance,
+to unit trace.  The overlap is one minus their Frechet distance
 
 .. math:: d^2(\hat F_1, \hat F_2) = \tfrac12 \operatorname{tr} \big( \hat F_1 + \hat F_2
-          - 2 (\hat F_1 \hat F_2)^{1/2} \big) ,
+          - 2 (\hat F_1 \hat F_2)^{1/2} \big) .
 
-so that 0 says that the tasks rely on different parameters and 1 that they rely on the same
-ones alike.
+An overlap of 0 means that the tasks use different parameters, 1 that they use the same ones
+alike.
 """
 
 import torch
@@ -23,14 +23,14 @@ from ewc.parameters import Parameters, check_same_shapes, flatten
 def fisher_overlap(first: FisherMatrix, second: FisherMatrix) -> float:
     r"""The overlap :math:`1 - d^2 = \operatorname{tr} (\hat F_1 \hat F_2)^{1/2}`, from 0 to 1.
 
-    Of two diagonal matrices in ``p`` operations; of others by their dense matrices.
+    Two diagonal matrices take ``p`` operations.  Other matrices are made dense.
 
     Args:
         first: the Fisher information of one task.
-        second: that of another, over the same parameters.
+        second: that of another task, over the same parameters.
 
     Raises:
-        ValueError: the matrices are over different parameters, or one is zero.
+        ValueError: the matrices are over different parameters, or one is 0.
     """
     check_same_shapes(second.shapes, first.shapes, "The second matrix")
     if isinstance(first, DiagonalFisher) and isinstance(second, DiagonalFisher):
@@ -45,13 +45,12 @@ def fisher_overlap(first: FisherMatrix, second: FisherMatrix) -> float:
 def fisher_overlap_by_layer(first: FisherMatrix, second: FisherMatrix) -> dict[str, float]:
     """The overlap of the diagonals within every layer, by the layer's name.
 
-    A layer is a module with parameters of its own; each is scaled to unit trace by itself
-    (figure 2C of the paper).  A layer whose information is zero for a task has no overlap
-    and is left out.
+    A layer is a module that holds parameters itself.  Each layer is scaled to unit trace
+    (figure 2C of the paper).  A layer without information for one of the tasks is left out.
 
     Args:
         first: the Fisher information of one task.
-        second: that of another, over the same parameters.
+        second: that of another task, over the same parameters.
 
     Raises:
         ValueError: the matrices are over different parameters.
@@ -71,7 +70,7 @@ def _part(diagonal: Parameters, names: list[str]) -> DiagonalFisher:
 
 
 def _normalised(product: Tensor, first: Tensor, second: Tensor) -> float:
-    """The trace of the root, had both matrices unit trace."""
+    """The trace of the root, scaled to matrices of unit trace."""
     if not (float(first) > 0 and float(second) > 0):
-        raise ValueError("A Fisher matrix is zero: there is no overlap with nothing.")
+        raise ValueError("Both Fisher matrices must have a trace above 0, but one is zero.")
     return float(product / (first * second).sqrt())

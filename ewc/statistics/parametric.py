@@ -5,9 +5,9 @@ With the score :math:`s = \nabla_\theta \log p_\theta(x)` it is
 .. math:: F(\theta) = E_{x \sim p_\theta}[s s^\top]
           = - E_{x \sim p_\theta}[\nabla_\theta^2 \log p_\theta(x)] ,
 
-where the support does not depend on :math:`\theta` and the order of derivative and integral
-may be exchanged (Lehmann & Casella 1998, Theory of Point Estimation, section 2.5).  The two
-differ where ``x`` comes from elsewhere than the family: :func:`formulations`.
+where the support does not depend on :math:`\theta`, and derivative and integral may be exchanged
+(Lehmann & Casella 1998, Theory of Point Estimation, section 2.5).  The two formulations differ
+where ``x`` does not come from the family: :func:`formulations`.
 """
 
 from collections.abc import Callable
@@ -24,16 +24,16 @@ from ewc.statistics.densities import Points, log_density
 from ewc.statistics.expectation import Density, expectation_at
 
 MEAN = 1e-7
-"""What is taken for 0: an expected score over its root mean square, a gap over the information."""
+"""Relative values below this count as 0, for expected scores and for gaps."""
 
 Family = Callable[[Parameters], Distribution | Density]
 r"""From parameters by name to :math:`p_\theta`."""
 
 
 def parametric_fisher(family: Family, parameters: Parameters) -> DenseFisher:
-    r"""The Fisher information :math:`E[s s^\top]` of one draw, exact.
+    r"""The exact Fisher information :math:`E[s s^\top]` of one draw.
 
-    By a sum over whole numbers or a quadrature over an interval
+    It is a sum over whole numbers or a quadrature over an interval
     (:func:`~ewc.statistics.expectation.expectation`)::
 
         fisher = parametric_fisher(
@@ -53,7 +53,7 @@ def parametric_fisher(family: Family, parameters: Parameters) -> DenseFisher:
         ValueError: the distribution is not of a scalar, or its support is neither a set of
             integers nor an interval.
         ArithmeticError: the expectation does not converge or loses digits, or the expected score
-            is not 0, as where the support depends on the parameters.
+            is not 0, for example because the support depends on the parameters.
     """
     theta, shapes = _flat(parameters)
     log_prob = _log_prob(family, shapes)
@@ -72,13 +72,13 @@ def sampled_parametric_fisher(
 ) -> tuple[DenseFisher, Tensor]:
     r"""The mean of :math:`s s^\top` over draws, and the standard error of every entry.
 
-    For distributions of any shape that can be sampled.
+    The distribution may have any shape, but must be one that can be sampled.
 
     Args:
         family: from parameters to a distribution, without a batch.
         parameters: :math:`\theta`.
-        num_samples: the draws, 2 or more.
-        seed: of the draws; the global random state stays as it is.
+        num_samples: the number of draws, 2 or more.
+        seed: the seed of the draws; the global random state is not changed.
 
     Returns:
         The matrix, and the standard errors ``[p, p]``.
@@ -91,7 +91,7 @@ def sampled_parametric_fisher(
     theta, shapes = _flat(parameters)
     distribution = family(unflatten(theta, shapes))
     if isinstance(distribution, Density):
-        raise TypeError("A Density cannot be sampled: take parametric_fisher.")
+        raise TypeError("A Density cannot be sampled: take parametric_fisher instead.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         x = distribution.sample((num_samples,))
@@ -123,8 +123,8 @@ class Formulations:
     def sandwich(self) -> Tensor:
         r"""The covariance :math:`H^{-1} S H^{-1}` of :math:`\sqrt N (\hat\theta - \theta)`.
 
-        That of the maximum of the likelihood, whether the family is right or not (White
-        1982, doi:10.2307/1912526); :math:`F^{-1}` where it is.
+        It holds for the maximum likelihood estimate, whether the family is right or not (White
+        1982, doi:10.2307/1912526).  It is :math:`F^{-1}` where the family is right.
 
         Raises:
             torch.linalg.LinAlgError: the curvature is singular.
@@ -142,12 +142,13 @@ def formulations(
     Args:
         family: from parameters to a distribution of a scalar.
         parameters: :math:`\theta`.
-        truth: where ``x`` comes from; ``None`` for :math:`p_\theta` itself.
+        truth: the distribution of ``x``; ``None`` for :math:`p_\theta` itself.
 
     Raises:
-        ValueError: as :func:`parametric_fisher`.
-        ArithmeticError: likewise; or the two differ without a ``truth``, as the log-density has
-            a corner or its second derivatives lose digits.
+        ValueError: as for :func:`parametric_fisher`.
+        ArithmeticError: as for :func:`parametric_fisher`.  It is also raised if the two differ
+            without a ``truth``: the log-density has a corner, or its second derivatives lose
+            digits.
     """
     theta, shapes = _flat(parameters)
     log_prob = _log_prob(family, shapes)
@@ -174,18 +175,17 @@ def formulations(
 
 
 def _check_mean(mean: Tensor, squares: Tensor) -> None:
-    """Check that the expected score is 0, as that of a density whose support stays.
+    """Check that the expected score is 0, as for every density with a fixed support.
 
     Raises:
-        ArithmeticError: it is not.
+        ArithmeticError: the expected score is not 0.
     """
     unit = squares.diagonal().sqrt()
     if bool((mean.abs() > MEAN * unit).any()):
         index = int((mean.abs() / unit).nan_to_num(0.0).argmax())
         raise ArithmeticError(
-            f"The expected score of parameter {index} is {float(mean[index]):.3g} and not 0: the "
-            "support depends on the parameters, or the log-density loses digits there, so that it "
-            "has no Fisher information that could be found."
+            f"The expected score of parameter {index} is {float(mean[index]):.3g}, but must be 0: "
+            "the support must not depend on the parameters, nor may the log-density lose digits."
         )
 
 
@@ -194,18 +194,18 @@ def _flat(parameters: Parameters) -> tuple[Tensor, Shapes]:
 
 
 def _check_gap(score: Tensor, curvature: Tensor) -> None:
-    """Check that the formulations agree, as they do for a smooth density under itself.
+    """Check that the formulations agree, as for every smooth density under itself.
 
     Raises:
-        ArithmeticError: they do not.
+        ArithmeticError: the formulations differ.
     """
     root = score.diagonal().sqrt()
     gaps = (score - curvature).abs() / root / root[:, None]
     if bool((gaps > MEAN).any()):
         raise ArithmeticError(
             f"Under the family itself the formulations differ by {float(gaps.max()):.2g} of the "
-            "information: the log-density has a corner, where its second derivative says nothing, "
-            "or its second derivatives lose digits; parametric_fisher needs the first ones only."
+            "information: the log-density has a corner or loses digits in its second derivatives; "
+            "take parametric_fisher, which needs only the first."
         )
 
 

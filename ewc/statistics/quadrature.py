@@ -1,8 +1,7 @@
-r"""Integrals of functions of any number of entries, by Gauss's rule on panels that are halved.
+r"""Integrals of functions with any number of entries, by Gauss's rule on adaptive panels.
 
-A panel is halved until its two halves agree with the whole.  Corners, narrow peaks and tails of any
-length then cost some panels, and no choice of a scale can make the sum miss what the first panels
-have seen.
+A panel is halved until its two halves agree with the whole.  Corners, narrow peaks and long tails
+cost a few more panels.  Nothing that the first panels have seen can be missed.
 """
 
 from collections.abc import Callable
@@ -13,13 +12,13 @@ from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 
 POINTS = 20
-"""Points of Gauss's rule on a panel."""
+"""The number of points of Gauss's rule on a panel."""
 
 TOLERANCE = 1e-13
-"""The error that a panel may have, as a share of the whole."""
+"""The largest error of a panel, relative to the whole integral."""
 
 EVALUATIONS = 12_000
-"""The points after which panels are no more halved; what they then miss is their error."""
+"""The number of points after which no panel is halved; the rest is reported as error."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Integral:
     Attributes:
         value: the sum, ``[entries]``.
         size: the sum of the absolute values of the panels' integrals.
-        error: an estimate of the error, above rather than below it.
-        ends: the absolute integrals over the first and the last panel given, ``[2, entries]``.
+        error: an estimate of the error, too large rather than too small.
+        ends: the absolute integrals over the first and the last panel, ``[2, entries]``.
     """
 
     value: Tensor

@@ -1,9 +1,9 @@
 r"""The spectrum of the Fisher information, of networks of any size.
 
-A network with more parameters than its data determine has a Fisher matrix with few large
-eigenvalues and a bulk at 0; how many directions the data decide is its effective dimension.
-From products with the matrix alone, by Lanczos quadrature (Golub & Welsch 1969; Ghorbani,
-Krishnan & Xiao 2019, arXiv:1901.10159), or from all eigenvalues where they are to be had.
+A network with more parameters than its data determine has few large eigenvalues and a bulk
+near 0.  Its effective dimension is the number of directions that the data decide.  Results come
+from products with the matrix, by Lanczos quadrature (Golub & Welsch 1969; Ghorbani, Krishnan &
+Xiao 2019, arXiv:1901.10159), or from all eigenvalues where these are available.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ewc.checks import check_count, check_not_negative
+from ewc.checks import check_count, check_not_negative, check_positive
 from ewc.linalg.krylov import (
     Estimate,
     lanczos,
@@ -26,18 +26,18 @@ from ewc.parameters import Parameters, flatten, unflatten
 
 @dataclass(frozen=True)
 class SpectralDensity:
-    r"""The share of the ``p`` eigenvalues that lies where: weights at points.
+    r"""The distribution of the ``p`` eigenvalues, as weights at points.
 
     Attributes:
         values: the points, ascending, in nats per squared unit of the parameters.
-        weights: the share of each, 1 in sum.
+        weights: the fraction of the eigenvalues at each point; they sum to 1.
     """
 
     values: Tensor
     weights: Tensor
 
     def share_above(self, value: float) -> float:
-        """The share of the eigenvalues above a value."""
+        """The fraction of the eigenvalues above a value."""
         return float(self.weights[self.values > value].sum())
 
     def moment(self, order: int) -> float:
@@ -50,15 +50,15 @@ def spectral_density(
 ) -> SpectralDensity:
     r"""The density of the eigenvalues by stochastic Lanczos quadrature.
 
-    From every random vector come ``num_steps`` points and weights, with the first
-    ``2 num_steps`` moments that this vector sees; their mean over vectors is unbiased. The
-    ends of the spectrum are the first to be right. ``num_samples * num_steps`` products.
+    Every random vector gives ``num_steps`` points and weights with its first ``2 num_steps``
+    moments.  The mean over vectors is unbiased.  The ends of the spectrum converge first.  The
+    cost is ``num_samples * num_steps`` products.
 
     Args:
-        fisher: of any structure; :class:`~ewc.fisher.ImplicitFisher` for exact products.
-        num_steps: of the Lanczos process.
-        num_samples: random vectors.
-        seed: of the vectors.
+        fisher: a matrix of any structure; :class:`~ewc.fisher.ImplicitFisher` has exact products.
+        num_steps: the steps of the Lanczos process.
+        num_samples: the number of random vectors.
+        seed: the seed of the vectors.
 
     Raises:
         ValueError: a number is below 1.
@@ -85,14 +85,14 @@ def largest_eigenvalue(
 ) -> float:
     r"""The sharpness: the largest eigenvalue, by the Lanczos process from a random vector.
 
-    Gradient descent with a step above 2 over that of the Hessian diverges. From below, to a
-    relative ``tolerance`` of the last change.
+    Gradient descent diverges with a step above 2 over the Hessian's largest eigenvalue.  The
+    process approaches the value from below.
 
     Args:
-        fisher: of any structure.
-        tolerance: of the relative change in a step at which it ends.
-        max_steps: products at most.
-        seed: of the vector.
+        fisher: a matrix of any structure.
+        tolerance: the relative change in a step at which the process ends.
+        max_steps: the largest number of products.
+        seed: the seed of the vector.
 
     Raises:
         ValueError: ``max_steps`` is below 1, or the tolerance negative.
@@ -106,14 +106,14 @@ def leading_eigenvector(
 ) -> tuple[float, Parameters]:
     r"""The largest eigenvalue and its eigenvector: the direction that the data decide best.
 
-    By the Lanczos process, as :func:`largest_eigenvalue`. The vector has an error of about
-    ``tolerance`` times the largest eigenvalue over its distance to the next.
+    It uses the Lanczos process, as :func:`largest_eigenvalue` does.  The error of the vector is
+    about ``tolerance`` times the largest eigenvalue over its distance to the next one.
 
     Args:
-        fisher: of any structure.
-        tolerance: of the vector; its square is that of the eigenvalue.
-        max_steps: products at most, and vectors held at a time.
-        seed: of the vector it starts from.
+        fisher: a matrix of any structure.
+        tolerance: the tolerance of the vector; its square is that of the eigenvalue.
+        max_steps: the largest number of products, and of vectors in memory.
+        seed: the seed of the start vector.
 
     Returns:
         The eigenvalue and the vector, of norm 1.
@@ -147,20 +147,21 @@ def _leading(
 
 
 def effective_dimension(fisher: FisherMatrix, prior_precision: float) -> float:
-    r"""How many directions the data decide.
+    r"""The number of directions that the data decide.
 
     .. math:: \sum_i \frac{N \lambda_i}{N \lambda_i + \delta}
 
-    Of ridge regression the degrees of freedom; of a Laplace posterior MacKay's number of
-    well-determined parameters (1992, doi:10.1162/neco.1992.4.3.415). From all eigenvalues.
+    For ridge regression these are the degrees of freedom.  For a Laplace posterior it is
+    MacKay's number of well-determined parameters (1992, doi:10.1162/neco.1992.4.3.415).  All
+    eigenvalues are computed.
 
     Args:
         fisher: the mean information of ``N`` examples, with a spectrum in closed form or
-            small enough for a dense one.
+            small enough for a dense matrix.
         prior_precision: :math:`\delta`, above 0.
 
     Raises:
-        ValueError: the precision is not above 0 and finite.
+        ValueError: the precision is not a finite number above 0.
     """
     ratio = _ratio(fisher, prior_precision)
     values = fisher.eigenvalues().double().clamp_min(0.0)
@@ -173,13 +174,13 @@ def effective_dimension_estimate(
     r"""The :func:`effective_dimension` from products alone, with its standard error.
 
     Args:
-        fisher: of any structure and size.
+        fisher: a matrix of any structure and size.
         prior_precision: :math:`\delta`, above 0.
-        num_samples: random vectors of the Lanczos quadrature.
-        seed: of the vectors.
+        num_samples: the number of random vectors.
+        seed: the seed of the vectors.
 
     Raises:
-        ValueError: the precision is not above 0 and finite, or ``num_samples`` below 1.
+        ValueError: the precision is not a finite number above 0, or ``num_samples`` is below 1.
     """
     check_count(num_samples, "num_samples")
     ratio = _ratio(fisher, prior_precision)
@@ -190,9 +191,7 @@ def effective_dimension_estimate(
 
 
 def _ratio(fisher: FisherMatrix, prior_precision: float) -> float:
-    check_not_negative(prior_precision, "prior_precision")
-    if prior_precision == 0:
-        raise ValueError("prior_precision is 0: every direction would count, so above 0.")
+    check_positive(prior_precision, "prior_precision")
     return prior_precision / fisher.num_examples
 
 

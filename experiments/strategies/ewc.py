@@ -6,8 +6,8 @@ from avalanche.training.plugins import EWCPlugin as AvalanchePlugin
 from avalanche.training.plugins import SupervisedPlugin
 
 from ewc import Online, Separate
-from ewc.consolidation import InLoss, Update
 from ewc.consolidation.consolidation import Consolidation
+from ewc.consolidation.update import InLoss, Update
 from ewc.plugin import EWCPlugin
 from experiments.strategies.fisher import Fisher
 from experiments.strategies.strategy import Penalised
