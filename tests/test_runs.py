@@ -2,7 +2,6 @@
 
 import errno
 import json
-import logging
 import os
 import resource
 import signal
@@ -21,7 +20,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 import ewc
-from experiments import experiment, folder, report, run
+from experiments import experiment, folder, report
 from experiments.experiment import Prepared
 from experiments.folder import OWNER, finished, owned, read_results, write_results
 from experiments.observers import TrainingObserver
@@ -54,29 +53,16 @@ def contents(directory):
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """The command line in this process: the exit code, what was printed, and errors."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+def command(tmp_path, command_line):
+    """The command line on a small run in a folder of the test."""
 
     def call(*arguments, into="run"):
-        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
         given = {argument.partition("=")[0] for argument in arguments}
         missing = [option for option in SMALL if option.partition("=")[0] not in given]
         places = [f"hydra.run.dir={tmp_path / into}", f"hydra.sweep.dir={tmp_path / into}"]
-        monkeypatch.setattr(sys, "argv", ["run", *arguments, *places, *missing])
-        code = 0
-        try:
-            run.main()
-        except SystemExit as end:
-            code = end.code
-        out, err = capsys.readouterr()
-        if isinstance(code, str):  # what Python prints, with status 1
-            code, err = 1, f"{err}{code}\n"
-        return code or 0, out, err
+        return command_line(*arguments, *places, *missing)
 
-    yield call
-    root.handlers[:], root.level = handlers, level
+    return call
 
 
 # --- results are whole --------------------------------------------------------------------
