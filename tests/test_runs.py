@@ -391,6 +391,7 @@ def test_results_that_cannot_be_written_are_printed(tmp_path, command, monkeypat
     assert len(printed["accuracy_matrix"]) == 2
 
 
+@pytest.mark.slow
 def test_a_run_under_a_limit_of_file_size_has_results(tmp_path):
     """The system refuses every file beyond 12 kB: pictures and checkpoints, not results."""
     done = subprocess.run(
@@ -498,6 +499,7 @@ def test_a_clone_that_is_not_installed_runs(tmp_path, command, monkeypatch):
     assert read_results(tmp_path / "run")["versions"]["ewc"] == ewc.__version__
 
 
+@pytest.mark.slow
 def test_one_wrong_job_of_a_sweep_is_named_and_the_others_run(tmp_path, command):
     sweep = ["-m", "strategy=ewc", "strategy.strength=1,-1,2"]
     code, _, err = command(*sweep)
