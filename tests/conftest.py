@@ -1,7 +1,9 @@
 """What every test shares: real data, models of all kinds, and a machine left as it was."""
 
+import logging
 import os
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,34 @@ def mnist(mnist_root):
         labels = np.frombuffer(file.read(n), np.uint8).copy()
     images = torch.from_numpy(pixels).reshape(n, rows * columns).float() / 255
     return images, torch.from_numpy(labels).long()
+
+
+@pytest.fixture
+def command_line(monkeypatch, capsys):
+    """``python -m experiments.run`` in this process: the exit code, what was printed, and errors.
+
+    Starting a process takes longer than most of what the command line is tested for.
+    """
+    from experiments import run
+
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    def call(*arguments):
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        monkeypatch.setattr(sys, "argv", ["run", *arguments])
+        code = 0
+        try:
+            run.main()
+        except SystemExit as end:
+            code = end.code
+        out, err = capsys.readouterr()
+        if isinstance(code, str):  # what Python prints, with status 1
+            code, err = 1, f"{err}{code}\n"
+        return code or 0, out, err
+
+    yield call
+    root.handlers[:], root.level = handlers, level
 
 
 class Scale(nn.Module):

@@ -196,6 +196,7 @@ def test_a_restriction_is_met_however_it_is_written(regression):
         wald_test(ways[0], {"weight": here["weight"]}, information)
 
 
+@pytest.mark.slow
 def test_intervals_cover_and_p_values_are_uniform():
     """2,000 fits of a logistic regression with three inputs, all at once by Newton's method."""
     generator = torch.Generator().manual_seed(0)

@@ -47,8 +47,17 @@ STRATEGIES += ["smoothed_ewc", "kfac_ewc strategy/update=implicit", "avalanche_e
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("benchmark", ["split_digits", "permuted_digits"])
-@pytest.mark.parametrize("scenario", ["task", "domain", "class"])
+@pytest.mark.parametrize(
+    ("benchmark", "scenario"),
+    [
+        ("split_digits", "task"),
+        ("split_digits", "class"),
+        ("permuted_digits", "domain"),
+        pytest.param("split_digits", "domain", marks=pytest.mark.slow),
+        pytest.param("permuted_digits", "task", marks=pytest.mark.slow),
+        pytest.param("permuted_digits", "class", marks=pytest.mark.slow),
+    ],
+)
 def test_every_strategy_runs_on_every_scenario(tmp_path, strategy, benchmark, scenario):
     results = run(
         tmp_path / "run",
@@ -89,6 +98,7 @@ def test_a_seed_decides_everything(tmp_path):
     assert lines[0] == lines[1]
 
 
+@pytest.mark.slow
 def test_ewc_forgets_less_than_fine_tuning(tmp_path):
     """On 3 seeds of split digits: ECOSYSTEM-size margins, far from noise."""
     options = ("benchmark=split_digits", "benchmark.num_tasks=5", "training.epochs=20")
@@ -191,6 +201,7 @@ def test_published_figures_stand_beside_their_rows():
     ]
 
 
+@pytest.mark.slow
 def test_kronecker_ewc_forgets_less_than_the_diagonal(tmp_path):
     options = ("benchmark=split_digits", "benchmark.num_tasks=5", "benchmark.scenario=task")
     accuracy = {
@@ -205,17 +216,15 @@ def test_kronecker_ewc_forgets_less_than_the_diagonal(tmp_path):
 # --- the command line ---------------------------------------------------------------------
 
 
+def into(tmp_path):
+    """The options that put a run or a sweep in the test's folder."""
+    return [f"hydra.run.dir={tmp_path}/out/now", f"hydra.sweep.dir={tmp_path}/sweep"]
+
+
 def command(tmp_path, *arguments, **environment):
     """``python -m experiments.run`` with its outputs in ``tmp_path`` and nothing to answer."""
     return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "experiments.run",
-            *arguments,
-            f"hydra.run.dir={tmp_path}/out/now",
-            f"hydra.sweep.dir={tmp_path}/sweep",
-        ],
+        [sys.executable, "-m", "experiments.run", *arguments, *into(tmp_path)],
         cwd=ROOT,
         env=os.environ | environment,
         stdin=subprocess.DEVNULL,
@@ -295,6 +304,7 @@ def test_the_command_line_leaves_everything_behind(tmp_path):
     assert list(folder.glob("wandb/offline-run-*/files/media/table/*.json"))
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_its_jobs_in_parallel_and_reports(tmp_path):
     done = command(
         tmp_path,
@@ -315,6 +325,7 @@ def test_a_sweep_runs_its_jobs_in_parallel_and_reports(tmp_path):
     assert "| ewc | 0, 1 |" in text
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_stopped_and_its_page_is_rebuilt(tmp_path):
     arguments = ["-m", "experiment=split_digits_strategies", "strategy=naive,kfac_ewc", "seed=0"]
     arguments += ["wandb.mode=disabled"]
@@ -343,11 +354,11 @@ def test_a_sweep_goes_on_where_it_stopped_and_its_page_is_rebuilt(tmp_path):
     assert (tmp_path / "results" / "split_digits_strategies_over_tasks.png").exists()
 
 
-def test_a_job_that_diverges_does_not_end_the_sweep(tmp_path):
+def test_a_job_that_diverges_does_not_end_the_sweep(tmp_path, command_line):
     arguments = ["-m", *SMALL, "strategy=naive", "optimizer=sgd", "optimizer.lr=1e30,1e-1"]
     for _ in range(2):  # the second time both jobs are done
-        done = command(tmp_path, *arguments)
-        assert done.returncode == 0, done.stderr
+        code, out, errors = command_line(*arguments, *into(tmp_path))
+        assert code == 0, errors
         text = (tmp_path / "sweep" / "report.md").read_text()
         rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| 1e+30 |")]
         assert [row[1:3] for row in rows] == [["0", "diverged"]]
@@ -355,15 +366,15 @@ def test_a_job_that_diverges_does_not_end_the_sweep(tmp_path):
     jobs = read_jobs(tmp_path / "sweep")
     (failed,) = [job["diverged"] for job in jobs if "diverged" in job]
     assert "in task 1, step 2" in failed
-    assert "already done" in done.stdout + done.stderr
+    assert "already done" in out + errors
 
 
-def test_a_wrong_option_removes_nothing_that_was_there(tmp_path):
+def test_a_wrong_option_removes_nothing_that_was_there(tmp_path, command_line):
     folder = tmp_path / "out" / "now"
     folder.mkdir(parents=True)
     (folder / "thesis.txt").write_text("years of work")
-    done = command(tmp_path, *SMALL, "strategy.strength=-1")
-    assert done.returncode == 1
+    code, _, _ = command_line(*SMALL, "strategy.strength=-1", *into(tmp_path))
+    assert code == 1
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 
 
@@ -400,12 +411,12 @@ def test_a_wrong_option_removes_nothing_that_was_there(tmp_path):
         (["seed="], "seed"),
     ],
 )
-def test_a_wrong_command_line_ends_in_one_message(tmp_path, arguments, message):
-    done = command(tmp_path, *SMALL, *arguments)
-    assert done.returncode != 0
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_a_wrong_command_line_ends_in_one_message(tmp_path, command_line, arguments, message):
+    code, _, errors = command_line(*SMALL, *arguments, *into(tmp_path))
+    assert code != 0
+    assert message in errors
+    assert "Traceback" not in errors
+    assert len(errors.strip().splitlines()) == 1
     assert not list(tmp_path.rglob("results.json"))
     # A run that diverged keeps its records, for they show how.
     assert (tmp_path / "out").exists() == ("in task 1" in message)

@@ -448,6 +448,7 @@ def test_autocast_keeps_the_single_precision_of_the_sums():
             torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0)
 
 
+@pytest.mark.slow
 def test_many_outputs_take_bounded_memory():
     """A thousand classes: the score vectors of 512 examples at once would be 2 GB."""
     resource = pytest.importorskip("resource")

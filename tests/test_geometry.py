@@ -86,7 +86,11 @@ def test_near_by_it_is_the_root_of_twice_the_divergence(name):
 
 @pytest.mark.parametrize(
     ("family", "ends"),
-    [(Bernoulli, (0.05, 0.8)), (Poisson, (0.5, 20.0)), (Exponential, (0.5, 20.0))],
+    [
+        (Bernoulli, (0.05, 0.8)),
+        pytest.param(Poisson, (0.5, 20.0), marks=pytest.mark.slow),
+        (Exponential, (0.5, 20.0)),
+    ],
 )
 def test_with_one_parameter_it_is_the_integral_of_the_root_of_the_information(family, ends):
     def speed(theta):

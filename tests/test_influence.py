@@ -153,7 +153,10 @@ def test_influence_is_the_bilinear_form_of_its_definition():
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("structure", [Kronecker(), Implicit(), Dense()])
+@pytest.mark.parametrize(
+    "structure",
+    [Kronecker(), pytest.param(Implicit(), marks=pytest.mark.slow), Dense()],
+)
 def test_planted_label_errors_are_found(structure):
     x, y = digits(*range(10))
     generator = torch.Generator().manual_seed(0)
@@ -226,7 +229,7 @@ def steps_without(model, likelihood, x, y, groups):
     return gradients, torch.stack(found)
 
 
-@pytest.mark.parametrize("structure", [Dense(), Implicit()])
+@pytest.mark.parametrize("structure", [Dense(), pytest.param(Implicit(), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("likelihood", [Bernoulli(), Categorical(), Gaussian(0.7)])
 def test_with_leverage_it_is_the_newton_step_without_the_example(likelihood, structure):
     """Dense matrices without each example, built and solved one by one; 12 data to 15 weights."""

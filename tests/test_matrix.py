@@ -453,6 +453,7 @@ def test_large_sums_are_solved_by_conjugate_gradients(monkeypatch):
         (mixed_sum() * 0.0).solve(vector(fisher), 0.0)
 
 
+@pytest.mark.slow
 def test_implicit_estimates_carry_honest_error_bars():
     fisher = PLAIN["implicit"]()
     dense = fisher.to_dense()

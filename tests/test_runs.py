@@ -2,7 +2,6 @@
 
 import errno
 import json
-import logging
 import os
 import resource
 import signal
@@ -21,7 +20,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 import ewc
-from experiments import experiment, run
+from experiments import experiment
 from experiments.configuration.targets import ConfigurationError
 from experiments.experiment import Prepared
 from experiments.reporting import folder
@@ -58,29 +57,16 @@ def contents(directory):
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """The command line in this process: the exit code, what was printed, and errors."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+def command(tmp_path, command_line):
+    """The command line on a small run in a folder of the test."""
 
     def call(*arguments, into="run"):
-        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
         given = {argument.partition("=")[0] for argument in arguments}
         missing = [option for option in SMALL if option.partition("=")[0] not in given]
         places = [f"hydra.run.dir={tmp_path / into}", f"hydra.sweep.dir={tmp_path / into}"]
-        monkeypatch.setattr(sys, "argv", ["run", *arguments, *places, *missing])
-        code = 0
-        try:
-            run.main()
-        except SystemExit as end:
-            code = end.code
-        out, err = capsys.readouterr()
-        if isinstance(code, str):  # what Python prints, with status 1
-            code, err = 1, f"{err}{code}\n"
-        return code or 0, out, err
+        return command_line(*arguments, *places, *missing)
 
-    yield call
-    root.handlers[:], root.level = handlers, level
+    return call
 
 
 # --- results are whole --------------------------------------------------------------------
@@ -409,6 +395,7 @@ def test_results_that_cannot_be_written_are_printed(tmp_path, command, monkeypat
     assert len(printed["accuracy_matrix"]) == 2
 
 
+@pytest.mark.slow
 def test_a_run_under_a_limit_of_file_size_has_results(tmp_path):
     """The system refuses every file beyond 12 kB: pictures and checkpoints, not results."""
     done = subprocess.run(
@@ -516,6 +503,7 @@ def test_a_clone_that_is_not_installed_runs(tmp_path, command, monkeypatch):
     assert read_results(tmp_path / "run")["versions"]["ewc"] == ewc.__version__
 
 
+@pytest.mark.slow
 def test_one_wrong_job_of_a_sweep_is_named_and_the_others_run(tmp_path, command):
     sweep = ["-m", "strategy=ewc", "strategy.strength=1,-1,2"]
     code, _, err = command(*sweep)

@@ -1,0 +1,30 @@
+# `make` lists the targets. They run in the active virtual environment.
+.DEFAULT_GOAL := help
+EWC_DATA ?= ../shared/data
+.PHONY: help install lint test slow studies bench results
+
+help: ## List the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+install: ## Install the library, the application and the tools of development
+	python -m pip install -e ".[dev]"
+
+lint: ## Check style and types
+	ruff check .
+	ruff format --check .
+	mypy
+
+test: ## Run the tests, without the slow ones
+	pytest -n auto
+
+slow: ## Run the slow tests
+	pytest -n auto -m slow
+
+studies: ## Measure what theory says of the matrix, every topic
+	python -m studies all
+
+bench: ## Measure speed; needs the extra bench, and MNIST in EWC_DATA
+	python scripts/bench_speed.py --data-root "$(EWC_DATA)"
+
+results: ## Write RESULTS.md from the kept results
+	python -m experiments.results

@@ -1,0 +1,104 @@
+"""What ``pip install ewc`` brings: the library alone, which needs four packages."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import distribution, distributions, packages_distributions
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+
+NEEDED = {"torch", "numpy", "scipy", "safetensors"}
+
+IMPORT_ALONE = """
+import sys
+
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {refused!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+
+import ewc, ewc.statistics, ewc.natural_gradient
+
+try:
+    import ewc.plugin
+except ModuleNotFoundError as error:
+    print(ewc.__file__, error.name)
+"""
+
+
+def requirements(metadata):
+    """The packages that a distribution needs here, without its extras."""
+    for line in metadata.get_all("Requires-Dist", []):
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield canonicalize_name(requirement.name)
+
+
+def with_their_requirements(names):
+    """The distributions ``names``, what they need, what that needs, and so on."""
+    known, unseen = set(), set(names)
+    while unseen:
+        name = unseen.pop()
+        known.add(name)
+        unseen |= set(requirements(distribution(name).metadata)) - known
+    return known
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    pip("wheel", "--no-deps", "--no-build-isolation", f"--wheel-dir={folder}", str(ROOT))
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def pip(*arguments):
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--quiet", "--no-input", *arguments],
+        stdin=subprocess.DEVNULL,
+        check=True,
+        timeout=200,
+    )
+
+
+def test_wheel_holds_the_library_alone(wheel):
+    names = [Path(name) for name in ZipFile(wheel).namelist()]
+    in_wheel = {name for name in names if name.parts[0] == "ewc"}
+    in_repository = {file.relative_to(ROOT) for file in (ROOT / "ewc").rglob("*.py")}
+    assert in_wheel == in_repository | {Path("ewc/py.typed")}
+    others = {name.parts[0] for name in names} - {"ewc"}
+    assert {Path(name).suffix for name in others} == {".dist-info"}
+
+
+def test_wheel_needs_four_packages_and_imports_without_any_other(wheel, tmp_path):
+    pip("install", "--no-deps", f"--target={tmp_path}", str(wheel))
+    (installed,) = distributions(path=[str(tmp_path)])
+    assert set(requirements(installed.metadata)) == NEEDED
+    allowed = with_their_requirements(NEEDED)
+    refused = {
+        module
+        for module, providers in packages_distributions().items()
+        if module != "ewc" and allowed.isdisjoint(map(canonicalize_name, providers))
+    }
+    assert {"avalanche", "hydra", "wandb", "sklearn", "torchvision", "matplotlib"} <= refused
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALONE.format(refused=refused)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "ewc" / "__init__.py"), "avalanche"]
