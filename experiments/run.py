@@ -156,7 +156,7 @@ def _keep(directory: Path, results: dict[str, Any]) -> None:
 
 def _kept_in() -> Path | None:
     """The file that keeps the results of the sweep's jobs, if the sweep has one."""
-    job = HydraConfig.get()
+    job: Any = HydraConfig.get()  # a container, whatever its annotation says
     kept = OmegaConf.select(job, "callbacks.report.kept")
     if job.mode != RunMode.MULTIRUN or not kept:
         return None

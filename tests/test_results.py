@@ -82,7 +82,7 @@ def test_bars_are_compared_with_the_mean_of_their_jobs():
     lines = bars_table(bars, jobs)
     end = lines.index("")
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:end]]
-    assert lines[end + 1 :] == ["- **a**: Because.", "- **a**: And so."]
+    assert lines[end + 1 :] == ["- a", "  - Because.", "  - And so."]
     assert [row[2:] for row in cells] == [
         ["96.0", "96.00 (2 seeds)", "yes"],
         ["96.1", "96.00 (2 seeds)", "no"],

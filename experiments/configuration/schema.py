@@ -132,8 +132,8 @@ def _target_in(value: Any) -> Any:
             return value["_target_"]
         value = list(value.values())
     if isinstance(value, list):
-        found = (_target_in(element) for element in value)
-        return next((target for target in found if target is not None), None)
+        targets = (_target_in(element) for element in value)
+        return next((target for target in targets if target is not None), None)
     return None
 
 
@@ -149,9 +149,9 @@ def _class_itself(
         raise ConfigurationError(
             f"Unknown option {_option(path, min(unknown, key=str))!r}: allowed is {option}."
         )
-    found = located(name, option, modules)
-    checked_target(found, name, option, bounds)
-    return found
+    named = located(name, option, modules)
+    checked_target(named, name, option, bounds)
+    return named
 
 
 NO_OUTCOME = ("data_root", "threads", "trusted", "wandb")

@@ -57,10 +57,10 @@ def located(name: object, option: str, modules: Sequence[str]) -> Any:
         ConfigurationError: the name is not allowed, or there is no such object.
     """
     if not isinstance(name, str) or not is_within(name, modules):
-        own = f"{', '.join(modules)} and " if modules else ""
+        packages = f"{', '.join(modules)} and " if modules else ""
         raise ConfigurationError(
-            f"Option {option!r} is {name!r}: allowed are classes of {own}modules that the command "
-            "line trusts, trusted=[MODULE]."
+            f"Option {option!r} is {name!r}: allowed are classes of {packages}modules that the "
+            "command line trusts, trusted=[MODULE]."
         )
     try:
         return hydra.utils.get_object(name)

@@ -44,9 +44,10 @@ def bars_table(bars: Sequence[Mapping[str, Any]], jobs: Mapping[str, Jobs]) -> l
             verdict = "yes" if met else "no"
         published, limit = str(bar.get("published", "")), str(bar.get("bar", ""))
         rows.append([bar["name"], published, limit, shown, verdict])
-    remarks = [
-        f"- **{bar['name']}**: {sentence}" for bar in bars for sentence in bar.get("remark", [])
-    ]
+    remarks = []
+    for bar in bars:
+        if sentences := bar.get("remark"):
+            remarks += [f"- {bar['name']}", *(f"  - {sentence}" for sentence in sentences)]
     table = markdown(["benchmark", "published", "bar", "measured", "met"], rows)
     return [*table, *([""] if remarks else []), *remarks]
 
@@ -80,13 +81,13 @@ def _number_of_seeds(of: Sequence[Any]) -> str:
 
 def leads_over(jobs: Jobs, default: float) -> dict[float, list[float]]:
     """By how many points every strength is over a default one, on each seed that both have."""
-    found: dict[float, dict[int, float]] = {}
+    by_strength: dict[float, dict[int, float]] = {}
     for job in jobs:
-        found.setdefault(strength_of(job), {})[job["seed"]] = 100 * job["average_accuracy"]
-    reference = found.get(default, {})
+        by_strength.setdefault(strength_of(job), {})[job["seed"]] = 100 * job["average_accuracy"]
+    reference = by_strength.get(default, {})
     return {
         strength: [by_seed[seed] - reference[seed] for seed in common]
-        for strength, by_seed in sorted(found.items())
+        for strength, by_seed in sorted(by_strength.items())
         if (common := sorted(by_seed.keys() & reference.keys()))
     }
 

@@ -105,13 +105,13 @@ def main() -> None:
         jobs[recipe.stem] = as_configured(asked, recipe)
         if others := len(asked) - len(jobs[recipe.stem]):
             print(f"{recipe.stem}: {others} jobs left out, which ran with another configuration")
-    parts = [INTRODUCTION]
+    sections = [INTRODUCTION]
     if (path := arguments.results / "bars.yaml").exists():
         bars: Any = OmegaConf.to_container(OmegaConf.load(path))
-        parts.append("\n".join(bars_table(bars, jobs)))
+        sections.append("\n".join(bars_table(bars, jobs)))
     run = [recipe for recipe in recipes if jobs[recipe.stem]]
-    parts += [section(jobs[recipe.stem], recipe, arguments.results) for recipe in run]
+    sections += [section(jobs[recipe.stem], recipe, arguments.results) for recipe in run]
     if missing := missing_table(recipes, jobs):
-        parts.append("\n".join(missing))
-    arguments.page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        sections.append("\n".join(missing))
+    arguments.page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     print(f"{arguments.page}: {len(run)} tables")
