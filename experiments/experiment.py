@@ -296,14 +296,14 @@ def _task_record(
 
 def _versions() -> dict[str, str]:
     """What a run depends on; of a package that was not installed but put on the path, unknown."""
-    found = {
+    versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "ewc": ewc_version,
     }
     for name in ("avalanche-lib", "hydra-core", "wandb", "numpy", "scikit-learn"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+            versions[name] = "unknown"
+    return versions

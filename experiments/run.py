@@ -62,10 +62,16 @@ def _run(config: dict[str, Any], directory: Path, single: bool) -> float:
     # Slow to import, and not needed to find a wrong option on the command line.
     from experiments.experiment import Experiment
     from experiments.reporting import folder
-    from experiments.reporting.results import write_results
+    from experiments.reporting.kept import kept_job
 
+    # A sweep goes on where it stopped.
+    kept = _kept_in()
+    if kept and (done := kept_job(kept, config)):
+        _log.info("already done: %s has it", os.path.relpath(kept))
+        with contextlib.suppress(OSError):
+            directory.rmdir()
+        return float(done.get("average_accuracy", math.nan))
     if done := folder.finished(directory, config):
-        # A sweep into the same folder goes on where it stopped.
         _log.info("already done: %s", os.path.relpath(directory))
         return float(done.get("average_accuracy", math.nan))
     experiment = build(config, Experiment)
@@ -84,7 +90,7 @@ def _run(config: dict[str, Any], directory: Path, single: bool) -> float:
             # What a sweep keeps of it: that it has run, and how it ended.
             overrides = list(HydraConfig.get().overrides.task)
             job = {"seed": experiment.seed, "config": config, "overrides": overrides}
-            write_results(directory, {"diverged": str(error), **job})
+            _keep(directory, {"diverged": str(error), **job})
             return math.nan
 
 
@@ -137,6 +143,7 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path) -> float:
 
 def _keep(directory: Path, results: dict[str, Any]) -> None:
     """Write the results, or show them where they cannot be written: there is no other copy."""
+    from experiments.reporting.kept import keep
     from experiments.reporting.results import write_results
 
     try:
@@ -144,6 +151,17 @@ def _keep(directory: Path, results: dict[str, Any]) -> None:
     except OSError:
         print(json.dumps(results))
         raise
+    if kept := _kept_in():
+        keep(kept, results)
+
+
+def _kept_in() -> Path | None:
+    """The file that keeps the results of the sweep's jobs, if the sweep has one."""
+    job: Any = HydraConfig.get()  # a container, whatever its annotation says
+    kept = OmegaConf.select(job, "callbacks.report.kept")
+    if job.mode != RunMode.MULTIRUN or not kept:
+        return None
+    return Path(job.runtime.cwd) / str(kept)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -327,18 +328,23 @@ def test_a_sweep_runs_its_jobs_in_parallel_and_reports(tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_goes_on_where_it_stopped_and_its_page_is_rebuilt(tmp_path):
-    arguments = ["-m", "experiment=split_digits_strategies", "strategy=naive,kfac_ewc", "seed=0"]
-    arguments += ["wandb.mode=disabled"]
-    first = command(tmp_path, *arguments)
+    kept = tmp_path / "results" / "split_digits_strategies.jsonl"
+    arguments = ["-m", "experiment=split_digits_strategies", "strategy=naive,kfac_ewc"]
+    arguments += ["wandb.mode=disabled", f"hydra.callbacks.report.kept={kept}"]
+    first = command(tmp_path, *arguments, "seed=0")
     assert first.returncode == 0, first.stderr
-    (job, *_) = sorted((tmp_path / "sweep").glob("*/results.json"))
-    written = job.stat().st_mtime_ns
-    again = command(tmp_path, *arguments)
+    lines = kept.read_text().splitlines()
+    assert len(lines) == 2
+    shutil.rmtree(tmp_path / "sweep")
+    again = command(tmp_path, *arguments, "seed=0,1", "hydra/launcher=joblib")
     assert again.returncode == 0, again.stderr
-    assert job.stat().st_mtime_ns == written
-    assert "already done" in again.stdout + again.stderr
-    (tmp_path / "results").mkdir()
-    (tmp_path / "sweep").rename(tmp_path / "results" / "split_digits_strategies")
+    assert kept.read_text().splitlines()[:2] == lines
+    assert len(kept.read_text().splitlines()) == 4
+    assert (again.stdout + again.stderr).count("already done") == 2
+    # Jobs that are done leave no folder, and the report is over all that is kept.
+    assert len(read_jobs(tmp_path / "sweep")) == 2
+    assert not (tmp_path / "sweep" / "0").exists()
+    assert "| kfac_ewc | 0, 1 |" in (tmp_path / "sweep" / "report.md").read_text()
     page = subprocess.run(
         [sys.executable, "-m", "experiments.results"],
         cwd=tmp_path,
@@ -350,7 +356,7 @@ def test_a_sweep_goes_on_where_it_stopped_and_its_page_is_rebuilt(tmp_path):
     assert "1 tables" in page.stdout
     text = (tmp_path / "RESULTS.md").read_text()
     assert "## split_digits_strategies" in text
-    assert "| kfac_ewc | 0 |" in text
+    assert "| kfac_ewc | 0, 1 |" in text
     assert (tmp_path / "results" / "split_digits_strategies_over_tasks.png").exists()
 
 

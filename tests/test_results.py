@@ -15,7 +15,7 @@ from experiments.configuration.targets import ConfigurationError
 from experiments.reporting import sweep_pictures as pictures
 from experiments.reporting.bars import bars_table, decades_within, leads_over
 from experiments.reporting.metrics import average_accuracies, average_accuracy
-from experiments.reporting.page import kept_table, main, section
+from experiments.reporting.page import main, missing_table, section
 from experiments.reporting.recipes import as_configured, of_recipe, report_of
 from experiments.reporting.tables import has_options, markdown, options_of, sweep_table
 
@@ -71,7 +71,7 @@ def test_bars_are_compared_with_the_mean_of_their_jobs():
     row = {"name": "a", "published": 94, "recipe": "recipe", "settings": {"strategy": "ewc"}}
     bars = [
         row | {"bar": 96.0},
-        row | {"bar": 96.1, "remark": "because"},
+        row | {"bar": 96.1, "remark": ["Because.", "And so."]},
         row,
         row | {"bar": 1, "recipe": "absent"},
         row | {"bar": 1, "recipe": "curve", "settings": {}, "decades": True},
@@ -81,17 +81,19 @@ def test_bars_are_compared_with_the_mean_of_their_jobs():
         row | {"bar": 1, "recipe": "curve", "settings": {}, "default": 3},
     ]
     lines = bars_table(bars, jobs)
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    end = lines.index("")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:end]]
+    assert lines[end + 1 :] == ["- a", "  - Because.", "  - And so."]
     assert [row[2:] for row in cells] == [
-        ["96.0", "96.00 (2 seeds)", "yes", ""],
-        ["96.1", "96.00 (2 seeds)", "no", "because"],
-        ["", "96.00 (2 seeds)", "", ""],
-        ["1", "not run", "", ""],
-        ["1", "1 (strengths in steps of ten)", "yes", ""],
-        ["1", "0.90 under the best of 3 strengths (1 to 100, 1 seed)", "yes", ""],
-        ["0.8", "0.90 under the best of 3 strengths (1 to 100, 1 seed)", "no", ""],
-        ["1", "0.00 under the best of 3 strengths (1 to 100, 1 seed)", "", ""],  # at the edge
-        ["1", "not run", "", ""],
+        ["96.0", "96.00 (2 seeds)", "yes"],
+        ["96.1", "96.00 (2 seeds)", "no"],
+        ["", "96.00 (2 seeds)", ""],
+        ["1", "not run", ""],
+        ["1", "1 (strengths in steps of ten)", "yes"],
+        ["1", "0.90 under the best of 3 strengths (1 to 100, 1 seed)", "yes"],
+        ["0.8", "0.90 under the best of 3 strengths (1 to 100, 1 seed)", "no"],
+        ["1", "0.00 under the best of 3 strengths (1 to 100, 1 seed)", ""],  # at the edge
+        ["1", "not run", ""],
     ]
 
 
@@ -221,15 +223,14 @@ def test_published_figures_and_bars_are_of_jobs_that_a_recipe_runs(recipe):
 
 def test_other_seeds_and_options_are_no_jobs_of_a_recipe():
     recipe = Path(CONFIGS) / "experiment" / "split_digits_strategies.yaml"
-    own = {"overrides": ["strategy=ewc", "seed=1", "data_root=somewhere"]}
+    own = {"overrides": ["strategy=ewc", "seed=1"]}
     others = [
         {"overrides": ["strategy=ewc", "seed=100"]},
         {"overrides": ["strategy=ewc", "seed=1", "training.epochs=1"]},
         {"overrides": ["strategy=ewc", "seed=1", "~wandb"]},
         {"overrides": ["seed=1"]},
     ]
-    (found,) = of_recipe([own, *others], recipe)
-    assert found["overrides"] == ["strategy=ewc", "seed=1"]  # not where its data were
+    assert of_recipe([own, *others], recipe) == [own]
 
 
 def test_jobs_from_before_a_default_changed_are_left_out():
@@ -274,27 +275,34 @@ def test_a_recipe_asks_for_pictures_of_sweeps_only(tmp_path, monkeypatch, name):
     assert [path.name for path in tmp_path.iterdir()] == ["given.yaml"]
 
 
-def test_what_is_kept_is_counted_against_the_sweep():
-    recipe = Path(CONFIGS) / "experiment" / "strength_split_mnist.yaml"
-    options = ["benchmark.scenario=task", "strategy=kfac_ewc"]
-    kept = [{"overrides": [*options, f"strategy.strength={s}"]} for s in (1, 3, 10, 20, 100, 200)]
-    lines = kept_table([recipe], {recipe.stem: kept})
-    # 3 scenarios, 2 strategies, 9 strengths and 6 seeds
+def test_what_is_missing_is_counted_against_the_sweep():
+    recipe = Path(CONFIGS) / "experiment" / "strength_split_mnist_domain.yaml"
+    options = ["benchmark.scenario=domain", "strategy=kfac_ewc"]
+    kept = [{"overrides": [*options, f"strategy.strength={s}"]} for s in (1, 3, 10, 20)]
+    lines = missing_table([recipe], {recipe.stem: kept})
+    # 1 scenario, 1 strategy, 6 strengths and 6 seeds
     assert lines[-1] == (
-        "| strength_split_mnist | 6 | 324 | benchmark.scenario=domain, benchmark.scenario=class, "
-        "strategy=smoothed_ewc, strategy.strength=30, strategy.strength=60, strategy.strength=600 |"
+        "| strength_split_mnist_domain | 4 | 36 | strategy.strength=30, strategy.strength=60 |"
     )
 
 
-def test_a_page_is_written_without_damaged_results(tmp_path, monkeypatch, capsys, caplog):
-    damaged = tmp_path / "results" / "split_digits_strategies" / "seed=0" / "results.json"
-    damaged.parent.mkdir(parents=True)
-    damaged.write_text("{")
+def test_a_sweep_without_missing_jobs_is_not_listed():
+    recipe = Path(CONFIGS) / "experiment" / "split_digits_strategies.yaml"
+    jobs = sweep_of(recipe)
+    assert missing_table([recipe], {recipe.stem: jobs}) == []
+    lines = missing_table([recipe], {recipe.stem: jobs[1:]})
+    assert lines[-1] == "| split_digits_strategies | 29 | 30 |  |"
+
+
+def test_a_page_is_written_without_damaged_lines(tmp_path, monkeypatch, capsys, caplog):
+    damaged = tmp_path / "results" / "split_digits_strategies.jsonl"
+    damaged.parent.mkdir()
+    damaged.write_text("{\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["results"])
     main()
     assert capsys.readouterr().out == "RESULTS.md: 0 tables\n"
-    assert f"{damaged.relative_to(tmp_path)} is damaged" in caplog.text
+    assert f"Line 1 of {damaged.relative_to(tmp_path)} is damaged" in caplog.text
 
 
 def test_numbers_are_written_short():

@@ -26,6 +26,7 @@ from experiments.experiment import Prepared
 from experiments.reporting import folder
 from experiments.reporting import results as result_files
 from experiments.reporting.folder import OWNER, finished, owned
+from experiments.reporting.kept import keep, kept_job, read_kept
 from experiments.reporting.results import read_jobs, read_results, write_results
 from experiments.reporting.sweep import report_sweep
 from experiments.reporting.tracking import Recorder, WandB
@@ -151,9 +152,98 @@ def test_damaged_results_are_named_and_left_out(tmp_path, caplog, content):
 
 
 def test_the_kept_results_are_whole(caplog):
-    found = list((ROOT / "results").glob("*/*/results.json"))
-    assert all(read_results(path.parent) for path in found)
-    assert found
+    kept = [read_kept(path) for path in (ROOT / "results").glob("*.jsonl")]
+    assert all(jobs and not damaged for jobs, damaged in kept)
+    assert kept
+
+
+# --- kept lines ---------------------------------------------------------------------------
+
+
+def test_a_line_has_what_decides_the_outcome_and_what_the_page_shows(tmp_path):
+    path = tmp_path / "results" / "recipe.jsonl"
+    apart = {"wandb": {"mode": "offline"}, "data_root": "somewhere", "threads": 1, "trusted": []}
+    where = ["experiment=recipe", "wandb.mode=offline", "+data_root=somewhere", "threads=1"]
+    overlap = [{"2": 1.0, "10": 1.0}, {"2": 0.5, "10": 0.25}]
+    keep(
+        path,
+        RESULTS
+        | {"config": CONFIG | apart, "overrides": ["strategy=ewc", *where, "seed=0"]}
+        | {"seconds": {"total": 1.0, "train": 0.5}, "fisher_overlap": overlap, "device": "cpu"},
+    )
+    keep(path, DIVERGED | {"config": CONFIG | {"seed": 1}, "seed": 1})
+    (finished_job, diverged_job), damaged = read_kept(path)
+    deciding = {key: value for key, value in CONFIG.items() if key != "threads"}
+    assert finished_job == {
+        key: RESULTS[key]
+        for key in ("average_accuracy", "forgetting", "accuracy_matrix", "seed", "versions")
+    } | {
+        "config": deciding,
+        "overrides": ["strategy=ewc", "seed=0"],
+        "seconds": {"total": 1.0},
+        "fisher_overlap": [overlap[-1]],
+    }
+    assert list(finished_job["fisher_overlap"][0]) == ["2", "10"]  # as the layers come
+    assert diverged_job["diverged"] == "task 1"
+    assert not damaged
+    for line in path.read_text().splitlines():
+        assert list(json.loads(line)) == sorted(json.loads(line))
+
+
+def test_a_configuration_has_one_line(tmp_path):
+    path = tmp_path / "recipe.jsonl"
+    assert kept_job(path, CONFIG) is None
+    for seed in (0, 1, 0):
+        keep(path, RESULTS | {"config": CONFIG | {"seed": seed, "threads": seed + 1}})
+    assert len(path.read_text().splitlines()) == 2
+    assert kept_job(path, CONFIG | {"seed": 1, "threads": 9})["config"]["seed"] == 1
+    assert kept_job(path, CONFIG | {"seed": 2}) is None
+
+
+LINES = {name: content for name, content in DAMAGED.items() if content}
+
+
+@pytest.mark.parametrize("content", LINES.values(), ids=LINES)
+def test_damaged_lines_are_named_and_left_out(tmp_path, caplog, content):
+    path = tmp_path / "recipe.jsonl"
+    keep(path, RESULTS)
+    line = content if isinstance(content, bytes) else content.encode()
+    path.write_bytes(line + b"\n" + path.read_bytes())
+    jobs, damaged = read_kept(path)
+    assert [job["seed"] for job in jobs] == [0]
+    assert len(damaged) == 1
+    assert f"Line 1 of {os.path.relpath(path)} is damaged (" in damaged[0]
+    assert damaged[0] in caplog.text
+
+
+def test_a_line_that_was_cut_costs_no_other(tmp_path):
+    path = tmp_path / "recipe.jsonl"
+    keep(path, RESULTS)
+    path.write_bytes(path.read_bytes()[:-100])  # a process died while writing
+    keep(path, RESULTS | {"config": CONFIG | {"seed": 1}, "seed": 1})
+    jobs, damaged = read_kept(path)
+    assert [job["seed"] for job in jobs] == [1]
+    assert len(damaged) == 1
+
+
+def test_processes_keep_lines_side_by_side(tmp_path):
+    path = tmp_path / "recipe.jsonl"
+    keeper = (
+        "import json, sys; from pathlib import Path; from experiments.reporting.kept import keep;"
+        "path, results, first = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]);"
+        "[keep(path, results | {'seed': s, 'config': results['config'] | {'seed': s}})"
+        " for s in range(first, 20)]"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", keeper, path, json.dumps(RESULTS), str(first)], cwd=ROOT
+        )
+        for first in (0, 5, 10)
+    ]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    jobs, damaged = read_kept(path)
+    assert sorted(job["seed"] for job in jobs) == list(range(20))
+    assert not damaged
 
 
 # --- one configuration --------------------------------------------------------------------

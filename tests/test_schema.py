@@ -212,13 +212,6 @@ def test_an_option_that_there_was_not_yet_had_its_default():
     assert not same_outcome(other, config)
 
 
-def test_jobs_of_nested_groups_have_one_folder_each():
-    overrides = ["experiment=strength_plain_sgd", "fisher/structure=dense", "seed=1"]
-    with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
-        config = hydra.compose("config", overrides=overrides, return_hydra_config=True)
-    assert config.hydra.sweep.subdir == "fisher.structure=dense,seed=1"
-
-
 # --- no code from configurations ----------------------------------------------------------
 
 

@@ -126,8 +126,8 @@ def _target_in(value: Any) -> Any:
             return value["_target_"]
         value = list(value.values())
     if isinstance(value, list):
-        found = (_target_in(element) for element in value)
-        return next((target for target in found if target is not None), None)
+        targets = (_target_in(element) for element in value)
+        return next((target for target in targets if target is not None), None)
     return None
 
 

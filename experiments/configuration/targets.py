@@ -40,14 +40,6 @@ def _variable(name: str, *default: Any) -> Any:
 OmegaConf.register_new_resolver("oc.env", _variable, replace=True)
 
 
-def _one_folder(name: str) -> str:
-    """What ``${one_folder:name}`` stands for: groups within groups are no folders within."""
-    return name.replace("/", ".")
-
-
-OmegaConf.register_new_resolver("one_folder", _one_folder, replace=True)
-
-
 def is_within(name: str, modules: Iterable[str]) -> bool:
     """Whether a dotted name is one of the modules or lies in one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
@@ -65,10 +57,10 @@ def located(name: object, option: str, modules: Sequence[str]) -> Any:
         ConfigurationError: the name is not allowed, or there is no such object.
     """
     if not isinstance(name, str) or not is_within(name, modules):
-        own = f"{', '.join(modules)} and " if modules else ""
+        packages = f"{', '.join(modules)} and " if modules else ""
         raise ConfigurationError(
-            f"Option {option!r} is {name!r}: allowed are classes of {own}modules that the command "
-            "line trusts, trusted=[MODULE]."
+            f"Option {option!r} is {name!r}: allowed are classes of {packages}modules that the "
+            "command line trusts, trusted=[MODULE]."
         )
     try:
         return hydra.utils.get_object(name)

@@ -17,16 +17,17 @@ from experiments.reporting.tables import (
 )
 
 
-def bars_table(bars: list[dict[str, Any]], jobs: Mapping[str, Jobs]) -> list[str]:
-    """The bars, what was measured for each, and whether it is met.
+def bars_table(bars: Sequence[Mapping[str, Any]], jobs: Mapping[str, Jobs]) -> list[str]:
+    """The bars, what was measured for each, whether it is met, and below what is said of them.
 
     Args:
         bars: ``name``, ``published``, ``bar``, ``recipe``, ``settings`` of the jobs that count,
-            optionally a ``remark`` each; without a ``bar`` the value is only shown.  The
-            value is the mean accuracy, at least the bar; with ``decades: true`` the decades
-            of strength within a point of the best, at least the bar; with ``default`` the
-            points by which this strength is under the best one, each over the seeds that both
-            have, at most the bar, and no verdict where it is the smallest or largest one.
+            optionally a ``remark`` each, a list of sentences; without a ``bar`` the value is
+            only shown.  The value is the mean accuracy, at least the bar; with
+            ``decades: true`` the decades of strength within a point of the best, at least the
+            bar; with ``default`` the points by which this strength is under the best one, each
+            over the seeds that both have, at most the bar, and no verdict where it is the
+            smallest or largest one.
         jobs: the results by recipe.
     """
     rows = []
@@ -41,9 +42,14 @@ def bars_table(bars: list[dict[str, Any]], jobs: Mapping[str, Jobs]) -> list[str
         if value is not None and "bar" in bar:
             met = value <= bar["bar"] if "default" in bar else value >= bar["bar"]
             verdict = "yes" if met else "no"
-        limits = str(bar.get("bar", "")), shown, verdict, bar.get("remark", "")
-        rows.append([bar["name"], str(bar.get("published", "")), *limits])
-    return markdown(["benchmark", "published", "bar", "measured", "met", "remark"], rows)
+        published, limit = str(bar.get("published", "")), str(bar.get("bar", ""))
+        rows.append([bar["name"], published, limit, shown, verdict])
+    remarks = []
+    for bar in bars:
+        if sentences := bar.get("remark"):
+            remarks += [f"- {bar['name']}", *(f"  - {sentence}" for sentence in sentences)]
+    table = markdown(["benchmark", "published", "bar", "measured", "met"], rows)
+    return [*table, *([""] if remarks else []), *remarks]
 
 
 def measured(bar: Mapping[str, Any], jobs: Jobs) -> tuple[float | None, str]:
@@ -75,13 +81,13 @@ def _number_of_seeds(of: Sequence[Any]) -> str:
 
 def leads_over(jobs: Jobs, default: float) -> dict[float, list[float]]:
     """By how many points every strength is over a default one, on each seed that both have."""
-    found: dict[float, dict[int, float]] = {}
+    by_strength: dict[float, dict[int, float]] = {}
     for job in jobs:
-        found.setdefault(strength_of(job), {})[job["seed"]] = 100 * job["average_accuracy"]
-    reference = found.get(default, {})
+        by_strength.setdefault(strength_of(job), {})[job["seed"]] = 100 * job["average_accuracy"]
+    reference = by_strength.get(default, {})
     return {
         strength: [by_seed[seed] - reference[seed] for seed in common]
-        for strength, by_seed in sorted(found.items())
+        for strength, by_seed in sorted(by_strength.items())
         if (common := sorted(by_seed.keys() & reference.keys()))
     }
 

@@ -15,16 +15,16 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written; an earlier file of that name is as it was.
     """
-    part = part_of(path)
+    unfinished = part_of(path)
     try:
-        with part.open("w", encoding="utf-8") as file:
+        with unfinished.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+        unfinished.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
-            part.unlink()
+            unfinished.unlink()
         raise
     # The file is there; some file systems cannot sync a folder.
     with contextlib.suppress(OSError):

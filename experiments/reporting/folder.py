@@ -145,11 +145,11 @@ def _configurations(directory: Path) -> list[dict[str, Any]]:
 
     Hydra's own file is of runs from before there was ``run.json``.
     """
-    found = [_read_owner(directory).get("config")]
+    configs = [_read_owner(directory).get("config")]
     for name in ("config.yaml", ".hydra/config.yaml"):
         with contextlib.suppress(Exception):  # whatever else it is, it is no run's
-            found.append(OmegaConf.to_container(OmegaConf.load(directory / name), resolve=True))
-    return [config for config in found if isinstance(config, dict) and config]
+            configs.append(OmegaConf.to_container(OmegaConf.load(directory / name), resolve=True))
+    return [config for config in configs if isinstance(config, dict) and config]
 
 
 def _read_owner(directory: Path) -> dict[str, Any]:

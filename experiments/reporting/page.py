@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from experiments.configuration.command_line import CONFIGS
 from experiments.configuration.targets import ConfigurationError
 from experiments.reporting.bars import bars_table
+from experiments.reporting.kept import read_kept
 from experiments.reporting.recipes import (
     as_configured,
     of_recipe,
@@ -18,7 +19,6 @@ from experiments.reporting.recipes import (
     swept_by,
     title_of,
 )
-from experiments.reporting.results import read_jobs
 from experiments.reporting.sweep_pictures import OF_SWEEPS
 from experiments.reporting.tables import (
     Jobs,
@@ -36,8 +36,8 @@ Average test accuracy over all tasks after the last one, and forgetting, in per 
 standard error over the seeds, without an error one seed. Published figures are of other seeds,
 and where said of other settings. Seconds are what a job took on a machine that did other things
 beside it, not what a method costs. Written by `python -m experiments.results` from the
-`results.json` of every job under `results/`. The command above a table runs what is missing of
-it (`EWC_DATA` names the folder of MNIST); to run all of it again, remove its folder first."""
+kept jobs, `results/RECIPE.jsonl`. The command above a table runs what is missing of it
+(`EWC_DATA` names the folder of MNIST). To run all of it again, remove its file first."""
 
 
 def section(jobs: Jobs, recipe: Path, pictures: Path) -> str:
@@ -67,28 +67,29 @@ def section(jobs: Jobs, recipe: Path, pictures: Path) -> str:
     for job in done:
         for name, version in job["versions"].items():
             versions.setdefault(name, {})[version] = None
-    named = (f"{name} {' and '.join(found)}" for name, found in versions.items())
+    named = (f"{name} {' and '.join(different)}" for name, different in versions.items())
     lines += ["", f"Versions: {', '.join(named)}."]
     return "\n".join(lines)
 
 
-def kept_table(recipes: Sequence[Path], jobs: Mapping[str, Jobs]) -> list[str]:
-    """How many jobs of every sweep are kept, how many it has, and values without any."""
+def missing_table(recipes: Sequence[Path], jobs: Mapping[str, Jobs]) -> list[str]:
+    """The sweeps of which jobs are missing, and the values without any job; nothing of none."""
     rows = []
     for recipe in recipes:
-        if swept := swept_by(recipe):
-            size = math.prod(len(values) for values in swept.values())
-            given = [options_of(job) for job in jobs[recipe.stem]]
-            without = [
-                f"{name}={value}"
-                for name, values in swept.items()
-                for value in values
-                if name != "seed" and not any(has_options(own, {name: value}) for own in given)
-            ]
-            rows.append([recipe.stem, str(len(given)), str(size), ", ".join(without)])
-    why = "What is missing has not been run, for want of time; its recipe's command runs it."
+        swept, options = swept_by(recipe), [options_of(job) for job in jobs[recipe.stem]]
+        size = math.prod(len(values) for values in swept.values())
+        without = [
+            f"{name}={value}"
+            for name, values in swept.items()
+            for value in values
+            if name != "seed" and not any(has_options(given, {name: value}) for given in options)
+        ]
+        if swept and len(options) < size:
+            rows.append([recipe.stem, str(len(options)), str(size), ", ".join(without)])
+    if not rows:
+        return []
     columns = ["recipe", "jobs kept", "jobs in all", "without any job"]
-    return ["## What is kept", "", why, "", *markdown(columns, rows)]
+    return ["## What is missing", "", "The recipe's command runs it.", "", *markdown(columns, rows)]
 
 
 def main() -> None:
@@ -100,16 +101,17 @@ def main() -> None:
     recipes = sorted((Path(CONFIGS) / "experiment").glob("*.yaml"))
     jobs = {}
     for recipe in recipes:
-        asked = of_recipe(read_jobs(arguments.results / recipe.stem), recipe)
+        asked = of_recipe(read_kept(arguments.results / f"{recipe.stem}.jsonl")[0], recipe)
         jobs[recipe.stem] = as_configured(asked, recipe)
         if others := len(asked) - len(jobs[recipe.stem]):
             print(f"{recipe.stem}: {others} jobs left out, which ran with another configuration")
-    parts = [INTRODUCTION]
+    sections = [INTRODUCTION]
     if (path := arguments.results / "bars.yaml").exists():
         bars: Any = OmegaConf.to_container(OmegaConf.load(path))
-        parts.append("\n".join(bars_table(bars, jobs)))
+        sections.append("\n".join(bars_table(bars, jobs)))
     run = [recipe for recipe in recipes if jobs[recipe.stem]]
-    parts += [section(jobs[recipe.stem], recipe, arguments.results) for recipe in run]
-    parts.append("\n".join(kept_table(recipes, jobs)))
-    arguments.page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    sections += [section(jobs[recipe.stem], recipe, arguments.results) for recipe in run]
+    if missing := missing_table(recipes, jobs):
+        sections.append("\n".join(missing))
+    arguments.page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     print(f"{arguments.page}: {len(run)} tables")

@@ -22,8 +22,8 @@ def title_of(recipe: Path) -> str:
 def report_of(recipe: Path) -> dict[str, Any]:
     """What a recipe says of its report: published figures and pictures."""
     config: Any = OmegaConf.to_container(OmegaConf.load(recipe), resolve=False)
-    found: dict[str, Any] = config.get("hydra", {}).get("callbacks", {}).get("report", {})
-    return found
+    report: dict[str, Any] = config.get("hydra", {}).get("callbacks", {}).get("report", {})
+    return report
 
 
 def swept_by(recipe: Path) -> dict[str, list[str]]:
@@ -34,30 +34,24 @@ def swept_by(recipe: Path) -> dict[str, list[str]]:
 
 
 def of_recipe(jobs: Jobs, recipe: Path) -> Jobs:
-    """The jobs that the recipe itself asks for and no others, in its order.
-
-    Of their options only the recipe's are left: not where and how a job was run.
-    """
-    allowed, apart = swept_by(recipe), kept_apart()
-    found = []
+    """The jobs that the recipe itself asks for and no others, in its order."""
+    swept = swept_by(recipe)
+    placed = []
     for job in jobs:
-        own = {name: value for name, value in options_of(job).items() if name not in apart}
-        if own.keys() == allowed.keys():
-            places = [
-                [has_options(own, {name: value}) for value in asked]
-                for name, asked in allowed.items()
-            ]
-            if all(any(values) for values in places):
-                options = [f"{name}={value}" for name, value in own.items()]
-                place = [values.index(True) for values in places]
-                found.append((place, {**job, "overrides": options}))
-    return [job for _, job in sorted(found, key=lambda pair: pair[0])]
+        given = options_of(job)
+        places = [
+            [has_options(given, {name: value}) for value in values]
+            for name, values in swept.items()
+        ]
+        if given.keys() == swept.keys() and all(any(matches) for matches in places):
+            placed.append(([matches.index(True) for matches in places], job))
+    return [job for _, job in sorted(placed, key=lambda pair: pair[0])]
 
 
 def as_configured(jobs: Jobs, recipe: Path) -> Jobs:
     """The jobs that came from the configuration as it is now, and not before a default changed."""
     composed: dict[tuple[str, ...], dict[str, Any]] = {}
-    found = []
+    current = []
     with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
         for job in jobs:
             options = tuple(o for o in job["overrides"] if not o.startswith("seed="))
@@ -65,12 +59,5 @@ def as_configured(jobs: Jobs, recipe: Path) -> Jobs:
                 overrides = [f"experiment={recipe.stem}", *options]
                 composed[options] = plain(hydra.compose("config", overrides=overrides))
             if same_outcome(job["config"], composed[options] | {"seed": job["seed"]}):
-                found.append(job)
-    return found
-
-
-def kept_apart() -> list[str]:
-    """The options that say where and how a job runs, not what it is."""
-    config: Any = OmegaConf.load(Path(CONFIGS) / "sweep" / "kept.yaml")
-    names: list[str] = list(config.hydra.job.config.override_dirname.exclude_keys)
-    return names
+                current.append(job)
+    return current

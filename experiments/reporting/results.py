@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from experiments.reporting.files import write_whole
 
@@ -18,8 +18,8 @@ class DamagedResultsError(ValueError):
     """A ``results.json`` that is not what :func:`write_results` writes."""
 
 
-class _Job(BaseModel):
-    """What every ``results.json`` holds."""
+class Job(BaseModel):
+    """What is known of every job that has ended."""
 
     model_config = ConfigDict(strict=True)
     config: dict[str, Any]
@@ -27,22 +27,65 @@ class _Job(BaseModel):
     seed: int
 
 
-class _Finished(_Job):
-    """What it holds of a run that trained every task."""
+class Diverged(Job):
+    """What is known of a job that diverged."""
+
+    diverged: str
+
+
+class Finished(Job):
+    """What tables and pictures need of a job that trained every task."""
 
     average_accuracy: float
     forgetting: float
-    backward_transfer: float
     accuracy_matrix: list[list[float]]
     fisher_overlap: list[dict[str, float]] = []
     seconds: dict[str, float]
     versions: dict[str, str]
 
+    @field_validator("accuracy_matrix")
+    @classmethod
+    def _is_square(cls, matrix: list[list[float]]) -> list[list[float]]:
+        if not matrix or any(len(row) != len(matrix) for row in matrix):
+            raise ValueError("it must have as many columns as rows")
+        return matrix
 
-class _Diverged(_Job):
-    """What it holds of one that diverged."""
+    @field_validator("seconds")
+    @classmethod
+    def _has_total(cls, seconds: dict[str, float]) -> dict[str, float]:
+        if "total" not in seconds:
+            raise ValueError("total is missing")
+        return seconds
 
-    diverged: str
+
+class Results(Finished):
+    """What ``results.json`` holds of a run that trained every task."""
+
+    backward_transfer: float
+
+
+def parsed(text: str | bytes, finished: type[Finished]) -> dict[str, Any]:
+    """The job that a text in JSON describes.
+
+    Args:
+        text: the text.
+        finished: what it must hold unless the job diverged.
+
+    Raises:
+        ValueError: it is something else; the message says what, in one line.
+    """
+    try:
+        job = json.loads(text)
+        kind = Diverged if isinstance(job, dict) and "diverged" in job else finished
+        kind.model_validate(job)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        reason = f"{where}: {first['msg']}" if where else first["msg"]
+        raise ValueError(reason) from error
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    return dict(job)
 
 
 def write_results(directory: Path, results: Mapping[str, Any]) -> None:
@@ -62,28 +105,11 @@ def read_results(directory: Path) -> dict[str, Any] | None:
     """
     path = directory / "results.json"
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        kind = _Diverged if isinstance(results, dict) and "diverged" in results else _Finished
-        kind.model_validate(results)
+        return parsed(path.read_bytes(), Results)
     except FileNotFoundError:
         return None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise _damaged(path, f"{where}: {first['msg']}" if where else first["msg"]) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, str(error)) from error
-    else:
-        matrix = results.get("accuracy_matrix", [[0.0]])
-        if not matrix or any(len(row) != len(matrix) for row in matrix):
-            raise _damaged(path, "accuracy_matrix: it has not as many columns as rows")
-        if "total" not in results.get("seconds", {"total": 0.0}):
-            raise _damaged(path, "seconds.total: Field required")
-        return dict(results)
-
-
-def _damaged(path: Path, reason: str) -> DamagedResultsError:
-    return DamagedResultsError(f"{os.path.relpath(path)} is damaged ({reason}).")
+    except (OSError, ValueError) as error:
+        raise DamagedResultsError(f"{os.path.relpath(path)} is damaged ({error}).") from error
 
 
 def read_jobs(folder: Path) -> list[dict[str, Any]]:

@@ -51,9 +51,9 @@ def draw_learning_curves(
     for name, colour in (("train/loss", "tab:blue"), ("train/penalty", "tab:red")):
         xs, ys = [], []
         for start in range(0, len(steps), width):
-            part = steps[start : start + width]
-            xs.append(part[-1]["step"])
-            ys.append(statistics.fmean(record[name] for record in part))
+            records = steps[start : start + width]
+            xs.append(records[-1]["step"])
+            ys.append(statistics.fmean(record[name] for record in records))
         if any(y > 0 for y in ys):
             label = name.removeprefix("train/") + (
                 " (part of the loss)" if "penalty" in name else ""

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.reporting.files import only_warned, write_whole
+from experiments.reporting.kept import read_kept
 from experiments.reporting.results import read_sweep
 from experiments.reporting.tables import markdown, sweep_table
 
@@ -27,13 +28,19 @@ class SweepReport(Callback):
             settings as on the command line: ``strategy=ewc`` or
             ``benchmark.scenario=task,strategy=ewc``.
         pictures: for RESULTS.md, names of functions in :mod:`experiments.reporting.sweep_pictures`.
+        kept: the file that keeps the jobs' results; a job that it has is not run again, and
+            the report is over all of its jobs.
     """
 
     def __init__(
-        self, published: Mapping[str, str] | None = None, pictures: Sequence[str] = ()
+        self,
+        published: Mapping[str, str] | None = None,
+        pictures: Sequence[str] = (),
+        kept: str | None = None,
     ) -> None:
         self.published = dict(published or {})
         self.pictures = list(pictures)
+        self.kept = Path(kept) if kept else None
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Forget the failures of a sweep before into the same folder: its jobs run again."""
@@ -47,7 +54,7 @@ class SweepReport(Callback):
         """
         folder = Path(config.hydra.sweep.dir)
         with only_warned("report.md"):
-            report_sweep(folder, self.published)
+            report_sweep(folder, self.published, self.kept)
         if failed := failures(folder):
             count = f"{len(failed)} job{'s' * (len(failed) > 1)}"
             more = f"; and {len(failed) - 3} more, in {folder / FAILURES}"
@@ -67,17 +74,20 @@ def failures(folder: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
-def report_sweep(folder: Path, published: Mapping[str, str] | None = None) -> int:
+def report_sweep(
+    folder: Path, published: Mapping[str, str] | None = None, kept: Path | None = None
+) -> int:
     """Write ``report.md`` over the finished jobs of a sweep, and print it.
 
     Args:
         folder: of the sweep.
         published: see :class:`SweepReport`.
+        kept: see :class:`SweepReport`.
 
     Returns:
         The number of jobs; nothing is written over none.
     """
-    jobs, damaged = read_sweep(folder)
+    jobs, damaged = read_kept(kept) if kept else read_sweep(folder)
     if not jobs:
         return 0
     columns, rows = sweep_table(jobs, published)
@@ -88,7 +98,7 @@ def report_sweep(folder: Path, published: Mapping[str, str] | None = None) -> in
     if damaged:
         lines += ["Left out:", "", *(f"- {job}" for job in damaged), ""]
     write_whole(folder / "report.md", "\n".join(lines))
-    table = Table(title=f"{len(jobs)} jobs: {os.path.relpath(folder)}")
+    table = Table(title=f"{len(jobs)} jobs: {os.path.relpath(kept or folder)}")
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:

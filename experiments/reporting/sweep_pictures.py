@@ -24,8 +24,8 @@ def over_tasks(jobs: Jobs, title: str) -> Figure:
     settings = by_setting(jobs, but=("benchmark.scenario",))
     for axes, scenario in zip(panels, scenarios, strict=True):
         for place, (label, members) in enumerate(settings.items()):
-            own = [job for job in members if _scenario(job) == scenario]
-            runs = [average_accuracies(job["accuracy_matrix"]) for job in own]
+            in_scenario = [job for job in members if _scenario(job) == scenario]
+            runs = [average_accuracies(job["accuracy_matrix"]) for job in in_scenario]
             if not runs:
                 continue
             mean = [100 * statistics.fmean(values) for values in zip(*runs, strict=True)]
@@ -98,10 +98,10 @@ def by_setting(jobs: Jobs, but: Sequence[str] = ()) -> dict[str, list[Mapping[st
     """The jobs by what was swept besides the seed, written as on the command line."""
     swept: dict[str, list[Mapping[str, Any]]] = {}
     settings = [options_of(job) for job in jobs]
-    for job, own in zip(jobs, settings, strict=True):
+    for job, options in zip(jobs, settings, strict=True):
         varied = [
             value if name in SPEAKING else f"{name}={value}"
-            for name, value in own.items()
+            for name, value in options.items()
             if name not in ("seed", *but) and len({other.get(name) for other in settings}) > 1
         ]
         label = ", ".join(varied)

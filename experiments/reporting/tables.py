@@ -79,10 +79,10 @@ def mean_and_error(values: Sequence[float]) -> str:
 
 def means_by_strength(jobs: Sequence[Mapping[str, Any]]) -> dict[float, float]:
     """The mean accuracy in per cent at every strength, the smallest strength first."""
-    found: dict[float, list[float]] = {}
+    accuracies: dict[float, list[float]] = {}
     for job in jobs:
-        found.setdefault(strength_of(job), []).append(100 * job["average_accuracy"])
-    return {strength: statistics.fmean(found[strength]) for strength in sorted(found)}
+        accuracies.setdefault(strength_of(job), []).append(100 * job["average_accuracy"])
+    return {strength: statistics.fmean(accuracies[strength]) for strength in sorted(accuracies)}
 
 
 def strength_of(job: Mapping[str, Any]) -> float:

@@ -149,11 +149,11 @@ class Benchmark(ABC):
         Raises:
             FileNotFoundError: the images are not there.
         """
-        train, test = (part.to(device) for part in self.images.load(data_root))
+        train, test = (images.to(device) for images in self.images.load(data_root))
         plan = self.plan(torch.Generator().manual_seed(seed))
         streams = [
-            EagerCLStream(name, [self._experience(part, *task, i) for i, task in enumerate(plan)])
-            for name, part in (("train", train), ("test", test))
+            EagerCLStream(name, [self._experience(images, *task, i) for i, task in enumerate(plan)])
+            for name, images in (("train", train), ("test", test))
         ]
         shared = self.num_tasks if self.scenario == "class" else 1
         return Tasks(

@@ -66,8 +66,8 @@ class IdxFile:
         if not content.startswith(self.header):
             begin = content[: len(self.header)].hex()
             raise DamagedFileError(f"its header is {begin}, not {self.header.hex()}")
-        if (found := hashlib.sha256(content).hexdigest()) != self.sha256:
-            raise DamagedFileError(f"its SHA-256 is {found}, not {self.sha256}")
+        if (checksum := hashlib.sha256(content).hexdigest()) != self.sha256:
+            raise DamagedFileError(f"its SHA-256 is {checksum}, not {self.sha256}")
         values = np.frombuffer(content, np.uint8, offset=len(self.header))
         return values.reshape(self.shape).copy()
 
@@ -113,10 +113,10 @@ def read_files(
         FileNotFoundError: a file is not there and cannot be downloaded or written.
     """
     # Before anything is downloaded: what is there must be right.
-    found = {file: _read(folder, file) for file in files}
+    present = {file: _read(folder, file) for file in files}
     arrays = []
     for file in files:
-        array = found[file]
+        array = present[file]
         arrays.append(_download(folder, file, mirrors) if array is None else array)
     return arrays
 
@@ -168,17 +168,17 @@ def _download(folder: Path, file: IdxFile, mirrors: Sequence[str] | None) -> NDA
 
 def _keep(path: Path, content: bytes) -> None:
     """Write a file that is either whole or not there."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with part.open("xb") as file:
+            with unfinished.open("xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            part.replace(path)
+            unfinished.replace(path)
         finally:
-            part.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
     except OSError as error:
         raise FileNotFoundError(
             f"{path} of MNIST was downloaded but cannot be written ({error.strerror}): make its "

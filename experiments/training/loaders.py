@@ -61,13 +61,13 @@ class TrainingBatches:
     def _batch(self, rows: Tensor, sizes: list[int]) -> list[Tensor]:
         if len(self.tasks) == 1:
             return self.tasks[0].batch(rows)
-        parts, start = [], 0
+        batches, start = [], 0
         for task, size in zip(self.tasks, sizes, strict=True):
-            mine = rows[(rows >= start) & (rows < start + size)] - start
-            if len(mine):
-                parts.append(task.batch(mine))
+            task_rows = rows[(rows >= start) & (rows < start + size)] - start
+            if len(task_rows):
+                batches.append(task.batch(task_rows))
             start += size
-        return [torch.cat(column) for column in zip(*parts, strict=True)]
+        return [torch.cat(column) for column in zip(*batches, strict=True)]
 
 
 class EvaluationBatches:
@@ -84,8 +84,8 @@ class EvaluationBatches:
     def __iter__(self) -> Iterator[list[Tensor]]:
         """The batches."""
         rows = torch.arange(len(self.task), device=self.task.labels.device)
-        for part in torch.split(rows, self.batch_size):
-            yield self.task.batch(part)
+        for batch_rows in torch.split(rows, self.batch_size):
+            yield self.task.batch(batch_rows)
 
 
 class InMemoryNaive(Naive):

@@ -77,6 +77,6 @@ class MultiHead(MultiTaskModule):
         first: Tensor = self.heads[tasks[0]](features)
         outputs = first
         for task in tasks[1:]:
-            mine = (task_labels == task)[:, None]
-            outputs = torch.where(mine, self.heads[task](features), outputs)
+            is_of_task = (task_labels == task)[:, None]
+            outputs = torch.where(is_of_task, self.heads[task](features), outputs)
         return outputs

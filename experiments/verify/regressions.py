@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ewc import Dense
 from ewc.fisher import fisher_information
 from ewc.likelihoods import Bernoulli, Likelihood, Poisson
 from ewc.matrices import DenseFisher
@@ -100,7 +101,7 @@ class Regression:
         with torch.no_grad():
             model.weight.copy_(self.theta)
         data = [(self.x, self.y[:, None])]
-        return fisher_information(model, data, self.likelihood, structure=DenseFisher, **options)
+        return fisher_information(model, data, self.likelihood, structure=Dense(), **options)
 
     def log_likelihood(self) -> float:
         """Of all examples, in nats."""

@@ -11,9 +11,9 @@ from scipy.stats import kstest
 from sklearn.datasets import load_diabetes
 from torch import Tensor
 
+from ewc import Dense, Diagonal, Kronecker, LowRank
 from ewc.fisher import Empirical, fisher_information
 from ewc.likelihoods import Bernoulli, Categorical, Likelihood, Poisson
-from ewc.matrices import DenseFisher, DiagonalFisher, KroneckerFisher, LowRankFisher
 from ewc.parameters import Parameters, flatten
 from ewc.statistics import (
     ChiSquaredTest,
@@ -44,9 +44,9 @@ PRIOR = 1.0
 """The precision of the normal prior of a network's parameters."""
 
 STRUCTURES: dict[str, Any] = {
-    "Kronecker": KroneckerFisher,
-    "low rank": LowRankFisher.configured(rank=100),
-    "diagonal": DiagonalFisher,
+    "Kronecker": Kronecker(),
+    "low rank": LowRank(rank=100),
+    "diagonal": Diagonal(),
 }
 
 
@@ -133,9 +133,7 @@ def _against(
     ]
 
 
-def _tests(
-    full: Regression, null: Regression, information: DenseFisher
-) -> dict[str, ChiSquaredTest]:
+def _tests(full: Regression, null: Regression, information: Dense()) -> dict[str, ChiSquaredTest]:
     return {
         "Wald": wald_test(_held, full.parameters, information),
         "score": score_test(null.score(), null.fisher(), len(HELD)),
@@ -252,7 +250,7 @@ def _network_errors(seed: int) -> NetworkErrors:
     train(model, x, y, Categorical(), steps=500, prior_precision=PRIOR)
     names = [name for name, _ in model.named_parameters()]
     found, apart = {}, 0.0
-    for label, structure in {"dense": DenseFisher, **STRUCTURES}.items():
+    for label, structure in {"dense": Dense(), **STRUCTURES}.items():
         matrix = fisher_information(model, [(x, y)], structure=structure)
         errors = standard_errors(matrix, prior_precision=PRIOR)
         found[label] = flatten({name: errors[name] for name in names})

@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.distributions import Normal
 
+from ewc import Dense
 from ewc.fisher import fisher_information
 from ewc.likelihoods import Bernoulli
-from ewc.matrices import DenseFisher
 from ewc.matrices.matrix import FisherMatrix
 from ewc.statistics import cramer_rao_bound, parametric_fisher
 from experiments.verify.check import Check, Surroundings
@@ -179,7 +179,7 @@ def _logistic_regression(seed: int) -> dict[tuple[str, str], dict[int, Variance]
     for size in LOGISTIC_SIZES:
         inputs = design[:size]
         data = [(inputs, torch.zeros(size, 1).double())]  # the targets play no part
-        fisher = fisher_information(model, data, Bernoulli(), structure=DenseFisher)
+        fisher = fisher_information(model, data, Bernoulli(), structure=Dense())
         bound = cramer_rao_bound(fisher, size).diagonal()
         chance = torch.sigmoid(inputs @ SLOPES)
         theta = torch.cat(

@@ -5,9 +5,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ewc.fisher import ImplicitFisher, fisher_information
+from ewc import Dense, Implicit, Kronecker
+from ewc.fisher import fisher_information
 from ewc.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from ewc.matrices import DenseFisher, KroneckerFisher
 from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import Parameters, dot, unflatten
 from ewc.statistics import DivergenceProfile, divergence_profile, leading_eigenvector
@@ -31,10 +31,10 @@ def verify(surroundings: Surroundings) -> list[Check]:
     yes = torch.nn.functional.one_hot(y, 10).double()
     model = tanh_network(64, 32, 10, seed=surroundings.seed)
     train(model, x, y, Categorical(), steps=200)
-    fisher = fisher_information(model, data, structure=ImplicitFisher)
+    fisher = fisher_information(model, data, structure=Implicit())
     _, leading = leading_eigenvector(fisher)
     random = _random(fisher, surroundings.seed)
-    kronecker = fisher_information(model, data, structure=KroneckerFisher)
+    kronecker = fisher_information(model, data, structure=Kronecker())
     profiles = {
         "leading eigenvector": _profile(model, data, fisher, leading),
         "random direction": _profile(model, data, fisher, random),
@@ -48,13 +48,13 @@ def verify(surroundings: Surroundings) -> list[Check]:
     for likelihood in (Bernoulli(), Gaussian(0.1)):
         other = tanh_network(64, 32, 10, seed=surroundings.seed)
         train(other, x, yes, likelihood, steps=200)
-        matrix = fisher_information(other, [(x, yes)], likelihood, structure=ImplicitFisher)
+        matrix = fisher_information(other, [(x, yes)], likelihood, structure=Implicit())
         _, vector = leading_eigenvector(matrix)
         name = type(likelihood).__name__
         profile = _profile(other, [(x, yes)], matrix, vector, likelihood)
         checks.append(_third(f"the same of {name} outputs, leading eigenvector", profile))
     linear = nn.Linear(64, 10).double()
-    matrix = fisher_information(linear, [(x, yes)], Gaussian(), structure=ImplicitFisher)
+    matrix = fisher_information(linear, [(x, yes)], Gaussian(), structure=Implicit())
     direction = _random(matrix, surroundings.seed)
     exact = _profile(linear, [(x, yes)], matrix, direction, Gaussian())
     checks += [
@@ -143,7 +143,7 @@ def _spectrum_panel(axes: Axes, seed: int) -> Check:
     x, y = digits(side=4)
     model = tanh_network(16, 12, 10, seed=seed)
     train(model, x, y, Categorical(), steps=200)
-    fisher = fisher_information(model, [(x, y)], structure=DenseFisher)
+    fisher = fisher_information(model, [(x, y)], structure=Dense())
     values, vectors = torch.linalg.eigh(fisher.to_dense())
     for step in (3.0, 0.1):
         found = [

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ewc import (
+    Dense,
     DenseFisher,
-    DiagonalFisher,
+    Diagonal,
     Empirical,
     Exact,
     FisherMatrix,
@@ -97,7 +98,7 @@ def _loss(model: nn.Module, data: Data) -> Tensor:
 
 def _matrix(theta: Tensor, data: Data, estimator: Estimator) -> DenseFisher:
     return fisher_information(
-        _line(theta), data, Gaussian(), estimator=estimator, structure=DenseFisher
+        _line(theta), data, Gaussian(), estimator=estimator, structure=Dense()
     )
 
 
@@ -113,7 +114,7 @@ def _step(theta: Tensor, data: Data, estimator: Estimator) -> Tensor:
     """The step with learning rate 1 and no damping."""
     line = _line(theta)
     optimizer = NaturalGradient(
-        line, Gaussian(), lr=1.0, damping=0.0, estimator=estimator, structure=DenseFisher
+        line, Gaussian(), lr=1.0, damping=0.0, estimator=estimator, structure=Dense()
     )
     optimizer.update_fisher(data)
     torch.autograd.backward(_loss(line, data))
@@ -271,10 +272,10 @@ def _followed(
         adam.zero_grad()
         torch.autograd.backward(cross_entropy(model(x), y))
         if step in CHECKPOINTS:
-            exact, empirical = _both(model, data, DenseFisher)
+            exact, empirical = _both(model, data, Dense())
             ratios.append(float(empirical.trace() / exact.trace()))
             cosines.append(_cosine(model, data, exact, empirical))
-            exact, empirical = _both(model, unseen, DiagonalFisher)
+            exact, empirical = _both(model, unseen, Diagonal())
             new.append(float(empirical.trace() / exact.trace()))
         adam.step()
     return ratios, cosines, new

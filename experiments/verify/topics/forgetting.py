@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 from ewc import (
-    DiagonalFisher,
+    Diagonal,
     EWCPenalty,
     FisherMatrix,
-    KroneckerFisher,
+    Implicit,
+    Kronecker,
     Online,
     fisher_information,
 )
-from ewc.fisher import ImplicitFisher
 from experiments.tasks.images import MNIST, Images
 from experiments.verify.check import Check, Surroundings
 
@@ -26,7 +26,7 @@ TASKS = 5
 STEPS = 600
 BATCH = 128
 STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)
-STRUCTURES: dict[str, type[FisherMatrix]] = {"diagonal": DiagonalFisher, "K-FAC": KroneckerFisher}
+STRUCTURES: dict[str, type[FisherMatrix]] = {"diagonal": Diagonal(), "K-FAC": Kronecker()}
 
 
 @dataclass
@@ -138,7 +138,7 @@ def learnt(permuted: Permuted, structure: type[FisherMatrix], strength: float) -
         batches = list(zip(torch.split(pixels, 1000), torch.split(labels, 1000), strict=True))
         fisher = fisher_information(model, batches, structure=structure)
         move = {name: p.detach() - start[name] for name, p in model.named_parameters()}
-        exact = fisher_information(model, batches, structure=ImplicitFisher)
+        exact = fisher_information(model, batches, structure=Implicit())
         run.exact.append(float(exact.quadratic_form(move) / fisher.quadratic_form(move)))
         penalty.consolidate(fisher, model)
     run.accuracy = permuted.accuracy(model)

@@ -14,8 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from ewc import Categorical, DenseFisher, FisherMatrix, fisher_information
-from ewc.fisher import ImplicitFisher
+from ewc import Categorical, Dense, FisherMatrix, Implicit, fisher_information
 from ewc.natural_gradient import NaturalGradient
 from ewc.parameters import Parameters
 from ewc.statistics import (
@@ -168,7 +167,7 @@ def _divergence(model: nn.Module, one: Parameters, two: Parameters, x: Tensor) -
 def _natural(model: nn.Module, data: Data, steps: int) -> Iterator[Parameters]:
     """The flow along the natural gradient, in steps of 0.05 in the metric."""
     optimizer = NaturalGradient(
-        model, lr=100.0, damping=1e-2, max_kl=0.05**2 / 2, structure=DenseFisher
+        model, lr=100.0, damping=1e-2, max_kl=0.05**2 / 2, structure=Dense()
     )
     for _ in range(steps):
         optimizer.update_fisher([data])
@@ -195,7 +194,7 @@ def _lengths(model: nn.Module, data: Data, axes: Axes) -> list[Check]:
 
     def fisher_at(parameters: Parameters) -> FisherMatrix:
         _put(model, parameters)
-        return fisher_information(model, [data], structure=ImplicitFisher)
+        return fisher_information(model, [data], structure=Implicit())
 
     checks = []
     for name, train in (
@@ -234,7 +233,7 @@ def _steepest(model: nn.Module, data: Data, where: str, seed: int) -> Check:
     model.zero_grad()
     functional.cross_entropy(model(data[0]), data[1]).backward()  # type: ignore[no-untyped-call]
     gradient = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    fisher = fisher_information(model, [data], structure=DenseFisher)
+    fisher = fisher_information(model, [data], structure=Dense())
     natural = fisher.solve(gradient, 1e-9)
     generator = torch.Generator().manual_seed(seed)
     others = [gradient, {n: g.sign() for n, g in gradient.items()}]
@@ -270,7 +269,7 @@ def _steepest(model: nn.Module, data: Data, where: str, seed: int) -> Check:
 def _divergences(model: nn.Module, data: Data, axes: Axes) -> Check:
     """The order in the step at which divergence and metric part, in a few random directions."""
     here = _parameters(model)
-    fisher = fisher_information(model, [data], structure=ImplicitFisher)
+    fisher = fisher_information(model, [data], structure=Implicit())
     sizes = torch.logspace(-3, -0.5, 11, dtype=torch.float64)
     orders = []
     for number in range(5):

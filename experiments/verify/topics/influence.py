@@ -12,13 +12,13 @@ from torch.nn import functional
 from ewc import (
     Bernoulli,
     Categorical,
-    DenseFisher,
+    Dense,
     FisherMatrix,
-    KroneckerFisher,
+    Implicit,
+    Kronecker,
     Likelihood,
     fisher_information,
 )
-from ewc.fisher import ImplicitFisher
 from ewc.natural_gradient import NaturalGradient
 from ewc.statistics import influence, loss_gradient, parameters_without, self_influence
 from experiments.tasks.images import Digits, Images
@@ -37,9 +37,9 @@ WRONG, DECAY_WITH_WRONG = 0.1, 0.01
 """The share of labels that are made wrong, and the decay of fits to such."""
 
 SOLVES: dict[str, type[FisherMatrix]] = {
-    "dense": DenseFisher,
-    "matrix-free": ImplicitFisher,
-    "Kronecker": KroneckerFisher,
+    "dense": Dense(),
+    "matrix-free": Implicit(),
+    "Kronecker": Kronecker(),
 }
 
 
@@ -86,7 +86,7 @@ def verify(surroundings: Surroundings) -> list[Check]:
             checks.append(Check.at_least(claim, close, 0.95))
         gap = (found["matrix-free"] - found["dense"]).abs().max() / found["dense"].abs().max()
         checks.append(Check.at_most(f"{name}: matrix-free against dense", float(gap), 1e-6))
-        step = _on_test_loss(regression, DenseFisher, leverage=True)[left_out]
+        step = _on_test_loss(regression, Dense(), leverage=True)[left_out]
         first_order = _of_the_fit(regression, left_out, weights, leverage=False)
         with_leverage = {"test loss": _correlation(step, actual)}
         with_leverage |= _of_the_fit(regression, left_out, weights, leverage=True)
@@ -132,7 +132,7 @@ def _fitted(regression: Regression) -> Regression:
     nn.init.zeros_(model.weight)
     # The Fisher information of a linear model is its Hessian.
     newton = NaturalGradient(
-        model, likelihood, lr=1.0, weight_decay=DECAY, damping=DECAY, structure=DenseFisher
+        model, likelihood, lr=1.0, weight_decay=DECAY, damping=DECAY, structure=Dense()
     )
     for _ in range(20):
         newton.update_fisher([(x, y)])
@@ -150,7 +150,7 @@ def _refits(regression: Regression, left_out: Tensor) -> Iterator[Tensor]:
     """The weights without each of some examples, to 1e-9, by steps with the full Hessian."""
     likelihood, (x, y) = regression.likelihood, regression.train
     full = regression.model.weight.detach()
-    hessian = fisher_information(regression.model, [(x, y)], likelihood, structure=DenseFisher)
+    hessian = fisher_information(regression.model, [(x, y)], likelihood, structure=Dense())
     damped = hessian.to_dense() + DECAY * torch.eye(full.numel(), dtype=torch.float64)
     factor = torch.linalg.cholesky(damped)
     for index in left_out:
@@ -191,7 +191,7 @@ def _of_the_fit(
 ) -> dict[str, float]:
     """Correlations of outputs and of all parameters with those of refits."""
     model, likelihood, (x, y) = regression.model, regression.likelihood, regression.train
-    fisher = fisher_information(model, [(x, y)], likelihood, structure=DenseFisher)
+    fisher = fisher_information(model, [(x, y)], likelihood, structure=Dense())
     full = model.weight.detach()
     images = regression.test[0][:OUTPUTS]
     found = []

@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 from ewc import (
+    BlockDiagonal,
     Categorical,
-    DenseFisher,
-    DiagonalFisher,
+    Dense,
+    Diagonal,
+    EigenvalueCorrected,
     FisherMatrix,
     Gaussian,
-    KroneckerFisher,
+    Kronecker,
     Likelihood,
     fisher_information,
 )
-from ewc.matrices import BlockDiagonalFisher, EigenvalueCorrectedFisher
 from ewc.parameters import Parameters, flatten, trainable_parameters
 from ewc.statistics import (
     error_by_layer,
@@ -36,9 +37,9 @@ from experiments.verify.check import Check, Surroundings
 Data = list[tuple[Tensor, Tensor]]
 
 STRUCTURES: dict[str, type[FisherMatrix]] = {
-    "diagonal": DiagonalFisher,
-    "K-FAC": KroneckerFisher,
-    "EKFAC": EigenvalueCorrectedFisher,
+    "diagonal": Diagonal(),
+    "K-FAC": Kronecker(),
+    "EKFAC": EigenvalueCorrected(),
 }
 
 SIZES = (64, 16, 16, 10)
@@ -47,7 +48,7 @@ SIZES = (64, 16, 16, 10)
 BATCH_SIZE = 256
 """Of the networks without a posterior."""
 
-EXACT: dict[str, type[FisherMatrix]] = {"dense": DenseFisher, "blocks": BlockDiagonalFisher}
+EXACT: dict[str, type[FisherMatrix]] = {"dense": Dense(), "blocks": BlockDiagonal()}
 
 PRIOR_PRECISIONS = (1.0, 0.1)
 """Of the weights of the networks with a posterior."""
@@ -133,7 +134,7 @@ def _largest_error(model: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihoo
     """The largest error of K-FAC and EKFAC in a layer, against the exact block."""
     model = model.double()
     data = [(x.double(), y if y.dtype == torch.long else y.double())]
-    exact = fisher_information(model, data, likelihood, structure=BlockDiagonalFisher)
+    exact = fisher_information(model, data, likelihood, structure=BlockDiagonal())
     found = [
         fisher_information(model, data, likelihood, structure=STRUCTURES[name])
         for name in ("K-FAC", "EKFAC")
@@ -179,7 +180,7 @@ def _learn(
 
 def _state(name: str, model: nn.Module, images: Images) -> State:
     data = [(images.pixels, images.labels)]
-    exact = fisher_information(model, data, structure=DenseFisher)
+    exact = fisher_information(model, data, structure=Dense())
     found = {
         key: fisher_information(model, data, structure=structure)
         for key, structure in STRUCTURES.items()

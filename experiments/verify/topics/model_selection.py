@@ -16,13 +16,13 @@ from torch.nn import functional
 
 from ewc import (
     Categorical,
-    DenseFisher,
-    DiagonalFisher,
+    Dense,
+    Diagonal,
     Empirical,
     Exact,
     FisherMatrix,
     Gaussian,
-    KroneckerFisher,
+    Kronecker,
     Likelihood,
     fisher_information,
 )
@@ -44,9 +44,9 @@ CHANCE = 0.643
 """Spearman's rank correlation of 8 pairs that chance exceeds in one case of 20."""
 
 STRUCTURES: dict[str, type[FisherMatrix]] = {
-    "dense": DenseFisher,
-    "Kronecker": KroneckerFisher,
-    "diagonal": DiagonalFisher,
+    "dense": Dense(),
+    "Kronecker": Kronecker(),
+    "diagonal": Diagonal(),
 }
 
 
@@ -74,7 +74,7 @@ def _fitted(data: Data, likelihood: Gaussian, prior_precision: float) -> nn.Line
     model = nn.Linear(x.shape[1], 1).double()
     share = prior_precision / len(x)
     newton = NaturalGradient(
-        model, likelihood, lr=1.0, weight_decay=share, damping=share, structure=DenseFisher
+        model, likelihood, lr=1.0, weight_decay=share, damping=share, structure=Dense()
     )
     newton.update_fisher([data])
     loss: Tensor = -likelihood.log_prob(model(x), y).mean()
@@ -92,7 +92,7 @@ def _evidence(
     data: Data,
     likelihood: Gaussian,
     prior_precision: float,
-    structure: type[FisherMatrix] = DenseFisher,
+    structure: type[FisherMatrix] = Dense(),
 ) -> float:
     """That of a linear model."""
     model = _fitted(data, likelihood, prior_precision)
@@ -124,7 +124,7 @@ def _scores(data: Data, likelihood: Gaussian) -> dict[str, float]:
     model = _fitted(data, likelihood, 0.0)
     found = _log_likelihood(model, data, likelihood)
     exact, scores = (
-        fisher_information(model, [data], likelihood, estimator=estimator, structure=DenseFisher)
+        fisher_information(model, [data], likelihood, estimator=estimator, structure=Dense())
         for estimator in (Exact(), Empirical())
     )
     size = exact.num_parameters

@@ -10,8 +10,14 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from ewc import Bernoulli, DenseFisher, Gaussian, KroneckerFisher, MonteCarlo
-from ewc.matrices import EigenvalueCorrectedFisher
+from ewc import (
+    Bernoulli,
+    Dense,
+    EigenvalueCorrected,
+    Gaussian,
+    Kronecker,
+    MonteCarlo,
+)
 from ewc.natural_gradient import NaturalGradient
 from experiments.tasks.images import MNIST, Digits, Images
 from experiments.verify.check import Check, Surroundings
@@ -52,7 +58,7 @@ def _one_step(images: Images) -> list[Check]:
     columns = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
     solution = torch.linalg.lstsq(columns, y).solution.T
     checks = []
-    for structure in (DenseFisher, KroneckerFisher, EigenvalueCorrectedFisher):
+    for structure in (Dense(), Kronecker(), EigenvalueCorrected()):
         line = nn.Linear(x.shape[1], 10).double()
         optimizer = NaturalGradient(line, Gaussian(), lr=1.0, damping=0.0, structure=structure)
         optimizer.update_fisher([(x, y)])
@@ -105,7 +111,7 @@ def _two_parametrisations(images: Images) -> tuple[list[Check], dict[str, list[f
 
 
 def _natural_step(model: nn.Module) -> Step:
-    optimizer = NaturalGradient(model, Bernoulli(), lr=0.5, damping=0.0, structure=DenseFisher)
+    optimizer = NaturalGradient(model, Bernoulli(), lr=0.5, damping=0.0, structure=Dense())
 
     def step(_number: int, x: Tensor, y: Tensor) -> None:
         optimizer.update_fisher([(x, y)])

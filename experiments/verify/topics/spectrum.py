@@ -7,8 +7,7 @@ from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ewc import DenseFisher, FisherMatrix, Gaussian, fisher_information
-from ewc.fisher import ImplicitFisher
+from ewc import Dense, FisherMatrix, Gaussian, Implicit, fisher_information
 from ewc.statistics import (
     SpectralDensity,
     effective_dimension,
@@ -62,8 +61,8 @@ def _information(
 def _densities(digits: Images, seed: int, axes: Axes) -> list[Check]:
     """By products through the network, against all eigenvalues of the dense matrix."""
     model = _network(20).double()
-    implicit = _information(model, digits, EXAMPLES, ImplicitFisher)
-    dense = _information(model, digits, EXAMPLES, DenseFisher)
+    implicit = _information(model, digits, EXAMPLES, Implicit())
+    dense = _information(model, digits, EXAMPLES, Dense())
     values = dense.eigenvalues()
     density = spectral_density(implicit, num_steps=STEPS, num_samples=SAMPLES, seed=seed)
     largest = float(values[-1])
@@ -92,9 +91,7 @@ def _ridge() -> list[Check]:
     x = inputs / inputs.std(0)
     noise, penalties = 0.5, (0.1, 10.0, 1000.0)
     model = nn.Linear(10, 1, bias=False).double()
-    fisher = fisher_information(
-        model, [(x, outcome[:, None])], Gaussian(noise), structure=DenseFisher
-    )
+    fisher = fisher_information(model, [(x, outcome[:, None])], Gaussian(noise), structure=Dense())
     off = []
     for penalty in penalties:
         gram = x.T @ x + noise * penalty * torch.eye(10, dtype=torch.float64)
@@ -109,7 +106,7 @@ def _ranks(digits: Images, axes: Axes) -> list[Check]:
     size = sum(p.numel() for p in model.parameters())
     ranks, dimensions = [], []
     for count in COUNTS:
-        fisher = _information(model, digits, count, DenseFisher)
+        fisher = _information(model, digits, count, Dense())
         values = fisher.eigenvalues()
         ranks.append(int((values > 1e-12 * values[-1]).sum()))
         dimensions.append(effective_dimension(fisher, 1.0))
@@ -162,7 +159,7 @@ def _along_training(digits: Images, axes: Axes) -> list[Check]:
 
 
 def _sharpness(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    fisher = fisher_information(model, [(x, y)], Gaussian(), structure=ImplicitFisher)
+    fisher = fisher_information(model, [(x, y)], Gaussian(), structure=Implicit())
     return largest_eigenvalue(fisher, tolerance=1e-3)
 
 
