@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from experiments.data import MNIST, Images, default_data_root
-from experiments.verify.race import Runner, Step, race
-from experiments.verify.topics.natural_gradient import HORIZON, SMALL, TARGET, adam, mlp, sgd
+from studies.natural_gradient.race import Runner, Step, race
+from studies.natural_gradient.study import HORIZON, SMALL, TARGET, adam, mlp, sgd
 
 IMAGES = 90_000
 """After which a trial gives up."""

@@ -1,0 +1,1 @@
+"""The claims about the statistics, measured: ``python -m studies row=<topic>|all``."""
