@@ -1,1 +1,1 @@
-"""The claims about the statistics, measured: ``python -m studies row=<topic>|all``."""
+"""What theory says about the Fisher information, measured: ``python -m studies``."""

@@ -30,8 +30,8 @@ from ewc.statistics import (
     standard_errors,
     wald_test,
 )
-from studies.check import Check, Surroundings
 from studies.digits import digits, principal_components, tanh_network, train
+from studies.findings import Claim, Findings, Setting
 from studies.regressions import Regression, maxima
 
 FITS = 2000
@@ -56,29 +56,28 @@ STRUCTURES: dict[str, Any] = {
 }
 
 
-def verify(surroundings: Surroundings) -> list[Check]:
+def measure(setting: Setting) -> Findings:
     """Agreement with statsmodels, coverage and p-values, and a network's errors by structure."""
     compared = _statsmodels()
-    simulated = _simulated(surroundings.seed)
-    errors = _network_errors(surroundings.seed)
+    simulated = _simulated(setting.seed)
+    errors = _network_errors(setting.seed)
     figure = Figure(figsize=(9, 3.2))
     first, second, third = figure.subplots(1, 3)
     _p_value_panel(first, simulated)
     _coverage_panel(second, simulated)
     _network_panel(third, errors.by_structure)
-    for axes in (first, second, third):
+    for axes, columns in ((first, 1), (second, 2), (third, 1)):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
+        axes.legend(fontsize="x-small", ncol=columns)
     figure.tight_layout()
-    figure.savefig(surroundings.pictures / "asymptotics.png", dpi=120)
-    return [*compared, *simulated.checks(), *errors.checks()]
+    return Findings([*compared, *simulated.claims(), *errors.claims()], figure)
 
 
 def _held(p: Parameters) -> Tensor:
     return p["weight"][0, list(HELD)]
 
 
-def _statsmodels() -> list[Check]:
+def _statsmodels() -> list[Claim]:
     """Real regressions, fitted and judged here and there."""
     import statsmodels.api as sm
 
@@ -95,20 +94,20 @@ def _statsmodels() -> list[Check]:
         ),
         "diabetes, Poisson": (inputs, torch.from_numpy(y), Poisson(), sm.families.Poisson()),
     }
-    checks = []
+    claims = []
     for name, (covariates, targets, likelihood, family) in cases.items():
         design = torch.cat([covariates, torch.ones(len(covariates), 1).double()], dim=1)
 
         def fit(columns: Tensor, y: Tensor = targets, family: Any = family, **options: Any) -> Any:
             return sm.GLM(y.numpy(), columns.numpy(), family=family).fit(tol=1e-14, **options)
 
-        checks += _against(name, design, targets, likelihood, fit)
-    return checks
+        claims += _against(name, design, targets, likelihood, fit)
+    return claims
 
 
 def _against(
     name: str, design: Tensor, targets: Tensor, likelihood: Likelihood, fit: Callable[..., Any]
-) -> list[Check]:
+) -> list[Claim]:
     kept = [column for column in range(design.shape[1]) if column not in HELD]
     full = Regression.fitted(design, targets, likelihood)
     null = Regression.fitted(design, targets, likelihood, HELD)
@@ -131,10 +130,14 @@ def _against(
         "standard errors": (errors["weight"][0], theirs.bse),
         "robust errors": (sandwich.diagonal().sqrt(), robust.bse),
         "intervals": (torch.cat(ends).T, theirs.conf_int()),
-        "the three tests' statistics": (torch.tensor(ours, dtype=torch.float64), statistics),
+        "statistics of the three tests": (torch.tensor(ours, dtype=torch.float64), statistics),
     }
     return [
-        Check.at_most(f"{name}: {what}, relative", _relative(found, torch.as_tensor(other)), 1e-6)
+        Claim.at_most(
+            f"{name}, {what}: relative difference from statsmodels",
+            _relative(found, torch.as_tensor(other)),
+            1e-6,
+        )
         for what, (found, other) in pairs.items()
     ]
 
@@ -170,19 +173,19 @@ class Simulated:
     z: Tensor
     p_values: dict[str, Tensor]
 
-    def checks(self) -> list[Check]:
+    def claims(self) -> list[Claim]:
         """Coverage and uniformity."""
         coverage = 100 * self.covered.double().mean(0)
-        about = f"{FITS} fits to {EXAMPLES} examples"
+        about = f"{FITS:,} fits to {EXAMPLES} examples"
         return [
-            Check.at_most(
-                f"{about}: coverage of 95 % intervals, farthest from it, points",
+            Claim.at_most(
+                f"{about}: coverage of 95 % intervals, largest deviation in points",
                 float((coverage - 95).abs().max()),
                 2.0,
             ),
             *(
-                Check.at_least(
-                    f"{about}: {name} test, Kolmogorov-Smirnov p-value",
+                Claim.at_least(
+                    f"{about}, {name} test: p-value of a test that its p-values are uniform",
                     float(kstest(values.numpy(), "uniform").pvalue),
                     0.01,
                 )
@@ -226,25 +229,25 @@ class NetworkErrors:
     by_structure: dict[str, Tensor]
     apart: float
 
-    def checks(self) -> list[Check]:
+    def claims(self) -> list[Claim]:
         """That the algebra is exact, and how far the structures are from the dense matrix."""
         dense = self.by_structure["dense"]
         ratios = {name: self.by_structure[name] / dense for name in STRUCTURES}
         medians = {name: float(ratios[name].median()) for name in ("Kronecker", "low rank")}
         about = f"network of {len(dense)} parameters"
         return [
-            Check.at_most(
-                f"{about}: errors by structure against its own dense inverse, relative",
+            Claim.at_most(
+                f"{about}: standard errors against the inverse of the same matrix, relative",
                 self.apart,
                 1e-8,
             ),
             *(
-                Check.shown(f"{about}, {name}: median error over the dense one", ratio)
+                Claim.shown(f"{about}, {name}: median standard error over the dense one", ratio)
                 for name, ratio in medians.items()
             ),
             # Of each parameter with all others known: never above.
-            Check.at_most(
-                f"{about}, diagonal: largest error over the dense one",
+            Claim.at_most(
+                f"{about}, diagonal: largest standard error over the dense one",
                 float(ratios["diagonal"].max()),
                 1 + 1e-9,
             ),

@@ -27,13 +27,13 @@ class Estimated:
 
     Attributes:
         estimate: from data sets to estimates.
-        largest: whether it is the maximum of the likelihood, or as good as ``N`` grows.
+        maximum_likelihood: whether it is the maximum of the likelihood, or as good for large ``N``.
         function: of the parameters, that it estimates; ``None`` for the parameter itself.
         bias: its bias by the number of draws, as a function of the parameters.
     """
 
     estimate: Estimator
-    largest: bool = False
+    maximum_likelihood: bool = False
     function: Function | None = None
     bias: Callable[[int], Function] | None = None
 
@@ -119,7 +119,7 @@ def _bias_of_survival(size: int) -> Function:
 
 MEAN = Estimated(lambda x: x.mean(1))
 MEDIAN = Estimated(lambda x: x.median(1).values)
-BEST_MEAN = Estimated(MEAN.estimate, largest=True)
+BEST_MEAN = Estimated(MEAN.estimate, maximum_likelihood=True)
 
 SITUATIONS = {
     "normal mean": Situation(
@@ -139,14 +139,14 @@ SITUATIONS = {
         lambda p: Laplace(p["m"], 1.0),
         {"m": scalar(1.0)},
         _laplace,
-        {"median": Estimated(MEDIAN.estimate, largest=True), "mean": MEAN},
+        {"median": Estimated(MEDIAN.estimate, maximum_likelihood=True), "mean": MEAN},
     ),
     "logistic location": Situation(
         lambda p: Density(lambda x: -2 * ((x - p["m"]) / 2).cosh().log() - math.log(4), location=1),
         {"m": scalar(1.0)},
         _logistic,
         {
-            "maximum": Estimated(_logistic_location, largest=True),
+            "maximum": Estimated(_logistic_location, maximum_likelihood=True),
             "mean": MEAN,
             "median": MEDIAN,
         },
@@ -157,9 +157,13 @@ SITUATIONS = {
         _exponential,
         {
             "1 / mean": Estimated(
-                lambda x: 1 / x.mean(1), largest=True, bias=lambda n: lambda p: p["rate"] / (n - 1)
+                lambda x: 1 / x.mean(1),
+                maximum_likelihood=True,
+                bias=lambda n: lambda p: p["rate"] / (n - 1),
             ),
-            "the same unbiased": Estimated(lambda x: (x.shape[1] - 1) / x.sum(1), largest=True),
+            "the same unbiased": Estimated(
+                lambda x: (x.shape[1] - 1) / x.sum(1), maximum_likelihood=True
+            ),
             "the longer half unseen": Estimated(_censored),
         },
     ),
@@ -170,13 +174,13 @@ SITUATIONS = {
         {
             "exp(-1 / mean)": Estimated(
                 lambda x: (-LATER / x.mean(1)).exp(),
-                largest=True,
+                maximum_likelihood=True,
                 function=_survival,
                 bias=_bias_of_survival,
             ),
             "unbiased of least variance": Estimated(
                 lambda x: (1 - LATER / x.sum(1)).clamp_min(0) ** (x.shape[1] - 1),
-                largest=True,
+                maximum_likelihood=True,
                 function=_survival,
             ),
             "share that survives": Estimated(

@@ -12,9 +12,9 @@ from ewc.fisher import DenseFisher, fisher_information
 from ewc.fisher.matrix import FisherMatrix
 from ewc.likelihoods import Bernoulli
 from ewc.statistics import cramer_rao_bound, parametric_fisher
-from studies.check import Check, Surroundings
 from studies.cramer_rao.estimators import SITUATIONS, Estimated, Situation, normal, scalar
 from studies.digits import digits, principal_components
+from studies.findings import Claim, Findings, Setting
 from studies.regressions import maxima
 
 SAMPLES = 20_000
@@ -71,52 +71,58 @@ Found = dict[tuple[str, str], dict[int, Variance]]
 """By the situation, the estimator, and the number of draws."""
 
 
-def verify(surroundings: Surroundings) -> list[Check]:
+def measure(setting: Setting) -> Findings:
     """The lowest variance over its bound, and how near maxima of the likelihood come."""
-    found = _simulated(surroundings.seed)
-    slopes = _logistic_regression(surroundings.seed)
-    _picture(found, slopes).savefig(surroundings.pictures / "cramer_rao.png", dpi=120)
+    found = _simulated(setting.seed)
+    slopes = _logistic_regression(setting.seed)
     every = [v for by_size in [*found.values(), *slopes.values()] for v in by_size.values()]
     best = {
         f"{situation}, {name}": found[situation, name][_sizes(situation)[-1]].ratio
         for situation, case in SITUATIONS.items()
         for name, estimator in case.estimators.items()
-        if estimator.largest
+        if estimator.maximum_likelihood
     }
     worst = max(best, key=lambda name: abs(best[name] - 1))
     last = max(next(iter(slopes.values())))
     shrunk = found["normal mean", "0.8 times the mean"][SIZES[-1]]
-    return [
-        Check.at_least(
-            f"{len(every)} variances: standard errors of the lowest above its bound",
+    claims = [
+        Claim.at_least(
+            f"lowest of {len(every)} variances: standard errors above its bound",
             min(v.z for v in every),
             -4.0,
         ),
-        Check.at_most(
-            f"{len(best)} maxima of the likelihood, most draws: farthest from it ({worst})",
+        Claim.at_most(
+            f"{len(best)} maximum-likelihood estimators, largest N: largest relative distance from "
+            f"the bound ({worst})",
             abs(best[worst] - 1),
             0.05,
         ),
-        Check.at_most(
-            f"logistic regression, {last} examples: farthest of 4 coefficients",
+        Claim.at_most(
+            f"logistic regression, N = {last}: largest relative distance from the bound",
             max(abs(by_size[last].ratio - 1) for by_size in slopes.values()),
             0.05,
         ),
-        Check.between(
-            "normal mean, median: variance over the bound (pi / 2)",
+        Claim.between(
+            "normal mean, median: variance over pi / 2 times the bound",
             found["normal mean", "median"][SIZES[-1]].ratio / (math.pi / 2),
             0.95,
             1.05,
         ),
-        Check.between(
-            "0.8 times the normal mean: variance over the bound of biased estimators",
+        Claim.between(
+            "0.8 times the normal mean: variance over the bound for its bias",
             shrunk.ratio,
             0.95,
             1.05,
         ),
-        Check.between("and over that of unbiased ones (0.64)", shrunk.against_unbiased, 0.6, 0.68),
-        _matrix_check(surroundings.seed),
+        Claim.between(
+            "0.8 times the normal mean: variance over the bound without bias (0.64)",
+            shrunk.against_unbiased,
+            0.6,
+            0.68,
+        ),
+        _normal_matrix(setting.seed),
     ]
+    return Findings(claims, _picture(found, slopes))
 
 
 def _sizes(situation: str) -> tuple[int, ...]:
@@ -198,7 +204,7 @@ def _logistic_regression(seed: int) -> dict[tuple[str, str], dict[int, Variance]
     return found
 
 
-def _matrix_check(seed: int) -> Check:
+def _normal_matrix(seed: int) -> Claim:
     """Mean and sample variance of a normal distribution: no combination is below the bound."""
     size = 31
     parameters = {"m": scalar(1.0), "v": scalar(4.0)}
@@ -213,8 +219,8 @@ def _matrix_check(seed: int) -> Check:
     values, vectors = torch.linalg.eigh(scaled @ scaled.T / (SAMPLES - 1))
     along = vectors[:, 0] @ scaled
     error = float(along.square().std()) / math.sqrt(SAMPLES)
-    return Check.at_least(
-        "normal mean and variance: standard errors of the lowest combination above the bound",
+    return Claim.at_least(
+        "normal mean and variance, lowest combination: standard errors above the bound",
         (float(values[0]) - 1) / error,
         -4.0,
     )

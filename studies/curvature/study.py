@@ -10,8 +10,8 @@ from ewc.fisher.matrix import FisherMatrix
 from ewc.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from ewc.parameters import Parameters, dot, unflatten
 from ewc.statistics import DivergenceProfile, divergence_profile, leading_eigenvector
-from studies.check import Check, Surroundings
 from studies.digits import digits, tanh_network, train
+from studies.findings import Claim, Findings, Setting
 
 NATS = (1e-10, 1e-6)
 """Between these lies the quadratic, in nats an example, at the steps that decide the power.
@@ -23,16 +23,16 @@ happens to have a small coefficient.
 Data = list[tuple[Tensor, Tensor]]
 
 
-def verify(surroundings: Surroundings) -> list[Check]:
+def measure(setting: Setting) -> Findings:
     """The power of the step with which the error of the quadratic falls."""
     x, y = digits()
     data = [(x, y)]
     yes = torch.nn.functional.one_hot(y, 10).double()
-    model = tanh_network(64, 32, 10, seed=surroundings.seed)
+    model = tanh_network(64, 32, 10, seed=setting.seed)
     train(model, x, y, Categorical(), steps=200)
     fisher = fisher_information(model, data, structure=ImplicitFisher)
     _, leading = leading_eigenvector(fisher)
-    random = _random(fisher, surroundings.seed)
+    random = _random(fisher, setting.seed)
     kronecker = fisher_information(model, data, structure=KroneckerFisher)
     profiles = {
         "leading eigenvector": _profile(model, data, fisher, leading),
@@ -40,30 +40,30 @@ def verify(surroundings: Surroundings) -> list[Check]:
         "Kronecker, random": _profile(model, data, kronecker, random),
     }
     about = f"network of {fisher.num_parameters} parameters"
-    checks = [
-        _third(f"{about}, {name}: power of the error", profiles[name])
+    claims = [
+        _third(f"{about}, {name}: order of the error", profiles[name])
         for name in ("leading eigenvector", "random direction")
     ]
     for likelihood in (Bernoulli(), Gaussian(0.1)):
-        other = tanh_network(64, 32, 10, seed=surroundings.seed)
+        other = tanh_network(64, 32, 10, seed=setting.seed)
         train(other, x, yes, likelihood, steps=200)
         matrix = fisher_information(other, [(x, yes)], likelihood, structure=ImplicitFisher)
         _, vector = leading_eigenvector(matrix)
         name = type(likelihood).__name__
         profile = _profile(other, [(x, yes)], matrix, vector, likelihood)
-        checks.append(_third(f"the same of {name} outputs, leading eigenvector", profile))
+        claims.append(_third(f"{name} outputs, leading eigenvector: order of the error", profile))
     linear = nn.Linear(64, 10).double()
     matrix = fisher_information(linear, [(x, yes)], Gaussian(), structure=ImplicitFisher)
-    direction = _random(matrix, surroundings.seed)
+    direction = _random(matrix, setting.seed)
     exact = _profile(linear, [(x, yes)], matrix, direction, Gaussian())
-    checks += [
-        Check.at_most(
+    claims += [
+        Claim.at_most(
             "linear regression: relative error of the quadratic",
             float((exact.error / exact.divergence).max()),
             1e-10,
         ),
-        Check.between(
-            "Kronecker matrix instead, random direction: power of the error",
+        Claim.between(
+            "Kronecker matrix, random direction: order of the error",
             profiles["Kronecker, random"].order,
             1.8,
             2.2,
@@ -73,17 +73,16 @@ def verify(surroundings: Surroundings) -> list[Check]:
     first, second, third = figure.subplots(1, 3)
     _profile_panel(first, model, data, fisher, leading)
     _error_panel(second, profiles)
-    checks.append(_spectrum_panel(third, surroundings.seed))
+    claims.append(_spectrum_panel(third, setting.seed))
     for axes in (first, second, third):
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small")
     figure.tight_layout()
-    figure.savefig(surroundings.pictures / "curvature.png", dpi=120)
-    return checks
+    return Findings(claims, figure)
 
 
-def _third(claim: str, profile: DivergenceProfile) -> Check:
-    return Check.between(claim, profile.order, 2.7, 3.3)
+def _third(quantity: str, profile: DivergenceProfile) -> Claim:
+    return Claim.between(quantity, profile.order, 2.7, 3.3)
 
 
 def _random(fisher: FisherMatrix, seed: int) -> Parameters:
@@ -137,7 +136,7 @@ def _error_panel(axes: Axes, profiles: dict[str, DivergenceProfile]) -> None:
     axes.set(xlabel="root of the quadratic", ylabel="its error, nats")
 
 
-def _spectrum_panel(axes: Axes, seed: int) -> Check:
+def _spectrum_panel(axes: Axes, seed: int) -> Claim:
     """Steps of one length along every eigenvector of a smaller network, by half its eigenvalue."""
     x, y = digits(side=4)
     model = tanh_network(16, 12, 10, seed=seed)
@@ -162,8 +161,8 @@ def _spectrum_panel(axes: Axes, seed: int) -> Check:
     axes.set(xlabel="eigenvalue", ylabel="2 KL / step²")
     value, vector = leading_eigenvector(fisher)
     along = float(dot(vector, unflatten(vectors[:, -1], fisher.shapes)).abs())
-    return Check.at_most(
-        "leading eigenvector from products, against the dense matrix",
+    return Claim.at_most(
+        "leading eigenvector by products: relative distance from the dense matrix's",
         max(abs(value / float(values[-1]) - 1), 1 - along),
         1e-9,
     )

@@ -27,7 +27,7 @@ from ewc.natural_gradient import NaturalGradient
 from ewc.parameters import Parameters, dot
 from ewc.statistics import robust_covariance, standard_errors
 from experiments.data import Digits
-from studies.check import Check, Surroundings
+from studies.findings import Claim, Findings, Setting
 
 Data = list[tuple[Tensor, Tensor]]
 
@@ -48,17 +48,16 @@ DAMPING = 0.01
 """Of the digits' matrices, in their mean eigenvalue."""
 
 
-def verify(surroundings: Surroundings) -> list[Check]:
+def measure(setting: Setting) -> Findings:
     """Regressions against closed forms, then digits."""
     figure = Figure(figsize=(10, 3.4))
     panels = figure.subplots(1, 3)
-    checks = _fields(surroundings.seed, panels[0])
-    checks += _lengths(surroundings.seed, panels[1])
-    checks += _misspecified(surroundings.seed)
-    checks += _digits(surroundings, panels[2])
+    claims = _fields(setting.seed, panels[0])
+    claims += _lengths(setting.seed, panels[1])
+    claims += _misspecified(setting.seed)
+    claims += _digits(setting, panels[2])
     figure.tight_layout()
-    figure.savefig(surroundings.pictures / "empirical.png", dpi=120)
-    return checks
+    return Findings(claims, figure)
 
 
 # --- linear regression -----------------------------------------------------------------
@@ -121,7 +120,7 @@ def _step(theta: Tensor, data: Data, estimator: Estimator) -> Tensor:
     return nn.utils.parameters_to_vector(line.parameters()).detach() - theta
 
 
-def _fields(seed: int, axes: Axes) -> list[Check]:
+def _fields(seed: int, axes: Axes) -> list[Claim]:
     """Both steps on a grid around the minimum, and what both come to."""
     data = _regression(seed)
     best = _least_squares(data)
@@ -148,12 +147,18 @@ def _fields(seed: int, axes: Axes) -> list[Check]:
     axes.set(xlabel="slope", ylabel="intercept", title="directions", ylim=(-5, 11))
     axes.legend(fontsize="x-small", loc="upper center", ncol=2)
     return [
-        Check.at_most("regression: both matrices against closed forms", max(errors), 1e-12),
-        Check.at_most(f"{natural_step} share of the distance left, the largest", missed, 1e-10),
-        Check.at_most(f"{natural_step} nats above the minimum", newton, 1e-12),
-        Check.at_least(f"empirical Fisher, {STEPS} tuned steps: the same", tuned, 1e-3),
-        Check.at_most("smallest cosine of the two directions", float(plain.min()), 0.5),
-        Check.at_most("the same in the Fisher metric", min(cosines), 0.9),
+        Claim.at_most(
+            "regression: both matrices against their closed forms, relative error",
+            max(errors),
+            1e-12,
+        ),
+        Claim.at_most(f"{natural_step} largest share of the distance that is left", missed, 1e-10),
+        Claim.at_most(f"{natural_step} nats above the minimum", newton, 1e-12),
+        Claim.at_least(
+            f"empirical Fisher, {STEPS} steps, best rate: nats above the minimum", tuned, 1e-3
+        ),
+        Claim.at_most("smallest cosine between the two directions", float(plain.min()), 0.5),
+        Claim.at_most("smallest cosine between them in the Fisher metric", min(cosines), 0.9),
     ]
 
 
@@ -168,7 +173,7 @@ def _excess(data: Data, best: Tensor, estimator: Estimator, rate: float, steps: 
     return float(torch.stack(found).mean())
 
 
-def _lengths(seed: int, axes: Axes) -> list[Check]:
+def _lengths(seed: int, axes: Axes) -> list[Claim]:
     """How long a step is at a distance from the minimum, by the noise of the data."""
     direction = torch.tensor([0.6, 0.8], dtype=torch.float64)
     distances = torch.logspace(-4, 4, 33, dtype=torch.float64)
@@ -187,10 +192,17 @@ def _lengths(seed: int, axes: Axes) -> list[Check]:
     far = float((found[1.0][-1] / found[1.0][-9]).log10() / 2)  # the last two decades
     near = float((found[0.0][8] / found[0.0][0]).log10() / 2)
     return [
-        Check.between("far: d log(length of a step) / d log(distance)", far, -1.02, -0.98),
-        Check.between("near, without noise: the same", near, -1.02, -0.98),
-        Check.between(
-            "near, noise of 0.1: a step goes so many times too far (1 / noise^2 = 100)",
+        Claim.between(
+            "step far from the minimum: power of the distance in its length", far, -1.02, -0.98
+        ),
+        Claim.between(
+            "step near the minimum, no noise: power of the distance in its length",
+            near,
+            -1.02,
+            -0.98,
+        ),
+        Claim.between(
+            "step near the minimum, noise 0.1: length over the distance (1 / noise^2)",
             float(found[0.1][0] / distances[0]),
             80,
             125,
@@ -198,7 +210,7 @@ def _lengths(seed: int, axes: Axes) -> list[Check]:
     ]
 
 
-def _misspecified(seed: int) -> list[Check]:
+def _misspecified(seed: int) -> list[Claim]:
     """The empirical Fisher at the maximum of the likelihood, in units of the Fisher."""
     generator = torch.Generator().manual_seed(seed)
     x, e = torch.randn(2, 400_000, 1, generator=generator, dtype=torch.float64)
@@ -208,7 +220,7 @@ def _misspecified(seed: int) -> list[Check]:
         "twice the noise": (1 + x + 2 * e, (4.0, 4.0)),
         "the mean is bent by x^2 / 2": (1 + x + x.square() / 2 + e, (3.5, 1.5)),
     }
-    checks = []
+    claims = []
     for name, (y, expected) in cases.items():
         data = [(x, y)]
         best = _least_squares(data)
@@ -216,26 +228,26 @@ def _misspecified(seed: int) -> list[Check]:
         ratio = torch.linalg.solve(fisher.to_dense(), scores.to_dense()).diagonal()
         population = torch.tensor(expected, dtype=torch.float64)
         off = float((ratio / population - 1).abs().max())
-        claim = f"{name}: F^-1 EF at the maximum against diag{expected}, relative error"
-        checks.append(Check.at_most(claim, off, 0.05))
+        quantity = f"{name}: F^-1 EF at the maximum against diag{expected}, relative error"
+        claims.append(Claim.at_most(quantity, off, 0.05))
         honest = robust_covariance(fisher, scores).diagonal().sqrt()[0]
         short = float(honest / standard_errors(scores)["weight"])
-        claim = f"{name}: by how much the slope's error bar from EF is too short"
-        checks.append(Check.between(claim, short, 0.95 * expected[0], 1.05 * expected[0]))
-    return checks
+        quantity = f"{name}: true standard error of the slope over that from EF"
+        claims.append(Claim.between(quantity, short, 0.95 * expected[0], 1.05 * expected[0]))
+    return claims
 
 
 # --- digits ------------------------------------------------------------------------------
 
 
-def _digits(surroundings: Surroundings, axes: Axes) -> list[Check]:
+def _digits(setting: Setting, axes: Axes) -> list[Claim]:
     """Traces and directions while a network learns digits, some of them with wrong labels."""
-    train, test = Digits().load(surroundings.data_root)
-    generator = torch.Generator().manual_seed(surroundings.seed)
+    train, test = Digits().load(setting.data_root)
+    generator = torch.Generator().manual_seed(setting.seed)
     wrong = torch.randperm(len(train), generator=generator)[: int(RANDOM_LABELS * len(train))]
     noisy = train.labels.clone()
     noisy[wrong] = torch.randint(10, (len(wrong),), generator=generator)
-    torch.manual_seed(surroundings.seed)
+    torch.manual_seed(setting.seed)
     start = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
     unseen = [(test.pixels, test.labels)]
     found: list[tuple[list[float], list[float], list[float]]] = []
@@ -252,11 +264,19 @@ def _digits(surroundings: Surroundings, axes: Axes) -> list[Check]:
     axes.grid(alpha=0.3)
     (ratios, cosines, new), (_, _, new_wrong) = found
     return [
-        Check.between("digits: tr EF / tr F before training", ratios[0], 0.8, 1.25),
-        Check.at_most(f"digits: the same after {CHECKPOINTS[-1]} steps of Adam", ratios[-1], 1 / 3),
-        Check.shown("digits: the same network on 360 test images", new[-1]),
-        Check.shown(f"digits: {RANDOM_LABELS:.0%} of labels random, test images", new_wrong[-1]),
-        Check.at_most("digits: smallest cosine in the Fisher metric", min(cosines), 0.5),
+        Claim.between("digits, before training: tr EF / tr F", ratios[0], 0.8, 1.25),
+        Claim.at_most(
+            f"digits, {CHECKPOINTS[-1]:,} steps of Adam: tr EF / tr F", ratios[-1], 1 / 3
+        ),
+        Claim.shown("digits, same network on 360 test images: tr EF / tr F", new[-1]),
+        Claim.shown(
+            f"digits, {RANDOM_LABELS:.0%} random labels, test images: tr EF / tr F", new_wrong[-1]
+        ),
+        Claim.at_most(
+            "digits: smallest cosine between the two directions in the Fisher metric",
+            min(cosines),
+            0.5,
+        ),
     ]
 
 

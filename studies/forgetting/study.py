@@ -1,4 +1,4 @@
-r"""Forgetting as the penalty forecasts it, against what happens, and a budget for it."""
+r"""Forgetting as the penalty predicts it, against what happens."""
 
 from dataclasses import dataclass
 from statistics import median
@@ -13,21 +13,18 @@ from ewc import (
     DiagonalFisher,
     EWCPenalty,
     FisherMatrix,
-    ImplicitFisher,
     KroneckerFisher,
     Online,
     fisher_information,
 )
-from ewc.forgetting import ForgettingBudget
 from experiments.data import MNIST, Images
-from studies.check import Check, Surroundings
+from studies.findings import Claim, Findings, Setting
 
 EXAMPLES = 10_000
 TASKS = 5
 STEPS = 600
 BATCH = 128
 STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)
-BUDGET = 0.002
 STRUCTURES: dict[str, type[FisherMatrix]] = {"diagonal": DiagonalFisher, "K-FAC": KroneckerFisher}
 
 
@@ -39,50 +36,34 @@ class Run:
         accuracy: the mean over all tasks after the last, in per cent.
         predicted: the forecast rise of the old tasks' mean loss, for every task but the first.
         measured: what it then was.
-        exact: along the move of every task, the exact quadratic form of its own examples, as a
-            multiple of that of the structure; of runs with a budget.
     """
 
     accuracy: float
     predicted: list[float]
     measured: list[float]
-    exact: list[float]
 
 
-def verify(surroundings: Surroundings) -> list[Check]:
-    """Every strength and the budget, for both structures."""
-    permuted = Permuted(*MNIST().load(surroundings.data_root), surroundings.seed)
-    checks, found = [], {}
+def measure(setting: Setting) -> Findings:
+    """Every strength, for both structures."""
+    permuted = Permuted(*MNIST().load(setting.data_root), setting.seed)
+    claims, found = [], {}
     for name, structure in STRUCTURES.items():
         runs = [learnt(permuted, structure, strength) for strength in STRENGTHS]
-        kept = learnt(permuted, structure, 1.0, ForgettingBudget(BUDGET))
-        found[name] = runs, kept
-        best = max(run.accuracy for run in runs)
+        found[name] = runs
         predicted = [value for run in runs for value in run.predicted]
         measured = [value for run in runs for value in run.measured]
-        spent = max(abs(value / BUDGET - 1) for value in kept.predicted)
-        tuned = f"points under the best of {len(STRENGTHS)} strengths, {best:.2f} %"
-        checks += [
-            Check.at_most(
-                f"{name}: with a budget of {BUDGET} nats, {tuned}", best - kept.accuracy, 1
-            ),
-            Check.at_most(f"{name}: the forecast after a task off the budget, share", spent, 0.1),
-            Check.at_least(
-                f"{name}: rank correlation of forecast and measured rise, {len(predicted)} tasks",
+        claims += [
+            Claim.at_least(
+                f"{name}: rank correlation of predicted and measured rise, {len(predicted)} tasks",
                 float(spearmanr(predicted, measured).statistic),
                 0.5,
             ),
-            Check.shown(
-                f"{name}: measured over forecast rise, median of {len(predicted)} tasks",
+            Claim.shown(
+                f"{name}: measured over predicted rise, median of {len(predicted)} tasks",
                 median(m / p for p, m in zip(predicted, measured, strict=True)),
             ),
-            Check.shown(
-                f"{name}: exact quadratic form over its own along a task's move, median",
-                median(kept.exact),
-            ),
         ]
-    _picture(found).savefig(surroundings.pictures / "forgetting.png", dpi=120)
-    return checks
+    return Findings(claims, _picture(found))
 
 
 class Permuted:
@@ -120,22 +101,16 @@ def _pooled(pixels: Tensor) -> Tensor:
     return avg_pool2d(pixels.view(-1, 1, 28, 28), 2).flatten(1)
 
 
-def learnt(
-    permuted: Permuted,
-    structure: type[FisherMatrix],
-    strength: float,
-    budget: ForgettingBudget | None = None,
-) -> Run:
+def learnt(permuted: Permuted, structure: type[FisherMatrix], strength: float) -> Run:
     """A network that learns the tasks one after the other with online EWC."""
     torch.manual_seed(permuted.seed)
     layers = [nn.Linear(196, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 10)]
     model = nn.Sequential(*layers)
     penalty = EWCPenalty(strength, Online())
-    run = Run(0.0, [], [], [])
+    run = Run(0.0, [], [])
     labels = permuted.train.labels
     for task, order in enumerate(permuted.orders):
         pixels = permuted.train.pixels[:, order]
-        start = {name: p.detach().clone() for name, p in model.named_parameters()}
         before = permuted.loss(model, task) if task else 0.0
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
@@ -143,12 +118,7 @@ def learnt(
             batch = torch.randint(len(pixels), (BATCH,))
             loss = cross_entropy(model(pixels[batch]), labels[batch])
             if task:
-                value = penalty(model)
-                if budget is not None:
-                    # Of tasks of one size the penalty is the strength times their sum.
-                    budget.follow(float(value.detach()) / (penalty.strength * task))
-                    value = budget.factor * value
-                loss = loss + value
+                loss = loss + penalty(model)
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
@@ -156,41 +126,28 @@ def learnt(
         if task:
             run.predicted.append(penalty.predicted_rise(model))
             run.measured.append(permuted.loss(model, task) - before)
-            if budget is not None:
-                penalty.strength *= budget.factor
-                budget.start()
         batches = list(zip(torch.split(pixels, 1000), torch.split(labels, 1000), strict=True))
         fisher = fisher_information(model, batches, structure=structure)
-        if budget is not None:
-            move = {name: p.detach() - start[name] for name, p in model.named_parameters()}
-            exact = fisher_information(model, batches, structure=ImplicitFisher)
-            run.exact.append(float(exact.quadratic_form(move) / fisher.quadratic_form(move)))
         penalty.consolidate(fisher, model)
     run.accuracy = permuted.accuracy(model)
     return run
 
 
-def _picture(found: dict[str, tuple[list[Run], Run]]) -> Figure:
-    """Measured against forecast rises, and accuracy over the strength with the budget's."""
+def _picture(found: dict[str, list[Run]]) -> Figure:
+    """Measured against predicted rises, and accuracy over the strength."""
     figure = Figure(figsize=(9, 3.6))
     left, right = figure.subplots(1, 2)
-    for name, (runs, kept) in found.items():
+    for name, runs in found.items():
         predicted = [value for run in runs for value in run.predicted]
         measured = [value for run in runs for value in run.measured]
         left.plot(predicted, measured, "o", alpha=0.7, label=name)
-        left.plot(kept.predicted, kept.measured, "k*", markersize=9)
-        (line,) = right.plot(
-            STRENGTHS, [run.accuracy for run in runs], marker="o", label=f"{name}, by strength"
-        )
-        label = f"{name}, budget of {BUDGET} nats"
-        right.axhline(kept.accuracy, linestyle="--", color=line.get_color(), label=label)
+        right.plot(STRENGTHS, [run.accuracy for run in runs], marker="o", label=name)
     low, high = left.get_xlim()
     ends = [max(low, 3e-4), high]
-    left.plot(ends, ends, color="grey", linewidth=1, label="as forecast")
-    left.set(xscale="log", yscale="symlog", xlabel="forecast rise of the old loss in nats",
-             ylabel="measured rise in nats")  # fmt: skip
+    left.plot(ends, ends, color="grey", linewidth=1, label="as predicted")
+    left.set(xscale="log", xlabel="predicted rise of the old loss, nats")
+    left.set_ylabel("measured rise, nats")
     left.set_yscale("symlog", linthresh=1e-3)
-    left.plot([], [], "k*", label=f"budget of {BUDGET} nats")
     right.set(xscale="log", xlabel="strength", ylabel=f"accuracy in %, {TASKS} tasks")
     for axes in (left, right):
         axes.grid(alpha=0.3)

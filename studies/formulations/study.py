@@ -16,8 +16,8 @@ from ewc.likelihoods import Categorical, Gaussian, Poisson
 from ewc.parameters import Parameters
 from ewc.statistics import formulations, network_formulations
 from ewc.statistics.parametric import Family
-from studies.check import Check, Surroundings
 from studies.digits import digits, principal_components, tanh_network, train
+from studies.findings import Claim, Findings, Setting
 from studies.regressions import covariances, maxima
 
 FITS = 2000
@@ -44,27 +44,26 @@ FAMILIES: dict[str, tuple[Family, Parameters]] = {
 }
 
 
-def verify(surroundings: Surroundings) -> list[Check]:
+def measure(setting: Setting) -> Findings:
     """Gaps under the model and beside it, of families, of networks and of regressions."""
-    curves = _training(surroundings.seed)
-    drawn = _drawn_labels(surroundings.seed)
-    regressions = _regressions(surroundings.seed)
-    picture = _picture(curves, drawn, regressions)
-    picture.savefig(surroundings.pictures / "formulations.png", dpi=120)
-    return [
+    curves = _training(setting.seed)
+    drawn = _drawn_labels(setting.seed)
+    regressions = _regressions(setting.seed)
+    claims = [
         *_families(),
-        *_networks(surroundings.seed, curves),
-        Check.between(
-            "labels drawn from the model: power of N that the gap falls with",
+        *_networks(setting.seed, curves),
+        Claim.between(
+            "labels drawn from the model: power of N in the gap",
             _slope(torch.tensor(list(drawn)), torch.tensor(list(drawn.values()))),
             -0.6,
             -0.4,
         ),
-        *regressions.checks(),
+        *regressions.claims(),
     ]
+    return Findings(claims, _picture(curves, drawn, regressions))
 
 
-def _families() -> list[Check]:
+def _families() -> list[Claim]:
     """Right families, and wrong ones whose gap and sandwich have a closed form."""
     right = max(formulations(*case).gap for case in FAMILIES.values())
     m, r = 7.5, DISPERSION
@@ -74,14 +73,14 @@ def _families() -> list[Check]:
     # The fourth moment 24 b^4 of a Laplace distribution with the variance 2 b^2 = 2.
     fourth = float(laplace.sandwich[1, 1])
     return [
-        Check.at_most("Gaussian, Poisson, Gamma: largest gap", right, 1e-8),
-        Check.at_most(
+        Claim.at_most("Gaussian, Poisson, Gamma: largest gap", right, 1e-8),
+        Claim.at_most(
             "Poisson fitted to negative binomial counts: relative error of the sandwich",
             abs(spread / (m + m * m / r) - 1),
             1e-8,
         ),
-        Check.at_most(
-            "Gaussian fitted to Laplace's: relative error of the sandwich of the variance",
+        Claim.at_most(
+            "Gaussian fitted to Laplace draws: relative error of the sandwich",
             abs(fourth / (24 - 4) - 1),
             1e-8,
         ),
@@ -120,7 +119,7 @@ def _training(seed: int) -> Curves:
     return curves
 
 
-def _networks(seed: int, curves: Curves) -> list[Check]:
+def _networks(seed: int, curves: Curves) -> list[Claim]:
     x, y = digits(side=4)
     linear = nn.Linear(16, 10).double()
     own = network_formulations(linear, [(x, y)])
@@ -138,29 +137,29 @@ def _networks(seed: int, curves: Curves) -> list[Check]:
         found = network_formulations(model, data, Gaussian(), estimator=Empirical())
         gaps.append(_distance(found.curvature, fisher))
     return [
-        Check.at_most(
-            f"network of 334 parameters, {curves.steps[-1]} steps long: largest gap of the model",
+        Claim.at_most(
+            f"network, {curves.steps[-1]:,} training steps: largest gap with labels of the model",
             max(curves.under_model),
             1e-10,
         ),
-        Check.at_most(
+        Claim.at_most(
             "softmax regression: relative distance of the observed Hessian from the Fisher",
             _distance(observed.curvature, own.score),
             1e-12,
         ),
-        Check.between(
-            "network: power of the residuals that the distance falls with",
+        Claim.between(
+            "network: power of the residuals in the distance of the Hessian",
             _slope(shares, torch.tensor(gaps)),
             0.99,
             1.01,
         ),
-        Check.at_most(
-            "network: distance after training over that before",
+        Claim.at_most(
+            "network: distance of the Hessian after training over that before",
             curves.hessian[-1] / curves.hessian[0],
             0.01,
         ),
-        Check.at_least(
-            "network: distance of the scores' second moments after training, over the Hessian's",
+        Claim.at_least(
+            "network, after training: distance of the second moments over the Hessian's",
             curves.scores[-1] / curves.hessian[-1],
             10,
         ),
@@ -201,7 +200,7 @@ class Regressions:
     robust: Tensor
     apart: float
 
-    def checks(self) -> list[Check]:
+    def claims(self) -> list[Claim]:
         """How large the errors are, and how often an interval holds the truth."""
         spread = self.off.std(0)
         ratios = [errors.mean(0) / spread for errors in (self.plain, self.robust)]
@@ -210,22 +209,26 @@ class Regressions:
             for errors in (self.plain, self.robust)
         ]
         return [
-            Check.at_most(
-                f"{FITS} Poisson regressions of counts more spread: largest plain error over true",
+            Claim.at_most(
+                f"overdispersed counts, {FITS:,} fits: largest plain error over the true one",
                 float(ratios[0].max()),
                 0.9,
             ),
-            Check.at_most("their covariances by the library: relative error", self.apart, 1e-9),
-            Check.at_most(
-                "largest coverage of plain 95 % intervals, %", float(coverage[0].max()), 90
+            Claim.at_most(
+                "overdispersed counts: covariances by the library, relative error", self.apart, 1e-9
             ),
-            Check.at_most(
-                "sandwich error over the true one: farthest from 1",
+            Claim.at_most(
+                "overdispersed counts: largest coverage of plain 95 % intervals, %",
+                float(coverage[0].max()),
+                90,
+            ),
+            Claim.at_most(
+                "overdispersed counts: sandwich error over the true one, distance from 1",
                 float((ratios[1] - 1).abs().max()),
                 0.05,
             ),
-            Check.at_most(
-                "coverage of sandwich 95 % intervals: farthest from 95, points",
+            Claim.at_most(
+                "overdispersed counts: coverage of sandwich intervals, distance from 95 %",
                 float((coverage[1] - 95).abs().max()),
                 2.0,
             ),

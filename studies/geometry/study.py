@@ -25,7 +25,7 @@ from ewc.statistics import (
     path_length,
 )
 from experiments.data import Digits
-from studies.check import Check, Surroundings
+from studies.findings import Claim, Findings, Setting
 
 EXAMPLES, WIDTH, NATS = 300, 8, 1e-8
 """Of the networks on digits; how far compared steps go."""
@@ -36,26 +36,25 @@ DIRECTIONS = 200
 Data = tuple[Tensor, Tensor]
 
 
-def verify(surroundings: Surroundings) -> list[Check]:
+def measure(setting: Setting) -> Findings:
     """Errors of distances and lengths, the order of the divergence, and how steep steps are."""
-    digits, _ = Digits().load(surroundings.data_root)
+    digits, _ = Digits().load(setting.data_root)
     data = digits.pixels[:EXAMPLES].double(), digits.labels[:EXAMPLES]
     figure = Figure(figsize=(9, 3.2))
     panels = figure.subplots(1, 3)
-    checks = _distances()
+    claims = _distances()
     _geodesics(panels[0])
-    torch.manual_seed(surroundings.seed)
+    torch.manual_seed(setting.seed)
     model = nn.Sequential(nn.Linear(64, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 10)).double()
     start = _parameters(model)
-    checks += _lengths(model, data, panels[2])
+    claims += _lengths(model, data, panels[2])
     for name, steps in (("at the start", 0), ("half-way", 20)):
         _put(model, start)
         list(_natural(model, data, steps))
-        checks.append(_steepest(model, data, name, surroundings.seed))
-    checks.append(_divergences(model, data, panels[1]))
+        claims.append(_steepest(model, data, name, setting.seed))
+    claims.append(_divergences(model, data, panels[1]))
     figure.tight_layout()
-    figure.savefig(surroundings.pictures / "geometry.png", dpi=120)
-    return checks
+    return Findings(claims, figure)
 
 
 # --- families -----------------------------------------------------------------------------------
@@ -102,25 +101,31 @@ OTHER: dict[str, tuple[Family, Family, list[tuple[float, float]]]] = {
 """Families without one, by their parameters and by the logarithms of these, and three members."""
 
 
-def _distances() -> list[Check]:
+def _distances() -> list[Claim]:
     """Numeric geodesics against closed forms, each other, and other parameters."""
-    checks = []
+    claims = []
     for name, (family, start, end) in CLOSED.items():
         exact = fisher_rao_distance(family(start), family(end)).item()
         error = abs(geodesic_distance(family, start, end) / exact - 1)
-        checks.append(Check.at_most(f"{name}: relative error of the geodesic", error, 1e-6))
+        claims.append(
+            Claim.at_most(f"{name}: relative error of the geodesic distance", error, 1e-6)
+        )
     for name, (family, by_logarithm, members) in OTHER.items():
         one, two, three = ({"x": _t(x), "y": _t(y)} for x, y in members)
         there, back = geodesic_distance(family, one, two), geodesic_distance(family, two, one)
         logarithms = [{n: tensor.log() for n, tensor in p.items()} for p in (one, two)]
         again = geodesic_distance(by_logarithm, *logarithms)
         detour = geodesic_distance(family, one, three) + geodesic_distance(family, three, two)
-        checks += [
-            Check.at_most(f"{name}: there against back", abs(there / back - 1), 1e-6),
-            Check.at_most(f"{name}: by logarithms against itself", abs(again / there - 1), 1e-6),
-            Check.at_most(f"{name}: distance against a detour", there / detour, 1.0),
+        claims += [
+            Claim.at_most(
+                f"{name}: distance there against back, relative", abs(there / back - 1), 1e-6
+            ),
+            Claim.at_most(
+                f"{name}: distance in log parameters, relative", abs(again / there - 1), 1e-6
+            ),
+            Claim.at_most(f"{name}: distance over that of a detour", there / detour, 1.0),
         ]
-    return checks
+    return claims
 
 
 def _geodesics(axes: Axes) -> None:
@@ -188,7 +193,7 @@ def _usual(
         yield _parameters(model)
 
 
-def _lengths(model: nn.Module, data: Data, axes: Axes) -> list[Check]:
+def _lengths(model: nn.Module, data: Data, axes: Axes) -> list[Claim]:
     """The lengths of three training paths, by the metric and by divergences."""
     start = _parameters(model)
 
@@ -196,7 +201,7 @@ def _lengths(model: nn.Module, data: Data, axes: Axes) -> list[Check]:
         _put(model, parameters)
         return fisher_information(model, [data], structure=ImplicitFisher)
 
-    checks = []
+    claims = []
     for name, train in (
         ("natural gradient", _natural(model, data, 60)),
         ("gradient descent", _usual(model, data, torch.optim.SGD, lr=0.5, steps=200)),
@@ -210,13 +215,13 @@ def _lengths(model: nn.Module, data: Data, axes: Axes) -> list[Check]:
             for a, b in pairwise(path)
         )
         length = sum(steps)
-        claim = f"length of a path of {name} ({length:.2f}): against root divergences"
-        checks.append(Check.at_most(claim, abs(length / by_divergence - 1), 0.01))
+        quantity = f"{name}, path of length {length:.2f}: relative distance from root divergences"
+        claims.append(Claim.at_most(quantity, abs(length / by_divergence - 1), 0.01))
         outputs = [functional_call(model, path[end], data[0]).softmax(1) for end in (0, -1)]
         apart = fisher_rao_distance(*(CategoricalDistribution(p) for p in outputs))
         direct = float(apart.square().mean().sqrt())
-        claim = f"distance of the predictions at the ends of {name}, share of the length"
-        checks.append(Check.at_most(claim, direct / length, 1.0))
+        quantity = f"{name}: distance between the predictions at the ends over the length"
+        claims.append(Claim.at_most(quantity, direct / length, 1.0))
         travelled = torch.tensor([0.0, *steps]).cumsum(0)
         axes.plot(travelled, [_loss(model, point, data) for point in path], label=name)
     axes.set(xlabel="length of the path so far", yscale="log")
@@ -224,10 +229,10 @@ def _lengths(model: nn.Module, data: Data, axes: Axes) -> list[Check]:
     axes.legend(fontsize="x-small", loc="lower left")
     axes.grid(alpha=0.3)
     _put(model, start)
-    return checks
+    return claims
 
 
-def _steepest(model: nn.Module, data: Data, where: str, seed: int) -> Check:
+def _steepest(model: nn.Module, data: Data, where: str, seed: int) -> Claim:
     """How much the best of other directions lowers the loss, by what the natural gradient does."""
     here = _parameters(model)
     model.zero_grad()
@@ -260,13 +265,14 @@ def _steepest(model: nn.Module, data: Data, where: str, seed: int) -> Check:
         return {n: tensor - by * direction[n] for n, tensor in here.items()}
 
     best = max(fall(direction) for direction in others)
-    claim = (
-        f"{where}: fall of the loss in the best of {len(others)} other directions, {NATS:g} nats"
+    quantity = (
+        f"{where}, {NATS:g} nats: best fall of the loss in {len(others)} other directions over "
+        "the natural gradient's"
     )
-    return Check.at_most(f"{claim} on, of the natural gradient's", best / fall(natural), 1.0)
+    return Claim.at_most(quantity, best / fall(natural), 1.0)
 
 
-def _divergences(model: nn.Module, data: Data, axes: Axes) -> Check:
+def _divergences(model: nn.Module, data: Data, axes: Axes) -> Claim:
     """The order in the step at which divergence and metric part, in a few random directions."""
     here = _parameters(model)
     fisher = fisher_information(model, [data], structure=ImplicitFisher)
@@ -291,5 +297,5 @@ def _divergences(model: nn.Module, data: Data, axes: Axes) -> Check:
     axes.legend(fontsize="x-small", loc="lower right")
     axes.grid(alpha=0.3)
     order = sorted(orders)[len(orders) // 2]
-    claim = "order of the difference of divergence and metric in the step, median of 5"
-    return Check.between(claim, order, 2.8, 3.2)
+    quantity = "divergence minus metric: order in the step, median of 5"
+    return Claim.between(quantity, order, 2.8, 3.2)

@@ -22,7 +22,7 @@ from ewc import (
 from ewc.natural_gradient import NaturalGradient
 from ewc.statistics import influence, loss_gradient, parameters_without, self_influence
 from experiments.data import Digits, Images
-from studies.check import Check, Surroundings
+from studies.findings import Claim, Findings, Setting
 
 DECAY = 1e-3
 """Of the fits, and the damping of the solves."""
@@ -65,16 +65,16 @@ class Regression:
         return -float(self.likelihood.log_prob(x @ weight.T, y).mean())
 
 
-def verify(surroundings: Surroundings) -> list[Check]:
+def measure(setting: Setting) -> Findings:
     """Correlations with refits, agreement of the solves, and the errors that are found."""
-    train, test = Digits().load(surroundings.data_root)
+    train, test = Digits().load(setting.data_root)
     figure = Figure(figsize=(9, 3.2))
     panels = figure.subplots(1, 3, width_ratios=(1.1, 1.1, 1))
-    checks = []
+    claims = []
     four_or_nine = _logistic(train, test), ("dense", "matrix-free", "Kronecker")
     ten = _softmax(train, test), ("dense", "matrix-free")
     for name, (regression, held) in (("4 against 9", four_or_nine), ("ten digits", ten)):
-        generator = torch.Generator().manual_seed(surroundings.seed)
+        generator = torch.Generator().manual_seed(setting.seed)
         left_out = torch.randperm(len(regression.train[1]), generator=generator)[:LEFT_OUT]
         weights = list(_refits(regression, left_out))
         before = regression.loss(regression.model.weight.detach())
@@ -82,25 +82,26 @@ def verify(surroundings: Surroundings) -> list[Check]:
         found = {solve: _on_test_loss(regression, kind) for solve, kind in SOLVES.items()}
         for solve in held:
             close = _correlation(found[solve][left_out], actual)
-            claim = f"{name}, {solve}: test loss, correlation with refits"
-            checks.append(Check.at_least(claim, close, 0.95))
+            quantity = f"{name}, {solve}: correlation with refits, test loss"
+            claims.append(Claim.at_least(quantity, close, 0.95))
         gap = (found["matrix-free"] - found["dense"]).abs().max() / found["dense"].abs().max()
-        checks.append(Check.at_most(f"{name}: matrix-free against dense", float(gap), 1e-6))
+        claims.append(
+            Claim.at_most(f"{name}: matrix-free against dense, relative", float(gap), 1e-6)
+        )
         step = _on_test_loss(regression, DenseFisher, leverage=True)[left_out]
         first_order = _of_the_fit(regression, left_out, weights, leverage=False)
         with_leverage = {"test loss": _correlation(step, actual)}
         with_leverage |= _of_the_fit(regression, left_out, weights, leverage=True)
         refits = "correlation with refits"
         for what, close in first_order.items():
-            checks.append(Check.shown(f"{name}, first order: {what}, {refits}", close))
+            claims.append(Claim.shown(f"{name}, first order: {refits}, {what}", close))
         for what, close in with_leverage.items():
-            checks.append(Check.at_least(f"{name}, with leverage: {what}, {refits}", close, 0.95))
+            claims.append(Claim.at_least(f"{name}, with leverage: {refits}, {what}", close, 0.95))
     predicted = {solve: found[solve][left_out] for solve in SOLVES}
     _scatter(panels[0], actual, predicted | {"with leverage": step})
-    checks += _planted(train, surroundings.seed, panels[1:])
+    claims += _planted(train, setting.seed, panels[1:])
     figure.tight_layout()
-    figure.savefig(surroundings.pictures / "influence.png", dpi=120)
-    return checks
+    return Findings(claims, figure)
 
 
 # --- leaving out, one by one ---------------------------------------------------------------
@@ -222,7 +223,7 @@ def _correlation(one: Tensor, other: Tensor) -> float:
 # --- wrong labels ---------------------------------------------------------------------------
 
 
-def _planted(train: Images, seed: int, panels: list[Axes]) -> list[Check]:
+def _planted(train: Images, seed: int, panels: list[Axes]) -> list[Claim]:
     """The wrong labels among the fifth of the training set with the largest self-influence."""
     generator = torch.Generator().manual_seed(seed)
     x, y = train.pixels, train.labels.clone()
@@ -236,7 +237,7 @@ def _planted(train: Images, seed: int, panels: list[Axes]) -> list[Check]:
         "network": nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10)),
     }
     inspected = torch.arange(1, len(y) + 1) / len(y)
-    checks = []
+    claims = []
     for name, model in models.items():
         _minimise(model, x, y)
         for solve in ("dense", "Kronecker"):
@@ -245,8 +246,8 @@ def _planted(train: Images, seed: int, panels: list[Axes]) -> list[Check]:
             order = suspicion.argsort(descending=True)
             found = planted[order].cumsum(0) / planted.sum()
             fifth = float(found[round(0.2 * len(y)) - 1])
-            claim = f"{name}, {solve}: share of {len(wrong)} wrong labels in the top fifth"
-            checks.append(Check.at_least(claim, fifth, 0.8))
+            quantity = f"{name}, {solve}: share of {len(wrong)} wrong labels in the top fifth"
+            claims.append(Claim.at_least(quantity, fifth, 0.8))
             style = {"dense": "-", "Kronecker": "--"}[solve]
             panels[0].plot(inspected, found, style, label=f"{name}, {solve}", lw=1.2)
     panels[0].plot([0, 1], [0, 1], color="grey", lw=0.8, label="at random")
@@ -255,7 +256,7 @@ def _planted(train: Images, seed: int, panels: list[Axes]) -> list[Check]:
     panels[0].set_title("share of the wrong labels found", fontsize="small")
     panels[0].legend(fontsize="x-small", loc="lower right")
     _suspects(panels[1], x, y, order[:12], train.labels)
-    return checks
+    return claims
 
 
 def _minimise(model: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -281,7 +282,7 @@ def _scatter(axes: Axes, actual: Tensor, found: dict[str, Tensor]) -> None:
         axes.plot(1e3 * actual, 1e3 * found[solve], mark, ms=size, label=label)
     ends = [1e3 * float(actual.min()), 1e3 * float(actual.max())]
     axes.plot(ends, ends, color="grey", lw=0.8)
-    axes.set(xlabel="refit without an example", ylabel="influence")
+    axes.set(xlabel="refit without an example", ylabel="influence", ylim=(-2.2, 1.3))
     axes.set_title("change of the test loss, millinats", fontsize="small")
     axes.legend(fontsize="x-small")
     axes.grid(alpha=0.3)

@@ -32,7 +32,7 @@ from ewc.statistics import (
     standard_errors,
 )
 from experiments.data import MNIST, Digits, Images
-from studies.check import Check, Surroundings
+from studies.findings import Claim, Findings, Setting
 
 Data = list[tuple[Tensor, Tensor]]
 
@@ -94,25 +94,24 @@ class Posterior:
     predictive: dict[str, Tensor]
 
 
-def verify(surroundings: Surroundings) -> list[Check]:
+def measure(setting: Setting) -> Findings:
     """Exact cases, tables of errors, and a posterior."""
-    checks = _exact_cases()
-    digits, unseen = Digits().load(surroundings.data_root)
-    states = _through_training(digits, surroundings.seed)
-    states += _on_mnist(_pooled(MNIST().load(surroundings.data_root)[0]), surroundings.seed)
+    claims = _exact_cases()
+    digits, unseen = Digits().load(setting.data_root)
+    states = _through_training(digits, setting.seed)
+    states += _on_mnist(_pooled(MNIST().load(setting.data_root)[0]), setting.seed)
     for state in states:
-        checks += _of_state(state)
-    posteriors = [_posterior(digits, unseen, p, surroundings.seed) for p in PRIOR_PRECISIONS]
+        claims += _of_state(state)
+    posteriors = [_posterior(digits, unseen, p, setting.seed) for p in PRIOR_PRECISIONS]
     for posterior in posteriors:
-        checks += _of_posterior(posterior)
-    _picture(states, posteriors[0]).savefig(surroundings.pictures / "kfac.png", dpi=120)
-    return checks
+        claims += _of_posterior(posterior)
+    return Findings(claims, _picture(states, posteriors[0]))
 
 
 # --- where it is exact -------------------------------------------------------------------
 
 
-def _exact_cases() -> list[Check]:
+def _exact_cases() -> list[Claim]:
     """Deep linear networks with a Gaussian likelihood, and one datum."""
     errors = []
     for sizes in ([6, 4, 3], [5, 8, 8, 2], [3, 7, 5, 7, 4]):
@@ -124,9 +123,9 @@ def _exact_cases() -> list[Check]:
     one = _largest_error(bent, x[:1], y[:1], Categorical())
     many = _largest_error(bent, x, y, Categorical())
     return [
-        Check.at_most("three deep linear networks, Gaussian: largest error", max(errors), 1e-12),
-        Check.at_most("one datum, tanh, ReLU and classes: largest error", one, 1e-12),
-        Check.at_least("the same network on 40 data, where it is not exact", many, 0.01),
+        Claim.at_most("three deep linear networks, Gaussian: largest error", max(errors), 1e-12),
+        Claim.at_most("one example, tanh, ReLU and classes: largest error", one, 1e-12),
+        Claim.at_least("same network, 40 examples (not exact): largest error", many, 0.01),
     ]
 
 
@@ -213,14 +212,16 @@ def _on_mnist(images: Images, seed: int) -> list[State]:
     return states
 
 
-def _of_state(state: State) -> list[Check]:
+def _of_state(state: State) -> list[Claim]:
     diagonal, kfac, ekfac = (list(state.errors[key].values()) for key in STRUCTURES)
     gain = max(e - k for e, k in zip(ekfac, kfac, strict=True))
     ratio = max(k / d for k, d in zip(kfac, diagonal, strict=True))
     return [
-        Check.at_most(f"{state.name}: EKFAC's error over K-FAC's, largest difference", gain, 1e-6),
-        Check.at_most(f"{state.name}: error of EKFAC's trace", state.trace, 1e-4),
-        Check.at_most(f"{state.name}: error of K-FAC over the diagonal's, largest", ratio, 1.0),
+        Claim.at_most(f"{state.name}: error of EKFAC minus that of K-FAC, largest", gain, 1e-6),
+        Claim.at_most(f"{state.name}: relative error of EKFAC's trace", state.trace, 1e-4),
+        Claim.at_most(
+            f"{state.name}: error of K-FAC over that of the diagonal, largest", ratio, 1.0
+        ),
     ]
 
 
@@ -256,9 +257,9 @@ def _jacobian(model: nn.Module, mode: Parameters, x: Tensor) -> Tensor:
     return torch.cat([part.flatten(0, 1).flatten(1) for part in found.values()], 1)
 
 
-def _of_posterior(posterior: Posterior) -> list[Check]:
+def _of_posterior(posterior: Posterior) -> list[Claim]:
     """The figures, all against the dense matrix."""
-    about = f"posterior, prior precision {posterior.prior:g}:"
+    about = f"posterior, prior precision {posterior.prior:g},"
     evidence = {
         name: value - posterior.evidence["dense"] for name, value in posterior.evidence.items()
     }
@@ -272,17 +273,21 @@ def _of_posterior(posterior: Posterior) -> list[Check]:
         for name in ("blocks", "diagonal")
     }
     return [
-        Check.at_most(f"{about} nats that blocks add to the evidence", evidence["blocks"], 0.0),
-        Check.at_most(f"{about} nats that EKFAC adds to that of blocks", rotated, 0.0),
-        Check.at_most(f"{about} K-FAC's error of the evidence over the diagonal's", nats, 0.5),
+        Claim.at_most(
+            f"{about} blocks: log-evidence minus the dense one, nats", evidence["blocks"], 0.0
+        ),
+        Claim.at_most(f"{about} EKFAC: log-evidence minus that of the blocks, nats", rotated, 0.0),
+        Claim.at_most(f"{about} K-FAC: error of the log-evidence over the diagonal's", nats, 0.5),
         *(
-            Check.at_most(f"{about} {name}, largest error over the dense one", ratio, 1 + 1e-9)
+            Claim.at_most(
+                f"{about} {name}: largest standard error over the dense one", ratio, 1 + 1e-9
+            )
             for name, ratio in longest.items()
         ),
-        Check.shown(f"{about} K-FAC, errors of parameters, rms log ratio", kfac),
-        Check.at_most(f"{about} the same over the diagonal's", share, 0.5),
-        Check.at_most(f"{about} K-FAC, errors of outputs, rms log ratio", outputs[0], 0.5),
-        Check.shown(f"{about} diagonal, the same", outputs[1]),
+        Claim.shown(f"{about} K-FAC, parameters: rms log ratio of standard errors", kfac),
+        Claim.at_most(f"{about} K-FAC, parameters: the same over the diagonal's", share, 0.5),
+        Claim.at_most(f"{about} K-FAC, outputs: rms log ratio of standard errors", outputs[0], 0.5),
+        Claim.shown(f"{about} diagonal, outputs: rms log ratio of standard errors", outputs[1]),
     ]
 
 

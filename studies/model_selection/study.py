@@ -29,7 +29,7 @@ from ewc import (
 from ewc.natural_gradient import NaturalGradient
 from ewc.statistics import aic, bic, laplace_log_evidence, tic
 from experiments.data import Digits, Images
-from studies.check import Check, Surroundings
+from studies.findings import Claim, Findings, Setting
 
 TRUTH, DEGREES, DATA_SETS = 3, range(1, 9), 50
 """Of the polynomials."""
@@ -50,16 +50,15 @@ STRUCTURES: dict[str, type[FisherMatrix]] = {
 }
 
 
-def verify(surroundings: Surroundings) -> list[Check]:
+def measure(setting: Setting) -> Findings:
     """The error of the evidence, how often the degree is found, and rank correlations."""
     figure = Figure(figsize=(9, 3.2))
     panels = figure.subplots(1, 3)
-    checks = _closed_form()
-    checks += _polynomials(surroundings.seed, panels[:2])
-    checks += _widths(Digits().load(surroundings.data_root), surroundings.seed, panels[2])
+    claims = _closed_form()
+    claims += _polynomials(setting.seed, panels[:2])
+    claims += _widths(Digits().load(setting.data_root), setting.seed, panels[2])
     figure.tight_layout()
-    figure.savefig(surroundings.pictures / "model_selection.png", dpi=120)
-    return checks
+    return Findings(claims, figure)
 
 
 # --- linear models ----------------------------------------------------------------------------
@@ -102,7 +101,7 @@ def _evidence(
     return laplace_log_evidence(found, fisher, mode, prior_precision)
 
 
-def _closed_form() -> list[Check]:
+def _closed_form() -> list[Claim]:
     """Of a regression of the diabetes data the evidence is that of a normal distribution."""
     inputs, outcome = (torch.from_numpy(part) for part in load_diabetes(return_X_y=True))
     x, y = inputs / inputs.std(0), ((outcome - outcome.mean()) / outcome.std())[:, None]
@@ -111,12 +110,12 @@ def _closed_form() -> list[Check]:
     covariance = noise.variance * torch.eye(len(x)) + design @ design.T / prior_precision
     prior = MultivariateNormal(torch.zeros_like(y[:, 0]), covariance)
     exact = float(prior.log_prob(y[:, 0]))  # type: ignore[no-untyped-call]
-    checks = []
+    claims = []
     for name in ("dense", "Kronecker"):
         found = _evidence((x, y), noise, prior_precision, STRUCTURES[name])
-        claim = f"diabetes, linear regression, {name}: relative error of the evidence"
-        checks.append(Check.at_most(claim, abs(found / exact - 1), 1e-8))
-    return checks
+        quantity = f"diabetes, linear regression, {name}: relative error of the log-evidence"
+        claims.append(Claim.at_most(quantity, abs(found / exact - 1), 1e-8))
+    return claims
 
 
 def _scores(data: Data, likelihood: Gaussian) -> dict[str, float]:
@@ -136,7 +135,7 @@ def _scores(data: Data, likelihood: Gaussian) -> dict[str, float]:
     }
 
 
-def _polynomials(seed: int, panels: Sequence[Axes]) -> list[Check]:
+def _polynomials(seed: int, panels: Sequence[Axes]) -> list[Claim]:
     """How often each criterion prefers the true degree."""
     noise = Gaussian(0.3**2)
     generator = torch.Generator().manual_seed(seed)
@@ -163,13 +162,11 @@ def _polynomials(seed: int, panels: Sequence[Axes]) -> list[Check]:
     panels[1].set(xlabel="degree chosen", xlim=(2.4, 8.6))
     panels[1].set_title(f"choices in {DATA_SETS} data sets", fontsize="small")
     panels[1].legend(fontsize="x-small")
+    shares = {name: counts[TRUTH] / DATA_SETS for name, counts in chosen.items()}
+    quantity = f"share of {DATA_SETS} data sets with the right degree"
     return [
-        Check.at_least(
-            f"{name}: share of {DATA_SETS} data sets whose degree it finds",
-            chosen[name][TRUTH] / DATA_SETS,
-            0.9,
-        )
-        for name in ("evidence", "BIC")
+        *(Claim.at_least(f"{name}: {quantity}", shares[name], 0.9) for name in ("evidence", "BIC")),
+        *(Claim.shown(f"{name}: {quantity}", shares[name]) for name in ("AIC", "TIC")),
     ]
 
 
@@ -189,7 +186,7 @@ class Candidate:
     held_out: float
 
 
-def _widths(digits: tuple[Images, Images], seed: int, axes: Axes) -> list[Check]:
+def _widths(digits: tuple[Images, Images], seed: int, axes: Axes) -> list[Claim]:
     """How the evidence ranks widths, against how the held-out likelihood does."""
     pixels = torch.cat([images.pixels for images in digits])
     labels = torch.cat([images.labels for images in digits])
@@ -220,14 +217,15 @@ def _widths(digits: tuple[Images, Images], seed: int, axes: Axes) -> list[Check]
     axes.set_xticks([], minor=True)
     axes.set_title("networks on digits: log-evidence, nats", fontsize="small")
     axes.legend(fontsize="x-small", loc="lower right")
+    mean = {name: sum(values) / len(values) for name, values in ranks.items()}
+    quantity = {
+        name: f"widths, {name}: rank correlation with the held-out likelihood, {len(values)} splits"
+        for name, values in ranks.items()
+    }
     return [
-        Check.at_least(
-            f"widths on the digits, {name}: rank correlation with the held-out likelihood, "
-            f"mean of {len(ranks[name])}",
-            sum(ranks[name]) / len(ranks[name]),
-            CHANCE,
-        )
-        for name in ("dense", "Kronecker")
+        Claim.at_least(quantity["dense"], mean["dense"], CHANCE),
+        Claim.at_least(quantity["Kronecker"], mean["Kronecker"], CHANCE),
+        Claim.shown(quantity["diagonal"], mean["diagonal"]),
     ]
 
 

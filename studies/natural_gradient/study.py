@@ -14,13 +14,14 @@ from ewc import (
     Bernoulli,
     DenseFisher,
     EigenvalueCorrectedFisher,
+    FisherMatrix,
     Gaussian,
     KroneckerFisher,
     MonteCarlo,
 )
 from ewc.natural_gradient import NaturalGradient
 from experiments.data import MNIST, Digits, Images
-from studies.check import Check, Surroundings
+from studies.findings import Claim, Findings, Setting
 from studies.natural_gradient.race import Course, Runner, Step, plain, race
 
 TARGET = 0.97
@@ -30,16 +31,15 @@ HORIZON = 5000.0
 """Images that a mean of parameters is over, wherever there is one."""
 
 
-def verify(surroundings: Surroundings) -> list[Check]:
+def measure(setting: Setting) -> Findings:
     """Regression, logistic regression in two parametrisations, and a race."""
-    digits, _ = Digits().load(surroundings.data_root)
-    train, test = MNIST().load(surroundings.data_root)
-    checks = _one_step(digits)
+    digits, _ = Digits().load(setting.data_root)
+    train, test = MNIST().load(setting.data_root)
+    claims = _one_step(digits)
     path, distances = _two_parametrisations(digits)
     everyone = IN_SMALL_BATCHES + IN_LARGE_BATCHES
-    courses = race(everyone, mlp, train, test, target=TARGET, seed=surroundings.seed)
-    _picture(distances, courses).savefig(surroundings.pictures / "natural_gradient.png", dpi=120)
-    return checks + path + _of_race(courses)
+    courses = race(everyone, mlp, train, test, target=TARGET, seed=setting.seed)
+    return Findings(claims + path + _of_race(courses), _picture(distances, courses))
 
 
 # --- what is quadratic -------------------------------------------------------------------
@@ -51,14 +51,19 @@ def _inputs(images: Images) -> Tensor:
     return pixels[:, pixels.std(0) > 0.05]
 
 
-def _one_step(images: Images) -> list[Check]:
+def _one_step(images: Images) -> list[Claim]:
     """Least squares of the classes as 0 and 1, from the pixels."""
     x = _inputs(images)
     y = nn.functional.one_hot(images.labels, 10).double()
     columns = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
     solution = torch.linalg.lstsq(columns, y).solution.T
-    checks = []
-    for structure in (DenseFisher, KroneckerFisher, EigenvalueCorrectedFisher):
+    claims = []
+    structures: dict[str, type[FisherMatrix]] = {
+        "dense": DenseFisher,
+        "K-FAC": KroneckerFisher,
+        "EKFAC": EigenvalueCorrectedFisher,
+    }
+    for name, structure in structures.items():
         line = nn.Linear(x.shape[1], 10).double()
         optimizer = NaturalGradient(line, Gaussian(), lr=1.0, damping=0.0, structure=structure)
         optimizer.update_fisher([(x, y)])
@@ -66,15 +71,15 @@ def _one_step(images: Images) -> list[Check]:
         optimizer.step()
         found = torch.cat([line.weight, line.bias[:, None]], 1).detach()
         error = float((found - solution).norm() / solution.norm())
-        name = structure.__name__
-        checks.append(Check.at_most(f"least squares, one step, {name}: distance", error, 1e-9))
-    return checks
+        quantity = f"least squares, one step, {name}: relative distance from the solution"
+        claims.append(Claim.at_most(quantity, error, 1e-9))
+    return claims
 
 
 # --- any parametrisation -----------------------------------------------------------------
 
 
-def _two_parametrisations(images: Images) -> tuple[list[Check], dict[str, list[float]]]:
+def _two_parametrisations(images: Images) -> tuple[list[Claim], dict[str, list[float]]]:
     """Logistic regression of 3 against 8 from pixels and from mixtures of pixels."""
     chosen = (images.labels == 3) | (images.labels == 8)
     x = _inputs(images)[chosen]
@@ -101,12 +106,16 @@ def _two_parametrisations(images: Images) -> tuple[list[Check], dict[str, list[f
             one, other = pair[0](x).detach(), pair[1](x @ mixing).detach()
             distances[name].append(float((one - other).norm() / one.norm()))
     return [
-        Check.at_most(
-            "two parametrisations: the natural gradient's outputs differ by, relative",
+        Claim.at_most(
+            "two parametrisations, natural gradient: relative difference of the outputs",
             max(distances["natural gradient"]),
             1e-6,
         ),
-        Check.at_least("SGD's by", max(distances["SGD"]), 0.01),
+        Claim.at_least(
+            "two parametrisations, SGD: relative difference of the outputs",
+            max(distances["SGD"]),
+            0.01,
+        ),
     ], distances
 
 
@@ -220,6 +229,9 @@ OURS = "natural gradient"
 MEAN = ", mean"
 """Ends the names of those whose parameters are looked at as a running mean."""
 
+COLOURS = {OURS: "C0", "SGD, momentum": "C2", "SGD": "C1", "Adam": "C3"}
+"""The colours of the picture, by the beginning of a name; the first that fits."""
+
 LARGE_BATCH = 2048
 IN_LARGE_BATCHES = [
     Runner(f"{OURS} ({LARGE_BATCH})", LARGE_BATCH, LARGE.start, limit=200),
@@ -237,41 +249,49 @@ IN_SMALL_BATCHES = [
     Runner("Adam", 512, adam(0.008), limit=600, every=5),
     Runner("Adam" + MEAN, 256, adam(0.008), limit=600, horizon=HORIZON),
 ]
-"""Batch sizes and rates of scripts/tune_natural_gradient.py; a look every 2,560 images."""
+"""Batch size and rate are the best of eight trials each; a look every 2,560 images."""
 
-HELD_TO_SECONDS = {"SGD", "SGD" + MEAN, *(runner.name for runner in IN_LARGE_BATCHES[1:3])}
-"""Whom ours is held to in seconds; to its steps SGD in any form, and all in large batches."""
+HELD_TO_SECONDS = {"SGD", *(runner.name for runner in IN_LARGE_BATCHES[1:3])}
+"""The optimizers that must take more seconds than natural gradient."""
 
 HELD_TO_STEPS = {"SGD", "SGD" + MEAN, *(runner.name for runner in IN_LARGE_BATCHES[1:])}
+"""The optimizers that must take more steps than natural gradient."""
 
 
-def _of_race(courses: dict[str, Course]) -> list[Check]:
+def _of_race(courses: dict[str, Course]) -> list[Claim]:
     """Steps and seconds of ours over those of the others; of who gives up, over its limit."""
-    checks: list[Check] = []
+    claims: list[Claim] = []
     for runners in (IN_SMALL_BATCHES, IN_LARGE_BATCHES):
         first, *others = (runner.name for runner in runners)
         ours = courses[first]
-        claim = f"MNIST: {first} after {ours.steps} steps, share of test images that are right"
-        checks.append(Check.at_least(claim, ours.accuracies[-1][2], TARGET))
+        quantity = f"MNIST, {first}, {ours.steps} steps: test accuracy"
+        claims.append(Claim.at_least(quantity, ours.accuracies[-1][2], TARGET))
         for name in others:
             course = courses[name]
             so_far = "" if course.arrived else "more than "
-            claim = f"MNIST: steps of {first} over those of {name} ({so_far}{course.steps})"
+            quantity = f"MNIST, steps: {first} over {name} ({so_far}{course.steps})"
             steps = ours.steps / course.steps
-            checks.append(_held(claim, steps, held=name in HELD_TO_STEPS))
-            claim = f"MNIST: its {ours.seconds:.1f} s over those of {name} ({course.seconds:.1f} s)"
+            claims.append(_held(quantity, steps, held=name in HELD_TO_STEPS))
+            quantity = (
+                f"MNIST, seconds: {first} ({ours.seconds:.1f}) over {name} ({course.seconds:.1f})"
+            )
             seconds = ours.seconds / course.seconds
-            checks.append(_held(claim, seconds, held=name in HELD_TO_SECONDS))
-    return checks
+            claims.append(_held(quantity, seconds, held=name in HELD_TO_SECONDS))
+    return claims
 
 
-def _held(claim: str, ratio: float, *, held: bool) -> Check:
-    """A ratio that must not be above 1, or one that is told."""
-    return Check.at_most(claim, ratio, 1.0) if held else Check.shown(claim, ratio)
+def _held(quantity: str, ratio: float, *, held: bool) -> Claim:
+    """A ratio that must not exceed 1, or one that is only shown."""
+    return Claim.at_most(quantity, ratio, 1.0) if held else Claim.shown(quantity, ratio)
+
+
+def _line_style(name: str) -> str:
+    """Dashed with a mean of the parameters, dotted in large batches."""
+    return "--" if name.endswith(MEAN) else ":" if f"({LARGE_BATCH})" in name else "-"
 
 
 def _picture(distances: dict[str, list[float]], courses: dict[str, Course]) -> Figure:
-    figure = Figure(figsize=(10, 3.4))
+    figure = Figure(figsize=(12, 3.6))
     left, middle, right = figure.subplots(1, 3)
     for name, values in distances.items():
         left.plot(range(1, len(values) + 1), values, ".-", label=name)
@@ -282,17 +302,18 @@ def _picture(distances: dict[str, list[float]], courses: dict[str, Course]) -> F
     for name, course in courses.items():
         steps, seconds, accuracies = zip(*course.accuracies, strict=True)
         errors = [1 - accuracy for accuracy in accuracies]
-        style = {
+        style: dict[str, Any] = {
+            "color": next(COLOURS[start] for start in COLOURS if name.startswith(start)),
             "linewidth": 2.2 if name.startswith(OURS) else 1.0,
-            "linestyle": "--" if name.endswith(MEAN) else "-",
+            "linestyle": _line_style(name),
         }
-        middle.plot(steps, errors, label=name, **style)
-        right.plot(seconds, errors, **style)
+        middle.plot(steps, errors, **style)
+        right.plot(seconds, errors, label=name, **style)
     for axes, label in ((middle, "steps"), (right, "seconds of training, one thread")):
         axes.axhline(1 - TARGET, color="k", linewidth=0.8, linestyle="--")
         axes.set(xscale="log", yscale="log", ylim=(0.025, 1), xlabel=label)
         axes.grid(alpha=0.3)
-    middle.set_title("MNIST: share of errors", fontsize="medium")
-    middle.legend(fontsize="xx-small")
+        axes.set_title("MNIST: share of errors", fontsize="medium")
+    right.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
     return figure

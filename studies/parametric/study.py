@@ -11,7 +11,7 @@ from torch.distributions import Bernoulli, Categorical, Exponential, Gamma, Norm
 from ewc.parameters import Parameters
 from ewc.statistics import Density, parametric_fisher, sampled_parametric_fisher
 from ewc.statistics.parametric import Family
-from studies.check import Check, Surroundings
+from studies.findings import Claim, Findings, Setting
 
 SAMPLES = 20_000
 
@@ -54,23 +54,22 @@ FAMILIES: dict[str, tuple[Family, Parameters, list[list[float]]]] = {
 OWN: tuple[Family, Parameters, list[list[float]]] = (_logistic, {"m": _t(2.0)}, [[1 / 3]])
 
 
-def verify(surroundings: Surroundings) -> list[Check]:
+def measure(setting: Setting) -> Findings:
     """The largest errors of exact ones, and z-scores of sampled ones."""
-    checks = []
+    claims = []
     exact = FAMILIES | {"logistic, by its log-density alone": OWN}
     for name, (family, parameters, closed) in exact.items():
         expected = torch.tensor(closed, dtype=torch.float64)
         found = parametric_fisher(family, parameters).to_dense()
         error = float((found - expected).abs().max() / expected.abs().max())
-        checks.append(Check.at_most(f"{name}: relative error", error, 1e-8))
-    scores = torch.cat([_z_scores(name, surroundings.seed) for name in FAMILIES])
-    about = f"{SAMPLES} draws: of {len(scores)} z-scores the"
-    checks += [
-        Check.at_most(f"{about} largest", float(scores.abs().max()), 4.0),
-        Check.between(f"{about} root mean square", float(scores.square().mean().sqrt()), 0.5, 1.5),
+        claims.append(Claim.at_most(f"{name}: relative error", error, 1e-8))
+    scores = torch.cat([_z_scores(name, setting.seed) for name in FAMILIES])
+    about = f"of {len(scores)} z-scores, {SAMPLES:,} draws"
+    claims += [
+        Claim.at_most(f"largest {about}", float(scores.abs().max()), 4.0),
+        Claim.between(f"root mean square {about}", float(scores.square().mean().sqrt()), 0.5, 1.5),
     ]
-    _picture(surroundings.seed).savefig(surroundings.pictures / "parametric.png", dpi=120)
-    return checks
+    return Findings(claims, _picture(setting.seed))
 
 
 def _z_scores(name: str, seed: int) -> Tensor:

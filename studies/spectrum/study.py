@@ -16,7 +16,7 @@ from ewc.statistics import (
     spectral_density,
 )
 from experiments.data import Digits, Images
-from studies.check import Check, Surroundings
+from studies.findings import Claim, Findings, Setting
 
 EXAMPLES = 300
 """Digits behind the spectrum: 2,700 directions at most, of 1,510 parameters."""
@@ -31,19 +31,18 @@ RATES, TRAINING = (0.125, 0.2), 2000
 """Learning rates of gradient descent, and its steps."""
 
 
-def verify(surroundings: Surroundings) -> list[Check]:
+def measure(setting: Setting) -> Findings:
     """Differences of spectra, degrees of freedom, ranks, and sharpness in units of 2 / rate."""
-    digits, _ = Digits().load(surroundings.data_root)
+    digits, _ = Digits().load(setting.data_root)
     figure = Figure(figsize=(9, 3.2))
     panels = figure.subplots(1, 3)
-    torch.manual_seed(surroundings.seed)
-    checks = _densities(digits, surroundings.seed, panels[0])
-    checks += _ridge()
-    checks += _ranks(digits, panels[1])
-    checks += _along_training(digits, panels[2])
+    torch.manual_seed(setting.seed)
+    claims = _densities(digits, setting.seed, panels[0])
+    claims += _ridge()
+    claims += _ranks(digits, panels[1])
+    claims += _along_training(digits, panels[2])
     figure.tight_layout()
-    figure.savefig(surroundings.pictures / "spectrum.png", dpi=120)
-    return checks
+    return Findings(claims, figure)
 
 
 def _network(width: int) -> nn.Module:
@@ -58,7 +57,7 @@ def _information(
     return fisher_information(model, data, structure=structure)
 
 
-def _densities(digits: Images, seed: int, axes: Axes) -> list[Check]:
+def _densities(digits: Images, seed: int, axes: Axes) -> list[Claim]:
     """By products through the network, against all eigenvalues of the dense matrix."""
     model = _network(20).double()
     implicit = _information(model, digits, EXAMPLES, ImplicitFisher)
@@ -75,17 +74,21 @@ def _densities(digits: Images, seed: int, axes: Axes) -> list[Check]:
     exact = effective_dimension(dense, 1.0)
     _histogram(axes, values, density)
     return [
-        Check.at_most("share of eigenvalues above 1e-5 to 1 of the largest: error", max(off), 0.02),
-        Check.at_most("largest eigenvalue: relative error", abs(sharpness / largest - 1), 1e-6),
-        Check.at_most(
-            f"effective dimension by products ({exact:.0f}): z-score",
+        Claim.at_most(
+            "share of eigenvalues above 1e-5 to 1 of the largest: largest error", max(off), 0.02
+        ),
+        Claim.at_most(
+            "largest eigenvalue by products: relative error", abs(sharpness / largest - 1), 1e-6
+        ),
+        Claim.at_most(
+            f"effective dimension by products (exact: {exact:.0f}): z-score",
             abs(estimate.value - exact) / estimate.standard_error,
             4.0,
         ),
     ]
 
 
-def _ridge() -> list[Check]:
+def _ridge() -> list[Claim]:
     """The effective dimension against the trace of the hat matrix, on the diabetes data."""
     inputs, outcome = (torch.from_numpy(part) for part in load_diabetes(return_X_y=True))
     x = inputs / inputs.std(0)
@@ -99,10 +102,10 @@ def _ridge() -> list[Check]:
         gram = x.T @ x + noise * penalty * torch.eye(10, dtype=torch.float64)
         freedom = float((x @ torch.linalg.solve(gram, x.T)).trace())
         off.append(abs(effective_dimension(fisher, penalty) / freedom - 1))
-    return [Check.at_most("ridge regression's degrees of freedom: relative error", max(off), 1e-8)]
+    return [Claim.at_most("ridge regression, degrees of freedom: relative error", max(off), 1e-8)]
 
 
-def _ranks(digits: Images, axes: Axes) -> list[Check]:
+def _ranks(digits: Images, axes: Axes) -> list[Claim]:
     """Ranks and effective dimensions of one network with more and more examples."""
     model = _network(20).double()
     size = sum(p.numel() for p in model.parameters())
@@ -123,20 +126,20 @@ def _ranks(digits: Images, axes: Axes) -> list[Check]:
     axes.legend(fontsize="x-small", loc="lower right")
     axes.grid(alpha=0.3)
     return [
-        Check.at_most(
-            f"rank with {COUNTS[0]} to {COUNTS[len(few) - 1]} examples: off 9 an example by",
+        Claim.at_most(
+            f"rank, {COUNTS[0]} to {COUNTS[len(few) - 1]} examples: distance from 9 per example",
             max(abs(rank - expected) for rank, expected in few),
             0,
         )
     ]
 
 
-def _along_training(digits: Images, axes: Axes) -> list[Check]:
+def _along_training(digits: Images, axes: Axes) -> list[Claim]:
     """Gradient descent on squared errors sharpens up to where it would diverge."""
     count = 500
     x, y = digits.pixels[:count], functional.one_hot(digits.labels[:count], 10).float()
     start = torch.random.get_rng_state()
-    checks = []
+    claims = []
     for colour, rate in zip(("C0", "C1"), RATES, strict=True):
         torch.random.set_rng_state(start)
         model = _network(32)
@@ -150,14 +153,14 @@ def _along_training(digits: Images, axes: Axes) -> list[Check]:
         axes.axhline(2 / rate, color=colour, ls=":", lw=1)
         late = [s for n, s in zip(steps, found, strict=True) if n >= TRAINING / 2]
         ratio = sum(late) / len(late) * rate / 2
-        claim = f"sharpness late in training with rate {rate}, in units of 2 / rate"
-        checks.append(Check.between(claim, ratio, 0.9, 1.1))
+        quantity = f"gradient descent, rate {rate}: late sharpness in units of 2 / rate"
+        claims.append(Claim.between(quantity, ratio, 0.9, 1.1))
     axes.plot([], [], "k:", lw=1, label="2 / learning rate")
     axes.set(xlabel="steps of gradient descent", ylim=(8, 20))
     axes.set_title("largest eigenvalue along training", fontsize="small")
     axes.legend(fontsize="x-small", loc="upper left")
     axes.grid(alpha=0.3)
-    return checks
+    return claims
 
 
 def _sharpness(model: nn.Module, x: Tensor, y: Tensor) -> float:
