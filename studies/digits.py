@@ -1,4 +1,4 @@
-"""The handwritten digits as the topics use them, and networks fitted to them."""
+"""The handwritten digits as the studies use them, and networks fitted to them."""
 
 from itertools import pairwise
 from pathlib import Path

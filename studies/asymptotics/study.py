@@ -35,10 +35,10 @@ from studies.findings import Claim, Findings, Setting
 from studies.regressions import Regression, maxima
 
 FITS = 2000
-"""Simulated regressions."""
+"""The number of simulated regressions."""
 
 EXAMPLES = 500
-"""Examples of each."""
+"""The number of examples per regression."""
 
 TRUTH = torch.tensor([0.5, -0.3, 0.0, 0.0, -0.5], dtype=torch.float64)
 """The coefficients of four principal components, two of them without effect, and the constant."""
@@ -86,7 +86,7 @@ def _statsmodels() -> list[Claim]:
     inputs = torch.from_numpy(x[:, :5])
     inputs = (inputs - inputs.mean(0)) / inputs.std(0)
     cases = {
-        "digits, 8 or not, logistic": (
+        "digits, logistic": (
             principal_components(pixels, 5),
             (labels == 8).double(),
             Bernoulli(),
@@ -134,11 +134,11 @@ def _against(
     }
     return [
         Claim.at_most(
-            f"{name}, {what}: relative difference from statsmodels",
-            _relative(found, torch.as_tensor(other)),
+            f"{name}, {what}: relative to statsmodels",
+            _relative(ours, torch.as_tensor(other)),
             1e-6,
         )
-        for what, (found, other) in pairs.items()
+        for what, (ours, other) in pairs.items()
     ]
 
 
@@ -154,9 +154,9 @@ def _tests(
     }
 
 
-def _relative(found: Tensor, expected: Tensor) -> float:
+def _relative(values: Tensor, expected: Tensor) -> float:
     """The largest relative difference of entries."""
-    return float(((found - expected) / expected).abs().max())
+    return float(((values - expected) / expected).abs().max())
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class Simulated:
             ),
             *(
                 Claim.at_least(
-                    f"{about}, {name} test: p-value of a test that its p-values are uniform",
+                    f"{about}, {name} test: p-value for uniform p-values",
                     float(kstest(values.numpy(), "uniform").pvalue),
                     0.01,
                 )
@@ -201,9 +201,9 @@ def _simulated(seed: int) -> Simulated:
     design = torch.cat([components, torch.ones(EXAMPLES, 1).double()], dim=1)
     chance = torch.sigmoid(design @ TRUTH).expand(FITS, -1)
     y = torch.bernoulli(chance, generator=torch.Generator().manual_seed(seed))
-    found, restricted = maxima(design, y, Bernoulli()), maxima(design, y, Bernoulli(), HELD)
+    maximum, restricted = maxima(design, y, Bernoulli()), maxima(design, y, Bernoulli(), HELD)
     covered, z, p_values = [], [], dict[str, list[float]]()
-    for targets, theta, at_null in zip(y, found, restricted, strict=True):
+    for targets, theta, at_null in zip(y, maximum, restricted, strict=True):
         full = Regression(design, targets, Bernoulli(), theta)
         null = Regression(design, targets, Bernoulli(), at_null)
         information = full.fisher()
@@ -260,16 +260,16 @@ def _network_errors(seed: int) -> NetworkErrors:
     model = tanh_network(16, 12, 10, seed=seed)
     train(model, x, y, Categorical(), steps=500, prior_precision=PRIOR)
     names = [name for name, _ in model.named_parameters()]
-    found, apart = {}, 0.0
+    by_structure, apart = {}, 0.0
     for label, structure in {"dense": DenseFisher, **STRUCTURES}.items():
         matrix = fisher_information(model, [(x, y)], structure=structure)
         errors = standard_errors(matrix, prior_precision=PRIOR)
-        found[label] = flatten({name: errors[name] for name in names})
+        by_structure[label] = flatten({name: errors[name] for name in names})
         precision = len(x) * matrix.to_dense()
         precision.diagonal().add_(PRIOR)
-        own = flatten({name: errors[name] for name in matrix.shapes})
-        apart = max(apart, _relative(own, precision.inverse().diagonal().sqrt()))
-    return NetworkErrors(found, apart)
+        all_errors = flatten({name: errors[name] for name in matrix.shapes})
+        apart = max(apart, _relative(all_errors, precision.inverse().diagonal().sqrt()))
+    return NetworkErrors(by_structure, apart)
 
 
 def _p_value_panel(axes: Axes, simulated: Simulated) -> None:

@@ -18,22 +18,22 @@ from studies.findings import Claim, Findings, Setting
 from studies.regressions import maxima
 
 SAMPLES = 20_000
-"""Data sets that every estimator sees."""
+"""The number of data sets that every estimator sees."""
 
 REGRESSIONS = 10_000
-"""Simulated logistic regressions."""
+"""The number of simulated logistic regressions."""
 
 SIZES = (11, 31, 101, 301, 1001)
-"""Numbers of draws in a data set, odd for the median to be one of them."""
+"""Numbers of draws in a data set; odd, so that the median is one of them."""
 
 MORE = {"Laplace location": (4001,)}
-"""Where a density has a kink the bound is approached as ``N^-1/2`` only."""
+"""More draws where a density has a kink: the bound is approached only as ``N^-1/2``."""
 
 AT_ONCE = 2**18
-"""Draws that are held at once."""
+"""The number of draws in memory at a time."""
 
 LOGISTIC_SIZES = (200, 500, 1437)
-"""Digits in a logistic regression."""
+"""Numbers of digits in a logistic regression."""
 
 SLOPES = torch.tensor([0.8, -0.5, 0.3, -0.2], dtype=torch.float64)
 """The logistic regression: the coefficients of three principal components, and the constant."""
@@ -67,24 +67,24 @@ class Variance:
         return cls(variance / bound, error / bound, variance / unbiased)
 
 
-Found = dict[tuple[str, str], dict[int, Variance]]
-"""By the situation, the estimator, and the number of draws."""
+Variances = dict[tuple[str, str], dict[int, Variance]]
+"""Variances by situation and estimator, then by the number of draws."""
 
 
 def measure(setting: Setting) -> Findings:
     """The lowest variance over its bound, and how near maxima of the likelihood come."""
-    found = _simulated(setting.seed)
+    variances = _simulated(setting.seed)
     slopes = _logistic_regression(setting.seed)
-    every = [v for by_size in [*found.values(), *slopes.values()] for v in by_size.values()]
+    every = [v for by_size in [*variances.values(), *slopes.values()] for v in by_size.values()]
     best = {
-        f"{situation}, {name}": found[situation, name][_sizes(situation)[-1]].ratio
+        f"{situation}, {name}": variances[situation, name][_sizes(situation)[-1]].ratio
         for situation, case in SITUATIONS.items()
         for name, estimator in case.estimators.items()
         if estimator.maximum_likelihood
     }
     worst = max(best, key=lambda name: abs(best[name] - 1))
     last = max(next(iter(slopes.values())))
-    shrunk = found["normal mean", "0.8 times the mean"][SIZES[-1]]
+    shrunk = variances["normal mean", "0.8 times the mean"][SIZES[-1]]
     claims = [
         Claim.at_least(
             f"lowest of {len(every)} variances: standard errors above its bound",
@@ -104,7 +104,7 @@ def measure(setting: Setting) -> Findings:
         ),
         Claim.between(
             "normal mean, median: variance over pi / 2 times the bound",
-            found["normal mean", "median"][SIZES[-1]].ratio / (math.pi / 2),
+            variances["normal mean", "median"][SIZES[-1]].ratio / (math.pi / 2),
             0.95,
             1.05,
         ),
@@ -122,7 +122,7 @@ def measure(setting: Setting) -> Findings:
         ),
         _normal_matrix(setting.seed),
     ]
-    return Findings(claims, _picture(found, slopes))
+    return Findings(claims, _picture(variances, slopes))
 
 
 def _sizes(situation: str) -> tuple[int, ...]:
@@ -136,22 +136,22 @@ def _portions(size: int, samples: int) -> list[int]:
     return [count] * whole + [rest] * (rest > 0)
 
 
-def _simulated(seed: int) -> Found:
-    found: Found = {}
+def _simulated(seed: int) -> Variances:
+    variances: Variances = {}
     for index, (situation, case) in enumerate(SITUATIONS.items()):
         fisher = parametric_fisher(case.family, case.parameters)
         generator = torch.Generator().manual_seed(seed + index)
         for size in _sizes(situation):
-            parts: dict[str, list[Tensor]] = {name: [] for name in case.estimators}
+            estimates: dict[str, list[Tensor]] = {name: [] for name in case.estimators}
             for count in _portions(size, SAMPLES):
                 x = case.draw((count, size), generator)
                 for name, estimator in case.estimators.items():
-                    parts[name].append(estimator.estimate(x))
+                    estimates[name].append(estimator.estimate(x))
             for name, estimator in case.estimators.items():
                 bound, unbiased = _bounds(fisher, case, estimator, size)
-                variance = Variance.of(torch.cat(parts[name]), bound, unbiased)
-                found.setdefault((situation, name), {})[size] = variance
-    return found
+                variance = Variance.of(torch.cat(estimates[name]), bound, unbiased)
+                variances.setdefault((situation, name), {})[size] = variance
+    return variances
 
 
 def _bounds(
@@ -172,7 +172,7 @@ def _bounds(
     return float(biased), unbiased
 
 
-def _logistic_regression(seed: int) -> dict[tuple[str, str], dict[int, Variance]]:
+def _logistic_regression(seed: int) -> Variances:
     """The maximum of the likelihood with real inputs, all four coefficients unknown."""
     x, _ = digits()
     design = torch.cat([principal_components(x, 3), torch.ones(len(x), 1).double()], dim=1)
@@ -180,7 +180,7 @@ def _logistic_regression(seed: int) -> dict[tuple[str, str], dict[int, Variance]
     with torch.no_grad():
         model.weight.copy_(SLOPES)
     generator = torch.Generator().manual_seed(seed)
-    found: dict[tuple[str, str], dict[int, Variance]] = {}
+    variances: Variances = {}
     for size in LOGISTIC_SIZES:
         inputs = design[:size]
         data = [(inputs, torch.zeros(size, 1).double())]  # the targets play no part
@@ -200,8 +200,8 @@ def _logistic_regression(seed: int) -> dict[tuple[str, str], dict[int, Variance]
         for one in range(4):
             name = f"component {one + 1}" if one < 3 else "constant"
             variance = Variance.of(theta[:, one], float(bound[one]), float(bound[one]))
-            found.setdefault(("logistic regression", name), {})[size] = variance
-    return found
+            variances.setdefault(("logistic regression", name), {})[size] = variance
+    return variances
 
 
 def _normal_matrix(seed: int) -> Claim:
@@ -226,20 +226,20 @@ def _normal_matrix(seed: int) -> Claim:
     )
 
 
-def _of(found: Found, situation: str, prefix: str = "") -> dict[str, dict[int, Variance]]:
-    return {prefix + key[1]: by_size for key, by_size in found.items() if key[0] == situation}
+def _of(variances: Variances, situation: str, prefix: str = "") -> dict[str, dict[int, Variance]]:
+    return {prefix + key[1]: by_size for key, by_size in variances.items() if key[0] == situation}
 
 
-def _picture(found: Found, slopes: Found) -> Figure:
+def _picture(variances: Variances, slopes: Variances) -> Figure:
     """The variance over the bound by the number of draws, which N Var F is."""
     figure = Figure(figsize=(9, 3.2))
     panels = figure.subplots(1, 3)
     rows = [
-        ("normal mean", _of(found, "normal mean")),
+        ("normal mean", _of(variances, "normal mean")),
         (
             "Laplace location, exponential rate",
-            _of(found, "Laplace location", "Laplace, ")
-            | _of(found, "exponential rate", "exponential, "),
+            _of(variances, "Laplace location", "Laplace, ")
+            | _of(variances, "exponential rate", "exponential, "),
         ),
         ("logistic regression", _of(slopes, "logistic regression")),
     ]

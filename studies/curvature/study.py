@@ -14,17 +14,17 @@ from studies.digits import digits, tanh_network, train
 from studies.findings import Claim, Findings, Setting
 
 NATS = (1e-10, 1e-6)
-"""Between these lies the quadratic, in nats an example, at the steps that decide the power.
+"""The quadratic lies between these at the steps that determine the order, in nats per example.
 
-Below, rounding has a part in the error; above, the fourth power of the step has, where the cube
-happens to have a small coefficient.
+Below, rounding adds to the error. Above, the fourth power of the step does, if the coefficient of
+the cube happens to be small.
 """
 
 Data = list[tuple[Tensor, Tensor]]
 
 
 def measure(setting: Setting) -> Findings:
-    """The power of the step with which the error of the quadratic falls."""
+    """The order in the step of the error of the quadratic."""
     x, y = digits()
     data = [(x, y)]
     yes = torch.nn.functional.one_hot(y, 10).double()
@@ -98,7 +98,7 @@ def _profile(
     direction: Parameters,
     likelihood: Likelihood = Categorical(),
 ) -> DivergenceProfile:
-    """Along a direction, at lengths that are equally spaced between the bounds in nats."""
+    """Along a direction, at lengths with equal ratios between the bounds in nats."""
     low, high = ((2 * nats / float(fisher.quadratic_form(direction))) ** 0.5 for nats in NATS)
     lengths = torch.logspace(0, 1, 9, base=high / low, dtype=torch.float64) * low
     steps = [*(-lengths).tolist(), *lengths.tolist()]
@@ -108,7 +108,7 @@ def _profile(
 def _profile_panel(
     axes: Axes, model: nn.Module, data: Data, fisher: FisherMatrix, leading: Parameters
 ) -> None:
-    """Far from the fit: the quadratic, the divergence, and what the data's loss does."""
+    """Far from the fit: the quadratic, the divergence, and the loss on the data."""
     x, y = data[0]
     start = {name: tensor.detach() for name, tensor in model.named_parameters()}
     losses = []
@@ -122,11 +122,11 @@ def _profile_panel(
     axes.plot(steps, profile.divergence, label="expected fall")
     axes.plot(steps, profile.quadratic, "--", label="quadratic")
     axes.plot(steps, [loss - losses[0] for loss in losses[1:]], ":", label="fall on the data")
-    axes.set(xlabel="step along the leading eigenvector", ylabel="nats an example")
+    axes.set(xlabel="step along the leading eigenvector", ylabel="nats per example")
 
 
 def _error_panel(axes: Axes, profiles: dict[str, DivergenceProfile]) -> None:
-    """The error at the steps that decide the power, the mean of forwards and backwards."""
+    """The error at the steps that determine the order, the mean of both directions."""
     for (name, profile), mark in zip(profiles.items(), "os^", strict=True):
         size = profile.quadratic.view(2, -1)[0].sqrt()
         error = profile.error.view(2, -1).mean(0)
@@ -144,7 +144,7 @@ def _spectrum_panel(axes: Axes, seed: int) -> Claim:
     fisher = fisher_information(model, [(x, y)], structure=DenseFisher)
     values, vectors = torch.linalg.eigh(fisher.to_dense())
     for step in (3.0, 0.1):
-        found = [
+        profiles = [
             divergence_profile(
                 model,
                 [(x, y)],
@@ -155,7 +155,7 @@ def _spectrum_panel(axes: Axes, seed: int) -> Claim:
             for vector in vectors.T
         ]
         shown = values > 1e-9 * values[-1]
-        divergence = torch.cat([one.divergence for one in found])[shown] * 2 / step**2
+        divergence = torch.cat([one.divergence for one in profiles])[shown] * 2 / step**2
         axes.loglog(values[shown], divergence, ".", ms=3, label=f"step of {step:g}")
     axes.loglog(values[shown], values[shown], "k:", lw=0.8)
     axes.set(xlabel="eigenvalue", ylabel="2 KL / step²")

@@ -32,20 +32,20 @@ from studies.findings import Claim, Findings, Setting
 Data = list[tuple[Tensor, Tensor]]
 
 STEPS = 30
-"""Steps from every start, with each of the learning rates."""
+"""The steps from every start with each learning rate."""
 
 LEARNING_RATES = [10 ** (k / 2) for k in range(-1, 5)]
 STARTS = [(-3.0, 6.0), (7.0, 4.0), (0.0, -2.0), (6.0, -1.0)]
 """Slopes and intercepts; the minimum is at about (2, 2)."""
 
 CHECKPOINTS = (0, 10, 30, 100, 200, 400, 1000)
-"""Steps of Adam at which the digits' matrices are looked at."""
+"""The steps of Adam at which the matrices of the digits are computed."""
 
 RANDOM_LABELS = 0.2
 """The share of the digits with a label drawn at random."""
 
 DAMPING = 0.01
-"""Of the digits' matrices, in their mean eigenvalue."""
+"""The damping of the matrices of the digits, as a multiple of their mean eigenvalue."""
 
 
 def measure(setting: Setting) -> Findings:
@@ -130,8 +130,8 @@ def _fields(seed: int, axes: Axes) -> list[Claim]:
     errors, cosines = [], []
     for theta, n, e in zip(grid, natural, empirical, strict=True):
         fisher, second = _closed_forms(theta, data)
-        found = _matrix(theta, data, Exact()), _matrix(theta, data, Empirical())
-        for matrix, expected in zip(found, (fisher, second), strict=True):
+        matrices = _matrix(theta, data, Exact()), _matrix(theta, data, Empirical())
+        for matrix, expected in zip(matrices, (fisher, second), strict=True):
             errors.append(float((matrix.to_dense() - expected).norm() / expected.norm()))
         cosines.append(float(n @ fisher @ e / ((n @ fisher @ n) * (e @ fisher @ e)).sqrt()))
     missed = float(((grid + natural - best).norm(dim=1) / (grid - best).norm(dim=1)).max())
@@ -164,33 +164,35 @@ def _fields(seed: int, axes: Axes) -> list[Claim]:
 
 def _excess(data: Data, best: Tensor, estimator: Estimator, rate: float, steps: int) -> float:
     """By how many nats the loss is above its minimum after some steps, the mean over starts."""
-    found = []
+    excesses = []
     for start in STARTS:
         theta = torch.tensor(start, dtype=torch.float64)
         for _ in range(steps):
             theta = theta + rate * _step(theta, data, estimator)
-        found.append(_loss(_line(theta), data).detach() - _loss(_line(best), data).detach())
-    return float(torch.stack(found).mean())
+        excesses.append(_loss(_line(theta), data).detach() - _loss(_line(best), data).detach())
+    return float(torch.stack(excesses).mean())
 
 
 def _lengths(seed: int, axes: Axes) -> list[Claim]:
     """How long a step is at a distance from the minimum, by the noise of the data."""
     direction = torch.tensor([0.6, 0.8], dtype=torch.float64)
     distances = torch.logspace(-4, 4, 33, dtype=torch.float64)
-    found = {}
+    lengths = {}
     for noise in (1.0, 0.1, 0.0):
         data = _regression(seed, noise)
         best = _least_squares(data) if noise else torch.tensor([2.0, 2.0], dtype=torch.float64)
         steps = [_step(best + d * direction, data, Empirical()).norm() for d in distances]
-        found[noise] = torch.stack(steps)
-        axes.plot(distances, found[noise], ".-", markersize=4, label=f"empirical, noise {noise:g}")
+        lengths[noise] = torch.stack(steps)
+        axes.plot(
+            distances, lengths[noise], ".-", markersize=4, label=f"empirical, noise {noise:g}"
+        )
     axes.plot(distances, distances, "k--", linewidth=1, label="natural gradient")
     axes.set(xscale="log", yscale="log", xlabel="distance to the minimum", title="length of a step")
     axes.set(ylim=(1e-5, 1e10))
     axes.legend(fontsize="x-small", loc="upper right")
     axes.grid(alpha=0.3)
-    far = float((found[1.0][-1] / found[1.0][-9]).log10() / 2)  # the last two decades
-    near = float((found[0.0][8] / found[0.0][0]).log10() / 2)
+    far = float((lengths[1.0][-1] / lengths[1.0][-9]).log10() / 2)  # the last two decades
+    near = float((lengths[0.0][8] / lengths[0.0][0]).log10() / 2)
     return [
         Claim.between(
             "step far from the minimum: power of the distance in its length", far, -1.02, -0.98
@@ -203,7 +205,7 @@ def _lengths(seed: int, axes: Axes) -> list[Claim]:
         ),
         Claim.between(
             "step near the minimum, noise 0.1: length over the distance (1 / noise^2)",
-            float(found[0.1][0] / distances[0]),
+            float(lengths[0.1][0] / distances[0]),
             80,
             125,
         ),
@@ -250,11 +252,11 @@ def _digits(setting: Setting, axes: Axes) -> list[Claim]:
     torch.manual_seed(setting.seed)
     start = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
     unseen = [(test.pixels, test.labels)]
-    found: list[tuple[list[float], list[float], list[float]]] = []
+    followed: list[tuple[list[float], list[float], list[float]]] = []
     for name, labels in (("right labels", train.labels), (f"{RANDOM_LABELS:.0%} random", noisy)):
         ratios, cosines, new = _followed(copy.deepcopy(start), [(train.pixels, labels)], unseen)
-        colour = "C3" if found else "C0"
-        found.append((ratios, cosines, new))
+        colour = "C3" if followed else "C0"
+        followed.append((ratios, cosines, new))
         places = [max(step, 1) for step in CHECKPOINTS]
         axes.plot(places, ratios, ".-", color=colour, label=f"{name}: training set")
         axes.plot(places, new, ".--", color=colour, label=f"{name}: test set")
@@ -262,7 +264,7 @@ def _digits(setting: Setting, axes: Axes) -> list[Claim]:
     axes.set(xscale="log", yscale="log", xlabel="steps of Adam", title="digits: tr EF / tr F")
     axes.legend(fontsize="x-small")
     axes.grid(alpha=0.3)
-    (ratios, cosines, new), (_, _, new_wrong) = found
+    (ratios, cosines, new), (_, _, new_wrong) = followed
     return [
         Claim.between("digits, before training: tr EF / tr F", ratios[0], 0.8, 1.25),
         Claim.at_most(

@@ -34,7 +34,7 @@ class Run:
 
     Attributes:
         accuracy: the mean over all tasks after the last, in per cent.
-        predicted: the forecast rise of the old tasks' mean loss, for every task but the first.
+        predicted: the predicted rise of the old tasks' mean loss, for every task but the first.
         measured: what it then was.
     """
 
@@ -46,10 +46,10 @@ class Run:
 def measure(setting: Setting) -> Findings:
     """Every strength, for both structures."""
     permuted = Permuted(*MNIST().load(setting.data_root), setting.seed)
-    claims, found = [], {}
+    claims, runs_of = [], {}
     for name, structure in STRUCTURES.items():
         runs = [learnt(permuted, structure, strength) for strength in STRENGTHS]
-        found[name] = runs
+        runs_of[name] = runs
         predicted = [value for run in runs for value in run.predicted]
         measured = [value for run in runs for value in run.measured]
         claims += [
@@ -63,7 +63,7 @@ def measure(setting: Setting) -> Findings:
                 median(m / p for p, m in zip(predicted, measured, strict=True)),
             ),
         ]
-    return Findings(claims, _picture(found))
+    return Findings(claims, _picture(runs_of))
 
 
 class Permuted:
@@ -93,8 +93,8 @@ class Permuted:
     @torch.no_grad()
     def accuracy(self, model: nn.Module) -> float:
         """The mean test accuracy over all tasks, in per cent."""
-        found = [model(self.test.pixels[:, order]).argmax(1) for order in self.orders]
-        return 100 * float((torch.stack(found) == self.test.labels).float().mean())
+        predictions = [model(self.test.pixels[:, order]).argmax(1) for order in self.orders]
+        return 100 * float((torch.stack(predictions) == self.test.labels).float().mean())
 
 
 def _pooled(pixels: Tensor) -> Tensor:
@@ -133,11 +133,11 @@ def learnt(permuted: Permuted, structure: type[FisherMatrix], strength: float) -
     return run
 
 
-def _picture(found: dict[str, list[Run]]) -> Figure:
+def _picture(runs_of: dict[str, list[Run]]) -> Figure:
     """Measured against predicted rises, and accuracy over the strength."""
     figure = Figure(figsize=(9, 3.6))
     left, right = figure.subplots(1, 2)
-    for name, runs in found.items():
+    for name, runs in runs_of.items():
         predicted = [value for run in runs for value in run.predicted]
         measured = [value for run in runs for value in run.measured]
         left.plot(predicted, measured, "o", alpha=0.7, label=name)

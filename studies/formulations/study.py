@@ -21,13 +21,13 @@ from studies.findings import Claim, Findings, Setting
 from studies.regressions import covariances, maxima
 
 FITS = 2000
-"""Simulated regressions."""
+"""The number of simulated regressions."""
 
 EXAMPLES = 600
-"""Examples of each."""
+"""The number of examples per regression."""
 
 DISPERSION = 2.0
-"""Of the negative binomial counts: their variance is ``m + m^2 / DISPERSION`` at the mean ``m``."""
+"""Negative binomial counts with the mean ``m`` have the variance ``m + m^2 / DISPERSION``."""
 
 TRUTH = torch.tensor([0.3, -0.2, 0.1, 1.0], dtype=torch.float64)
 """The coefficients of three principal components, and the constant."""
@@ -45,7 +45,7 @@ FAMILIES: dict[str, tuple[Family, Parameters]] = {
 
 
 def measure(setting: Setting) -> Findings:
-    """Gaps under the model and beside it, of families, of networks and of regressions."""
+    """Gaps with targets of the model and other targets, for families, networks and regressions."""
     curves = _training(setting.seed)
     drawn = _drawn_labels(setting.seed)
     regressions = _regressions(setting.seed)
@@ -110,19 +110,19 @@ def _training(seed: int) -> Curves:
     curves = Curves([], [], [], [])
     for step in (0, 10, 30, 100, 300, 1000, 3000):
         train(model, x, y, Categorical(), steps=step - (curves.steps or [0])[-1])
-        own = network_formulations(model, [(x, y)])
+        expected = network_formulations(model, [(x, y)])
         observed = network_formulations(model, [(x, y)], estimator=Empirical())
         curves.steps.append(step)
-        curves.hessian.append(_distance(observed.curvature, own.score))
-        curves.scores.append(_distance(observed.score, own.score))
-        curves.under_model.append(own.gap)
+        curves.hessian.append(_distance(observed.curvature, expected.score))
+        curves.scores.append(_distance(observed.score, expected.score))
+        curves.under_model.append(expected.gap)
     return curves
 
 
 def _networks(seed: int, curves: Curves) -> list[Claim]:
     x, y = digits(side=4)
     linear = nn.Linear(16, 10).double()
-    own = network_formulations(linear, [(x, y)])
+    expected = network_formulations(linear, [(x, y)])
     observed = network_formulations(linear, [(x, y)], estimator=Empirical())
     # Regression on the digit's indicator, with what is left of the residuals made smaller.
     model = tanh_network(16, 12, 10, seed=seed)
@@ -134,8 +134,8 @@ def _networks(seed: int, curves: Curves) -> list[Claim]:
     gaps = []
     for share in shares.tolist():
         data = [(x, outputs + share * (goal - outputs))]
-        found = network_formulations(model, data, Gaussian(), estimator=Empirical())
-        gaps.append(_distance(found.curvature, fisher))
+        observed = network_formulations(model, data, Gaussian(), estimator=Empirical())
+        gaps.append(_distance(observed.curvature, fisher))
     return [
         Claim.at_most(
             f"network, {curves.steps[-1]:,} training steps: largest gap with labels of the model",
@@ -144,7 +144,7 @@ def _networks(seed: int, curves: Curves) -> list[Claim]:
         ),
         Claim.at_most(
             "softmax regression: relative distance of the observed Hessian from the Fisher",
-            _distance(observed.curvature, own.score),
+            _distance(observed.curvature, expected.score),
             1e-12,
         ),
         Claim.between(
@@ -172,7 +172,7 @@ def _drawn_labels(seed: int) -> dict[int, float]:
     model = tanh_network(16, 12, 10, seed=seed)
     train(model, x, y, Categorical(), steps=30)
     generator = torch.Generator().manual_seed(seed)
-    found = {}
+    mean_gaps = {}
     for examples, repeats in ((90, 8), (359, 4), (1437, 2), (5748, 1)):
         gaps = []
         for _ in range(repeats):
@@ -180,8 +180,8 @@ def _drawn_labels(seed: int) -> dict[int, float]:
             labels = Categorical().sample(model(x[rows]).detach(), 1, generator)[0]
             observed = network_formulations(model, [(x[rows], labels)], estimator=Empirical())
             gaps.append(observed.gap)
-        found[examples] = sum(gaps) / repeats
-    return found
+        mean_gaps[examples] = sum(gaps) / repeats
+    return mean_gaps
 
 
 @dataclass(frozen=True)
@@ -252,10 +252,10 @@ def _regressions(seed: int) -> Regressions:
         with torch.no_grad():
             model.weight.copy_(theta[one])
         data = [(design, y[one][:, None])]
-        found = network_formulations(model, data, Poisson(), estimator=Empirical())
+        by_library = network_formulations(model, data, Poisson(), estimator=Empirical())
         for mine, theirs in (
-            (inverse[one], found.curvature.inverse() / EXAMPLES),
-            (sandwich[one], found.sandwich / EXAMPLES),
+            (inverse[one], by_library.curvature.inverse() / EXAMPLES),
+            (sandwich[one], by_library.sandwich / EXAMPLES),
         ):
             apart = max(apart, _distance(mine, theirs))
     plain, robust = (m.diagonal(dim1=1, dim2=2).sqrt() for m in (inverse, sandwich))
@@ -267,7 +267,7 @@ def _distance(matrix: Tensor, other: Tensor) -> float:
 
 
 def _slope(x: Tensor, y: Tensor) -> float:
-    """The power of ``x`` that ``y`` goes with."""
+    """The power of ``x`` that ``y`` is proportional to, by least squares."""
     a, b = x.double().log(), y.double().log()
     a = a - a.mean()
     return float((a * b).sum() / a.square().sum())
@@ -284,7 +284,7 @@ def _picture(curves: Curves, drawn: dict[int, float], regressions: Regressions) 
     first.set(xlabel="labels drawn from the model", ylabel="relative gap")
     second.semilogy(curves.steps, curves.hessian, "o-", ms=3, label="Hessian")
     second.semilogy(curves.steps, curves.scores, "s-", ms=3, label="scores' second moments")
-    second.set_xscale("symlog", linthresh=10)  # for there is a step 0
+    second.set_xscale("symlog", linthresh=10)  # there is a step 0
     second.set(xlabel="steps of training", ylabel="distance from the Fisher")
     _coverage_panel(third, regressions)
     for axes in (first, second, third):

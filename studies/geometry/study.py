@@ -28,10 +28,10 @@ from experiments.data import Digits
 from studies.findings import Claim, Findings, Setting
 
 EXAMPLES, WIDTH, NATS = 300, 8, 1e-8
-"""Of the networks on digits; how far compared steps go."""
+"""The examples and the width of the network on digits; the divergence of compared steps."""
 
 DIRECTIONS = 200
-"""Random ones that the natural gradient is compared with."""
+"""The number of random directions that the natural gradient is compared with."""
 
 Data = tuple[Tensor, Tensor]
 
@@ -98,7 +98,7 @@ OTHER: dict[str, tuple[Family, Family, list[tuple[float, float]]]] = {
         [(1.0, 2.0), (5.0, 0.5), (0.5, 3.0)],
     ),
 }
-"""Families without one, by their parameters and by the logarithms of these, and three members."""
+"""Families without a closed form, by their parameters and their logarithms; three members each."""
 
 
 def _distances() -> list[Claim]:
@@ -164,7 +164,7 @@ def _loss(model: nn.Module, parameters: Parameters, data: Data) -> float:
 
 
 def _divergence(model: nn.Module, one: Parameters, two: Parameters, x: Tensor) -> float:
-    """The mean divergence of the predictions, in nats an example."""
+    """The mean divergence of the predictions, in nats per example."""
     outputs = [functional_call(model, parameters, x) for parameters in (one, two)]
     return float(Categorical().kl(*outputs).mean())
 
@@ -233,7 +233,7 @@ def _lengths(model: nn.Module, data: Data, axes: Axes) -> list[Claim]:
 
 
 def _steepest(model: nn.Module, data: Data, where: str, seed: int) -> Claim:
-    """How much the best of other directions lowers the loss, by what the natural gradient does."""
+    """The fall of the loss along the best other direction, over that along the natural gradient."""
     here = _parameters(model)
     model.zero_grad()
     functional.cross_entropy(model(data[0]), data[1]).backward()  # type: ignore[no-untyped-call]
@@ -257,8 +257,8 @@ def _steepest(model: nn.Module, data: Data, where: str, seed: int) -> Claim:
         """By how much the loss falls along a direction, at NATS nats of divergence."""
         length = math.sqrt(2 * NATS / float(fisher.quadratic_form(direction)))
         for _ in range(3):  # the divergence is nearly quadratic
-            found = _divergence(model, here, moved(direction, length), data[0])
-            length *= math.sqrt(NATS / found)
+            nats = _divergence(model, here, moved(direction, length), data[0])
+            length *= math.sqrt(NATS / nats)
         return before - _loss(model, moved(direction, length), data)
 
     def moved(direction: Parameters, by: float) -> Parameters:
@@ -273,7 +273,7 @@ def _steepest(model: nn.Module, data: Data, where: str, seed: int) -> Claim:
 
 
 def _divergences(model: nn.Module, data: Data, axes: Axes) -> Claim:
-    """The order in the step at which divergence and metric part, in a few random directions."""
+    """The order in the step of divergence minus metric, in a few random directions."""
     here = _parameters(model)
     fisher = fisher_information(model, [data], structure=ImplicitFisher)
     sizes = torch.logspace(-3, -0.5, 11, dtype=torch.float64)
@@ -281,19 +281,19 @@ def _divergences(model: nn.Module, data: Data, axes: Axes) -> Claim:
     for number in range(5):
         direction = {n: torch.randn_like(t) for n, t in here.items()}
         half = float(fisher.quadratic_form(direction)) / 2
-        found = torch.tensor([
+        divergences = torch.tensor([
             _divergence(model, here, {n: t + e * direction[n] for n, t in here.items()}, data[0])
             for e in sizes.tolist()
         ], dtype=torch.float64)  # fmt: skip
-        gaps = (found - half * sizes.square()).abs()
+        gaps = (divergences - half * sizes.square()).abs()
         # Between rounding and the next order.
         orders.append(float((gaps[4] / gaps[0]).log() / (sizes[4] / sizes[0]).log()))
         if number == 0:
             axes.loglog(sizes, half * sizes.square(), label="metric: half d'Fd")
-            axes.loglog(sizes, found, "o", ms=4, label="divergence")
+            axes.loglog(sizes, divergences, "o", ms=4, label="divergence")
             axes.loglog(sizes, gaps, "x--", ms=4, lw=0.8, label="difference")
     axes.set(xlabel="size of a random step")
-    axes.set_title("network on digits: nats an example", fontsize="small")
+    axes.set_title("network on digits: nats per example", fontsize="small")
     axes.legend(fontsize="x-small", loc="lower right")
     axes.grid(alpha=0.3)
     order = sorted(orders)[len(orders) // 2]

@@ -25,16 +25,16 @@ from experiments.data import Digits, Images
 from studies.findings import Claim, Findings, Setting
 
 DECAY = 1e-3
-"""Of the fits, and the damping of the solves."""
+"""The decay of the fits, and the damping of the solves."""
 
 LEFT_OUT = 100
-"""Examples that are left out, one by one."""
+"""The number of examples that are left out, one by one."""
 
 OUTPUTS = 20
-"""Test digits of which an output is followed."""
+"""The number of test digits whose outputs are compared."""
 
 WRONG, DECAY_WITH_WRONG = 0.1, 0.01
-"""The share of labels that are made wrong, and the decay of fits to such."""
+"""The share of labels that are made wrong, and the decay of the fits to them."""
 
 SOLVES: dict[str, type[FisherMatrix]] = {
     "dense": DenseFisher,
@@ -60,13 +60,13 @@ class Regression:
     test: tuple[Tensor, Tensor]
 
     def loss(self, weight: Tensor) -> float:
-        """On the test set, in nats an example."""
+        """On the test set, in nats per example."""
         x, y = self.test
         return -float(self.likelihood.log_prob(x @ weight.T, y).mean())
 
 
 def measure(setting: Setting) -> Findings:
-    """Correlations with refits, agreement of the solves, and the errors that are found."""
+    """Correlations with refits, agreement of the solves, and detected label errors."""
     train, test = Digits().load(setting.data_root)
     figure = Figure(figsize=(9, 3.2))
     panels = figure.subplots(1, 3, width_ratios=(1.1, 1.1, 1))
@@ -79,12 +79,12 @@ def measure(setting: Setting) -> Findings:
         weights = list(_refits(regression, left_out))
         before = regression.loss(regression.model.weight.detach())
         actual = torch.tensor([regression.loss(weight) - before for weight in weights])
-        found = {solve: _on_test_loss(regression, kind) for solve, kind in SOLVES.items()}
+        changes = {solve: _on_test_loss(regression, kind) for solve, kind in SOLVES.items()}
         for solve in held:
-            close = _correlation(found[solve][left_out], actual)
+            close = _correlation(changes[solve][left_out], actual)
             quantity = f"{name}, {solve}: correlation with refits, test loss"
             claims.append(Claim.at_least(quantity, close, 0.95))
-        gap = (found["matrix-free"] - found["dense"]).abs().max() / found["dense"].abs().max()
+        gap = (changes["matrix-free"] - changes["dense"]).abs().max() / changes["dense"].abs().max()
         claims.append(
             Claim.at_most(f"{name}: matrix-free against dense, relative", float(gap), 1e-6)
         )
@@ -97,7 +97,7 @@ def measure(setting: Setting) -> Findings:
             claims.append(Claim.shown(f"{name}, first order: {refits}, {what}", close))
         for what, close in with_leverage.items():
             claims.append(Claim.at_least(f"{name}, with leverage: {refits}, {what}", close, 0.95))
-    predicted = {solve: found[solve][left_out] for solve in SOLVES}
+    predicted = {solve: changes[solve][left_out] for solve in SOLVES}
     _scatter(panels[0], actual, predicted | {"with leverage": step})
     claims += _planted(train, setting.seed, panels[1:])
     figure.tight_layout()
@@ -113,18 +113,18 @@ def _with_one(pixels: Tensor) -> Tensor:
 
 def _logistic(train: Images, test: Images) -> Regression:
     """Fours against nines."""
-    parts = []
+    pairs = []
     for images in (train, test):
         kept = (images.labels == 4) | (images.labels == 9)
         nine = (images.labels[kept] == 9).double()[:, None]
-        parts.append((_with_one(images.pixels[kept]), nine))
-    return _fitted(Regression(Bernoulli(), nn.Linear(65, 1, bias=False).double(), *parts))
+        pairs.append((_with_one(images.pixels[kept]), nine))
+    return _fitted(Regression(Bernoulli(), nn.Linear(65, 1, bias=False).double(), *pairs))
 
 
 def _softmax(train: Images, test: Images) -> Regression:
     """All ten."""
-    parts = [(_with_one(images.pixels), images.labels) for images in (train, test)]
-    return _fitted(Regression(Categorical(), nn.Linear(65, 10, bias=False).double(), *parts))
+    pairs = [(_with_one(images.pixels), images.labels) for images in (train, test)]
+    return _fitted(Regression(Categorical(), nn.Linear(65, 10, bias=False).double(), *pairs))
 
 
 def _fitted(regression: Regression) -> Regression:
@@ -195,14 +195,14 @@ def _of_the_fit(
     fisher = fisher_information(model, [(x, y)], likelihood, structure=DenseFisher)
     full = model.weight.detach()
     images = regression.test[0][:OUTPUTS]
-    found = []
+    of_outputs = []
     for image in images:
         (gradient,) = torch.autograd.grad(model(image)[-1], [model.weight])
-        direction, part = {"weight": gradient}, [(x[left_out], y[left_out])]
+        direction, examples = {"weight": gradient}, [(x[left_out], y[left_out])]
         changes = influence(
-            model, part, direction, fisher, likelihood, damping=DECAY, leverage=leverage
+            model, examples, direction, fisher, likelihood, damping=DECAY, leverage=leverage
         )
-        found.append(changes)
+        of_outputs.append(changes)
     outputs = torch.stack([images @ (weight - full)[-1] for weight in weights], 1)
     moves = []
     for index in left_out:
@@ -211,7 +211,9 @@ def _of_the_fit(
         moves.append(moved["weight"] - full)
     actual = torch.stack([weight - full for weight in weights])
     return {
-        f"outputs of {OUTPUTS} digits": _correlation(torch.stack(found).ravel(), outputs.ravel()),
+        f"outputs of {OUTPUTS} digits": _correlation(
+            torch.stack(of_outputs).ravel(), outputs.ravel()
+        ),
         "every parameter": _correlation(torch.stack(moves).flatten(), actual.flatten()),
     }
 
@@ -244,12 +246,12 @@ def _planted(train: Images, seed: int, panels: list[Axes]) -> list[Claim]:
             fisher = fisher_information(model, [(x, y)], structure=SOLVES[solve])
             suspicion = self_influence(model, [(x, y)], fisher, damping=DECAY_WITH_WRONG)
             order = suspicion.argsort(descending=True)
-            found = planted[order].cumsum(0) / planted.sum()
-            fifth = float(found[round(0.2 * len(y)) - 1])
+            caught = planted[order].cumsum(0) / planted.sum()
+            fifth = float(caught[round(0.2 * len(y)) - 1])
             quantity = f"{name}, {solve}: share of {len(wrong)} wrong labels in the top fifth"
             claims.append(Claim.at_least(quantity, fifth, 0.8))
             style = {"dense": "-", "Kronecker": "--"}[solve]
-            panels[0].plot(inspected, found, style, label=f"{name}, {solve}", lw=1.2)
+            panels[0].plot(inspected, caught, style, label=f"{name}, {solve}", lw=1.2)
     panels[0].plot([0, 1], [0, 1], color="grey", lw=0.8, label="at random")
     panels[0].axvline(0.2, color="grey", ls=":", lw=0.8)
     panels[0].set(xlabel="share of the training set looked at", xlim=(0, 0.4))
@@ -275,11 +277,11 @@ def _minimise(model: nn.Module, x: Tensor, y: Tensor) -> None:
 # --- the picture ----------------------------------------------------------------------------
 
 
-def _scatter(axes: Axes, actual: Tensor, found: dict[str, Tensor]) -> None:
+def _scatter(axes: Axes, actual: Tensor, predicted: dict[str, Tensor]) -> None:
     marks = ("Kronecker", "x", 4), ("dense", "o", 4), ("matrix-free", ".", 2)
     for solve, mark, size in (*marks, ("with leverage", "+", 5)):
-        label = f"{solve}, r = {_correlation(found[solve], actual):.3f}"
-        axes.plot(1e3 * actual, 1e3 * found[solve], mark, ms=size, label=label)
+        label = f"{solve}, r = {_correlation(predicted[solve], actual):.3f}"
+        axes.plot(1e3 * actual, 1e3 * predicted[solve], mark, ms=size, label=label)
     ends = [1e3 * float(actual.min()), 1e3 * float(actual.max())]
     axes.plot(ends, ends, color="grey", lw=0.8)
     axes.set(xlabel="refit without an example", ylabel="influence", ylim=(-2.2, 1.3))
@@ -290,7 +292,7 @@ def _scatter(axes: Axes, actual: Tensor, found: dict[str, Tensor]) -> None:
 
 def _suspects(axes: Axes, x: Tensor, y: Tensor, chosen: Tensor, truth: Tensor) -> None:
     """The training images of the largest self-influence, with their labels."""
-    rows = [torch.cat([*x[part].view(-1, 8, 8).unbind()], 1) for part in chosen.view(-1, 4)]
+    rows = [torch.cat([*x[places].view(-1, 8, 8).unbind()], 1) for places in chosen.view(-1, 4)]
     axes.imshow(torch.cat([functional.pad(row, (0, 0, 0, 4)) for row in rows]), cmap="gray_r")
     for place, index in enumerate(chosen.tolist()):
         right = int(y[index]) == int(truth[index])

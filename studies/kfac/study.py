@@ -1,7 +1,7 @@
-r"""K-FAC against the exact matrix: where it is exact, and by how much it is off elsewhere.
+r"""K-FAC against the exact matrix: where it is exact, and its error elsewhere.
 
-Relative Frobenius errors by layer on networks before, after and long after they have learnt
-digits, what lies between layers, and what comes of it for a Laplace posterior.
+Relative Frobenius errors by layer, for networks before, after and long after they have learnt
+digits; the share between layers; and the consequences for a Laplace posterior.
 """
 
 from dataclasses import dataclass
@@ -43,21 +43,21 @@ STRUCTURES: dict[str, type[FisherMatrix]] = {
 }
 
 SIZES = (64, 16, 16, 10)
-"""Of the networks for the digits: 1,482 parameters."""
+"""The widths of the networks for the digits: 1,482 parameters."""
 
 BATCH_SIZE = 256
-"""Of the networks without a posterior."""
+"""The batch size of the networks without a posterior."""
 
 EXACT: dict[str, type[FisherMatrix]] = {"dense": DenseFisher, "blocks": BlockDiagonalFisher}
 
 PRIOR_PRECISIONS = (1.0, 0.1)
-"""Of the weights of the networks with a posterior."""
+"""The precisions of the prior of the networks with a posterior."""
 
 STYLES = ("-C3o", "-C0s", "-C2^")
-"""Of the structures in the picture."""
+"""The styles of the structures in the picture."""
 
 EXAMPLES = 2000
-"""MNIST images that its matrices are of; the networks learn from all 60,000."""
+"""The number of MNIST images behind the matrices; the networks learn from all 60,000."""
 
 
 @dataclass
@@ -134,11 +134,11 @@ def _largest_error(model: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihoo
     model = model.double()
     data = [(x.double(), y if y.dtype == torch.long else y.double())]
     exact = fisher_information(model, data, likelihood, structure=BlockDiagonalFisher)
-    found = [
+    matrices = [
         fisher_information(model, data, likelihood, structure=STRUCTURES[name])
         for name in ("K-FAC", "EKFAC")
     ]
-    return max(error for f in found for error in error_by_layer(f, exact).values())
+    return max(error for f in matrices for error in error_by_layer(f, exact).values())
 
 
 # --- on trained networks -----------------------------------------------------------------
@@ -160,14 +160,14 @@ def _pooled(images: Images) -> Images:
 def _learn(
     model: nn.Module, images: Images, steps: int, batch_size: int | None, decay: float = 0.0
 ) -> None:
-    """Some steps of Adam, with a decay of the weights in nats an example, down to a rate of 0."""
+    """Some steps of Adam, with a decay of the weights in nats per example; the rate falls to 0."""
     adam = torch.optim.Adam(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
     for _ in range(steps):
         x, y = images.pixels, images.labels
         if batch_size is not None:
-            part = torch.randint(len(images), (batch_size,))
-            x, y = x[part], y[part]
+            batch = torch.randint(len(images), (batch_size,))
+            x, y = x[batch], y[batch]
         loss = cross_entropy(model(x), y)
         if decay:
             loss = loss + 0.5 * decay * sum(p.square().sum() for p in model.parameters())
@@ -180,12 +180,12 @@ def _learn(
 def _state(name: str, model: nn.Module, images: Images) -> State:
     data = [(images.pixels, images.labels)]
     exact = fisher_information(model, data, structure=DenseFisher)
-    found = {
+    matrices = {
         key: fisher_information(model, data, structure=structure)
         for key, structure in STRUCTURES.items()
     }
-    errors = {key: error_by_layer(matrix, exact) for key, matrix in found.items()}
-    trace = abs(float(found["EKFAC"].trace() / exact.trace()) - 1)
+    errors = {key: error_by_layer(matrix, exact) for key, matrix in matrices.items()}
+    trace = abs(float(matrices["EKFAC"].trace() / exact.trace()) - 1)
     return State(name, errors, share_between_layers(exact), trace)
 
 
@@ -237,24 +237,24 @@ def _posterior(train: Images, test: Images, prior: float, seed: int) -> Posterio
     mode = {name: p.detach().double() for name, p in trainable_parameters(model).items()}
     log_likelihood = -float(cross_entropy(model(x), y, reduction="sum").detach())
     jacobian = _jacobian(model, mode, test.pixels[::9].double())
-    found = Posterior(prior, {}, {}, {})
+    posterior = Posterior(prior, {}, {}, {})
     for name, structure in (EXACT | STRUCTURES).items():
         fisher = fisher_information(model, [(x, y)], structure=structure).to(dtype=torch.float64)
-        found.evidence[name] = laplace_log_evidence(log_likelihood, fisher, mode, prior)
-        found.errors[name] = flatten(standard_errors(fisher, prior_precision=prior))
+        posterior.evidence[name] = laplace_log_evidence(log_likelihood, fisher, mode, prior)
+        posterior.errors[name] = flatten(standard_errors(fisher, prior_precision=prior))
         precision = fisher.precision.to_dense()
         precision.diagonal().add_(prior)
         root = torch.linalg.cholesky(precision)
         # The standard errors of the outputs, linear in the parameters around the mode.
         rows = torch.linalg.solve_triangular(root, jacobian.T, upper=False)
-        found.predictive[name] = rows.norm(dim=0)
-    return found
+        posterior.predictive[name] = rows.norm(dim=0)
+    return posterior
 
 
 def _jacobian(model: nn.Module, mode: Parameters, x: Tensor) -> Tensor:
     """The derivatives of the outputs, ``[n * c, p]``."""
-    found = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (x,)))(mode)
-    return torch.cat([part.flatten(0, 1).flatten(1) for part in found.values()], 1)
+    jacobians = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (x,)))(mode)
+    return torch.cat([jacobian.flatten(0, 1).flatten(1) for jacobian in jacobians.values()], 1)
 
 
 def _of_posterior(posterior: Posterior) -> list[Claim]:

@@ -32,13 +32,13 @@ from experiments.data import Digits, Images
 from studies.findings import Claim, Findings, Setting
 
 TRUTH, DEGREES, DATA_SETS = 3, range(1, 9), 50
-"""Of the polynomials."""
+"""The true degree, the degrees that are compared, and the number of data sets."""
 
 WIDTHS, PRIORS, SEEDS = (2, 3, 4, 6, 8, 12, 16, 24), (1.0, 0.5, 0.25), 2
-"""Of the networks; the precision of the prior is chosen by the evidence."""
+"""The widths of the networks, the precisions of the prior, and the number of splits."""
 
 EXAMPLES = 600
-"""Digits the networks learn from; the other 1,197 are held out."""
+"""The number of digits that the networks learn from; the other 1,197 are held out."""
 
 CHANCE = 0.643
 """Spearman's rank correlation of 8 pairs that chance exceeds in one case of 20."""
@@ -97,13 +97,13 @@ def _evidence(
     model = _fitted(data, likelihood, prior_precision)
     fisher = fisher_information(model, [data], likelihood, structure=structure)
     mode = {name: p.detach() for name, p in model.named_parameters()}
-    found = _log_likelihood(model, data, likelihood)
-    return laplace_log_evidence(found, fisher, mode, prior_precision)
+    log_likelihood = _log_likelihood(model, data, likelihood)
+    return laplace_log_evidence(log_likelihood, fisher, mode, prior_precision)
 
 
 def _closed_form() -> list[Claim]:
     """Of a regression of the diabetes data the evidence is that of a normal distribution."""
-    inputs, outcome = (torch.from_numpy(part) for part in load_diabetes(return_X_y=True))
+    inputs, outcome = (torch.from_numpy(array) for array in load_diabetes(return_X_y=True))
     x, y = inputs / inputs.std(0), ((outcome - outcome.mean()) / outcome.std())[:, None]
     noise, prior_precision = Gaussian(0.5), 20.0
     design = functional.pad(x, (0, 1), value=1.0)
@@ -112,16 +112,16 @@ def _closed_form() -> list[Claim]:
     exact = float(prior.log_prob(y[:, 0]))  # type: ignore[no-untyped-call]
     claims = []
     for name in ("dense", "Kronecker"):
-        found = _evidence((x, y), noise, prior_precision, STRUCTURES[name])
+        evidence = _evidence((x, y), noise, prior_precision, STRUCTURES[name])
         quantity = f"diabetes, linear regression, {name}: relative error of the log-evidence"
-        claims.append(Claim.at_most(quantity, abs(found / exact - 1), 1e-8))
+        claims.append(Claim.at_most(quantity, abs(evidence / exact - 1), 1e-8))
     return claims
 
 
 def _scores(data: Data, likelihood: Gaussian) -> dict[str, float]:
     """What the criteria say of a polynomial, all on the scale of the log-evidence."""
     model = _fitted(data, likelihood, 0.0)
-    found = _log_likelihood(model, data, likelihood)
+    log_likelihood = _log_likelihood(model, data, likelihood)
     exact, scores = (
         fisher_information(model, [data], likelihood, estimator=estimator, structure=DenseFisher)
         for estimator in (Exact(), Empirical())
@@ -129,9 +129,9 @@ def _scores(data: Data, likelihood: Gaussian) -> dict[str, float]:
     size = exact.num_parameters
     return {
         "evidence": _evidence(data, likelihood, prior_precision=1.0),
-        "BIC": -bic(found, size, len(data[0])) / 2,
-        "AIC": -aic(found, size) / 2,
-        "TIC": -tic(found, exact, scores) / 2,
+        "BIC": -bic(log_likelihood, size, len(data[0])) / 2,
+        "AIC": -aic(log_likelihood, size) / 2,
+        "TIC": -tic(log_likelihood, exact, scores) / 2,
     }
 
 
@@ -179,7 +179,7 @@ class Candidate:
 
     Attributes:
         evidence: in nats, by structure.
-        held_out: the log-likelihood of what was held out, in nats an example.
+        held_out: the log-likelihood of the held-out digits, in nats per example.
     """
 
     evidence: dict[str, float]
@@ -195,13 +195,13 @@ def _widths(digits: tuple[Images, Images], seed: int, axes: Axes) -> list[Claim]
         generator = torch.Generator().manual_seed(seed + number)
         order = torch.randperm(len(labels), generator=generator)
         train, rest = order[:EXAMPLES], order[EXAMPLES:]
-        parts = (pixels[train], labels[train]), (pixels[rest], labels[rest])
+        split = (pixels[train], labels[train]), (pixels[rest], labels[rest])
         # The dense matrix takes longest: of the first seed only.
         names = list(STRUCTURES) if number == 0 else ["Kronecker", "diagonal"]
         torch.manual_seed(seed + number)
-        candidates = [_candidates(width, *parts, names) for width in WIDTHS]
+        candidates = [_candidates(width, *split, names) for width in WIDTHS]
         for name in names:
-            best = [_best(found, name) for found in candidates]
+            best = [_best(of_width, name) for of_width in candidates]
             evidence, held_out = [c.evidence[name] for c in best], [c.held_out for c in best]
             ranks.setdefault(name, []).append(float(spearmanr(evidence, held_out).statistic))
             if number == 0:
@@ -237,7 +237,7 @@ def _candidates(width: int, train: Data, rest: Data, structures: list[str]) -> l
     """A network of one width at the modes for all priors, each from the one before."""
     model = nn.Sequential(nn.Linear(64, width), nn.Tanh(), nn.Linear(width, 10))
     likelihood = Categorical()
-    found = []
+    candidates = []
     for prior_precision in PRIORS:
         _minimise(model, *train, prior_precision)
         mode = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -247,8 +247,8 @@ def _candidates(width: int, train: Data, rest: Data, structures: list[str]) -> l
         for name in structures:
             fisher = fisher_information(model, [train], likelihood, structure=STRUCTURES[name])
             evidence[name] = laplace_log_evidence(of_train, fisher, mode, prior_precision)
-        found.append(Candidate(evidence, held_out))
-    return found
+        candidates.append(Candidate(evidence, held_out))
+    return candidates
 
 
 def _minimise(model: nn.Module, x: Tensor, y: Tensor, prior_precision: float) -> None:

@@ -25,10 +25,10 @@ from studies.findings import Claim, Findings, Setting
 from studies.natural_gradient.race import Course, Runner, Step, plain, race
 
 TARGET = 0.97
-"""The share of MNIST's test images to get right."""
+"""The test accuracy on MNIST that ends the race."""
 
 HORIZON = 5000.0
-"""Images that a mean of parameters is over, wherever there is one."""
+"""The number of images that a running mean of the parameters covers."""
 
 
 def measure(setting: Setting) -> Findings:
@@ -69,8 +69,8 @@ def _one_step(images: Images) -> list[Claim]:
         optimizer.update_fisher([(x, y)])
         torch.autograd.backward(0.5 * (line(x) - y).square().sum(1).mean())
         optimizer.step()
-        found = torch.cat([line.weight, line.bias[:, None]], 1).detach()
-        error = float((found - solution).norm() / solution.norm())
+        fitted = torch.cat([line.weight, line.bias[:, None]], 1).detach()
+        error = float((fitted - solution).norm() / solution.norm())
         quantity = f"least squares, one step, {name}: relative distance from the solution"
         claims.append(Claim.at_most(quantity, error, 1e-9))
     return claims
@@ -146,7 +146,7 @@ def _plain_step(model: nn.Module) -> Step:
 
 
 def mlp() -> nn.Sequential:
-    """784-400-400-10 with ReLU, as torch begins it."""
+    """A network 784-400-400-10 with ReLU and the initialisation of torch."""
     layers = nn.Linear(784, 400), nn.ReLU(), nn.Linear(400, 400), nn.ReLU(), nn.Linear(400, 10)
     return nn.Sequential(*layers)
 
@@ -156,11 +156,11 @@ class Recipe:
     """How natural gradient is run.
 
     Attributes:
-        options: of the optimizer.
-        updates: the steps at which it looks at the curvature: often while it changes fast.
-        images: of the batch from which it takes the curvature.
-        bounded: how many steps from the first on have a bound, and every which one after.
-        bounding: images of the batch from which it takes the bound.
+        options: the options of the optimizer.
+        updates: the steps at which the curvature is computed: often while it changes fast.
+        images: the number of images of the batch that the curvature is computed from.
+        bounded: the number of first steps with a bound, and the interval of bounds after them.
+        bounding: the number of images of the batch that the bound is computed from.
     """
 
     options: Mapping[str, Any]
@@ -170,11 +170,11 @@ class Recipe:
     bounding: int
 
     def start(self, model: nn.Module, **other: Any) -> Step:
-        """What takes a step.
+        """The function that takes a step.
 
         Args:
             model: the network.
-            other: options in place of those of the recipe.
+            other: options that replace those of the recipe.
         """
         optimizer = NaturalGradient(model, estimator=MonteCarlo(1), **{**self.options, **other})
         first, every = self.bounded
@@ -192,7 +192,7 @@ class Recipe:
 
 
 def falling(step: int) -> float:
-    """A damping that falls from 1, where the network is new."""
+    """A damping that falls from 1 in the first steps."""
     return 1.0 if step < 8 else 0.3 if step < 24 else 0.2
 
 
@@ -203,7 +203,7 @@ LARGE = Recipe(
     (20, 4),
     512,
 )
-"""For batches of 2,048."""
+"""The recipe for batches of 2,048."""
 
 SMALL = Recipe(
     {"lr": 0.2, "momentum": 0.8, "damping": falling, "tolerance": 0.3},
@@ -212,7 +212,7 @@ SMALL = Recipe(
     (12, 16),
     128,
 )
-"""For batches of 256."""
+"""The recipe for batches of 256."""
 
 
 def sgd(rate: float, momentum: float = 0.0) -> Callable[[nn.Module], Step]:
@@ -227,10 +227,10 @@ def adam(rate: float) -> Callable[[nn.Module], Step]:
 
 OURS = "natural gradient"
 MEAN = ", mean"
-"""Ends the names of those whose parameters are looked at as a running mean."""
+"""The end of the names of optimizers that are judged by a running mean of the parameters."""
 
 COLOURS = {OURS: "C0", "SGD, momentum": "C2", "SGD": "C1", "Adam": "C3"}
-"""The colours of the picture, by the beginning of a name; the first that fits."""
+"""The colours of the picture by the beginning of a name; the first match counts."""
 
 LARGE_BATCH = 2048
 IN_LARGE_BATCHES = [
@@ -249,7 +249,7 @@ IN_SMALL_BATCHES = [
     Runner("Adam", 512, adam(0.008), limit=600, every=5),
     Runner("Adam" + MEAN, 256, adam(0.008), limit=600, horizon=HORIZON),
 ]
-"""Batch size and rate are the best of eight trials each; a look every 2,560 images."""
+"""Batch size and rate are the best of eight trials each; all are tested every 2,560 images."""
 
 HELD_TO_SECONDS = {"SGD", *(runner.name for runner in IN_LARGE_BATCHES[1:3])}
 """The optimizers that must take more seconds than natural gradient."""
@@ -259,7 +259,7 @@ HELD_TO_STEPS = {"SGD", "SGD" + MEAN, *(runner.name for runner in IN_LARGE_BATCH
 
 
 def _of_race(courses: dict[str, Course]) -> list[Claim]:
-    """Steps and seconds of ours over those of the others; of who gives up, over its limit."""
+    """Steps and seconds of natural gradient over those of the others, or over their limit."""
     claims: list[Claim] = []
     for runners in (IN_SMALL_BATCHES, IN_LARGE_BATCHES):
         first, *others = (runner.name for runner in runners)

@@ -25,7 +25,7 @@ def _categorical(p: Parameters) -> Categorical:
 
 
 def _logistic(p: Parameters) -> Density:
-    """A log-density of the user's own, with its location."""
+    """A family given by its log-density and its location."""
     return Density(lambda x: -2 * ((x - p["m"]) / 2).cosh().log() - math.log(4), location=2.0)
 
 
@@ -55,13 +55,13 @@ OWN: tuple[Family, Parameters, list[list[float]]] = (_logistic, {"m": _t(2.0)}, 
 
 
 def measure(setting: Setting) -> Findings:
-    """The largest errors of exact ones, and z-scores of sampled ones."""
+    """The errors of exact matrices, and the z-scores of sampled ones."""
     claims = []
     exact = FAMILIES | {"logistic, by its log-density alone": OWN}
     for name, (family, parameters, closed) in exact.items():
         expected = torch.tensor(closed, dtype=torch.float64)
-        found = parametric_fisher(family, parameters).to_dense()
-        error = float((found - expected).abs().max() / expected.abs().max())
+        information = parametric_fisher(family, parameters).to_dense()
+        error = float((information - expected).abs().max() / expected.abs().max())
         claims.append(Claim.at_most(f"{name}: relative error", error, 1e-8))
     scores = torch.cat([_z_scores(name, setting.seed) for name in FAMILIES])
     about = f"of {len(scores)} z-scores, {SAMPLES:,} draws"
@@ -73,11 +73,11 @@ def measure(setting: Setting) -> Findings:
 
 
 def _z_scores(name: str, seed: int) -> Tensor:
-    """How many standard errors the entries of a sampled matrix are off."""
+    """The errors of the entries of a sampled matrix, in standard errors."""
     family, parameters, closed = FAMILIES[name]
-    found, errors = sampled_parametric_fisher(family, parameters, SAMPLES, seed)
+    sampled, errors = sampled_parametric_fisher(family, parameters, SAMPLES, seed)
     rows, columns = torch.triu_indices(len(closed), len(closed))
-    off = found.to_dense() - torch.tensor(closed, dtype=torch.float64)
+    off = sampled.to_dense() - torch.tensor(closed, dtype=torch.float64)
     return (off / errors)[rows, columns]
 
 

@@ -19,16 +19,16 @@ from experiments.data import Digits, Images
 from studies.findings import Claim, Findings, Setting
 
 EXAMPLES = 300
-"""Digits behind the spectrum: 2,700 directions at most, of 1,510 parameters."""
+"""The number of digits behind the spectrum; they determine at most 2,700 directions."""
 
 STEPS, SAMPLES = 150, 4
-"""Of the Lanczos process, and its random vectors."""
+"""The steps of the Lanczos process, and the number of random vectors."""
 
 COUNTS = (5, 10, 20, 40, 80, 160, 320)
-"""Examples behind the ranks."""
+"""The numbers of examples behind the ranks."""
 
 RATES, TRAINING = (0.125, 0.2), 2000
-"""Learning rates of gradient descent, and its steps."""
+"""The learning rates of gradient descent, and the number of steps."""
 
 
 def measure(setting: Setting) -> Findings:
@@ -52,7 +52,7 @@ def _network(width: int) -> nn.Module:
 def _information(
     model: nn.Module, digits: Images, count: int, structure: type[FisherMatrix]
 ) -> FisherMatrix:
-    """That of the first digits, in double precision."""
+    """The information of the first digits, in double precision."""
     data = [(digits.pixels[:count].double(), digits.labels[:count])]
     return fisher_information(model, data, structure=structure)
 
@@ -90,7 +90,7 @@ def _densities(digits: Images, seed: int, axes: Axes) -> list[Claim]:
 
 def _ridge() -> list[Claim]:
     """The effective dimension against the trace of the hat matrix, on the diabetes data."""
-    inputs, outcome = (torch.from_numpy(part) for part in load_diabetes(return_X_y=True))
+    inputs, outcome = (torch.from_numpy(array) for array in load_diabetes(return_X_y=True))
     x = inputs / inputs.std(0)
     noise, penalties = 0.5, (0.1, 10.0, 1000.0)
     model = nn.Linear(10, 1, bias=False).double()
@@ -118,11 +118,11 @@ def _ranks(digits: Images, axes: Axes) -> list[Claim]:
     few = [(rank, 9 * n) for rank, n in zip(ranks, COUNTS, strict=True) if 9 * n < size / 2]
     axes.plot(COUNTS, ranks, "o-", ms=4, label="rank")
     axes.plot(COUNTS, dimensions, "s-", ms=4, label="effective dimension")
-    axes.plot(COUNTS, [9 * n for n in COUNTS], "k:", lw=1, label="9 an example")
+    axes.plot(COUNTS, [9 * n for n in COUNTS], "k:", lw=1, label="9 per example")
     axes.axhline(size, color="grey", lw=0.8)
     axes.text(COUNTS[0], 1.1 * size, f"{size} parameters", fontsize="x-small", color="grey")
     axes.set(xlabel="examples", xscale="log", yscale="log", ylim=(5, 4000))
-    axes.set_title("directions the data decide", fontsize="small")
+    axes.set_title("directions that the data determine", fontsize="small")
     axes.legend(fontsize="x-small", loc="lower right")
     axes.grid(alpha=0.3)
     return [
@@ -143,15 +143,15 @@ def _along_training(digits: Images, axes: Axes) -> list[Claim]:
     for colour, rate in zip(("C0", "C1"), RATES, strict=True):
         torch.random.set_rng_state(start)
         model = _network(32)
-        steps, found = [], []
+        steps, sharpness = [], []
         for step in range(TRAINING + 1):
             if step % 50 == 0:
                 steps.append(step)
-                found.append(_sharpness(model, x, y))
+                sharpness.append(_sharpness(model, x, y))
             _descend(model, x, y, rate)
-        axes.plot(steps, found, ".-", ms=3, color=colour, label=f"learning rate {rate}")
+        axes.plot(steps, sharpness, ".-", ms=3, color=colour, label=f"learning rate {rate}")
         axes.axhline(2 / rate, color=colour, ls=":", lw=1)
-        late = [s for n, s in zip(steps, found, strict=True) if n >= TRAINING / 2]
+        late = [s for n, s in zip(steps, sharpness, strict=True) if n >= TRAINING / 2]
         ratio = sum(late) / len(late) * rate / 2
         quantity = f"gradient descent, rate {rate}: late sharpness in units of 2 / rate"
         claims.append(Claim.between(quantity, ratio, 0.9, 1.1))
