@@ -6,10 +6,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from experiments.data import default_data_root
-from studies.findings import Setting
-from studies.page import STUDIES
-from studies.topics import TOPICS
+from studies.topics import STUDIES, TOPICS
 
 EVERY = "all"
 
@@ -51,7 +48,6 @@ def parser() -> BriefParser:
         "--data-root",
         metavar="DIR",
         type=Path,
-        default=default_data_root(),
         help="folder of MNIST (default: EWC_DATA, else a folder in the user's cache)",
     )
     options.add_argument(
@@ -96,11 +92,13 @@ def main(arguments: list[str]) -> int:
     # Slow to import, and not needed for the help.
     from rich.console import Console
 
+    from experiments.data import default_data_root
+    from studies.findings import Setting
     from studies.outcomes import outcomes
     from studies.table import table_of
 
     topics = [topic for topic in TOPICS if topic in options.topics or EVERY in options.topics]
-    setting = Setting(options.data_root, options.seed)
+    setting = Setting(options.data_root or default_data_root(), options.seed)
     finished = []
     for outcome in outcomes(topics, setting, options.output, options.processes):
         finished.append(outcome)

@@ -6,12 +6,10 @@ from pathlib import Path
 import torch
 
 from studies.findings import Claim, Findings, Setting
+from studies.topics import STUDIES
 
 PAGE, PICTURE = "README.md", "picture.png"
 """Files in the folder of every topic."""
-
-STUDIES = Path(__file__).parent
-"""The folder with the pages."""
 
 REGION = re.compile(r"(?<=<!-- table -->\n).*(?=<!-- end -->)", re.DOTALL)
 """What a run rewrites in a page."""

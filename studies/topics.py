@@ -1,5 +1,10 @@
 """The topics: each is a package of this name with a module ``study``."""
 
+from pathlib import Path
+
+STUDIES = Path(__file__).parent
+"""The folder with the topics."""
+
 TOPICS = {
     "parametric": "What does one draw say about the parameters of its distribution?",
     "formulations": "When is the variance of the score equal to the expected curvature?",

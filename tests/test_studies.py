@@ -18,9 +18,9 @@ from studies.digits import digits, principal_components
 from studies.findings import Claim, Findings, Setting
 from studies.natural_gradient import study as natural_gradient
 from studies.outcomes import Outcome, outcome_of
-from studies.page import STUDIES, with_table
+from studies.page import with_table
 from studies.parametric import study as parametric
-from studies.topics import TOPICS
+from studies.topics import STUDIES, TOPICS
 
 ROOT = Path(__file__).parents[1]
 

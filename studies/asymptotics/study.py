@@ -68,7 +68,7 @@ def measure(setting: Setting) -> Findings:
     _network_panel(third, errors.by_structure)
     for axes, columns in ((first, 1), (second, 2), (third, 1)):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small", ncol=columns)
+        axes.legend(fontsize="x-small", ncol=columns, columnspacing=1.0, handlelength=1.2)
     figure.tight_layout()
     return Findings([*compared, *simulated.claims(), *errors.claims()], figure)
 

@@ -161,10 +161,8 @@ SITUATIONS = {
                 maximum_likelihood=True,
                 bias=lambda n: lambda p: p["rate"] / (n - 1),
             ),
-            "the same unbiased": Estimated(
-                lambda x: (x.shape[1] - 1) / x.sum(1), maximum_likelihood=True
-            ),
-            "the longer half unseen": Estimated(_censored),
+            "unbiased": Estimated(lambda x: (x.shape[1] - 1) / x.sum(1), maximum_likelihood=True),
+            "longer half censored": Estimated(_censored),
         },
     ),
     "exponential survival": Situation(

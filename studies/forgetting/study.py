@@ -1,5 +1,6 @@
 r"""Forgetting as the penalty predicts it, against what happens."""
 
+import math
 from dataclasses import dataclass
 from statistics import median
 
@@ -137,17 +138,19 @@ def _picture(runs_of: dict[str, list[Run]]) -> Figure:
     """Measured against predicted rises, and accuracy over the strength."""
     figure = Figure(figsize=(9, 3.6))
     left, right = figure.subplots(1, 2)
+    left.set_xscale("log")
+    left.set_yscale("symlog", linthresh=1e-3)  # a measured rise may be negative
     for name, runs in runs_of.items():
         predicted = [value for run in runs for value in run.predicted]
         measured = [value for run in runs for value in run.measured]
         left.plot(predicted, measured, "o", alpha=0.7, label=name)
         right.plot(STRENGTHS, [run.accuracy for run in runs], marker="o", label=name)
     low, high = left.get_xlim()
-    ends = [max(low, 3e-4), high]
-    left.plot(ends, ends, color="grey", linewidth=1, label="as predicted")
-    left.set(xscale="log", xlabel="predicted rise of the old loss, nats")
-    left.set_ylabel("measured rise, nats")
-    left.set_yscale("symlog", linthresh=1e-3)
+    equal = torch.logspace(
+        math.log10(low), math.log10(high), 100
+    )  # curved where the axis is linear
+    left.plot(equal, equal, color="grey", linewidth=1, label="as predicted")
+    left.set(xlabel="predicted rise of the old loss, nats", ylabel="measured rise, nats")
     right.set(xscale="log", xlabel="strength", ylabel=f"accuracy in %, {TASKS} tasks")
     for axes in (left, right):
         axes.grid(alpha=0.3)
