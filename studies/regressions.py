@@ -20,17 +20,17 @@ MOMENTS: dict[type[Likelihood], Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     Bernoulli: lambda f: ((mean := f.sigmoid()), mean * (1 - mean)),
     Poisson: lambda f: ((mean := f.exp()), mean),
 }
-"""Mean and variance of a target by its output."""
+"""The mean and the variance of a target as functions of its output."""
 
 STEPS = 25
-"""Of Newton's method, at most."""
+"""The largest number of steps of Newton's method."""
 
 
 def maxima(x: Tensor, y: Tensor, likelihood: Likelihood, held: Sequence[int] = ()) -> Tensor:
     r"""The maxima of the likelihood ``[fits, p]``, with the entries ``held`` at 0.
 
     Raises:
-        ArithmeticError: a fit has not converged, as where the classes can be separated.
+        ArithmeticError: a fit has not converged, for example as its classes can be separated.
     """
     free = [column for column in range(x.shape[1]) if column not in held]
     theta = x.new_zeros(len(y), x.shape[1])
@@ -43,7 +43,7 @@ def maxima(x: Tensor, y: Tensor, likelihood: Likelihood, held: Sequence[int] = (
         theta[:, free] += step * (2 / largest).clamp_max(1.0)
         if float(step.abs().max()) < 1e-10:
             return theta
-    raise ArithmeticError(f"{STEPS} steps of Newton's method were not enough.")
+    raise ArithmeticError(f"A fit has not converged after {STEPS} steps of Newton's method.")
 
 
 def _mean_and_information(
@@ -67,12 +67,12 @@ def covariances(
 
 @dataclass(frozen=True)
 class Regression:
-    """A generalised linear model at some coefficients, for the library to judge.
+    """A generalised linear model with given coefficients.
 
     Attributes:
         x: the design ``[n, p]``.
         y: the targets ``[n]``.
-        likelihood: of the targets.
+        likelihood: the likelihood of the targets.
         theta: the coefficients ``[p]``.
     """
 
@@ -90,7 +90,7 @@ class Regression:
 
     @property
     def parameters(self) -> Parameters:
-        """The coefficients by the name of a linear layer's."""
+        """The coefficients, named like those of a linear layer."""
         return {"weight": self.theta[None]}
 
     def fisher(self, **options: Any) -> DenseFisher:
@@ -102,7 +102,7 @@ class Regression:
         return fisher_information(model, data, self.likelihood, structure=DenseFisher, **options)
 
     def log_likelihood(self) -> float:
-        """Of all examples, in nats."""
+        """The log-likelihood of all examples, in nats."""
         outputs = (self.x @ self.theta)[:, None]
         return float(self.likelihood.log_prob(outputs, self.y[:, None]).sum())
 

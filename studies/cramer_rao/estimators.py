@@ -15,21 +15,21 @@ from ewc.statistics.bounds import Function
 from ewc.statistics.parametric import Family
 
 LATER = 1.0
-"""The survival function of an exponential distribution is estimated there."""
+"""The time at which the survival of an exponential distribution is estimated."""
 
 Estimator = Callable[[Tensor], Tensor]
-"""From data sets ``[s, n]`` to estimates ``[s]``."""
+"""A function from data sets ``[s, n]`` to estimates ``[s]``."""
 
 
 @dataclass(frozen=True)
 class Estimated:
-    r"""An estimator and what it is held against.
+    r"""An estimator and its properties.
 
     Attributes:
-        estimate: from data sets to estimates.
+        estimate: the function from data sets to estimates.
         maximum_likelihood: whether it is the maximum of the likelihood, or as good for large ``N``.
-        function: of the parameters, that it estimates; ``None`` for the parameter itself.
-        bias: its bias by the number of draws, as a function of the parameters.
+        function: the function of the parameters that it estimates; ``None`` for the parameter.
+        bias: its bias as a function of the parameters, by the number of draws.
     """
 
     estimate: Estimator
@@ -54,7 +54,7 @@ def scalar(value: float) -> Tensor:
 
 
 def normal(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Draws with the mean 1 and the standard deviation 2."""
+    """Normal draws with mean 1 and standard deviation 2."""
     return 1.0 + 2.0 * torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
@@ -80,7 +80,7 @@ def _poisson(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 
 def _trimmed(x: Tensor) -> Tensor:
-    """The mean without a tenth at either end."""
+    """The mean without the lowest and the highest tenth."""
     cut = x.shape[1] // 10
     return x.sort(1).values[:, cut : x.shape[1] - cut].mean(1)
 
@@ -102,7 +102,7 @@ def _survival(p: Parameters) -> Tensor:
 
 
 def _censored(x: Tensor) -> Tensor:
-    """The unbiased rate from the shorter half, and that the others last longer than these."""
+    """The unbiased rate if only the shorter half is seen, and that the others are longer."""
     size = x.shape[1]
     seen = (size + 1) // 2
     shorter = x.topk(seen, 1, largest=False).values
@@ -111,7 +111,7 @@ def _censored(x: Tensor) -> Tensor:
 
 
 def _bias_of_survival(size: int) -> Function:
-    """By the quantiles of the sum of the draws in units of its scale, which is Gamma's."""
+    """The bias, from quantiles of the Gamma distribution of the scaled sum of the draws."""
     shares = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     sums = torch.from_numpy(gammaincinv(size, shares.numpy()))
     return lambda p: (-size * LATER * p["rate"] / sums).exp().mean() - _survival(p)

@@ -146,9 +146,7 @@ def _picture(runs_of: dict[str, list[Run]]) -> Figure:
         left.plot(predicted, measured, "o", alpha=0.7, label=name)
         right.plot(STRENGTHS, [run.accuracy for run in runs], marker="o", label=name)
     low, high = left.get_xlim()
-    equal = torch.logspace(
-        math.log10(low), math.log10(high), 100
-    )  # the axis is linear near 0
+    equal = torch.logspace(math.log10(low), math.log10(high), 100)  # the axis is linear near 0
     left.plot(equal, equal, color="grey", linewidth=1, label="as predicted")
     left.set(xlabel="predicted rise of the old loss, nats", ylabel="measured rise, nats")
     right.set(xscale="log", xlabel="strength", ylabel=f"accuracy in %, {TASKS} tasks")

@@ -1,4 +1,4 @@
-"""Optimizers that train the same network until it is good enough, turn by turn."""
+"""A race of optimizers, which train the same network in turns until it is accurate enough."""
 
 import math
 import time
@@ -19,16 +19,16 @@ Step = Callable[[int, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class Runner:
-    """An optimizer with its options.
+    """An optimizer in the race.
 
     Attributes:
-        name: what it is called.
-        batch_size: of its steps.
-        start: makes of a network what takes a step of training with it.
-        limit: the steps after which it gives up.
-        every: the steps between two looks at the test images.
-        horizon: the images over which the parameters that are looked at are an exponentially
-            decaying mean; ``None`` for the parameters as they are.
+        name: its name.
+        batch_size: the batch size of its steps.
+        start: returns the function that takes one step of training for a network.
+        limit: the number of steps after which it gives up.
+        every: the number of steps between two tests.
+        horizon: the number of images in an exponentially decaying mean of the parameters, which
+            is tested in their place; ``None`` for the parameters themselves.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Runner:
     horizon: float | None = None
 
     def averaged(self, model: nn.Module) -> AveragedModel | None:
-        """The network with the mean of the parameters, which follows the training."""
+        """The network with the running mean of the parameters; ``None`` without a horizon."""
         if self.horizon is None:
             return None
         decay = math.exp(-self.batch_size / self.horizon)
@@ -49,13 +49,13 @@ class Runner:
 
 @dataclass
 class Course:
-    """How far a runner got.
+    """The progress of a runner.
 
     Attributes:
-        steps: so far.
-        seconds: processor time of its training so far, without the looks.
-        accuracies: at every look: steps, seconds, the share of test images it gets right.
-        arrived: whether the last one reaches the target.
+        steps: the number of steps so far.
+        seconds: the processor time of its training so far, without the tests.
+        accuracies: of every test, the steps, the seconds and the accuracy.
+        arrived: whether the last accuracy reaches the target.
     """
 
     steps: int = 0
@@ -65,7 +65,7 @@ class Course:
 
 
 def plain(model: nn.Module, optimizer: Optimizer) -> Step:
-    """The step of an optimizer that needs gradients and nothing else."""
+    """The step of an optimizer that needs only gradients."""
 
     def step(_number: int, x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
@@ -84,17 +84,17 @@ def race(
     target: float,
     seed: int = 0,
 ) -> dict[str, Course]:
-    """Train one network a runner, all from the same parameters and in the same order of images.
+    """Train one network per runner, all from the same parameters with images in the same order.
 
-    They take turns of ``every`` steps, so that a busy machine is busy for all of them.
+    They take turns of ``every`` steps, so that a busy machine slows all of them down.
 
     Args:
-        runners: with different names.
-        build: makes the network, the same from the same random state.
-        train: the images to learn from, shuffled anew for every pass.
-        test: the images that decide.
-        target: the share of them to get right.
-        seed: of the parameters and of the order.
+        runners: the optimizers, with different names.
+        build: builds the network, the same from the same random state.
+        train: the training images, shuffled for every pass.
+        test: the test images.
+        target: the test accuracy that ends the race for a runner.
+        seed: the seed of the parameters and of the order.
     """
     courses = {runner.name: Course() for runner in runners}
     lanes = [_Lane(runner, build, len(train), seed) for runner in runners]
@@ -129,11 +129,11 @@ class _Lane:
 
     @property
     def judged(self) -> nn.Module:
-        """The network that is looked at."""
+        """The network that is tested."""
         return self.model if self.averaged is None else self.averaged
 
     def advance(self, course: Course, train: Images) -> None:
-        """Train until the next look."""
+        """Train until the next test."""
         for _ in range(min(self.runner.every, self.runner.limit - course.steps)):
             places = self.order.next(self.runner.batch_size)
             x, y = train.pixels[places], train.labels[places]
@@ -154,7 +154,7 @@ class _Order:
         self.left = torch.empty(0, dtype=torch.long)
 
     def next(self, size: int) -> Tensor:
-        """The places of the next batch."""
+        """The indices of the next batch."""
         if len(self.left) < size:
             self.left = torch.randperm(self.count, generator=self.generator)
         batch, self.left = self.left[:size], self.left[size:]
