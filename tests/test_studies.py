@@ -234,6 +234,6 @@ def test_the_digits_are_shrunk_by_means_and_their_components_are_standard():
 def test_the_race_holds_ours_to_runners_that_run_and_look_as_often():
     small, large = natural_gradient.IN_SMALL_BATCHES, natural_gradient.IN_LARGE_BATCHES
     names = {runner.name for runner in small + large}
-    assert names >= natural_gradient.HELD_TO_STEPS | natural_gradient.HELD_TO_SECONDS
+    assert names >= natural_gradient.HELD_TO_STEPS
     for runners in (small, large):
         assert len({runner.every * runner.batch_size for runner in runners}) == 1
