@@ -134,8 +134,8 @@ def _networks(seed: int, curves: Curves) -> list[Claim]:
     gaps = []
     for share in shares.tolist():
         data = [(x, outputs + share * (goal - outputs))]
-        observed = network_formulations(model, data, Gaussian(), estimator=Empirical())
-        gaps.append(_distance(observed.curvature, fisher))
+        shrunk = network_formulations(model, data, Gaussian(), estimator=Empirical())
+        gaps.append(_distance(shrunk.curvature, fisher))
     return [
         Claim.at_most(
             f"network, {curves.steps[-1]:,} training steps: largest gap with labels of the model",

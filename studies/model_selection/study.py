@@ -219,7 +219,7 @@ def _widths(digits: tuple[Images, Images], seed: int, axes: Axes) -> list[Claim]
     axes.legend(fontsize="x-small", loc="lower right")
     mean = {name: sum(values) / len(values) for name, values in ranks.items()}
     quantity = {
-        name: f"widths, {name}: rank correlation with the held-out likelihood, {len(values)} splits"
+        name: f"widths, {name}: rank correlation with held-out likelihood (splits: {len(values)})"
         for name, values in ranks.items()
     }
     return [

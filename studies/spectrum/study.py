@@ -156,7 +156,7 @@ def _along_training(digits: Images, axes: Axes) -> list[Claim]:
         quantity = f"gradient descent, rate {rate}: late sharpness in units of 2 / rate"
         claims.append(Claim.between(quantity, ratio, 0.9, 1.1))
     axes.plot([], [], "k:", lw=1, label="2 / learning rate")
-    axes.set(xlabel="steps of gradient descent", ylim=(8, 20))
+    axes.set(xlabel="steps of gradient descent", ylim=(8, 22))
     axes.set_title("largest eigenvalue along training", fontsize="small")
     axes.legend(fontsize="x-small", loc="upper left")
     axes.grid(alpha=0.3)
