@@ -262,7 +262,7 @@ def _digits(setting: Setting, axes: Axes) -> list[Claim]:
         axes.plot(places, new, ".--", color=colour, label=f"{name}: test set")
     axes.axhline(1, color="k", linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel="steps of Adam", title="digits: tr EF / tr F")
-    axes.legend(fontsize="x-small")
+    axes.legend(fontsize="x-small", handlelength=3.5)
     axes.grid(alpha=0.3)
     (ratios, cosines, new), (_, _, new_wrong) = followed
     return [
