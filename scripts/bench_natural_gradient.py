@@ -19,8 +19,8 @@ from torch import nn
 
 from ewc import Diagonal, EigenvalueCorrected
 from experiments.tasks.images import MNIST, default_data_root
-from experiments.verify.race import Course, Runner, Step, plain, race
-from experiments.verify.topics.natural_gradient import (
+from studies.natural_gradient.race import Course, Runner, Step, plain, race
+from studies.natural_gradient.study import (
     IN_LARGE_BATCHES,
     IN_SMALL_BATCHES,
     LARGE,
@@ -49,7 +49,7 @@ def singd(model: nn.Module) -> Step:
 
 
 def runners() -> list[Runner]:
-    """Those of the verification, with other structures and the public optimizer."""
+    """Those of the study, with other structures and the public optimizer."""
     ekfac = partial(LARGE.start, structure=EigenvalueCorrected())
     diagonal = partial(LARGE.start, structure=Diagonal())
     found = [

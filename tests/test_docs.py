@@ -12,7 +12,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted([*(ROOT / "docs").rglob("*.md"), *(ROOT / "studies").rglob("*.md")]),
+]
 EXAMPLE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 WITH_EXAMPLES = [page for page in PAGES[1:] if EXAMPLE.search(page.read_text())]
 GROUPS = sorted(
@@ -28,9 +31,11 @@ def run_examples(page, names):
 def test_every_guide_has_an_example():
     guides = {"continual_learning", "fisher", "statistics"}
     assert guides <= {page.stem for page in WITH_EXAMPLES}
+    topics = {path.parent for path in (ROOT / "studies").glob("*/study.py")}
+    assert topics <= {page.parent for page in WITH_EXAMPLES}
 
 
-@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_examples_run(page):
     torch.manual_seed(0)
     run_examples(page, {"__name__": "example"})

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from experiments.tasks.images import Images
-from experiments.verify.race import Runner, plain, race
+from studies.natural_gradient.race import Runner, plain, race
 
 
 def images(count=60):
@@ -70,7 +70,7 @@ def test_who_arrives_stops_and_the_others_go_on():
 
 def test_only_training_is_timed(monkeypatch):
     ticks = iter(range(100))
-    monkeypatch.setattr("experiments.verify.race.time.process_time", lambda: next(ticks))
+    monkeypatch.setattr("studies.natural_gradient.race.time.process_time", lambda: next(ticks))
     train = images()
     runner = Runner("one", 60, watching([]), limit=6, every=3)
     courses = race([runner], lambda: nn.Linear(4, 2), train, train, target=2.0)

@@ -1,1 +1,0 @@
-"""The claims about the statistics, measured: ``python -m experiments.verify row=<topic>|all``."""

@@ -1,0 +1,1 @@
+"""What theory says about the Fisher information, measured: ``python -m studies``."""

@@ -1,0 +1,1 @@
+"""The Cramer-Rao bound."""

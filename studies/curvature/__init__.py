@@ -1,0 +1,1 @@
+"""The expected curvature of the log-likelihood."""

@@ -1,0 +1,1 @@
+"""The two formulations of the Fisher information."""

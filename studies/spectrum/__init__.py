@@ -1,0 +1,1 @@
+"""The spectrum of overparametrised models."""
