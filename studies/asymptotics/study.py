@@ -142,6 +142,8 @@ def _against(
 def _tests(
     full: Regression, null: Regression, information: DenseFisher
 ) -> dict[str, ChiSquaredTest]:
+    full: Regression, null: Regression, information: DenseFisher
+) -> dict[str, ChiSquaredTest]:
     return {
         "Wald": wald_test(_held, full.parameters, information),
         "score": score_test(null.score(), null.fisher(), len(HELD)),
