@@ -142,6 +142,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     return 1024 * int(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_low_rank_matrix_takes_the_memory_it_says():
     setup = """
 model = nn.Sequential(nn.Linear(1000, 2000), nn.Tanh(), nn.Linear(2000, 10))
