@@ -90,6 +90,7 @@ def test_the_memory_cap_changes_no_number(layer, memory, structure):
     torch.testing.assert_close(capped.diagonal(), whole.diagonal(), **EXACT)
 
 
+@pytest.mark.slow
 def test_the_memory_cap_holds():
     """Of a convolutional network on 512 images, measured in a process of its own."""
     script = textwrap.dedent("""
