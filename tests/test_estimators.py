@@ -20,7 +20,7 @@ def test_monte_carlo_is_unbiased(network, likelihood):
                     model, [(x, y)], likelihood, estimator=MonteCarlo(20, seed=seed)
                 ).diagonal()
             )
-            for seed in range(200)
+            for seed in range(100)
         ]
     )
     error = estimates.std(0) / len(estimates) ** 0.5

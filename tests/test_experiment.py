@@ -52,10 +52,10 @@ STRATEGIES += ["smoothed_ewc", "kfac_ewc strategy/update=implicit", "avalanche_e
     ("benchmark", "scenario"),
     [
         ("split_digits", "task"),
-        ("split_digits", "class"),
-        ("permuted_digits", "domain"),
         pytest.param("split_digits", "domain", marks=pytest.mark.slow),
+        pytest.param("split_digits", "class", marks=pytest.mark.slow),
         pytest.param("permuted_digits", "task", marks=pytest.mark.slow),
+        pytest.param("permuted_digits", "domain", marks=pytest.mark.slow),
         pytest.param("permuted_digits", "class", marks=pytest.mark.slow),
     ],
 )

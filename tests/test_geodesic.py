@@ -102,6 +102,7 @@ TRIPLES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRIPLES)
 def test_it_is_symmetric_and_has_the_triangle_inequality(name):
     family, (a, b, c) = TRIPLES[name]

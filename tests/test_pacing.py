@@ -112,7 +112,8 @@ def test_in_single_precision_no_direction_is_lost():
     assert sum(values) / PERIOD == pytest.approx(whole, rel=1e-3)
 
 
-@pytest.mark.parametrize("every", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [2, 8])
 def test_whoever_uses_one_value_of_several_is_not_misled_for_long(every):
     """Records of every second step, or a second call in every step."""
     penalty, model = remembered(0.1, Online())

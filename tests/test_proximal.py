@@ -119,6 +119,7 @@ def test_every_entry_has_its_own_step_size_with_a_diagonal():
     torch.testing.assert_close(found, expected, **EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", [Diagonal(), Kronecker()], ids=repr)
 @pytest.mark.parametrize("every", [1, 4])
 def test_it_ends_where_the_explicit_penalty_ends(structure, every):

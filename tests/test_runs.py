@@ -454,7 +454,14 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("what", FAULTS)
+QUICK = {"accuracy_matrix.png", "records in W&B", "metrics.jsonl"}
+"""One fault of each kind of file."""
+
+
+@pytest.mark.parametrize(
+    "what",
+    [what if what in QUICK else pytest.param(what, marks=pytest.mark.slow) for what in FAULTS],
+)
 def test_a_fault_of_what_is_not_the_result_is_a_warning(tmp_path, command, monkeypatch, what):
     FAULTS[what](monkeypatch)
     code, out, err = command("strategy=ewc")
@@ -506,6 +513,7 @@ def test_a_run_under_a_limit_of_file_size_has_results(tmp_path):
     assert "checkpoints/model.safetensors: " in done.stdout
 
 
+@pytest.mark.slow
 def test_wandb_needs_no_home(tmp_path, command, monkeypatch):
     (tmp_path / "home").write_text("a file, no folder")
     monkeypatch.delenv("WANDB_DATA_DIR")

@@ -85,6 +85,7 @@ def test_the_memory_cap_changes_no_number(layer, memory, structure):
     torch.testing.assert_close(capped.diagonal(), whole.diagonal(), **EXACT)
 
 
+@pytest.mark.slow
 def test_the_memory_cap_holds():
     """Of a convolutional network on 512 images, measured in a process of its own."""
     script = textwrap.dedent("""
@@ -137,6 +138,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     return 1024 * int(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_low_rank_matrix_takes_the_memory_it_says():
     setup = """
 model = nn.Sequential(nn.Linear(1000, 2000), nn.Tanh(), nn.Linear(2000, 10))

@@ -471,6 +471,7 @@ def test_recipes_of_a_job_run_no_code(tmp_path, foreign):
     refused(run_recipe(tmp_path, text, "split_mnist,given", "-m"), foreign, message)
 
 
+@pytest.mark.slow
 def test_the_command_line_trusts_modules(tmp_path, foreign):
     text = "strategy: {_target_: foreign.Own}\nhydra: {callbacks: {x: {_target_: foreign.Other}}}"
     done = run_recipe(tmp_path, text, "given", "trusted=[foreign]")

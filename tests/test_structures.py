@@ -158,7 +158,9 @@ STRUCTURES = {
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
-@pytest.mark.parametrize("estimator", [Exact(), Empirical()], ids=repr)
+@pytest.mark.parametrize(
+    "estimator", [Exact(), pytest.param(Empirical(), marks=pytest.mark.slow)], ids=repr
+)
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_every_structure_equals_brute_force(structure, estimator, likelihood, layer):
     dense = brute_force(layer, likelihood, estimator)
@@ -167,8 +169,15 @@ def test_every_structure_equals_brute_force(structure, estimator, likelihood, la
     check_against_definition(fisher, dense)
 
 
-@pytest.mark.parametrize("layer", ["linear", "conv2d", "embedding", "lstm"])
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize(
+    ("layer", "likelihood"),
+    [
+        pytest.param(layer, likelihood, marks=() if quick else pytest.mark.slow)
+        for layer in ("linear", "conv2d", "embedding", "lstm")
+        for likelihood in LIKELIHOODS
+        for quick in [(layer, likelihood) == ("linear", "categorical")]
+    ],
+)
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_monte_carlo_is_unbiased_in_every_structure(structure, likelihood, layer):
     kind = STRUCTURES[structure]

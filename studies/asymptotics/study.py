@@ -140,9 +140,9 @@ def _against(
 
 
 def _tests(
-    full: Regression, null: Regression, information: DenseFisher
+    full: Regression, null: Regression, information: Dense()
 ) -> dict[str, ChiSquaredTest]:
-    full: Regression, null: Regression, information: DenseFisher
+    full: Regression, null: Regression, information: Dense()
 ) -> dict[str, ChiSquaredTest]:
     return {
         "Wald": wald_test(_held, full.parameters, information),
