@@ -11,7 +11,7 @@ from scipy.stats import kstest
 from sklearn.datasets import load_diabetes
 from torch import Tensor
 
-from ewc import Dense, Diagonal, Kronecker, LowRank
+from ewc import Dense, DenseFisher, Diagonal, Kronecker, LowRank
 from ewc.fisher import (
     Empirical,
     fisher_information,
@@ -139,7 +139,9 @@ def _against(
     ]
 
 
-def _tests(full: Regression, null: Regression, information: DenseFisher) -> dict[str, ChiSquaredTest]:
+def _tests(
+    full: Regression, null: Regression, information: DenseFisher
+) -> dict[str, ChiSquaredTest]:
     return {
         "Wald": wald_test(_held, full.parameters, information),
         "score": score_test(null.score(), null.fisher(), len(HELD)),
