@@ -20,8 +20,15 @@ from ewc.statistics.curvature import (
     divergence_profile,
     network_formulations,
 )
-from ewc.statistics.expectation import Density, expectation
-from ewc.statistics.geodesic import Geodesic, geodesic, geodesic_distance
+from ewc.statistics.families.expectation import Density, expectation
+from ewc.statistics.families.geodesic import Geodesic, geodesic, geodesic_distance
+from ewc.statistics.families.metric import fisher_metric
+from ewc.statistics.families.parametric import (
+    Formulations,
+    formulations,
+    parametric_fisher,
+    sampled_parametric_fisher,
+)
 from ewc.statistics.geometry import fisher_rao_distance, path_length
 from ewc.statistics.influence import (
     influence,
@@ -29,7 +36,6 @@ from ewc.statistics.influence import (
     parameters_without,
     self_influence,
 )
-from ewc.statistics.metric import fisher_metric
 from ewc.statistics.model_selection import (
     aic,
     bic,
@@ -38,12 +44,6 @@ from ewc.statistics.model_selection import (
     tic,
 )
 from ewc.statistics.overlap import fisher_overlap, fisher_overlap_by_layer
-from ewc.statistics.parametric import (
-    Formulations,
-    formulations,
-    parametric_fisher,
-    sampled_parametric_fisher,
-)
 from ewc.statistics.spectrum import (
     SpectralDensity,
     effective_dimension,

@@ -35,8 +35,8 @@ from ewc.parameters import (
     unflatten,
 )
 from ewc.pullback.arguments import Arguments
+from ewc.statistics.families.parametric import Formulations
 from ewc.statistics.network import NetworkFunction
-from ewc.statistics.parametric import Formulations
 
 EXAMPLES = 256
 """The number of examples whose second derivatives are taken at once."""

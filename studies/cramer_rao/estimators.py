@@ -12,7 +12,7 @@ from torch.distributions import Exponential, Laplace, Normal, Poisson
 from ewc.parameters import Parameters
 from ewc.statistics import Density
 from ewc.statistics.bounds import Function
-from ewc.statistics.parametric import Family
+from ewc.statistics.families.parametric import Family
 
 LATER = 1.0
 """The time at which the survival of an exponential distribution is estimated."""

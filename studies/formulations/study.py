@@ -15,7 +15,7 @@ from ewc.fisher import Empirical
 from ewc.likelihoods import Categorical, Gaussian, Poisson
 from ewc.parameters import Parameters
 from ewc.statistics import formulations, network_formulations
-from ewc.statistics.parametric import Family
+from ewc.statistics.families.parametric import Family
 from studies.digits import digits, principal_components, tanh_network, train
 from studies.findings import Claim, Findings, Setting
 from studies.regressions import covariances, maxima

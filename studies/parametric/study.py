@@ -10,7 +10,7 @@ from torch.distributions import Bernoulli, Categorical, Exponential, Gamma, Norm
 
 from ewc.parameters import Parameters
 from ewc.statistics import Density, parametric_fisher, sampled_parametric_fisher
-from ewc.statistics.parametric import Family
+from ewc.statistics.families.parametric import Family
 from studies.findings import Claim, Findings, Setting
 
 SAMPLES = 20_000

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.distributions import Distribution, VonMises, constraints
 from torch.nn.functional import logsigmoid
 
-from ewc.statistics.densities import KNOWN_BY_LOGARITHMS, Points, log_density
-from ewc.statistics.quadrature import integral
+from ewc.statistics.families.densities import KNOWN_BY_LOGARITHMS, Points, log_density
+from ewc.statistics.families.quadrature import integral
 
 COUNTS = 2**24
 """The largest number of counts in a sum."""
@@ -78,7 +78,7 @@ def expectation(function: Callable[[Tensor], Tensor], under: Distribution | Dens
 
 
 def expectation_at(function: Callable[[Points], Tensor], under: Distribution | Density) -> Tensor:
-    """The expectation of a function of :class:`~ewc.statistics.densities.Points`.
+    """The expectation of a function of :class:`~ewc.statistics.families.densities.Points`.
 
     Arguments, result and errors are those of :func:`expectation`.
     """

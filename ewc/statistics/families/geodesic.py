@@ -23,7 +23,7 @@ from torch.func import jacfwd, jacrev, vmap
 
 from ewc.checks import check_count, check_positive
 from ewc.parameters import Parameters, Shapes, check_same_shapes, flatten, shapes_of, unflatten
-from ewc.statistics.metric import Metric, fisher_metric
+from ewc.statistics.families.metric import Metric, fisher_metric
 
 FEWEST, MOST = 6, 192
 """The first and the last number of polynomials; it is doubled in between."""

@@ -17,7 +17,7 @@ from torch.distributions import (
 from torch.func import jacfwd, jacrev
 
 from ewc.parameters import Parameters, flatten, shapes_of, unflatten
-from ewc.statistics.densities import Points, log_density
+from ewc.statistics.families.densities import Points, log_density
 
 Metric = Callable[[Parameters], Tensor]
 r"""From parameters by name to :math:`F(\theta)`, ``[p, p]``, in torch operations."""

@@ -20,8 +20,8 @@ from torch.distributions import Distribution
 from ewc.checks import check_count
 from ewc.matrices.dense import DenseFisher
 from ewc.parameters import Parameters, Shapes, flatten, shapes_of, unflatten
-from ewc.statistics.densities import Points, log_density
-from ewc.statistics.expectation import Density, expectation_at
+from ewc.statistics.families.densities import Points, log_density
+from ewc.statistics.families.expectation import Density, expectation_at
 
 MEAN = 1e-7
 """Relative values below this count as 0, for expected scores and for gaps."""
@@ -34,7 +34,7 @@ def parametric_fisher(family: Family, parameters: Parameters) -> DenseFisher:
     r"""The exact Fisher information :math:`E[s s^\top]` of one draw.
 
     It is a sum over whole numbers or a quadrature over an interval
-    (:func:`~ewc.statistics.expectation.expectation`)::
+    (:func:`~ewc.statistics.families.expectation.expectation`)::
 
         fisher = parametric_fisher(
             lambda p: Normal(p["mean"], p["variance"].sqrt()),
@@ -43,7 +43,7 @@ def parametric_fisher(family: Family, parameters: Parameters) -> DenseFisher:
 
     Args:
         family: from parameters to a distribution of a scalar, or a
-            :class:`~ewc.statistics.expectation.Density`.
+            :class:`~ewc.statistics.families.expectation.Density`.
         parameters: :math:`\theta`, scalars or tensors by name.
 
     Returns:
@@ -85,7 +85,7 @@ def sampled_parametric_fisher(
 
     Raises:
         ValueError: ``num_samples`` is below 2.
-        TypeError: the family is a :class:`~ewc.statistics.expectation.Density`.
+        TypeError: the family is a :class:`~ewc.statistics.families.expectation.Density`.
     """
     check_count(num_samples, "num_samples", least=2)
     theta, shapes = _flat(parameters)

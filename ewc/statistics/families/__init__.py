@@ -1,0 +1,1 @@
+"""Parametric families: their densities, expectations, Fisher information and geometry."""
