@@ -16,7 +16,7 @@ from ewc.fisher.information import fisher_information
 from ewc.fisher.structures.kronecker import Kronecker
 from ewc.fisher.structures.structure import Structure, check_structure
 from ewc.likelihoods import Categorical, Likelihood, check_likelihood
-from ewc.matrices.matrix import DampedInverse, FisherMatrix, SumFisher
+from ewc.matrices.matrix import DampedInverse, FisherMatrix
 from ewc.parameters import Parameters, accumulation_dtype, dot, trainable_parameters
 from ewc.wrappers import named_parameters
 
@@ -225,7 +225,7 @@ class NaturalGradient(Optimizer):
             self.fisher = fresh
             return
         mean = (self.decay * self.fisher + (1 - self.decay) * fresh).nearest()
-        if isinstance(mean, SumFisher):
+        if len(mean.terms) > 1:
             raise TypeError(
                 f"decay must be 0 with {type(fresh).__name__}, got {self.decay}: a running mean "
                 "needs a diagonal, Kronecker, eigenvalue-corrected or dense structure."

@@ -28,7 +28,7 @@ from ewc.checks import (
 )
 from ewc.consolidation.consolidation import Consolidation, Online, Separate, check_consolidation
 from ewc.consolidation.implicit_step import implicit_step
-from ewc.consolidation.matching import fitted, joined, precision_of
+from ewc.consolidation.matching import fitted, precision_of, with_task
 from ewc.consolidation.pacing import ScaledTerms
 from ewc.consolidation.quadratic import Quadratic, QuadraticForm, value_and_gradient
 from ewc.matrices.matrix import FisherMatrix
@@ -163,7 +163,7 @@ class EWCPenalty(nn.Module):
             fisher.num_examples if num_examples is None else num_examples
         )
         precision = precision_of(fisher, model).shrunk(self.shrinkage)
-        self.terms = joined(self.terms, precision, model, self.consolidation)
+        self.terms = with_task(self.terms, precision, model, self.consolidation)
         self._last_num_examples = fisher.num_examples
 
     def forward(self, model: nn.Module) -> Tensor:

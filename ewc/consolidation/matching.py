@@ -44,7 +44,7 @@ def precision_of(fisher: FisherMatrix, model: nn.Module) -> FisherMatrix:
     return precision
 
 
-def joined(
+def with_task(
     terms: Sequence[Quadratic],
     precision: FisherMatrix,
     model: nn.Module,

@@ -26,7 +26,7 @@ def anywhere(flag: bool, group: ProcessGroup | None) -> bool:
     return any(flags)
 
 
-def joined(total: Accumulator[Any], num_examples: int, group: ProcessGroup) -> int:
+def summed_over(total: Accumulator[Any], num_examples: int, group: ProcessGroup) -> int:
     """Add the sums of all processes into ``total``, in one all-reduce.
 
     Args:

@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from ewc.checks import is_whole
 from ewc.fisher.data_pass import DataPass
-from ewc.fisher.distributed import anywhere, joined, rank_in
+from ewc.fisher.distributed import anywhere, rank_in, summed_over
 from ewc.fisher.estimators import Estimator, Exact, check_estimator
 from ewc.fisher.evaluation import plain_operations, undisturbed
 from ewc.fisher.structures.diagonal import Diagonal
@@ -128,7 +128,7 @@ def fisher_information(
                 network = DataPass(bare, chosen, likelihood, estimator, memory)
                 num_examples = network.summed_up(data, total, rank_in(group))
             if group is not None:
-                num_examples = joined(total, num_examples, group)
+                num_examples = summed_over(total, num_examples, group)
             if num_examples == 0:
                 raise ValueError("The data are empty: the Fisher information needs an example.")
             if not anywhere(network.depends, group):

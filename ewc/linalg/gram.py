@@ -27,7 +27,7 @@ class RowBatch(ABC):
 
     @classmethod
     @abstractmethod
-    def joined(cls, blocks: Sequence[Self]) -> Self:
+    def concatenated(cls, blocks: Sequence[Self]) -> Self:
         """Blocks of one kind as one."""
 
     @abstractmethod
@@ -60,7 +60,7 @@ class StoredRows(RowBatch):
         return StoredRows
 
     @classmethod
-    def joined(cls, blocks: Sequence[Self]) -> Self:
+    def concatenated(cls, blocks: Sequence[Self]) -> Self:
         """All rows, one block after the other."""
         return cls(torch.cat([block.rows for block in blocks], 1))
 
@@ -94,7 +94,7 @@ class StoredColumns(RowBatch):
         return StoredColumns, self.columns.shape[3]
 
     @classmethod
-    def joined(cls, blocks: Sequence[Self]) -> Self:
+    def concatenated(cls, blocks: Sequence[Self]) -> Self:
         """All matrices."""
         return cls(torch.cat([block.columns for block in blocks]))
 
@@ -142,7 +142,7 @@ class RunningGram:
         """Add what was collected; the sum, ``[g, d, d]``."""
         if self._of is not None and self._blocks:
             one, *more = self._blocks
-            block = one.joined(self._blocks) if more else one
+            block = one.concatenated(self._blocks) if more else one
             block.add_gram(self.matrix, self._of[1])
             self._blocks = []
         return self.matrix

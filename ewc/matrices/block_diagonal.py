@@ -246,10 +246,7 @@ class BlockDiagonalFisher(FisherMatrix):
         others = [
             block
             for block in self.blocks
-            if not all(
-                isinstance(term, self.form)
-                for term in (block.terms if isinstance(block, SumFisher) else [block])
-            )
+            if not all(isinstance(term, self.form) for term in block.terms)
         ]
         line = super().__repr__()[:-1]
         for kind, diagonal in (("exact blocks", False), ("exact diagonals", True)):

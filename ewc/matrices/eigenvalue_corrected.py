@@ -4,7 +4,7 @@ import torch
 
 from ewc.matrices.block_diagonal import BlockDiagonalFisher
 from ewc.matrices.layers.eigenvalue_corrected import EigenvalueCorrectedProduct
-from ewc.matrices.matrix import FisherMatrix, SumFisher
+from ewc.matrices.matrix import FisherMatrix
 
 
 class EigenvalueCorrectedFisher(BlockDiagonalFisher):
@@ -34,9 +34,8 @@ class EigenvalueCorrectedFisher(BlockDiagonalFisher):
 
 def _nearest(block: FisherMatrix) -> FisherMatrix:
     """The nearest block with one eigenbasis; a block that is no sum of such stays as it is."""
-    terms = block.terms if isinstance(block, SumFisher) else [block]
-    corrected = [term for term in terms if isinstance(term, EigenvalueCorrectedProduct)]
-    if len(corrected) < len(terms):
+    corrected = [term for term in block.terms if isinstance(term, EigenvalueCorrectedProduct)]
+    if len(corrected) < len(block.terms):
         return block
     basis = corrected[-1]
     spectrum = torch.stack([term.seen_in(basis) for term in corrected]).sum(0)

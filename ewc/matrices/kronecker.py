@@ -7,7 +7,7 @@ import torch
 from ewc.matrices.block_diagonal import BlockDiagonalFisher
 from ewc.matrices.layers.eigenvalue_corrected import EigenvalueCorrectedProduct
 from ewc.matrices.layers.kronecker import KroneckerProduct
-from ewc.matrices.matrix import FisherMatrix, SumFisher
+from ewc.matrices.matrix import FisherMatrix
 
 
 class KroneckerFisher(BlockDiagonalFisher):
@@ -71,7 +71,7 @@ def nearest_kronecker(fisher: FisherMatrix) -> tuple[KroneckerFisher, float]:
     blocks: list[FisherMatrix] = []
     error, total = 0.0, 0.0
     for block in fisher.blocks:
-        terms = block.terms if isinstance(block, SumFisher) else [block]
+        terms = block.terms
         if not all(isinstance(term, KroneckerProduct) for term in terms):
             if len(terms) > 1 or isinstance(block, EigenvalueCorrectedProduct):
                 raise ValueError(

@@ -385,6 +385,11 @@ class FisherMatrix(ABC):
     # --- what all structures share ----------------------------------------------------
 
     @property
+    def terms(self) -> "Sequence[FisherMatrix]":
+        """The matrices whose sum this is: those of a lazy sum, else the matrix itself."""
+        return [self]
+
+    @property
     def precision(self) -> "FisherMatrix":
         """``N F``: the information of the whole data set, a Laplace posterior's precision."""
         return self.scaled(float(self.num_examples))
@@ -580,9 +585,7 @@ class SumFisher(FisherMatrix):
     """
 
     def __init__(self, terms: Sequence[FisherMatrix], num_examples: int | None = None) -> None:
-        self.terms: list[FisherMatrix] = []
-        for term in terms:
-            self.terms.extend(term.terms if isinstance(term, SumFisher) else [term])
+        self._terms = [summand for term in terms for summand in term.terms]
         self.shapes = self.terms[0].shapes
         for term in self.terms[1:]:
             check_same_shapes(term.shapes, self.shapes, "The other Fisher matrix")
@@ -596,6 +599,10 @@ class SumFisher(FisherMatrix):
             product = term.matvec(v)
             total = {name: tensor + product[name] for name, tensor in total.items()}
         return total
+
+    @property
+    def terms(self) -> Sequence[FisherMatrix]:
+        return self._terms
 
     def to_dense(self) -> Tensor:
         """The sum of the dense matrices, shape ``[p, p]``."""

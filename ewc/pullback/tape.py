@@ -348,10 +348,10 @@ def merged(pullbacks: Sequence[Pullback]) -> list[Pullback]:
         touching = [g for g in groups if any(names & other.shapes.keys() for other in g)]
         groups = [g for g in groups if g not in touching]
         groups.append([other for g in touching for other in g] + [pullback])
-    return [group[0] if len(group) == 1 else _joined(group) for group in groups]
+    return [group[0] if len(group) == 1 else _combined(group) for group in groups]
 
 
-def _joined(group: Sequence[Pullback]) -> Pullback:
+def _combined(group: Sequence[Pullback]) -> Pullback:
     """Pullbacks that share parameters, as one."""
     first = group[0]
     if isinstance(first, OuterProducts):

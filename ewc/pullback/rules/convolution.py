@@ -255,7 +255,7 @@ class PatchBlock(RowBatch):
         return shape.plain and wide and shape.grid(self.input.shape[2:]).share() < LAG_SHARE
 
     @classmethod
-    def joined(cls, blocks: Sequence[Self]) -> Self:
+    def concatenated(cls, blocks: Sequence[Self]) -> Self:
         """The inputs of all."""
         return replace(blocks[0], input=torch.cat([block.input for block in blocks]))
 
