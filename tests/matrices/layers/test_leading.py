@@ -1,4 +1,4 @@
-"""LeadingInverse eigenvectors with a proved remainder, and the damped inverses made of them."""
+"""Leading eigenvectors with a proved remainder, and the damped inverses made of them."""
 
 import pytest
 import torch

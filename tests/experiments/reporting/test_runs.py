@@ -32,7 +32,7 @@ from experiments.reporting.sweep import report_sweep
 from experiments.reporting.tracking import Recorder, WandB
 from experiments.training.observers import TrainingObserver
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 SMALL = ["model.hidden=[8]", "training.iterations=20", "training.batch_size=16"]
 SMALL += ["benchmark.num_tasks=2", "wandb.mode=disabled", "strategy=naive"]
 TRAINING = {"_target_": "experiments.training.protocol.Training", "epochs": 2}

@@ -22,7 +22,7 @@ from studies.page import with_table
 from studies.parametric import study as parametric
 from studies.topics import STUDIES, TOPICS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
