@@ -98,7 +98,7 @@ def test_options_that_are_no_such_numbers_are_refused(make):
                 int,
                 Exact(),
                 Diagonal,
-                Diagonal(),
+                DiagonalFisher,
                 DiagonalFisher({"a": torch.ones(2)}, 1),
             ],
             r"structure must be a Structure instance such as Diagonal\(\), got",

@@ -117,7 +117,7 @@ def test_impossible_targets_are_refused():
     f = outputs()
     with pytest.raises(ValueError, match=r"the outputs\' shape \[6, 4\], got \[6, 2\]"):
         Gaussian().check_targets(f, f[:, :2])
-    with pytest.raises(ValueError, match="target is not finite"):
+    with pytest.raises(ValueError, match="Targets of the Gaussian likelihood must be finite"):
         Gaussian().check_targets(f, f * math.nan)
     with pytest.raises(ValueError, match="Label 4 is outside the model's 4 outputs"):
         Categorical().check_targets(f, torch.full((N,), 4))

@@ -22,7 +22,6 @@ from ewc import (
     Separate,
     fisher_information,
 )
-from ewc.matrices import KroneckerFisher, nearest_kronecker
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-14}
 
@@ -96,12 +95,9 @@ STRUCTURES = {
 
 
 def in_one(tasks, decay):
-    """Two precisions as one around the second anchor, nearest where none is of their kind."""
+    """Two precisions as one around the second anchor, the nearest of their kind."""
     (first, _), (second, anchor) = tasks
-    total = decay * first + second
-    if isinstance(second, KroneckerFisher):
-        total, _ = nearest_kronecker(total)
-    return [(total, anchor)]
+    return [((decay * first + second).nearest(), anchor)]
 
 
 @pytest.mark.parametrize("name", [*STRUCTURES, "sum"])
@@ -396,7 +392,7 @@ def test_frozen_parameters_get_no_gradient():
         Dense(),
         Implicit(),
     ],
-    ids=lambda s: getattr(s, "__name__", "low_rank"),
+    ids=repr,
 )
 @pytest.mark.parametrize("consolidation", [Separate(), Online(0.5)], ids=repr)
 def test_every_structure_may_weigh_the_parameters(structure, consolidation):

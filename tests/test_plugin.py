@@ -22,7 +22,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from ewc import (
     Bernoulli,
     Dense,
+    DenseFisher,
     Diagonal,
+    DiagonalFisher,
     Empirical,
     EWCPenalty,
     Exact,
@@ -138,7 +140,8 @@ def test_every_choice_runs_in_a_strategy(options):
     strategy = strategy_of(Naive, mlp(), [plugin])
     for experience in domain_incremental().train_stream:
         strategy.train(experience)
-    assert isinstance(plugin.fisher, plugin.structure)
+    kind = DenseFisher if plugin.structure == Dense() else DiagonalFisher
+    assert type(plugin.fisher) is kind
     assert plugin.fisher.num_examples == 48
     assert plugin.last_penalty.item() > 0
 
@@ -645,7 +648,11 @@ def test_a_sample_is_the_same_for_the_same_seed_and_has_an_example_once():
             TypeError,
             "update must be an instance of InLoss or Implicit",
         ),
-        ({"max_examples": 0}, ValueError, "max_examples must be 1 or more, or None, got 0"),
+        (
+            {"max_examples": 0},
+            ValueError,
+            "max_examples must be .* 1 or more, or None, got 0",
+        ),
         ({"max_examples": 0.5}, ValueError, "max_examples must be a whole number"),
     ],
 )

@@ -114,7 +114,7 @@ def fisher_information(
     check_estimator(estimator)
     check_structure(structure)
     if not is_whole(memory) or memory < 1:
-        raise ValueError(f"memory is {memory!r}: it must be a whole number of bytes above 0.")
+        raise ValueError(f"memory must be a whole number of bytes above 0, got {memory!r}.")
     chosen = selected_parameters(model, parameters)
     with unwrapped(model) as bare, undisturbed(bare), plain_operations(bare):
         total: Accumulator[Any] = structure.accumulator(chosen)

@@ -80,10 +80,10 @@ def test_every_strategy_runs_on_every_scenario(tmp_path, strategy, benchmark, sc
 def test_another_update_changes_nothing_else():
     paced = compose("strategy=kfac_ewc")
     implicit = compose("strategy=kfac_ewc", "strategy/update=implicit")
-    share = {"_target_": "ewc.consolidation.update.InLoss", "eigenvector_share": 0.05}
+    share = {"_target_": "ewc.consolidation.InLoss", "eigenvector_share": 0.05}
     assert paced["strategy"].pop("update") == share
     assert implicit["strategy"].pop("update") == {
-        "_target_": "ewc.consolidation.update.Implicit",
+        "_target_": "ewc.consolidation.Implicit",
         "every": 10,
     }
     assert implicit == paced

@@ -89,7 +89,7 @@ def test_memory_aware_synapses_take_single_examples():
         gradient = torch.autograd.grad(model(example[None]).square().sum(), model.parameters())
         total = total + torch.cat([g.abs().flatten() for g in gradient]) / 9
     data = [(x[:4], torch.zeros(4)), (x[4:], torch.zeros(5))]
-    found = fisher_information(model, data, estimator=OutputNorm(), structure=AbsoluteGradients)
+    found = fisher_information(model, data, estimator=OutputNorm(), structure=AbsoluteGradients())
     torch.testing.assert_close(flatten(found.diagonal()), total)
 
 
@@ -102,7 +102,9 @@ def test_avalanches_own_is_the_same_for_batches_of_one_only():
         importance = MASPlugin()._get_importance(strategy)
         found[size] = torch.cat([data.data.flatten() for data in importance.values()])
     x, y = next(iter(torch.utils.data.DataLoader(stream[1].dataset, batch_size=100)))[:2]
-    ours = fisher_information(model, [(x, y)], estimator=OutputNorm(), structure=AbsoluteGradients)
+    ours = fisher_information(
+        model, [(x, y)], estimator=OutputNorm(), structure=AbsoluteGradients()
+    )
     expected = flatten(ours.diagonal())
     torch.testing.assert_close(found[1], expected, rtol=1e-4, atol=1e-6)
     assert float((found[16] - expected).norm() / expected.norm()) > 0.05
