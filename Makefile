@@ -1,7 +1,7 @@
 # `make` lists the targets. They run in the active virtual environment.
 .DEFAULT_GOAL := help
 EWC_DATA ?= ../shared/data
-.PHONY: help install lint test slow studies bench results
+.PHONY: help install lint test slow studies bench results docs
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -28,3 +28,6 @@ bench: ## Measure speed; needs the extra bench, and MNIST in EWC_DATA
 
 results: ## Write RESULTS.md from the kept results
 	python -m experiments.results
+
+docs: ## Build the pages of docs/ as a site in build/docs; needs the extra docs
+	mkdocs build
