@@ -14,6 +14,8 @@ import ewc
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("ewc", "experiments", "studies")
+LAZY = {"import_module", "__import__"}
+"""Imports by a name that is made at run time, which no test can follow."""
 
 
 @cache
@@ -34,14 +36,15 @@ def module_name(path):
 @cache
 def imports():
     """The modules that every module imports: lazily, and for types, too."""
-    return {name: set(imported(path.read_text())) for name, path in modules().items()}
+    return {name: set(imported(path)) for name, path in modules().items()}
 
 
-def imported(source):
-    for node in ast.walk(ast.parse(source)):
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} has a relative import, which this test cannot follow"
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
                 yield inner if inner in modules() else node.module
@@ -113,10 +116,26 @@ def test_the_library_knows_no_application(package):
     assert not inside("ewc") & users_of(package)
 
 
+def test_the_library_imports_nothing_by_a_name_made_at_run_time():
+    for name in inside("ewc"):
+        names = {
+            node.attr if isinstance(node, ast.Attribute) else node.id
+            for node in ast.walk(ast.parse(modules()[name].read_text()))
+            if isinstance(node, ast.Attribute | ast.Name)
+        }
+        assert not names & LAZY, name
+
+
 def test_no_folder_of_code_is_crowded():
     folders = {path.parent for path in modules().values()}
+    folders |= {path.parent for path in (ROOT / "tests").rglob("*.py")} | {ROOT / "scripts"}
     sizes = {str(d.relative_to(ROOT)): len(list(d.glob("*.py"))) for d in folders}
     assert {folder: size for folder, size in sizes.items() if size > 16} == {}
+
+
+def test_every_folder_of_the_library_is_a_package():
+    folders = {path.parent for path in (ROOT / "ewc").rglob("*.py")}
+    assert [str(d) for d in folders if not (d / "__init__.py").exists()] == []
 
 
 def test_public_names_are_few():

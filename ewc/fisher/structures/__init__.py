@@ -1,0 +1,1 @@
+"""What of the Fisher matrix to keep: the requests, and what is summed up for each."""
