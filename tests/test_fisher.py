@@ -382,9 +382,9 @@ def test_an_error_of_the_model_is_that_of_the_users_batch():
         ({"tokens": X, "scale": X}, "lacks 'mask': Named.forward takes 'tokens', 'mask'"),
         ({"tokens": X, "mask": None}, r".* \(dict, Tensor\), whose x\['mask'\] is a NoneType"),
         ({"tokens": X, "mask": X[:4]}, r".* x\['mask'\] of shape \[4, 6\], y of shape \[7\]"),
-        ({}, r"is a tuple \(dict, Tensor\): the data must be batches"),
+        ({}, r"is a tuple \(dict, Tensor\): data must be batches"),
         (X, r"is \(x, y\), but Named.forward also needs 'mask'"),
-        ([X, X], r"is a tuple \(list, Tensor\): the data must be batches"),
+        ([X, X], r"is a tuple \(list, Tensor\): data must be batches"),
     ],
 )
 def test_inputs_that_do_not_fit_are_named(x, message):
