@@ -227,8 +227,8 @@ def test_the_pass_leaves_the_model_as_it_was(fails):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], "The data are empty"),
-        ([(torch.zeros(0, 6), torch.zeros(0, dtype=torch.long))], "The data are empty"),
+        ([], "data is empty"),
+        ([(torch.zeros(0, 6), torch.zeros(0, dtype=torch.long))], "data is empty"),
         ([torch.zeros(2, 6)], "Batch 0 is a Tensor"),
         ([(torch.zeros(2, 6), torch.zeros(3, dtype=torch.long))], "must be equal"),
         ([(torch.zeros(2, 6), torch.zeros(3, 3))], "must be equal"),
