@@ -1,33 +1,36 @@
 r"""Fisher information matrices of neural networks.
 
-**What is computed.**  A network maps an input :math:`x` to outputs
-:math:`f = f_\theta(x) \in R^C`; a likelihood :math:`p(y \mid f)` says what the outputs
-mean.  Let :math:`J_n = \partial f(x_n) / \partial \theta` be the Jacobian of example
+**The matrix.**  A network maps an input :math:`x` to outputs
+:math:`f = f_\theta(x) \in R^C`.  A likelihood :math:`p(y \mid f)` gives the outputs their
+meaning.  Let :math:`J_n = \partial f(x_n) / \partial \theta` be the Jacobian of example
 :math:`n` and :math:`s(y) = \partial \log p(y \mid f) / \partial f` the score.  Every
 matrix of this package has the form
 
 .. math:: F = \frac1N \sum_n J_n^\top \Big( \sum_k s_{kn} s_{kn}^\top \Big) J_n ,
 
 the *mean over examples* of pulled-back outer products.  The information of a whole data
-set, :math:`N F`, is always written out: ``fisher.precision``.
+set, :math:`N F`, is ``fisher.precision``.
 
 **Two choices.**  An *estimator* chooses the vectors :math:`s_{kn}`: an exact factor of
 :math:`E_y[s s^\top]`, scores of sampled targets, or the score of the observed one.  A
-*structure* chooses what of the sum is kept: the diagonal, Kronecker factors, the dense
-matrix, and so on.  The two do not know of each other.
+*structure* chooses the part of the sum to keep: the diagonal, Kronecker factors, the dense
+matrix, and so on.  The two choices are independent.
 
-**How it is fast.**  The uses of the parameters are read from the autograd graph, and the
-vectors are pulled back to the *results of these operations*, never to the weights.  For a
-linear map with inputs :math:`a` and output gradients :math:`g` at one position the diagonal
-is :math:`(\sum_k g_k^2)^\top (a^2)`: one matrix product, with no gradient of a single
-example ever stored.  With ``C`` classes the exact matrix needs :math:`C - 1` vectors.
+**Speed.**  The uses of the parameters are read from the autograd graph.  The vectors are
+pulled back to the *results of these operations*, never to the weights.  For a linear map with
+inputs :math:`a` and output gradients :math:`g` at one position, the diagonal is
+:math:`(\sum_k g_k^2)^\top (a^2)`.  This is one matrix product, and no gradient of a single
+example is stored.  With ``C`` classes the exact matrix needs :math:`C - 1` vectors.
 
-**Where things are.**  A datum goes from :mod:`~ewc.fisher.information` (the loop over the data)
-through :mod:`~ewc.pullback.tape` (one forward pass and how vectors are pulled back through it;
-:mod:`~ewc.pullback.graph` finds the uses, :mod:`~ewc.pullback.rules.matrix_product`,
-:mod:`~ewc.pullback.rules.convolution` and :mod:`~ewc.pullback.rules.elementwise` are the rules) to
-:mod:`~ewc.pullback.pullback` (the vectors in the form their layer gives them) and into the
-accumulator of a structure.
+**Modules.**
+
+- :mod:`~ewc.fisher.information`: the loop over the data.
+- :mod:`~ewc.fisher.data_pass`: the data in chunks, with their score vectors.
+- :mod:`~ewc.pullback.tape`: one forward pass, and vectors pulled back through it.
+- :mod:`~ewc.pullback.graph`: the uses of the parameters in the autograd graph.
+- :mod:`~ewc.pullback.rules`: the rules for each kind of operation.
+- :mod:`~ewc.pullback.pullback`: the pulled-back vectors, in a form that suits their layer.
+- :mod:`~ewc.fisher.structures`: the structures, and their sums over the data.
 """
 
 from ewc.fisher.estimators import Empirical, Estimator, Exact, MonteCarlo

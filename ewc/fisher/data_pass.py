@@ -1,4 +1,4 @@
-"""How the data go through the network: in chunks that fit into memory, with their scores."""
+"""A pass of the data through the network, in chunks that fit into memory."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -24,23 +24,23 @@ from ewc.pullback.tape import KnownGraphs, Tape
 Result = TypeVar("Result")
 
 EXAMPLES_AT_ONCE = 512
-"""Larger batches are cut: products this tall are as fast, and their results stay in cache."""
+"""The largest chunk: larger ones are no faster, and their results leave the cache."""
 
 CACHE = 2**24
-"""Bytes up to which the gradients of one operation stay in a processor's last cache."""
+"""The largest size in bytes of an operation's gradients in a processor's last cache."""
 
 FEW = 8
-"""Examples of which it is seen whether they depend on each other."""
+"""The number of examples that are tested for dependence on each other."""
 
 LEAST_FOR_SCORES = 2**24
 """Bytes that the score vectors of one example may always take."""
 
 SORTED_AT_ONCE = 64
-"""Where examples need more or fewer vectors, those that need as many go together."""
+"""The largest chunk if examples are sorted by the number of vectors that they need."""
 
 
 class DataPass:
-    """A model with what is known of it once its first batch has been seen."""
+    """A model, and what is known about it from the batches so far."""
 
     def __init__(
         self,
@@ -58,15 +58,15 @@ class DataPass:
         self.caller = Caller(model, next(iter(parameters.values())).device)
         self.seen = KnownGraphs()
         self.independent = False
-        """Whether examples were seen to give alone what they give in their batch."""
+        """Whether examples were tested to have the same outputs alone as in their batch."""
         self.depends = False
-        """Whether some outputs depend on some of the parameters."""
+        """Whether any outputs depend on any of the parameters."""
         self.fitting: dict[tuple[torch.Size, ...], tuple[int, int]] = {}
-        """How many examples and score vectors fit into memory at once, by the inputs' shapes."""
+        """The examples and the score vectors that fit into memory, by the inputs' shapes."""
 
     def summed_up(self, data: Iterable[Any], total: Accumulator[Any], rank: int) -> int:
-        """Add all the data to ``total``; returns the number of examples."""
-        # Every process draws targets of its own.
+        """Add all data to ``total``, and return the number of examples."""
+        # Every process draws different targets.
         generator = torch.Generator().manual_seed(self.estimator.seed + 1_000_003 * rank)
         num_examples = 0
         for index, batch in enumerate(data):
@@ -98,15 +98,15 @@ class DataPass:
             arguments, targets = arguments.map(lambda t: t[order]), targets[order]
             at_once = min(at_once, SORTED_AT_ONCE)
         for start in range(0, targets.shape[0], at_once):
-            part = slice(start, start + at_once)
-            some = arguments[part]
+            examples = slice(start, start + at_once)
+            inputs = arguments[examples]
             outputs, scores = self._of_batch(
-                partial(self._scored, some, targets[part], generator, index),
+                partial(self._scored, inputs, targets[examples], generator, index),
                 arguments,
                 targets,
                 index,
             )
-            yield self._chunk(some, outputs, scores, vectors_at_once)
+            yield self._chunk(inputs, outputs, scores, vectors_at_once)
 
     def _chunk(
         self, arguments: Arguments, outputs: Tensor, scores: Tensor, vectors_at_once: int
@@ -123,7 +123,7 @@ class DataPass:
         return Chunk(self.model, arguments, scores, pullbacks, alone)
 
     def _alone(self, arguments: Arguments, scores: Tensor, vectors_at_once: int) -> Iterator[Chunk]:
-        """The examples of a chunk one by one."""
+        """The examples of a chunk, each in a separate chunk."""
         for i in range(len(arguments)):
             one = arguments[i : i + 1]
             with torch.enable_grad():
@@ -131,26 +131,28 @@ class DataPass:
             yield self._chunk(one, outputs, scores[:, i : i + 1], vectors_at_once)
 
     def _of_batch(
-        self, part: Callable[[], Result], arguments: Arguments, targets: Tensor, index: int
+        self, compute: Callable[[], Result], arguments: Arguments, targets: Tensor, index: int
     ) -> Result:
-        """What comes of a part of a batch; an error names the sizes of the whole batch.
+        """The result of a computation on a slice of a batch.
+
+        Its errors give the sizes of the whole batch, which the user knows.
 
         Raises:
-            Exception: what the whole batch raises where a part of it failed; if it raises
-                nothing, what the part did.
+            Exception: the error of the whole batch if the computation fails; if the whole
+                batch raises none, the error of the slice.
         """
         try:
-            return part()
+            return compute()
         except FloatingPointError:
             raise
         except Exception as error:
             failed = error
-        # Outside of the handler, so that the user sees one error.
+        # Outside the handler, so that the traceback has one error.
         self._check(self._outputs_for_batch(arguments, index), targets, index)
         raise failed
 
     def _outputs_for_batch(self, arguments: Arguments, index: int) -> Any:
-        """What the model returns for a whole batch; an error of its own says for which."""
+        """The model's outputs for a whole batch; an error has a note with the batch."""
         try:
             return arguments(self.model)
         except Exception as error:
@@ -159,7 +161,7 @@ class DataPass:
             raise
 
     def _by_effort(self, arguments: Arguments, at_once: int) -> Tensor | None:
-        """The examples by how many vectors they need, so that few get more than that."""
+        """The order of the examples by the number of vectors that they need."""
         if not self.estimator.varies:
             return None
         needed = []
@@ -169,64 +171,64 @@ class DataPass:
         return torch.cat(needed).argsort()
 
     def _check_independence(self, arguments: Arguments, targets: Tensor, index: int) -> None:
-        """Check that examples give alone what they give together with a few others.
+        """Check that examples have the same outputs alone as together with a few others.
 
-        The first and the last of them: a recurrence over the examples leaves the first as
-        it is, and a reversed one the last.
+        The first and the last example are tested.  A recurrence over the examples does not
+        change the first, and a reversed one does not change the last.
 
         Raises:
-            ValueError: they do not.
+            ValueError: an example has other outputs alone.
         """
         few, count = arguments[:FEW], min(FEW, len(targets))
         try:
             together, first, last = (
-                some(self.model) for some in (few, few[:1], few[count - 1 : count])
+                examples(self.model) for examples in (few, few[:1], few[count - 1 : count])
             )
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
-            # A fault of the network itself, or of the batch, shows here.
+            # Raises the error if it is due to the network itself, or to the batch.
             self._outputs_for_batch(arguments, index)
             reason = str(error).partition("\n")[0]
             raise ValueError(
-                f"Batch {index}: the model takes the batch, but fails for its first {count} "
-                f"examples or for one alone ({reason}). {INDEPENDENT}"
+                f"Batch {index}: the model fails for the first {count} examples or for one "
+                f"alone ({reason}), but not for the whole batch. {INDEPENDENT}"
             ) from error
         if not is_real(together) or len(together) != count:
-            return  # Which is said where the whole batch is looked at.
+            return  # The check of the whole batch raises the error.
         together = together.detach()
         spread = float((together - together.mean(0)).norm()) / count**0.5
         for place, alone in ((0, first.detach()), (count - 1, last.detach())):
-            there = together[place : place + 1]
-            if alone.dim() != there.dim() or alone.isnan().any() or there.isnan().any():
+            batched = together[place : place + 1]
+            if alone.dim() != batched.dim() or alone.isnan().any() or batched.isnan().any():
                 continue
-            if alone.shape != there.shape:
+            if alone.shape != batched.shape:
                 raise ValueError(
-                    f"Batch {index}: example {place} alone has outputs of shape "
-                    f"{list(alone.shape)}, and {list(there.shape)} in its batch. {INDEPENDENT}"
+                    f"Batch {index}: example {place} has outputs of shape {list(alone.shape)} "
+                    f"alone and {list(batched.shape)} in its batch. {INDEPENDENT}"
                 )
-            if same(alone, there, spread):
+            if same(alone, batched, spread):
                 continue
-            # Outputs may differ by what the likelihood does not see, such as a shift of logits.
+            # Outputs may differ without an effect on the likelihood, as by a shift of logits.
             one, other = (
                 self.estimator.score_vectors(
                     self.likelihood, outputs, targets[place : place + 1], torch.Generator()
                 )
-                for outputs in (alone, there)
+                for outputs in (alone, batched)
             )
             if not same(one, other) and reproducible(self.model, few):
                 raise ValueError(
-                    f"Batch {index}: example {place} alone has other outputs than in its "
+                    f"Batch {index}: example {place} has other outputs alone than in its "
                     f"batch. {INDEPENDENT}"
                 )
 
     def _scored(
         self, arguments: Arguments, targets: Tensor, generator: torch.Generator, index: int
     ) -> tuple[Tensor, Tensor]:
-        """The outputs for some examples and their score vectors."""
+        """The outputs for a set of examples and their score vectors."""
         outputs = arguments(self.model)
         return outputs, self._scores(outputs, targets, generator, index)
 
     def _check(self, outputs: Any, targets: Tensor, index: int) -> None:
-        """Check the outputs and the targets of some examples of a batch."""
+        """Check the outputs and the targets of a set of examples of a batch."""
         check_outputs(outputs, targets.shape[0], index)
         if not self.estimator.uses_targets:
             return
@@ -238,18 +240,18 @@ class DataPass:
     def _scores(
         self, outputs: Any, targets: Tensor, generator: torch.Generator, index: int
     ) -> Tensor:
-        """The estimator's score vectors ``[k, n, c]``, after checking what they come from."""
+        """The estimator's score vectors ``[k, n, c]``, for checked outputs and targets."""
         self._check(outputs, targets, index)
         scores = self.estimator.score_vectors(self.likelihood, outputs.detach(), targets, generator)
         if bool(outputs.isnan().any()) or not bool(scores.isfinite().all()):
             raise FloatingPointError(
-                f"Batch {index}: the scores of the model's outputs are not finite, so the "
-                "Fisher information is not defined; check the parameters and the inputs."
+                f"Batch {index}: the scores of the model's outputs are not finite; check the "
+                "parameters and the inputs."
             )
         return scores
 
     def _fitting(self, one: Arguments, target: Tensor, index: int) -> tuple[int, int]:
-        """How many examples and vectors fit into memory at once, seen from one example."""
+        """The examples and the vectors that fit into memory, extrapolated from one example."""
         saved, outputs = saved_bytes(lambda: one(self.model), self.parameters)
         check_outputs(outputs, 1, index)
         needed = self.estimator.bytes_per_example(outputs)
@@ -257,8 +259,8 @@ class DataPass:
             raise ValueError(
                 f"{self.estimator} of {outputs.shape[1]} outputs takes about "
                 f"{needed / 2**20:.0f} MiB for the score vectors of one example, and memory is "
-                f"{self.memory / 2**20:.0f} MiB: take MonteCarlo(num_samples), whose vectors are "
-                "few, or give more memory."
+                f"{self.memory / 2**20:.0f} MiB: take MonteCarlo(num_samples), which has fewer "
+                "vectors, or increase memory."
             )
         scores = self._scores(outputs, target, torch.Generator(), index)
         gradients = [0]
@@ -266,10 +268,10 @@ class DataPass:
             tape = Tape(self.model, self.parameters, one, outputs, self.seen)
             gradients = tape.bytes_of_gradients(scores[0])
         k, c = scores.shape[0], outputs.numel()
-        # For a vector of an example: the gradients, as much again on the way, and the
-        # vector itself with what it takes to make it.
+        # Per vector and example: the gradients, the same again for intermediate results, and
+        # the score vector itself with its intermediate results.
         vector = 2 * sum(gradients) + 4 * c * outputs.element_size()
-        # The other half is for what is made of the gradients.
+        # The other half of the memory is for what is computed from the gradients.
         room = self.memory // 2
         examples = room // max(1, saved + k * vector)
         vectors = k if examples else max(1, (room - saved) // vector)
@@ -279,15 +281,15 @@ class DataPass:
 
 
 def is_real(outputs: Any) -> TypeGuard[Tensor]:
-    """Whether what a model returned are real numbers in a tensor."""
+    """Whether the outputs of a model are a tensor of real floating-point numbers."""
     return isinstance(outputs, Tensor) and outputs.is_floating_point()
 
 
 def check_outputs(outputs: Any, num_examples: int, index: int) -> None:
-    """Check that a model returned outputs ``[n, c]`` for the examples of a batch.
+    """Check that the outputs of a model for the examples of a batch are ``[n, c]``.
 
     Raises:
-        ValueError: it returned something else.
+        ValueError: the outputs are something else.
     """
     if not is_real(outputs):
         kind = outputs.dtype if isinstance(outputs, Tensor) else type(outputs).__name__
@@ -299,7 +301,7 @@ def check_outputs(outputs: Any, num_examples: int, index: int) -> None:
         return
     fix = ""
     if list(outputs.shape) == [num_examples] and num_examples > 1:
-        fix = "; for one output an example, return outputs[:, None]"
+        fix = "; for one output per example, return outputs[:, None]"
     elif num_examples == 1:
         fix = ", for a single example too"
     raise ValueError(
@@ -310,14 +312,14 @@ def check_outputs(outputs: Any, num_examples: int, index: int) -> None:
 
 
 def saved_bytes(forward: Callable[[], Any], parameters: Parameters) -> tuple[int, Any]:
-    """The bytes that a forward pass keeps for its derivative, and what it returns."""
-    own = {p.untyped_storage().data_ptr() for p in parameters.values()}
+    """The bytes that a forward pass stores for its derivative, and the pass's result."""
+    excluded = {p.untyped_storage().data_ptr() for p in parameters.values()}
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        for part in dense_parts(tensor):
-            storage = part.untyped_storage()
-            if storage.data_ptr() not in own:
+        for component in dense_parts(tensor):
+            storage = component.untyped_storage()
+            if storage.data_ptr() not in excluded:
                 sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -325,8 +327,8 @@ def saved_bytes(forward: Callable[[], Any], parameters: Parameters) -> tuple[int
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             outputs = forward()
     except RuntimeError:
-        # Derivatives that torch.func takes inside of the network allow no hooks: all results
-        # count. A fault of the network itself shows again here.
+        # A network that uses torch.func inside allows no hooks, so all results count.  An
+        # error of the network itself is raised again here.
         outputs = forward()
         return Graph(outputs).bytes_of_results(), outputs
     return sum(sizes.values()), outputs

@@ -1,4 +1,4 @@
-"""Data-parallel sums: every process adds up its shard, and all get the whole."""
+"""Data-parallel sums: every process sums its shard, and all processes get the total."""
 
 from typing import Any
 
@@ -9,16 +9,16 @@ from torch.distributed import ProcessGroup
 from ewc.fisher.structures.structure import Accumulator
 
 _DIGIT = 2**20
-"""Counts travel with the sums as two digits that single precision holds exactly."""
+"""Counts are sent with the sums as two digits that single precision represents exactly."""
 
 
 def rank_in(group: ProcessGroup | None) -> int:
-    """This process's number in the group, 0 without one."""
+    """The rank of this process in the group; 0 without a group."""
     return 0 if group is None else distributed.get_rank(group)
 
 
 def anywhere(flag: bool, group: ProcessGroup | None) -> bool:
-    """Whether a flag is set in some process of the group."""
+    """Whether a flag is set in any process of the group."""
     if group is None:
         return flag
     flags: list[Any] = [None] * distributed.get_world_size(group)
@@ -30,26 +30,25 @@ def summed_over(total: Accumulator[Any], num_examples: int, group: ProcessGroup)
     """Add the sums of all processes into ``total``, in one all-reduce.
 
     Args:
-        total: this process's sums, changed in place.
-        num_examples: this process's examples.
+        total: the sums of this process, changed in place.
+        num_examples: the number of examples of this process.
         group: the processes.
 
     Returns:
-        The examples of all processes.
+        The number of examples of all processes.
 
     Raises:
-        ValueError: the processes have different sums to add, as when one of them has no
-            data at all.
+        ValueError: the processes have different sums, or one of them has no data.
     """
     total.join(group)
     sums = total.sums()
     kinds = {name: (list(tensor.shape), str(tensor.dtype)) for name, tensor in sums.items()}
-    everybody: list[Any] = [None] * distributed.get_world_size(group)
-    distributed.all_gather_object(everybody, (kinds, num_examples), group=group)
-    if any(others != kinds or examples == 0 for others, examples in everybody):
+    gathered: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(gathered, (kinds, num_examples), group=group)
+    if any(remote != kinds or examples == 0 for remote, examples in gathered):
         raise ValueError(
-            "The processes of the group have different layers to add up: every shard needs "
-            "an example, and the models must be alike."
+            "The processes of the group have different sums: every shard needs an example, "
+            "and all models must have the same parameters."
         )
     tensors = [sums[name] for name in sorted(sums)]
     device = tensors[0].device if tensors else group_device(group)
@@ -66,5 +65,5 @@ def summed_over(total: Accumulator[Any], num_examples: int, group: ProcessGroup)
 
 
 def group_device(group: ProcessGroup) -> torch.device:
-    """Where tensors must be for the group to exchange them."""
+    """The device on which the group exchanges tensors."""
     return torch.device("cuda" if distributed.get_backend(group) == "nccl" else "cpu")

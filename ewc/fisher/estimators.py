@@ -1,4 +1,4 @@
-r"""Estimators: how the expectation over targets is taken, as a choice of score vectors.
+r"""Estimators of the expectation over targets, each a choice of score vectors.
 
 | estimator | vectors :math:`s_{kn}` | K |
 |---|---|---|
@@ -35,34 +35,34 @@ class Estimator(ABC):
             likelihood: the meaning of the outputs.
             outputs: shape ``[n, c]``.
             targets: the observed targets, unchecked if the estimator does not use them.
-            generator: the source of randomness, seeded with :attr:`seed` once a pass.
+            generator: the source of randomness, seeded with :attr:`seed` once per pass.
 
         Returns:
             Shape ``[k, n, c]``.
         """
 
     def bytes_per_example(self, outputs: Tensor) -> int:
-        """What making the vectors of one example takes, if it grows faster than the outputs.
+        """The bytes for the vectors of one example, if they grow faster than the outputs.
 
         Args:
-            outputs: of some examples, ``[n, c]``.
+            outputs: the outputs of a set of examples, ``[n, c]``.
         """
         return 0
 
     @property
     def uses_targets(self) -> bool:
-        """Whether the observed targets matter, so that they must fit the likelihood."""
+        """Whether the estimator uses the observed targets; they must then fit the likelihood."""
         return True
 
     @property
     def varies(self) -> bool:
-        """Whether some examples need fewer vectors than others."""
+        """Whether the number of vectors differs between examples."""
         return False
 
     def vectors_needed(self, likelihood: Likelihood, outputs: Tensor) -> Tensor:
-        """How many vectors every example needs, for an estimator where that varies.
+        """The number of vectors of each example, for an estimator that :attr:`varies`.
 
-        The pass puts examples together that need as many.
+        Examples that need equally many vectors are processed together.
 
         Args:
             likelihood: the meaning of the outputs.
@@ -75,23 +75,24 @@ class Estimator(ABC):
 
     @property
     def seed(self) -> int:
-        """The seed of the pass's generator; estimators without chance do not use it."""
+        """The seed of the pass's generator; deterministic estimators do not use it."""
         return 0
 
 
 @dataclass(frozen=True)
 class Exact(Estimator):
-    r"""The expectation over the model's own targets, in closed form.
+    r"""The expectation over targets of the model, in closed form.
 
     :math:`F = \frac1N \sum_n J_n^\top E_{y \sim p(\cdot \mid x_n)}[s s^\top] J_n`
     (Kunstner et al. 2019, arXiv:1905.12558, equation 3).
 
-    With a tolerance :math:`\epsilon`, score vectors of negligible probability are dropped:
-    of every example the shortest ones, as long as together they hold at most the share
-    :math:`\epsilon` of the trace of :math:`E_y[s s^\top]`, the Fisher information of the
-    outputs.  What is left never exceeds ``F``, and the trace that is missing is at most
+    With a tolerance :math:`\epsilon`, the shortest score vectors of each example are dropped.
+    Their squared lengths sum to at most the fraction :math:`\epsilon` of the trace of
+    :math:`E_y[s s^\top]`, the Fisher information of the outputs.  The result never exceeds
+    ``F``.  The missing trace is at most
     :math:`\epsilon \frac1N \sum_n \|J_n\|^2 \mathrm{tr}\, E_y[s s^\top]`, with the spectral
-    norm.  A trained network is sure of most examples, and needs a vector or two for them.
+    norm.  A trained network predicts most examples with high probability.  These need one or
+    two vectors.
 
     Attributes:
         tolerance: :math:`\epsilon`, from 0 (all vectors) to below 1.
@@ -114,7 +115,6 @@ class Exact(Estimator):
         targets: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
-        """The likelihood's own exact factor, without what is negligible, ``[k, n, c]``."""
         factor = likelihood.fisher_factor(outputs)
         if self.tolerance == 0 or factor.shape[0] == 0:
             return factor
@@ -125,43 +125,40 @@ class Exact(Estimator):
         return factor.gather(0, index) * ~negligible[:kept, :, None]
 
     def bytes_per_example(self, outputs: Tensor) -> int:
-        """The factor of ``c`` vectors, what it is made of, and what is pulled back of it."""
+        # The factor of c vectors, its intermediate results, and the vectors that are kept.
         return 8 * outputs.shape[1] ** 2 * outputs.element_size()
 
     @property
     def uses_targets(self) -> bool:
-        """The model's own targets are taken."""
         return False
 
     @property
     def varies(self) -> bool:
-        """Whether anything may be dropped."""
         return self.tolerance > 0
 
     def vectors_needed(self, likelihood: Likelihood, outputs: Tensor) -> Tensor:
-        """How many vectors are not negligible, ``[n]``."""
         squares = likelihood.fisher_factor(outputs).square().sum(2).sort(0, descending=True).values
         return (~self._negligible(squares)).sum(0)
 
     def _negligible(self, squares: Tensor) -> Tensor:
-        """Which of the vectors, sorted by their squared length, are dropped, ``[k, n]``."""
-        behind = squares.flip(0).cumsum(0).flip(0)
-        return behind <= self.tolerance * behind[:1]
+        """Which of the vectors, sorted by decreasing length, are dropped, ``[k, n]``."""
+        remaining = squares.flip(0).cumsum(0).flip(0)
+        return remaining <= self.tolerance * remaining[:1]
 
 
 @dataclass(frozen=True)
 class MonteCarlo(Estimator):
-    r"""The expectation over the model's own targets, by sampling: unbiased.
+    r"""The expectation over targets of the model, by sampling; it is unbiased.
 
     :math:`F \approx \frac1{NS} \sum_n \sum_s J_n^\top s(y_{ns}) s(y_{ns})^\top J_n` with
     :math:`y_{ns} \sim p(\cdot \mid x_n)`.  The error falls as :math:`1 / \sqrt{NS}`.
 
     Attributes:
-        num_samples: :math:`S`, the targets drawn for each example.
+        num_samples: :math:`S`, the number of targets drawn per example.
         seed: the seed; the same seed gives the same matrix, whatever the batch size.
 
     Raises:
-        ValueError: ``num_samples`` is not a whole number, 1 or more, or the seed not whole.
+        ValueError: ``num_samples`` is not a whole number, 1 or more, or the seed is not whole.
     """
 
     num_samples: int = 1
@@ -179,7 +176,6 @@ class MonteCarlo(Estimator):
         targets: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
-        r"""Scores of drawn targets over :math:`\sqrt{S}`, shape ``[num_samples, n, c]``."""
         draws = likelihood.sample(outputs, self.num_samples, generator)
         scores = [likelihood.score(outputs, draw) for draw in draws]
         vectors: Tensor = torch.stack(scores) / math.sqrt(self.num_samples)
@@ -187,7 +183,6 @@ class MonteCarlo(Estimator):
 
     @property
     def uses_targets(self) -> bool:
-        """The model's own targets are taken."""
         return False
 
 
@@ -196,8 +191,8 @@ class Empirical(Estimator):
     r"""The observed targets in place of the expectation: *not* the Fisher information.
 
     :math:`\frac1N \sum_n J_n^\top s(y_n) s(y_n)^\top J_n`: the uncentred covariance of the
-    per-example gradients.  It vanishes where the network fits its data; see Kunstner et
-    al. 2019, arXiv:1905.12558, for when that misleads.
+    per-example gradients.  It vanishes where the network fits its data.  Kunstner et al.
+    2019, arXiv:1905.12558, describe when that misleads.
     """
 
     def score_vectors(
@@ -207,12 +202,11 @@ class Empirical(Estimator):
         targets: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
-        """The scores of the observed targets, shape ``[1, n, c]``."""
         return likelihood.score(outputs, targets)[None]
 
 
 def check_estimator(value: Estimator) -> None:
-    """Check that an estimator is one.
+    """Check that a value is an estimator.
 
     Raises:
         TypeError: it is something else.

@@ -1,4 +1,4 @@
-"""The state a network is in while its Fisher information is taken."""
+"""The state of a network while its Fisher information is computed."""
 
 import copy
 import warnings
@@ -13,28 +13,29 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ewc.parameters import Parameters
 
 KEPT = 2**25 - 2**16
-"""The largest block whose pages glibc reuses, once it has seen one such given back.
+"""The largest block whose pages glibc reuses, after such a block was freed once.
 
-Until then large tensors get fresh pages from the system every time, which the system must
-clear: on two cores a quarter of the time of a convolutional network's Fisher matrix.
+Before that, large tensors get new pages from the system every time, which the system must
+clear.  On two cores this takes a quarter of the time of a convolutional network's Fisher
+matrix.
 """
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; modes, buffers, parameters and random states as before afterwards.
+    """Evaluation mode; afterwards modes, buffers, weights and random states are restored.
 
-    An embedding with ``max_norm`` writes into its weight whenever it is called.
+    Weights are restored because an embedding with ``max_norm`` writes into its weight.
 
     Raises:
-        ValueError: a BatchNorm layer without running statistics makes examples depend on
-            each other, so that no example has a Fisher information of its own.
+        ValueError: a BatchNorm layer has no running statistics, so that examples depend on
+            each other.
     """
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is None:
             raise ValueError(
                 f"{name or type(module).__name__} normalises by the batch even in evaluation "
-                "mode: BatchNorm needs track_running_stats=True for a Fisher information."
+                "mode: BatchNorm must have track_running_stats=True."
             )
     modes = {module: module.training for module in model.modules()}
     buffers = [
@@ -66,14 +67,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def _same(buffer: Tensor, was: Tensor) -> bool:
-    """Whether a buffer is as it was; sparse ones have no comparison of their own."""
+    """Whether a buffer is unchanged; sparse ones are compared by their dense parts."""
     if buffer.layout == torch.strided:
         return torch.equal(buffer, was)
     return all(map(torch.equal, dense_parts(buffer), dense_parts(was)))
 
 
 def dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in memory that a tensor consists of: itself, or a sparse one's parts."""
+    """The dense tensors that a tensor consists of: itself, or the indices and values."""
     if tensor.layout == torch.sparse_coo:
         return tensor._indices(), tensor._values()
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
@@ -88,13 +89,13 @@ def copied(model: nn.Module, weights: Parameters | None = None) -> nn.Module:
 
     Args:
         model: the network.
-        weights: the parameters and buffers that the copy has instead of the network's own.
+        weights: parameters and buffers of the copy, in place of the network's.
 
     Raises:
-        RuntimeError: the weights are not those of such a network.
+        RuntimeError: the weights do not fit the network.
     """
-    # What hooks compute from parameters (weight normalisation) is no leaf and cannot be
-    # copied; they compute it anew.
+    # Tensors that hooks compute from parameters (weight normalisation) are no leaves and
+    # cannot be copied.  The hooks compute them again.
     computed = {
         id(value): value.detach().clone()
         for module in model.modules()
@@ -102,29 +103,29 @@ def copied(model: nn.Module, weights: Parameters | None = None) -> nn.Module:
         if isinstance(value, Tensor) and value.grad_fn is not None
     }
     with torch.no_grad():  # else a compiled module's copy would be computed from its original
-        own = copy.deepcopy(model, computed).eval()
+        duplicate = copy.deepcopy(model, computed).eval()
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-    for name, parameter in own.named_parameters():
+    for name, parameter in duplicate.named_parameters():
         parameter.requires_grad_(trainable[name])
     if weights is not None:
-        # A tied weight is one parameter under several names, and stays one.
+        # A tied weight is one parameter with several names, and must stay one.
         tied: dict[int, nn.Parameter] = {}
         values: dict[str, Tensor] = dict(weights)
-        for name, old in own.named_parameters(remove_duplicate=False):
+        for name, old in duplicate.named_parameters(remove_duplicate=False):
             if name in weights:
                 new = nn.Parameter(weights[name], requires_grad=old.requires_grad)
                 values[name] = tied.setdefault(id(old), new)
-        own.load_state_dict(values, assign=True)
-    return own
+        duplicate.load_state_dict(values, assign=True)
+    return duplicate
 
 
 @contextmanager
 def plain_operations(model: nn.Module) -> Iterator[None]:
-    """Attention and recurrence as operations of their own, in the parameters' own precision.
+    """Attention and recurrence without fused kernels, in the precision of the parameters.
 
-    A fused kernel hides the uses of weights inside, or has no derivative for several
-    vectors at once.  Autocast around the caller would round the sums; one in the network's
-    own ``forward`` holds.
+    A fused kernel hides the uses of weights, or has no derivative for several vectors at
+    once.  Autocast around the caller is disabled, because it would round the sums.  Autocast
+    inside the network's ``forward`` remains.
     """
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     torch.empty(KEPT, dtype=torch.uint8)
@@ -136,7 +137,7 @@ def plain_operations(model: nn.Module) -> Iterator[None]:
         if recurrent:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             with warnings.catch_warnings():
-                # torch speaks of Intel GPUs when the flag is touched at all.
+                # torch warns about Intel GPUs whenever this flag is set.
                 warnings.simplefilter("ignore")
                 stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         yield

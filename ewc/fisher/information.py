@@ -1,4 +1,4 @@
-r"""The pass over the data that makes a Fisher matrix."""
+"""The Fisher information of a network over a data set."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, overload
@@ -70,45 +70,45 @@ def fisher_information(
 
     :math:`F = \frac1N \sum_n J_n^\top \big(\sum_k s_{kn} s_{kn}^\top\big) J_n` with the
     Jacobian :math:`J_n = \partial f(x_n) / \partial \theta` and the estimator's score
-    vectors :math:`s_{kn}`; of it, what ``structure`` keeps.
+    vectors :math:`s_{kn}`.  The ``structure`` chooses the part of it to keep.
 
-    The network is in evaluation mode meanwhile.  ``model.training``, every ``.grad``,
-    every buffer and the global random number generators are afterwards as they were, also
-    when an error ends the pass.
+    The network is in evaluation mode during the pass.  Afterwards ``model.training``, every
+    ``.grad``, every buffer and the global random number generators are as before, also after
+    an error.
 
     Args:
-        model: maps a batch ``x`` (or ``x`` and task labels) to outputs ``[n, c]``, each
-            example's outputs depending on that example alone.
-        data: batches ``(x, y)`` or ``(x, y, task)``.  The task labels go to a model whose
-            ``forward`` takes a second argument, as Avalanche's multi-head models do.
-            ``x`` may be a dict of tensors: it goes by name to a model that has arguments
-            of these names, else as one argument.  It may also be
-            :class:`~ewc.pullback.arguments.Arguments`, which the model is called with as
-            they are.  :class:`Exact` and :class:`MonteCarlo` take targets of their own: there
-            ``y`` may be any tensor with a row an example.
-        likelihood: what the outputs mean.
-        estimator: how the expectation over targets is taken.
-        structure: what of the matrix to keep, such as ``Kronecker()`` or ``LowRank(rank=50)``.
-        parameters: restricts the matrix to some parameters: their names, patterns such as
-            ``"head.*"``, modules, or the parameters themselves; all that require a
-            gradient if ``None``.
+        model: maps a batch ``x`` (or ``x`` and task labels) to outputs ``[n, c]``.  The
+            outputs of an example must depend on that example alone.
+        data: batches ``(x, y)`` or ``(x, y, task)``.  The task labels are passed to a model
+            whose ``forward`` takes a second argument, as Avalanche's multi-head models do.
+            ``x`` may be a dict of tensors.  It is passed by name if the model has arguments
+            of these names, else as one argument.  ``x`` may also be
+            :class:`~ewc.pullback.arguments.Arguments`, the arguments of the model's call.
+            :class:`Exact` and :class:`MonteCarlo` do not use the observed targets.  With them
+            ``y`` may be any tensor with one row per example.
+        likelihood: the meaning of the outputs.
+        estimator: the estimator of the expectation over targets.
+        structure: the part of the matrix to keep, such as ``Kronecker()`` or
+            ``LowRank(rank=50)``.
+        parameters: the parameters of the matrix: names, patterns such as ``"head.*"``,
+            modules, or the parameters themselves.  ``None`` means all that require a gradient.
         memory: bytes that intermediate results (activations, gradients, products) may
-            take, as long as one example fits; the batches are cut accordingly.
-        group: processes of ``torch.distributed`` that hold a shard of the data each; all
-            of them get the matrix of the whole data.  A :class:`MonteCarlo` draws other
-            targets in every process.
+            take.  The batches are cut accordingly, down to one example.
+        group: processes of ``torch.distributed`` with one shard of the data each; all of
+            them get the matrix of all data.  :class:`MonteCarlo` draws different targets in
+            every process.
 
     Returns:
         The matrix over the chosen parameters with ``requires_grad``, on their device.
 
     Raises:
-        ValueError: the data are empty or no batches, a target that the estimator uses does
-            not fit the outputs, the outputs are not ``[n, c]``, a BatchNorm has no running
-            statistics (its examples are not independent), or no parameter is trainable or
-            chosen, or none of them has a part in the outputs; the score vectors of one example
-            do not fit into memory; the data are an iterator where the structure needs two passes.
-        FloatingPointError: the outputs, or the scores they give, are not finite.
-        TypeError: the likelihood, the estimator or the structure is none.
+        ValueError: ``data`` is empty, or an iterator where the structure needs two passes.  A
+            batch, its outputs or a target that the estimator uses do not fit.  Examples depend
+            on each other, as through a BatchNorm without running statistics.  No parameter is
+            trainable or chosen, or the outputs depend on none of them.  The score vectors of
+            one example do not fit into memory.
+        FloatingPointError: the outputs, their scores or the sums are not finite.
+        TypeError: the likelihood, the estimator or the structure is of another type.
     """
     check_likelihood(likelihood)
     check_estimator(estimator)
@@ -120,8 +120,8 @@ def fisher_information(
         total: Accumulator[Any] = structure.accumulator(chosen)
         if total.passes > 1 and iter(data) is data:
             raise ValueError(
-                f"The data are a {type(data).__name__}, which can be read once: this structure "
-                f"needs {total.passes} passes, so give a list of batches or a DataLoader."
+                f"data is a {type(data).__name__}, which can be read once: this structure needs "
+                f"{total.passes} passes, so data must be a list of batches or a DataLoader."
             )
         while True:
             with torch.enable_grad():
@@ -130,13 +130,13 @@ def fisher_information(
             if group is not None:
                 num_examples = summed_over(total, num_examples, group)
             if num_examples == 0:
-                raise ValueError("The data are empty: the Fisher information needs an example.")
+                raise ValueError("data is empty: it must have at least one example.")
             if not anywhere(network.depends, group):
                 raise ValueError(
                     f"The outputs of {type(model).__name__} depend on none of the parameters "
                     f"({', '.join(list(chosen)[:3])}{', ...' if len(chosen) > 3 else ''}): its "
-                    "forward must not run under torch.no_grad() or inference_mode() nor detach "
-                    "its results, and a chosen parameter must take part in them."
+                    "forward must use a chosen parameter, without torch.no_grad(), "
+                    "inference_mode() or detach()."
                 )
             with torch.no_grad():
                 check_finite(total.sums())
@@ -147,15 +147,15 @@ def fisher_information(
 
 
 def check_finite(sums: dict[str, Tensor]) -> None:
-    """Check that every sum is a finite number.
+    """Check that every sum is finite.
 
     Raises:
-        FloatingPointError: one is not: a derivative of the network does not exist there.
+        FloatingPointError: a sum is not finite, because a derivative does not exist.
     """
     for name, total in sums.items():
-        # The extremes are NaN where an entry is, and take no memory of the sum's size.
+        # The extremes are NaN if an entry is, and need no memory of the size of the sum.
         if total.numel() and not bool(torch.stack(torch.aminmax(total)).isfinite().all()):
             raise FloatingPointError(
                 f"The Fisher information of {name} is not finite: a derivative of the network "
-                "is infinite or undefined for some example, or too large for its type."
+                "is infinite, undefined or too large for its type at one of the examples."
             )

@@ -1,4 +1,4 @@
-"""Monte Carlo Fisher matrices that know how far they can be trusted."""
+"""Monte Carlo Fisher matrices with a standard error."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -34,32 +34,32 @@ def sampled_fisher(
     r"""A Monte Carlo Fisher matrix, and its trace with a standard error.
 
     The mean of ``num_samples`` independent one-sample matrices :math:`F^{(s)}`.  The
-    standard error of its trace is :math:`\mathrm{std}_s(\mathrm{tr} F^{(s)}) / \sqrt S`: what
-    the chance of the draws leaves open, for the data at hand.  Meant for many outputs,
-    where the exact matrix needs a backward pass for each.
+    standard error of its trace is :math:`\mathrm{std}_s(\mathrm{tr} F^{(s)}) / \sqrt S`.  It
+    measures the randomness of the draws for these data.  Meant for many outputs, where the
+    exact matrix needs one backward pass per output.
 
     Args:
         model: see :func:`~ewc.fisher.information.fisher_information`.
         data: batches, read ``num_samples`` times.
-        likelihood: what the outputs mean.
+        likelihood: the meaning of the outputs.
         num_samples: ``S``, two or more.
-        seed: of the draws; other seeds give independent ones.
-        structure: what of the matrix to keep.
-        parameters: restricts the matrix to some parameters.
+        seed: the seed of the draws; different seeds give independent draws.
+        structure: the part of the matrix to keep.
+        parameters: see :func:`~ewc.fisher.information.fisher_information`.
         memory: see :func:`~ewc.fisher.information.fisher_information`.
-        group: likewise.
+        group: see :func:`~ewc.fisher.information.fisher_information`.
 
     Returns:
         The matrix, and the estimate of its trace in nats per squared unit.
 
     Raises:
-        ValueError: ``num_samples`` is below 2, or the data can be read only once.
+        ValueError: ``num_samples`` is below 2, or ``data`` can be read only once.
     """
     check_count(num_samples, "num_samples", least=2)
     if iter(data) is data:
         raise ValueError(
-            f"The data are a {type(data).__name__}, which can be read once: every sample is a "
-            "pass of its own, so give a list of batches or a DataLoader."
+            f"data is a {type(data).__name__}, which can be read once: every sample needs one "
+            "pass, so data must be a list of batches or a DataLoader."
         )
     total: FisherMatrix | None = None
     traces = []

@@ -1,1 +1,1 @@
-"""Linear algebra on tensors: it knows neither networks nor Fisher matrices."""
+"""Linear algebra on tensors, independent of networks and Fisher matrices."""

@@ -11,15 +11,15 @@ from torch import Tensor
 from ewc.linalg.squares import TILE
 
 GRAM_WIDTH = 128
-"""Columns from which it pays to make a Gram matrix in quarters."""
+"""The least number of columns for which a Gram matrix is computed in quarters."""
 
 
 class RowBatch(ABC):
-    """Some rows whose second moments are wanted.
+    """A block of rows whose second moments are summed.
 
     Attributes:
-        count: how many there are.
-        kind: blocks of the same kind can be put together.
+        count: the number of rows.
+        kind: blocks of the same kind can be concatenated.
     """
 
     count: int
@@ -28,7 +28,7 @@ class RowBatch(ABC):
     @classmethod
     @abstractmethod
     def concatenated(cls, blocks: Sequence[Self]) -> Self:
-        """Blocks of one kind as one."""
+        """One block in place of several of the same kind."""
 
     @abstractmethod
     def add_gram(self, total: Tensor, alpha: float) -> None:
@@ -41,7 +41,7 @@ class RowBatch(ABC):
 
 @dataclass(frozen=True)
 class StoredRows(RowBatch):
-    """Rows as they are.
+    """Rows that are stored as a matrix.
 
     Attributes:
         rows: ``[g, r, d]``.
@@ -56,26 +56,23 @@ class StoredRows(RowBatch):
 
     @property
     def kind(self) -> Hashable:  # type: ignore[override]
-        """Rows of one width go together, and a sum has only such."""
+        """All stored rows are of one kind; a sum has rows of one width only."""
         return StoredRows
 
     @classmethod
     def concatenated(cls, blocks: Sequence[Self]) -> Self:
-        """All rows, one block after the other."""
         return cls(torch.cat([block.rows for block in blocks], 1))
 
     def add_gram(self, total: Tensor, alpha: float) -> None:
-        """Add their products."""
         add_gram(total, self.rows, alpha)
 
     def sum(self) -> Tensor:
-        """The sum of the rows."""
         return self.rows.sum(1)
 
 
 @dataclass(frozen=True)
 class StoredColumns(RowBatch):
-    """Rows that lie in memory as columns, many short matrices of them; not copied.
+    """Rows that are stored as the columns of many short matrices, without a copy.
 
     Attributes:
         columns: ``[b, g, d, t]``, the ``b t`` rows of every group.
@@ -90,36 +87,33 @@ class StoredColumns(RowBatch):
 
     @property
     def kind(self) -> Hashable:  # type: ignore[override]
-        """Columns of one length go together."""
+        """Matrices with the same number of columns are of one kind."""
         return StoredColumns, self.columns.shape[3]
 
     @classmethod
     def concatenated(cls, blocks: Sequence[Self]) -> Self:
-        """All matrices."""
         return cls(torch.cat([block.columns for block in blocks]))
 
     def add_gram(self, total: Tensor, alpha: float) -> None:
-        """Add the products of every matrix with itself."""
         for group, target in enumerate(total):
             columns = self.columns[:, group]
-            for part in torch.split(columns, max(1, TILE // target.numel())):
-                target.add_((part @ part.transpose(1, 2)).sum(0), alpha=alpha)
+            for matrices in torch.split(columns, max(1, TILE // target.numel())):
+                target.add_((matrices @ matrices.transpose(1, 2)).sum(0), alpha=alpha)
 
     def sum(self) -> Tensor:
-        """The sum of the columns."""
         return self.columns.sum((0, 3))
 
 
 class RunningGram:
     r"""A running :math:`\sum \alpha X^\top X` over blocks of rows.
 
-    A few rows at a time would read and write the whole matrix for little arithmetic, so
-    rows are collected until there are as many as columns.
+    Rows are collected until there are as many as columns.  Adding a few rows would read and
+    write the whole matrix for little arithmetic.
 
     Args:
-        groups: matrices side by side, ``g``.
+        groups: ``g``, the number of matrices side by side.
         width: ``d``.
-        like: a tensor whose device and type the sum has.
+        like: a tensor with the device and the type of the sum.
         memory: bytes that collected rows may take.
     """
 
@@ -127,23 +121,24 @@ class RunningGram:
         self.matrix = like.new_zeros(groups, width, width)
         self._most = min(width, memory // (4 * max(1, width * groups) * like.element_size()))
         self._blocks: list[RowBatch] = []
-        self._of: tuple[Hashable, float] | None = None
+        self._kind: tuple[Hashable, float] | None = None
+        """The kind of the collected blocks, and their factor."""
 
     def add(self, block: RowBatch, alpha: float = 1.0) -> None:
-        """Add the products of some rows."""
-        if self._of != (block.kind, alpha):
+        """Add the second moments of a block of rows."""
+        if self._kind != (block.kind, alpha):
             self.flush()
-            self._of = block.kind, alpha
+            self._kind = block.kind, alpha
         self._blocks.append(block)
-        if sum(some.count for some in self._blocks) >= self._most:
+        if sum(collected.count for collected in self._blocks) >= self._most:
             self.flush()
 
     def flush(self) -> Tensor:
-        """Add what was collected; the sum, ``[g, d, d]``."""
-        if self._of is not None and self._blocks:
-            one, *more = self._blocks
-            block = one.concatenated(self._blocks) if more else one
-            block.add_gram(self.matrix, self._of[1])
+        """Add the collected rows and return the sum, ``[g, d, d]``."""
+        if self._kind is not None and self._blocks:
+            first, *further = self._blocks
+            block = first.concatenated(self._blocks) if further else first
+            block.add_gram(self.matrix, self._kind[1])
             self._blocks = []
         return self.matrix
 
@@ -151,8 +146,9 @@ class RunningGram:
 def add_gram(total: Tensor, rows: Tensor, alpha: float = 1.0) -> None:
     r"""Add :math:`\alpha X^\top X` to a symmetric ``total``, in place.
 
-    The products of the halves of the columns with each other are made once and put down
-    twice, and so on within the halves: about half the operations of the full product.
+    The product of the left half of the columns with the right half is computed once and
+    added twice, and likewise within the halves.  This takes about half the operations of
+    the full product.
 
     Args:
         total: ``[d, d]``, or a batch of them.

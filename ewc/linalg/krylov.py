@@ -1,4 +1,4 @@
-r"""Solutions, traces and log-determinants from products with a matrix alone."""
+"""Solutions, traces and log-determinants from matrix-vector products only."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -13,11 +13,11 @@ from ewc.parameters import Parameters, dot
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number known by sampling.
+    """An estimate of a number from samples.
 
     Attributes:
         value: the mean over the samples.
-        standard_error: of the mean.
+        standard_error: the standard error of the mean.
     """
 
     value: float
@@ -25,7 +25,7 @@ class Estimate:
 
     @classmethod
     def of(cls, samples: list[float]) -> "Estimate":
-        """The mean of samples and its standard error, infinite for a single one."""
+        """The mean of samples and its standard error, which is infinite for one sample."""
         values = torch.tensor(samples, dtype=torch.float64)
         error = float(values.std()) / math.sqrt(len(samples)) if len(samples) > 1 else math.inf
         return cls(float(values.mean()), error)
@@ -39,16 +39,17 @@ def conjugate_gradients(
 ) -> Parameters:
     r"""The solution of :math:`(F + \delta I) u = v`, by products with ``F``.
 
-    Preconditioned by the diagonal; ends where the residual is within rounding of ``v``.
+    Preconditioned by the diagonal.  It stops when the residual is as small as rounding
+    errors of ``v``.
 
     Args:
-        product: ``u`` to :math:`F u`.
-        diagonal: of ``F``.
+        product: maps ``u`` to :math:`F u`.
+        diagonal: the diagonal of ``F``.
         v: the right-hand side.
         damping: :math:`\delta`.
 
     Raises:
-        torch.linalg.LinAlgError: it does not converge, as where the damped matrix is singular.
+        torch.linalg.LinAlgError: it does not converge; the damped matrix may be singular.
     """
     like = next(iter(v.values()))
     tiny = torch.finfo(like.dtype).tiny
@@ -79,8 +80,8 @@ def conjugate_gradients(
     if float(dot(residual, residual).sqrt()) <= 1e3 * goal:
         return solution
     raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
-        f"Conjugate gradients did not converge with damping {damping}: the damped matrix is "
-        "singular or nearly so; take a larger damping."
+        f"Conjugate gradients did not converge with damping {damping}, because the damped "
+        "matrix is singular or nearly singular: the damping must be larger."
     )
 
 
@@ -90,10 +91,10 @@ def hutchinson_trace(
     r"""The trace by :math:`E[z^\top F z]` over random signs ``z`` (Hutchinson 1989).
 
     Args:
-        product: a flat vector to the product with it.
-        like: a flat vector whose size, type and device the samples have.
-        num_samples: how many.
-        seed: of the samples.
+        product: maps a flat vector to its product with the matrix.
+        like: a flat vector with the size, the type and the device of the samples.
+        num_samples: the number of random vectors.
+        seed: the seed of the random vectors.
 
     Raises:
         ValueError: ``num_samples`` is not a whole number, 1 or more.
@@ -117,15 +118,15 @@ def lanczos_quadrature(
     r"""The trace of a function of the matrix (Ubaru, Chen & Saad 2017, algorithm 1).
 
     :math:`\mathrm{tr} f(F) = p\, E[\sum_i \tau_i^2 f(\theta_i)]` with the Ritz values
-    :math:`\theta` and the first components :math:`\tau` of their vectors, of the Lanczos
-    process from random signs, which goes on until the sum settles.
+    :math:`\theta` of the Lanczos process from random signs.  :math:`\tau` are the first
+    components of the Ritz vectors.  The process stops when the sum has converged.
 
     Args:
-        product: a flat vector to the product with it.
-        function: of the eigenvalues.
-        like: a flat vector whose size, type and device the samples have.
-        num_samples: how many.
-        seed: of the samples.
+        product: maps a flat vector to its product with the matrix.
+        function: the function of the eigenvalues.
+        like: a flat vector with the size, the type and the device of the samples.
+        num_samples: the number of random vectors.
+        seed: the seed of the random vectors.
 
     Raises:
         ValueError: ``num_samples`` is not a whole number, 1 or more.
@@ -149,16 +150,16 @@ def lanczos_quadrature(
 def lanczos(
     product: Callable[[Tensor], Tensor], start: Tensor
 ) -> Iterator[tuple[list[float], list[float]]]:
-    """The tridiagonal matrix of a symmetric one in the space of its powers times a vector.
+    """The tridiagonal matrices of the Lanczos process of a symmetric matrix.
 
-    Grows by a row with every step, until that space is all there is.
+    Each step adds a row, until the Krylov space is invariant.
 
     Args:
-        product: a flat vector to the product with it.
-        start: the vector, of norm 1.
+        product: maps a flat vector to its product with the matrix.
+        start: the first vector, of norm 1.
 
     Yields:
-        The diagonal, and what stands beside it, one entry less.
+        The diagonal and the off-diagonal, which has one entry fewer.
     """
     vectors, alphas, betas = [start], list[float](), list[float]()
     while True:
@@ -166,7 +167,7 @@ def lanczos(
         alphas.append(float(torch.dot(image, vectors[-1])))
         yield alphas, betas
         basis = torch.stack(vectors)
-        for _twice in range(2):  # once leaves what rounding has let in
+        for _twice in range(2):  # once is not enough with rounding errors
             image = image - basis.T @ (basis @ image)
         beta = float(image.norm())
         if beta <= 1e-10 * max(map(abs, alphas)) or len(vectors) == start.numel():
@@ -176,7 +177,10 @@ def lanczos(
 
 
 def ritz_values(alphas: list[float], betas: list[float]) -> tuple[Tensor, Tensor]:
-    """The eigenvalues of a tridiagonal matrix, ascending, and their share of the first entry."""
+    """The eigenvalues of a tridiagonal matrix, ascending, and their quadrature weights.
+
+    The weight is the squared first component of the eigenvector.
+    """
     values, vectors = torch.linalg.eigh(_tridiagonal(alphas, betas))
     return values, vectors[0].square()
 
@@ -190,12 +194,12 @@ def ritz_vectors(alphas: list[float], betas: list[float]) -> Tensor:
 def _tridiagonal(alphas: list[float], betas: list[float]) -> Tensor:
     matrix = torch.diag(torch.tensor(alphas, dtype=torch.float64))
     if len(alphas) > 1:
-        beside = torch.tensor(betas[: len(alphas) - 1], dtype=torch.float64)
-        matrix = matrix + torch.diag(beside, 1) + torch.diag(beside, -1)
+        off_diagonal = torch.tensor(betas[: len(alphas) - 1], dtype=torch.float64)
+        matrix = matrix + torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1)
     return matrix
 
 
 def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    """A vector of independent signs, of the size, type and device of ``like``."""
+    """A vector of independent random signs with the size, type and device of ``like``."""
     signs = torch.randint(0, 2, (like.numel(),), generator=generator) * 2 - 1
     return signs.to(like)

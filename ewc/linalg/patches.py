@@ -1,15 +1,15 @@
 r"""Second moments and squared gradients of convolutions of stride 1, without unfolding.
 
-The row of a position :math:`p` holds the inputs :math:`x_{p + d}` at all kernel offsets
+The row of a position :math:`p` has the inputs :math:`x_{p + d}` at all kernel offsets
 :math:`d`.  With stride 1 the block :math:`\sum_p x_{p+d} x_{p+d'}^\top` of two offsets
-depends on their lag :math:`\delta = d' - d` but for the border: it is the autocorrelation
-:math:`R_\delta = \sum_q x_q x_{q+\delta}^\top`, less the few slabs of :math:`q` that lie
-outside of what :math:`d` sees.  A 3 x 3 kernel has 13 lags up to sign, where unfolded rows
-take 45 products.
+depends only on their lag :math:`\delta = d' - d`, except at the border.  It is the
+autocorrelation :math:`R_\delta = \sum_q x_q x_{q+\delta}^\top` minus the terms of the few
+:math:`q` that the offset :math:`d` never reaches.  A 3 x 3 kernel has 13 lags up to sign.
+Unfolded rows take 45 products.
 
 The gradient of a kernel's entry, :math:`\sum_p g_p x_{p + d}^\top`, is a product with the
-inputs shifted by :math:`d`.  With zeros behind every row of the image a shift is a slice of
-them, so that nothing is copied nine times.
+inputs shifted by :math:`d`.  With zeros after every row of the image a shift is a slice, so
+the inputs are not copied once per entry.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,13 +31,13 @@ Index = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Grid:
-    """Where a kernel of stride 1 lies over an input.
+    """The positions of a kernel of stride 1 over an input.
 
     Attributes:
-        kernel: its sizes.
-        padding: zeros at both ends.
-        dilation: between the kernel's entries.
-        sizes: of the input.
+        kernel: the sizes of the kernel.
+        padding: the number of zeros at both ends.
+        dilation: the distance between entries of the kernel.
+        sizes: the sizes of the input.
     """
 
     kernel: Index
@@ -47,7 +47,7 @@ class Grid:
 
     @property
     def reach(self) -> Index:
-        """The largest distance of two entries of the kernel."""
+        """The largest distance between two entries of the kernel, per axis."""
         return tuple(d * (k - 1) for k, d in zip(self.kernel, self.dilation, strict=True))
 
     @property
@@ -58,37 +58,37 @@ class Grid:
 
     @property
     def stored(self) -> Index:
-        """The sizes with so many zeros behind the rows that no lag gets into the next one."""
+        """The sizes with enough zeros after every row that no lag reaches the next row."""
         inner = zip(self.sizes[1:], self.reach[1:], strict=True)
         return self.sizes[0], *(size + reach for size, reach in inner)
 
     def offsets(self) -> list[Index]:
-        """The kernel's entries, in order."""
+        """The offsets of the kernel's entries, in order."""
         steps = (range(0, k * d, d) for k, d in zip(self.kernel, self.dilation, strict=True))
         return list(product(*steps))
 
     def lags(self) -> dict[Index, list[tuple[int, int]]]:
-        """Pairs of entries (their numbers) by lag, one of every two lags of either sign."""
-        found: dict[Index, list[tuple[int, int]]] = {}
+        """Pairs of entries, by number, for every lag up to sign."""
+        pairs: dict[Index, list[tuple[int, int]]] = {}
         offsets = self.offsets()
         for (i, first), (j, second) in product(enumerate(offsets), repeat=2):
             lag = tuple(b - a for a, b in zip(first, second, strict=True))
             if lag >= (0,) * len(lag):
-                found.setdefault(lag, []).append((i, j))
-        return found
+                pairs.setdefault(lag, []).append((i, j))
+        return pairs
 
     def valid(self, axis: int, lag: Index) -> tuple[int, int]:
-        """Where both ``q`` and ``q + lag`` are inside of the input."""
+        """The range where both ``q`` and ``q + lag`` are inside the input."""
         return _range(-lag[axis], self.sizes[axis] - max(0, lag[axis]))
 
-    def seen(self, axis: int, lag: Index, offset: int) -> tuple[int, int]:
-        """Of these, what the kernel's entry at ``offset`` sees."""
+    def reached(self, axis: int, lag: Index, offset: int) -> tuple[int, int]:
+        """The range of :meth:`valid` that the kernel's entry at ``offset`` reaches."""
         start, stop = self.valid(axis, lag)
         first = offset - self.padding[axis]
         return _range(max(start, first), min(stop, first + self.outputs[axis]))
 
     def outside(self, axis: int, lag: Index, offset: int) -> Iterator[tuple[int, int]]:
-        """Of these, what the kernel's entry at ``offset`` does not see."""
+        """The ranges of :meth:`valid` that the kernel's entry at ``offset`` does not reach."""
         start, stop = self.valid(axis, lag)
         first = offset - self.padding[axis]
         last = first + self.outputs[axis]
@@ -96,9 +96,9 @@ class Grid:
             if left < right:
                 yield left, right
 
-    @lru_cache  # noqa: B019 - few, small, and asked for at every batch
+    @lru_cache  # noqa: B019 - few, small, and used in every batch
     def share(self) -> float:
-        """The multiplications, as a share of those of unfolded rows."""
+        """The multiplications, as a fraction of those of unfolded rows."""
         total = 0.0
         stored, offsets = prod(self.stored), self.offsets()
         for lag, pairs in self.lags().items():
@@ -113,9 +113,9 @@ class Grid:
 
 
 def _range(start: int, stop: int) -> tuple[int, int]:
-    """A range of indices, empty where it would end before it begins or before 0.
+    """A range of indices, empty if it would end before its start or before 0.
 
-    A kernel may lie beside its map, or be larger than it.
+    A kernel may be outside its input, or larger than it.
     """
     return max(0, start), max(0, start, stop)
 
@@ -125,15 +125,15 @@ def add_patch_squares(total: Tensor, x: Tensor, g: Tensor, grid: Grid) -> None:
 
     Args:
         total: ``[o, c k]`` with the ``k`` entries of the kernel, changed in place.
-        x: ``[n, c, *sizes]``.
-        g: ``[v, n, o, *outputs]``.
-        grid: where the kernel lies.
+        x: the inputs, ``[n, c, *sizes]``.
+        g: the output gradients, ``[v, n, o, *outputs]``.
+        grid: the positions of the kernel.
     """
     vectors, n, outputs = g.shape[:3]
     channels = x.shape[1]
     dims = len(grid.sizes)
     padded = [size + 2 * padding for size, padding in zip(grid.sizes, grid.padding, strict=True)]
-    # One line more at the end, for the last shifts.
+    # One more line at the end, for the last shifts.
     ends = [padding + (axis == 0) for axis, padding in enumerate(grid.padding)]
     around = [pad for axis in reversed(range(dims)) for pad in (grid.padding[axis], ends[axis])]
     cells = functional.pad(x, around).flatten(2)
@@ -142,11 +142,11 @@ def add_patch_squares(total: Tensor, x: Tensor, g: Tensor, grid: Grid) -> None:
     strides = [prod(padded[axis + 1 :]) for axis in range(dims)]
     entries = prod(grid.kernel)
     squares = total.new_zeros(entries, outputs, channels)
-    for some in slices(n, vectors * outputs * channels, TILE):
+    for examples in slices(n, vectors * outputs * channels, TILE):
         for number, offset in enumerate(grid.offsets()):
             shift = sum(step * stride for step, stride in zip(offset, strides, strict=True))
-            seen = cells[some, :, shift : shift + rows.shape[2]]
-            gradients = rows[some] @ seen.transpose(1, 2)
+            shifted = cells[examples, :, shift : shift + rows.shape[2]]
+            gradients = rows[examples] @ shifted.transpose(1, 2)
             squares[number] += gradients.view(-1, outputs, channels).square_().sum(0)
     total += squares.permute(1, 2, 0).reshape(total.shape)
 
@@ -156,13 +156,13 @@ def add_patch_gram(total: Tensor, x: Tensor, grid: Grid, alpha: float) -> None:
 
     Args:
         total: ``[c k, c k]`` with the ``k`` entries of the kernel, changed in place.
-        x: ``[n, c, *sizes]``.
-        grid: where the kernel lies.
+        x: the inputs, ``[n, c, *sizes]``.
+        grid: the positions of the kernel.
         alpha: the factor.
     """
     n, channels = x.shape[:2]
     dims = len(grid.sizes)
-    # Positions first: a lag is then a shift of the rows of a matrix.
+    # Positions first, so that a lag is a shift of the rows of a matrix.
     cells = x.new_zeros(*grid.stored, n, channels)
     cells[tuple(slice(0, size) for size in grid.sizes)] = x.permute(*range(2, 2 + dims), 0, 1)
     rows = cells.view(-1, channels)
@@ -177,15 +177,16 @@ def add_patch_gram(total: Tensor, x: Tensor, grid: Grid, alpha: float) -> None:
         else:
             whole = x.new_zeros(channels, channels)
             add_gram(whole, rows)
-        found: dict[Index, Tensor] = {(): whole}
+        restricted: dict[Index, Tensor] = {(): whole}
         for i, j in pairs:
             for axis in range(dims):
                 prefix = offsets[i][: axis + 1]
-                if prefix not in found:
-                    found[prefix] = _restricted(found[prefix[:-1]], cells, grid, lag, prefix)
-            blocks[i, j] = found[offsets[i]]
+                if prefix not in restricted:
+                    wider = restricted[prefix[:-1]]
+                    restricted[prefix] = _restricted(wider, cells, grid, lag, prefix)
+            blocks[i, j] = restricted[offsets[i]]
             blocks[j, i] = blocks[i, j].T
-    # The channels come first, so entries lie in between: made for whole rows at a time.
+    # The channels come first, so the entries of a block are not contiguous: added row by row.
     rows_of = total.view(channels, entries, channels * entries)
     for i in range(entries):
         row = torch.stack([blocks[i, j] for j in range(entries)], -1)
@@ -195,20 +196,20 @@ def add_patch_gram(total: Tensor, x: Tensor, grid: Grid, alpha: float) -> None:
 def _restricted(
     whole: Tensor, cells: Tensor, grid: Grid, lag: Index, prefix: Sequence[int]
 ) -> Tensor:
-    """The sum over all ``q`` that the entry sees along the axes of ``prefix``.
+    """The sum over all ``q`` that the entry reaches along the axes of ``prefix``.
 
     Args:
-        whole: the sum that is restricted along all of these axes but the last.
+        whole: the sum restricted along these axes except the last.
         cells: the inputs, ``[*stored, n, c]``.
-        grid: where the kernel lies.
-        lag: of the two factors.
+        grid: the positions of the kernel.
+        lag: the lag of the two factors.
         prefix: the entry's offsets along the first axes.
     """
     last = len(prefix) - 1
     ranges = []
     for axis in range(len(lag)):
-        seen = axis < last
-        ranges.append(grid.seen(axis, lag, prefix[axis]) if seen else grid.valid(axis, lag))
+        inner = axis < last
+        ranges.append(grid.reached(axis, lag, prefix[axis]) if inner else grid.valid(axis, lag))
     restricted = whole
     for slab in grid.outside(last, lag, prefix[last]):
         ranges[last] = slab

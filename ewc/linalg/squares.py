@@ -1,19 +1,19 @@
-r"""Sums of squares of vectors that are sums of outer products, without the vectors."""
+"""Sums of squares of vectors that are sums of outer products, without storing the vectors."""
 
 import torch
 from torch import Tensor
 
 TILE = 2**18
-"""Entries of a product that stay in a core's cache until they are squared or added up."""
+"""Entries of a product that stay in a core's cache until they are squared or summed."""
 
 SQUARE_COST = 40
-"""Multiplications of a matrix product that cost what squaring and adding one entry does."""
+"""The cost of squaring and adding one entry, in multiplications of a matrix product."""
 
 
 def sum_of_squares(gradient: Tensor) -> Tensor:
     r""":math:`\sum_k g_k^2` of ``[k, ...]``, shape ``[...]``."""
-    # Vector by vector: the squares of all at once would be a tensor as large as the
-    # gradient, and fetching fresh memory for it costs more than the arithmetic.
+    # Vector by vector, because the squares of all vectors would be as large as the gradient.
+    # Allocating that memory costs more than the arithmetic.
     total = gradient[0].square()
     for vector in gradient[1:]:
         total.addcmul_(vector, vector)
@@ -23,11 +23,11 @@ def sum_of_squares(gradient: Tensor) -> Tensor:
 def add_outer_squares(a: Tensor, g: Tensor, total: Tensor) -> None:
     r"""Add :math:`\sum_{n,k} (\sum_t g_t a_t^\top)^2`, entry by entry.
 
-    With one position it is :math:`(\sum_k g_k^2)^\top (a^2)`, a single product.  With more
-    there are two ways, and the one with fewer operations is taken: products of pairs of
-    positions, whose number does not grow with ``k``,
-    :math:`\sum_{t, t'} (\sum_k g_{kt} g_{kt'})^\top (a_t a_{t'})`; or the vectors
-    themselves, squared while they are still in the cache.
+    For one position it is :math:`(\sum_k g_k^2)^\top (a^2)`, a single product.  For more
+    positions there are two algorithms; the one with fewer operations is used.  The first sums
+    over pairs of positions, :math:`\sum_{t, t'} (\sum_k g_{kt} g_{kt'})^\top (a_t a_{t'})`.
+    Its number of products does not grow with ``k``.  The second computes the vectors and
+    squares them while they are in the cache.
 
     Args:
         a: ``[n, g, t, i]``.
@@ -41,7 +41,7 @@ def add_outer_squares(a: Tensor, g: Tensor, total: Tensor) -> None:
 
 
 def by_pairs(vectors: int, positions: int) -> bool:
-    """Whether products of pairs of positions are fewer than those of the vectors."""
+    """Whether the sum over pairs of positions takes fewer operations than the vectors."""
     return positions * (positions + 1) // 2 <= vectors * (positions + SQUARE_COST)
 
 
@@ -86,9 +86,9 @@ def add_squares_by_vectors(a: Tensor, g: Tensor, total: Tensor) -> None:
             columns = slice(start, start + width)
             target = total[group, :, columns]
             for first in range(0, n, at_once):
-                some = slice(first, first + at_once)
+                examples = slice(first, first + at_once)
                 if k * outputs * width <= TILE:
-                    vectors = rows[some, group] @ a[some, group, :, columns]
+                    vectors = rows[examples, group] @ a[examples, group, :, columns]
                     vectors = vectors.reshape(-1, outputs, vectors.shape[-1])
                     target += vectors.square_().sum(0)
                     continue

@@ -1,4 +1,4 @@
-"""How the weight of an affine layer is read as matrices."""
+"""The weight of an affine layer as matrices."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """How a weight tensor is read as matrices ``[g, o, i]``, one a group.
+    """The layout of a weight tensor as matrices ``[g, o, i]``, one per group.
 
     Attributes:
-        shape: of the parameter: ``[g o, i, ...]``, or ``[g i, o, ...]`` if transposed.
+        shape: the parameter's shape, ``[g o, i, ...]``, or ``[g i, o, ...]`` if transposed.
         groups: ``g``.
-        transposed: the inputs come first, as in a transposed convolution and in ``x @ W``.
+        transposed: whether the inputs come first, as in a transposed convolution or ``x @ W``.
     """
 
     shape: torch.Size
@@ -29,7 +29,7 @@ class WeightLayout:
         return self.groups, first, second * kernel
 
     def to_matrix(self, weight: Tensor) -> Tensor:
-        """``[..., *shape]`` as ``[..., g, o, i]``."""
+        """The matrices ``[..., g, o, i]`` of a weight ``[..., *shape]``."""
         lead = weight.shape[: weight.dim() - len(self.shape)]
         first, second, kernel = self._sizes()
         if not self.transposed:
@@ -38,7 +38,7 @@ class WeightLayout:
         return split.transpose(-3, -2).reshape(*lead, self.groups, second, first * kernel)
 
     def to_parameter(self, matrix: Tensor) -> Tensor:
-        """``[..., g, o, i]`` as ``[..., *shape]``."""
+        """The weight ``[..., *shape]`` of matrices ``[..., g, o, i]``."""
         lead = matrix.shape[:-3]
         if self.transposed:
             first, second, kernel = self._sizes()

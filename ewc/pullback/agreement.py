@@ -1,4 +1,4 @@
-"""When two computations of one thing count as equal."""
+"""When two computations of the same quantity count as equal."""
 
 from math import isfinite
 
@@ -6,29 +6,29 @@ import torch
 from torch import Tensor
 
 MARGIN = 0.02
-"""Far above what rounding does (TF32: 1e-3), far below what a wrong rule does."""
+"""Far above rounding errors (TF32: 1e-3), far below the error of a wrong rule."""
 
 
 def margin(dtype: torch.dtype, noise: float = 0.0) -> float:
-    """The largest relative difference, in norm, of two computations of one thing.
+    """The largest relative difference, in norm, at which two computations agree.
 
     Args:
-        dtype: the type they were made in.
-        noise: the relative difference of the same computation made twice.
+        dtype: the floating-point type of the computations.
+        noise: the relative difference between two runs of the same computation.
     """
     return max(MARGIN, 16 * torch.finfo(dtype).eps, 4 * noise)
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """What arithmetic of that type may lose, relatively; TF32 calls itself float32."""
+    """The relative rounding error that a type allows; TF32 reports itself as float32."""
     return 1e-8 if dtype == torch.float64 else max(2e-3, 16 * torch.finfo(dtype).eps)
 
 
 def agree(one: Tensor, other: Tensor, noise: float = 0.0) -> bool:
-    """Whether two tensors are one by their norms, never entry by entry.
+    """Whether two tensors agree, compared by norm and not entry by entry.
 
-    Accelerators add in another order every time, and round to 1e-3 in TF32: an entry that
-    is small beside the others has no digit in common.
+    Accelerators add in a different order every time, and round to 1e-3 in TF32.  A
+    relatively small entry may then have no correct digit.
     """
     gap, size = _gap_and_size(one, other)
     return gap <= margin(one.dtype, noise) * size
@@ -40,7 +40,8 @@ def same(one: Tensor, other: Tensor, spread: float = 0.0) -> bool:
     Args:
         one: the outputs of an example.
         other: the outputs of the same example.
-        spread: how far outputs of other examples are away: a small share of it does not count.
+        spread: the distance to the outputs of other examples; a small fraction of it does
+            not count.
     """
     gap, size = _gap_and_size(one, other)
     return gap <= max(rounding(one.dtype) * size, MARGIN * spread)
@@ -51,7 +52,7 @@ def _gap_and_size(one: Tensor, other: Tensor) -> tuple[float, float]:
     gap, *sizes = (float(t.norm()) for t in (one - other, one, other))
     if isfinite(gap):
         return gap, max(sizes)
-    equal = one == other  # infinities too: outputs may rule a class out
+    equal = one == other  # infinities too: outputs may exclude a class
     gap = torch.where(equal, 0, one - other).norm()
     size = max(float(torch.where(t.isfinite(), t, 0).norm()) for t in (one, other))
     return float(gap), size

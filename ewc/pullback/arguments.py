@@ -1,4 +1,4 @@
-"""What a network is called with: tensors, or dicts of tensors, a row an example."""
+"""The arguments of a network: tensors, or dicts of tensors, with one row per example."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,31 +11,31 @@ from torch import Tensor, nn
 from ewc.wrappers import bare
 
 NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-"""The kinds of arguments that can be given by name."""
+"""The kinds of arguments that can be passed by name."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """The arguments of one call, for some examples.
+    """The arguments of one call, for a set of examples.
 
-    As the ``x`` of a batch ``(x, y)`` they say how the model is called, whatever its
+    As the ``x`` of a batch ``(x, y)`` they define how the model is called, whatever its
     signature.
 
     Attributes:
         positional: tensors, or dicts of tensors.
-        named: tensors that go by name.
+        named: tensors that are passed by name.
     """
 
     positional: tuple[Tensor | dict[str, Tensor], ...]
     named: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, model: nn.Module) -> Any:
-        """What the model returns for a copy of them: it may write into its input."""
-        own = self.map(torch.clone)
-        return model(*own.positional, **own.named)
+        """The model's result for a copy of the arguments, since it may write into them."""
+        copies = self.map(torch.clone)
+        return model(*copies.positional, **copies.named)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Arguments":
-        """The same with ``function`` applied to every tensor."""
+        """The same arguments with ``function`` applied to every tensor."""
         positional = tuple(
             function(value)
             if isinstance(value, Tensor)
@@ -45,7 +45,7 @@ class Arguments:
         return Arguments(positional, {key: function(t) for key, t in self.named.items()})
 
     def __getitem__(self, examples: slice) -> "Arguments":
-        """The arguments of some examples, as views."""
+        """The arguments of a slice of the examples, as views."""
         return self.map(lambda tensor: tensor[examples])
 
     def __len__(self) -> int:
@@ -62,16 +62,16 @@ class Arguments:
         return self.map(lambda _: next(following))
 
     def labelled(self) -> dict[str, Tensor]:
-        """All tensors, by names for messages."""
+        """All tensors, by their names in messages."""
         several = len(self.positional) + len(self.named) > 1
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for place, value in enumerate(self.positional):
             label = f"argument {place + 1}" if several else "x"
             if isinstance(value, dict):
-                found |= {f"{label}[{key!r}]": tensor for key, tensor in value.items()}
+                tensors |= {f"{label}[{key!r}]": tensor for key, tensor in value.items()}
             else:
-                found[label] = value
-        return found | {f"x[{name!r}]": tensor for name, tensor in self.named.items()}
+                tensors[label] = value
+        return tensors | {f"x[{name!r}]": tensor for name, tensor in self.named.items()}
 
     def _walk(self) -> Iterator[Tensor]:
         for value in self.positional:
@@ -80,16 +80,16 @@ class Arguments:
 
 
 def listed_shapes(tensors: Mapping[str, Tensor]) -> str:
-    """Names and shapes, for messages."""
+    """Names and shapes as a message lists them."""
     return ", ".join(f"{name} of shape {list(t.shape)}" for name, t in tensors.items())
 
 
 class Caller:
-    """Knows how a model is called with the batches of a data set.
+    """Calls a model with the batches of a data set.
 
     Args:
         model: the network.
-        device: where its parameters are.
+        device: the device of its parameters.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -105,11 +105,10 @@ class Caller:
             for p in parameters
             if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)
         ]
-        # Of such arguments nothing is known: whatever the batch has goes in.
+        # ``*args`` takes any number of arguments, so the task labels are passed too.
         self.may_have_task = bool(positional) and positional[0].kind is Parameter.VAR_POSITIONAL
         second = positional[1] if len(positional) > 1 else None
-        # A second argument without a default takes the task labels, and so does one of this
-        # name.  With a dict, arguments without a default are its own.
+        # The task labels go to a second argument that has no default or this name.
         self.needs_task = (
             second is not None
             and second.default is Parameter.empty
@@ -123,9 +122,9 @@ class Caller:
         """The model's arguments and the targets of a batch, on the model's device.
 
         Args:
-            batch: ``(x, y)`` or ``(x, y, task)``; ``x`` may be a dict of tensors, which
-                goes by name to a model that has arguments of these names, else as it is;
-                or :class:`Arguments`, which are taken as they are.
+            batch: ``(x, y)`` or ``(x, y, task)``.  ``x`` may be a dict of tensors.  It is
+                passed by name if the model has arguments of these names, else as one
+                argument.  ``x`` may also be :class:`Arguments`, which are used unchanged.
             index: the number of the batch, for messages.
 
         Raises:
@@ -133,19 +132,19 @@ class Caller:
                 not those of the model's arguments.
         """
         if not isinstance(batch, list | tuple) or len(batch) not in (2, 3):
-            raise ValueError(self._no_batch(batch, index))
+            raise ValueError(self._not_a_batch(batch, index))
         x, y, *task = batch
         if not isinstance(x, Arguments):
             x = Arguments((dict(x) if isinstance(x, Mapping) else x,))
         tensors = x.labelled() | dict(zip(("y", "task"), batch[1:], strict=False))
         if len(tensors) < len(batch) or not all(isinstance(t, Tensor) for t in tensors.values()):
-            raise ValueError(self._no_batch(batch, index))
+            raise ValueError(self._not_a_batch(batch, index))
         if len({t.shape[0] if t.dim() else -1 for t in tensors.values()}) != 1 or not y.dim():
             shapes = listed_shapes(tensors)
-            hint = "" if y.dim() else "; single examples are put into batches by a DataLoader"
+            hint = "" if y.dim() else "; put single examples into batches by a DataLoader"
             raise ValueError(
-                f"Batch {index} has {shapes}: their first dimensions, the examples, must be "
-                f"equal{hint}."
+                f"Batch {index} has {shapes}: the first dimensions, which count the examples, "
+                f"must be equal{hint}."
             )
         if not isinstance(batch[0], Arguments):
             x = self._call(x.positional[0], task, index)
@@ -153,49 +152,49 @@ class Caller:
         return moved, y.to(self.device, non_blocking=True)
 
     def _call(self, x: Tensor | dict[str, Tensor], task: list[Tensor], index: int) -> Arguments:
-        """How the model is called with inputs and, maybe, task labels."""
+        """The arguments for these inputs and, if given, task labels."""
         if isinstance(x, dict) and self._goes_by_name(x, index):
             return Arguments((), x)
         if self.needs_task and not task:
             raise ValueError(
-                f"Batch {index} is (x, y), but {self.name} also needs {self.task_name!r}: the "
+                f"Batch {index} is (x, y), but {self.name} also needs {self.task_name!r}: "
                 f"data must be batches (x, y, {self.task_name})."
             )
         return Arguments((x, *task) if self.may_have_task else (x,))
 
     def _goes_by_name(self, inputs: dict[str, Tensor], index: int) -> bool:
-        """Whether the model's arguments have the names of a dict.
+        """Whether the names in a dict are those of the model's arguments.
 
         Raises:
-            ValueError: some of them have.
+            ValueError: only some of them are.
         """
         missing = [name for name in self.required if name not in inputs]
         unknown = [] if self.any_name else [key for key in inputs if key not in self.names]
         if not missing and not unknown:
             return True
-        # One argument may well be a dict, even one with a key of the argument's name.
+        # A model of one argument may take a dict, even one with a key of the argument's name.
         if len(self.names) > 1 and not inputs.keys().isdisjoint(self.names):
-            found = f"has the unknown input {unknown[0]!r}" if unknown else f"lacks {missing[0]!r}"
+            fault = f"has the unknown input {unknown[0]!r}" if unknown else f"lacks {missing[0]!r}"
             raise ValueError(
-                f"Batch {index} {found}: {self.name} takes {', '.join(map(repr, self.names))}."
+                f"Batch {index} {fault}: {self.name} takes {', '.join(map(repr, self.names))}."
             )
         return False
 
     @staticmethod
-    def _no_batch(batch: Any, index: int) -> str:
-        found = type(batch).__name__
+    def _not_a_batch(batch: Any, index: int) -> str:
+        kind = type(batch).__name__
         if isinstance(batch, list | tuple):
-            found += f" ({', '.join(type(item).__name__ for item in batch)})"
+            kind += f" ({', '.join(type(item).__name__ for item in batch)})"
             if len(batch) in (2, 3) and isinstance(batch[0], Mapping):
                 odd = [key for key, t in batch[0].items() if not isinstance(t, Tensor)]
                 if odd:
-                    found += f", whose x[{odd[0]!r}] is a {type(batch[0][odd[0]]).__name__}"
+                    kind += f", whose x[{odd[0]!r}] is a {type(batch[0][odd[0]]).__name__}"
         hint = ""
         if isinstance(batch, Tensor):
             hint = "; a single batch goes into a list, [(x, y)]"
         elif isinstance(batch, Mapping):
             hint = "; take the targets out of the dict"
         return (
-            f"Batch {index} is a {found}: the data must be batches of tensors (x, y) or "
+            f"Batch {index} is a {kind}: data must be batches of tensors (x, y) or "
             f"(x, y, task), where x may be a dict of tensors{hint}."
         )

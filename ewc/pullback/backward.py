@@ -1,4 +1,4 @@
-"""Gradients of several score vectors with respect to results inside of a network."""
+"""Gradients of several score vectors with respect to results inside a network."""
 
 import warnings
 from collections.abc import Sequence
@@ -14,26 +14,26 @@ def all_together(
     """Gradients of all score vectors in one pass, ``[k, ...]`` each; the graph is kept.
 
     Returns:
-        ``None`` where an operation cannot be vectorised, or only by a loop of its own that
-        is slower than one pass a vector.
+        The gradients.  ``None`` if an operation cannot be vectorised, or only by a loop that
+        is slower than one pass per vector.
     """
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found = torch.autograd.grad(
+            gradients = torch.autograd.grad(
                 outputs, edges, scores, retain_graph=True, is_grads_batched=True
             )
     except RuntimeError:
         return None
     if any("performance drop" in str(warning.message) for warning in caught):
         return None
-    return list(found)
+    return list(gradients)
 
 
 def one_by_one(
     outputs: Tensor, edges: Sequence[GradientEdge], scores: Tensor, *, retain_graph: bool
 ) -> list[Tensor]:
-    """Gradients of all score vectors, ``[k, ...]`` each, by one backward pass a vector."""
+    """Gradients of all score vectors, ``[k, ...]`` each, by one backward pass per vector."""
     rows = [
         torch.autograd.grad(
             outputs, edges, score, retain_graph=retain_graph or index + 1 < scores.shape[0]
@@ -42,5 +42,5 @@ def one_by_one(
     ]
     if len(rows) == 1:
         return [gradient[None] for gradient in rows[0]]
-    # Examples first in memory: the order in which products over vectors read them.
+    # Examples first in memory, the order in which products over vectors read them.
     return [torch.stack(column, 1).transpose(0, 1) for column in zip(*rows, strict=True)]

@@ -1,9 +1,9 @@
 """The autograd graph behind a network's outputs: where and how its parameters are used.
 
-Every use of a parameter is an edge into some node of the graph, whatever Python code made
-it: a module called once or ten times, a weight shared between modules, a functional call,
-the steps of a recurrence.  Views of a parameter (transposes, casts, blocks of rows) are
-followed to the nodes that compute with them.
+Every use of a parameter is an edge into a node of the graph, whatever Python code made it.
+That covers modules called several times, shared weights, functional calls and recurrences.
+Views of a parameter (transposes, casts, blocks of rows) are followed to the nodes that
+compute with them.
 """
 
 import re
@@ -23,14 +23,14 @@ from ewc.parameters import Parameters
 
 @dataclass(frozen=True)
 class View:
-    """How a parameter is seen by the node that uses it.
+    """The view of a parameter that a node uses.
 
     Attributes:
-        name: the parameter.
-        shape: its own shape.
-        transposed: a matrix with its two dimensions exchanged.
-        first: the first of its rows that are seen.
-        count: how many of them.
+        name: the parameter's name.
+        shape: the parameter's shape.
+        transposed: whether the two dimensions of a matrix are exchanged.
+        first: the first of the parameter's rows in the view.
+        count: the number of rows in the view.
     """
 
     name: str
@@ -41,16 +41,16 @@ class View:
 
     @property
     def whole(self) -> bool:
-        """Whether the parameter is seen as it is."""
+        """Whether the view is the unchanged parameter."""
         return not self.transposed and self.all_rows
 
     @property
     def all_rows(self) -> bool:
-        """Whether all rows are seen."""
+        """Whether the view has all rows."""
         return self.count == (self.shape[0] if self.shape else 1)
 
     def widened(self, gradient: Tensor, dim: int) -> Tensor:
-        """A gradient for the rows that are seen as one for all rows: zero elsewhere."""
+        """A gradient of the view as one of all rows, zero in the rows outside the view."""
         if self.all_rows:
             return gradient
         shape = list(gradient.shape)
@@ -61,7 +61,7 @@ class View:
 
 
 Uses = dict[Node, dict[int, View]]
-"""The nodes that compute with parameters: of each, which of its inputs is which view."""
+"""The nodes that compute with parameters; for each node, the view at each of its inputs."""
 
 
 GraphStructure = tuple[
@@ -73,7 +73,10 @@ MOVES_ROWS = re.compile(
     "^(Index|Gather|Scatter|Take|Masked(Select|Scatter)|Sort|Topk|Cpp|_?Pack|EmbeddingBag"
     "|Segment|CopySlices|.*Nested)|Sparse|Backward$"
 )
-"""Nodes that may put rows elsewhere for every batch; one's own functions end so, unnumbered."""
+"""Nodes that may order the rows differently in every batch.
+
+The names of custom functions end in ``Backward`` without a number.
+"""
 
 
 class Graph:
@@ -83,17 +86,17 @@ class Graph:
         outputs: the tensor.
 
     Raises:
-        ValueError: a reentrant checkpoint hides a part of the graph.
+        ValueError: the graph has a reentrant checkpoint.
     """
 
     def __init__(self, outputs: Tensor) -> None:
         self.consumers: dict[Node, list[tuple[Node, int, int]]] = defaultdict(list)
-        """The nodes that take a node's results: the node, its input, the result's number."""
+        """The nodes that use a node's results: the node, its input, the result's number."""
         self.leaves: dict[int, Node] = {}
         self.nodes: dict[Node, int] = {}
-        """All nodes but the leaves, numbered in an order that follows from the graph."""
+        """All nodes except the leaves, numbered in an order that the graph determines."""
         self.inputs: list[tuple[tuple[Node | None, int], ...]] = []
-        """Of every node the nodes that its inputs come from, and which of their results."""
+        """For every node, the nodes that its inputs come from, and the number of the result."""
         root = outputs.grad_fn
         stack = [root] if root is not None else []
         seen: set[Node] = set(stack)
@@ -102,8 +105,8 @@ class Graph:
             self.nodes[node] = len(self.nodes)
             if type(node).__name__ == "CheckpointFunctionBackward":
                 raise ValueError(
-                    "A reentrant checkpoint hides the parameters inside from the autograd "
-                    "graph: use torch.utils.checkpoint with use_reentrant=False."
+                    "The network has a reentrant checkpoint, whose parameters are not in the "
+                    "autograd graph: use torch.utils.checkpoint with use_reentrant=False."
                 )
             self.inputs.append(node.next_functions)
             for place, (source, number) in enumerate(self.inputs[-1]):
@@ -117,16 +120,16 @@ class Graph:
                     stack.append(source)
 
     def structure(self) -> GraphStructure:
-        """All that the graph shows but the values of tensors.
+        """The graph without the values of tensors.
 
-        Of every node its kind, the numbers it saved (sizes, dimensions, indices, shifts),
-        where its inputs come from, and the sizes of dimensions that it cuts.
+        For every node: its kind, the numbers it saved (sizes, dimensions, indices, shifts),
+        the origins of its inputs, and the sizes of the dimensions that it cuts.
         """
         number_of = self.nodes.get
         entries = []
         for node, sources in zip(self.nodes, self.inputs, strict=True):
             kind = type(node)
-            # Sizes, dimensions, indices and the like; no tensor is read.
+            # Sizes, dimensions, indices and the like, but no tensor.
             numbers = tuple([getattr(node, name) for name in _numbers_of(kind)])
             origins = tuple([(number_of(source, -1), place) for source, place in sources])  # type: ignore[arg-type]
             cut = _cut_sizes(node) if _cuts(kind) else ()
@@ -134,19 +137,20 @@ class Graph:
         return tuple(entries)
 
     def bytes_of_results(self) -> int:
-        """What the results of all nodes take."""
+        """The bytes of the results of all nodes."""
         results = [meta for node in self.nodes for meta in node._input_metadata]
         return sum(prod(meta.shape) * meta.dtype.itemsize for meta in results)
 
     def moves_rows(self, uses: Uses, num_examples: int, constants: Container[int]) -> bool:
-        """Whether a node may put rows elsewhere for every batch, by the values of a tensor.
+        """Whether the values of a tensor may decide the order of the rows.
 
-        An index, a mask, a permutation as a matrix: what its graph looks like does not tell.
+        Such a tensor is an index, a mask, or a permutation matrix.  Two batches may then have
+        different orders and the same graph.
 
         Args:
             uses: the parameters among the inputs of nodes.
-            num_examples: those of the batch.
-            constants: the places in memory of tensors that are the same in every batch.
+            num_examples: the number of examples in the batch.
+            constants: the addresses of tensors that are the same in every batch.
         """
         turned = any(type(node).__name__.startswith(("Flip", "Roll")) for node in self.nodes)
         return any(
@@ -156,8 +160,8 @@ class Graph:
         )
 
     def uses(self, parameters: Parameters) -> Uses:
-        """The nodes that compute with parameters: of each, which input is which view."""
-        found: dict[Node, dict[int, View]] = defaultdict(dict)
+        """The nodes that compute with parameters; for each node, the view at each input."""
+        uses: dict[Node, dict[int, View]] = defaultdict(dict)
         for name, parameter in parameters.items():
             leaf = self.leaves.get(id(parameter))
             if leaf is None:
@@ -167,23 +171,23 @@ class Graph:
             while stack:
                 node, view = stack.pop()
                 for consumer, place, number in self.consumers[node]:
-                    part = _part(node, number, view)
-                    further = _seen_through(consumer, part)
+                    result = _result_view(node, number, view)
+                    further = _passed_on(consumer, result)
                     if further is not None and self.consumers.get(consumer):
                         stack.append((consumer, further))
                     else:
-                        found[consumer][place] = part
-        return found
+                        uses[consumer][place] = result
+        return uses
 
     def counts_words(self) -> bool:
-        """Whether an embedding's gradient is divided by how often a batch uses a word.
+        """Whether an embedding's gradient is divided by the count of a word in the batch.
 
-        The gradient of a batch is then not the sum of those that its examples have alone.
+        The gradient of a batch is then not the sum of the gradients of its examples.
         """
         return any(getattr(node, "_saved_scale_grad_by_freq", False) for node in self.nodes)
 
     def only_consumer(self, node: Node) -> tuple[Node, int] | None:
-        """The one node that takes the result of ``node``, behind mere reshaping."""
+        """The only node that uses the result of ``node``, apart from reshaping."""
         while True:
             consumers = self.consumers.get(node, [])
             if len(consumers) != 1:
@@ -195,15 +199,16 @@ class Graph:
 
 
 def alike(one: GraphStructure, other: GraphStructure, n: int, m: int) -> bool:
-    """Whether two structures are one, but for numbers that are proportional to the examples.
+    """Whether two structures are equal up to numbers proportional to the number of examples.
 
-    A dimension that is cut must be the same: a shift by four rows leaves four as they are.
+    The sizes of dimensions that are cut must be equal: a shift by four rows does nothing to
+    four rows.
 
     Args:
         one: the structure of a graph for ``n`` examples.
-        other: that of a graph for ``m``.
-        n: examples.
-        m: examples.
+        other: the structure of a graph for ``m`` examples.
+        n: the examples of ``one``.
+        m: the examples of ``other``.
     """
 
     def same(a: Any, b: Any) -> bool:
@@ -221,17 +226,17 @@ def alike(one: GraphStructure, other: GraphStructure, n: int, m: int) -> bool:
 
 @cache
 def _numbers_of(kind: type[Node]) -> tuple[str, ...]:
-    """The names of what nodes of a kind save that are no tensors."""
+    """The names of what nodes of a kind save, without tensors."""
     return tuple(
         name
         for name in dir(kind)
-        # Tensors have a raw form beside them.
+        # Only tensors have a raw form too.
         if name.startswith("_saved_") and not hasattr(kind, f"_raw{name}")
     )
 
 
 CUTS = re.compile("^(Slice|Select|Split|Roll|AsStrided|Unfold|Diagonal)")
-"""Nodes that take parts of a dimension, or move them."""
+"""Nodes that cut a dimension, or move pieces of it."""
 
 
 @cache
@@ -282,7 +287,7 @@ def _may_move_rows(
 
 
 def _masks(node: Node, place: int, n: int, turned: bool) -> bool:
-    """Whether a factor may choose between rows and turned rows, or between pairs of rows."""
+    """Whether a factor may select rows out of reordered rows, or pairs of rows."""
     mask: Tensor | None = getattr(node, f"_saved_{('self', 'other')[place]}")
     if mask is None or mask.numel() == 1:
         return False
@@ -291,7 +296,7 @@ def _masks(node: Node, place: int, n: int, turned: bool) -> bool:
 
 
 def _mixes(node: Node, place: int, n: int, constants: Container[int]) -> bool:
-    """Whether a matrix mixes as many things as there are rows, and is not the network's own."""
+    """Whether a matrix that is not a constant of the network may mix the rows."""
     matrix: Tensor = getattr(node, f"_saved_{PRODUCTS[type(node).__name__][place]}")
     if place_in_memory(matrix) in constants:
         return False
@@ -299,15 +304,15 @@ def _mixes(node: Node, place: int, n: int, constants: Container[int]) -> bool:
 
 
 def place_in_memory(tensor: Tensor) -> int:
-    """Where a tensor's entries are; 0 for one that has none of its own, as in ``torch.func``."""
+    """The address of a tensor's entries; 0 if it has no storage, as in ``torch.func``."""
     try:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):
         return 0
 
 
-def _seen_through(node: Node, view: View) -> View | None:
-    """The view behind a node that only shows its input otherwise; ``None`` if it computes."""
+def _passed_on(node: Node, view: View) -> View | None:
+    """The view that a node makes of its input; ``None`` if the node computes with it."""
     kind, matrix = type(node).__name__, len(view.shape) == 2
     if kind == "TBackward0" and matrix:
         return replace(view, transposed=not view.transposed)
@@ -325,8 +330,8 @@ def _seen_through(node: Node, view: View) -> View | None:
     return None
 
 
-def _part(node: Node, number: int, view: View) -> View:
-    """The rows of which a node's result with this number consists."""
+def _result_view(node: Node, number: int, view: View) -> View:
+    """The rows that one result of a node has; the results are numbered."""
     kind = type(node).__name__
     if kind == "SplitBackward0":
         size: int = node._saved_split_size  # type: ignore[attr-defined]

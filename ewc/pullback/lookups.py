@@ -1,4 +1,4 @@
-"""The weights of embeddings: vectors with a few rows that are not zero."""
+"""The weights of embeddings: vectors with few nonzero rows."""
 
 import torch
 from torch import Tensor
@@ -11,10 +11,10 @@ class Lookups(Pullback):
     r"""The vectors of an embedding: row ``r`` is :math:`\sum_{t: index_t = r} g_t`.
 
     Args:
-        name: the embedding's weight, of shape ``[rows, d]``.
-        shape: its shape.
+        name: the name of the embedding's weight.
+        shape: its shape, ``[rows, d]``.
         indices: the rows that were looked up, ``[n, t]``.
-        gradient: gradients with respect to what came out, ``[k, n, t, d]``.
+        gradient: gradients with respect to the results, ``[k, n, t, d]``.
         memory: bytes that intermediate results may take.
         padding: the row that has no gradient, if there is one.
     """
@@ -41,7 +41,6 @@ class Lookups(Pullback):
         self.memory = memory
 
     def per_example(self, examples: slice) -> Parameters:
-        """The gradients, added into the rows they belong to."""
         indices, gradient = self.indices[examples], self.gradient[:, examples]
         k, n, _, width = gradient.shape
         rows = self.shapes[self.name][0]
@@ -51,11 +50,11 @@ class Lookups(Pullback):
         return {self.name: vectors.reshape(k, n, rows, width)}
 
     def add_squares(self, total: Parameters) -> None:
-        """The squares of the rows that are not zero."""
         rows = self.shapes[self.name][0]
         examples = torch.arange(self.num_examples, device=self.indices.device)[:, None]
-        found, place = torch.unique(self.indices + rows * examples, return_inverse=True)
+        # Only the rows that an example looks up are not zero.
+        used, place = torch.unique(self.indices + rows * examples, return_inverse=True)
         k, width = self.num_vectors, self.gradient.shape[3]
-        summed = self.gradient.new_zeros(k, len(found), width)
+        summed = self.gradient.new_zeros(k, len(used), width)
         summed.index_add_(1, place.flatten(), self.gradient.flatten(1, 2))
-        total[self.name].index_add_(0, found % rows, summed.square().sum(0).to(total[self.name]))
+        total[self.name].index_add_(0, used % rows, summed.square().sum(0).to(total[self.name]))

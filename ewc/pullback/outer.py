@@ -1,9 +1,9 @@
 r"""The weights of affine layers: vectors that are sums of outer products.
 
 A linear map used at ``t`` positions of an example has :math:`v_{kn} = \sum_t g_{knt}
-a_{nt}^\top`, with :math:`a` what it was applied to and :math:`g` the gradient with respect
-to what came out.  Linear layers, convolutions, recurrent and attention weights are all of
-this form.  Groups (of a convolution) are maps of their own side by side.
+a_{nt}^\top`, with inputs :math:`a` and gradients :math:`g` with respect to the outputs.
+Linear layers, convolutions, recurrent and attention weights are all of this form.  The
+groups of a convolution are separate maps side by side.
 """
 
 from abc import ABC, abstractmethod
@@ -34,11 +34,11 @@ class Factors(ABC):
 
     @abstractmethod
     def inputs(self, examples: slice) -> Tensor:
-        """What the map was applied to, ``[n, g, t, i]``."""
+        """The inputs of the map, ``[n, g, t, i]``."""
 
     @abstractmethod
     def gradients(self, examples: slice) -> Tensor:
-        """Gradients with respect to what came out, ``[k, n, g, t, o]``."""
+        """Gradients with respect to the outputs of the map, ``[k, n, g, t, o]``."""
 
     def summed_gradients(self, examples: slice) -> Tensor:
         """The gradients, summed over positions, ``[k, n, g, o]``."""
@@ -52,21 +52,21 @@ class Factors(ABC):
     def input_rows(self, examples: slice) -> RowBatch:
         """The inputs of all examples and positions, rows of ``i``.
 
-        They may be kept: they must not hold on to the graph that they come from.
+        They are detached, because the rows may outlive the graph that they come from.
         """
         return StoredRows(self.inputs(examples).detach().transpose(0, 1).flatten(1, 2))
 
     def gradient_rows(self, examples: slice) -> RowBatch:
         """The gradients of all vectors, examples and positions, rows of ``o``."""
         g = self.gradients(examples)
-        # The order of the rows does not matter: the one they have in memory is free.
+        # The order of the rows does not matter; their order in memory needs no copy.
         first, second = (0, 1) if g.stride(0) >= g.stride(1) else (1, 0)
         return StoredRows(g.permute(2, first, second, 3, 4).flatten(1, 3))
 
 
 @dataclass(frozen=True)
 class TensorFactors(Factors):
-    """Factors that are at hand.
+    """Factors that are stored as tensors.
 
     Attributes:
         input: ``[n, g, t, i]``.
@@ -87,11 +87,9 @@ class TensorFactors(Factors):
         return *self.gradient.shape[:2], self.gradient.dtype
 
     def inputs(self, examples: slice) -> Tensor:
-        """What the map was applied to, ``[n, g, t, i]``."""
         return self.input[examples]
 
     def gradients(self, examples: slice) -> Tensor:
-        """Gradients with respect to what came out, ``[k, n, g, t, o]``."""
         return self.gradient[:, examples]
 
 
@@ -135,19 +133,17 @@ class OuterProducts(Pullback):
         return torch.cat(inputs, 2), torch.cat(gradients, 3)
 
     def slices(self, bytes_per_example: int = 0) -> list[slice]:
-        """The examples in parts whose factors, and so many bytes besides, fit into memory."""
+        """Slices of the examples whose factors and ``bytes_per_example`` fit into memory."""
         width = self.inputs + self.num_vectors * self.outputs
         factors = 2 * self.groups * self.positions * width * self.dtype.itemsize
         return list(slices(self.num_examples, factors + bytes_per_example, self.memory))
 
     def bytes_per_example(self) -> int:
-        """The vectors, and the factors."""
         width = self.inputs + self.num_vectors * self.outputs
         factors = 2 * self.groups * self.positions * width * self.dtype.itemsize
         return super().bytes_per_example() + factors
 
     def per_example(self, examples: slice) -> Parameters:
-        """The outer products, summed over positions."""
         a, g = self.factors(examples)
         vectors = {self.weight: self.layout.to_parameter(g.transpose(-1, -2) @ a)}
         if self.bias is not None:
@@ -163,15 +159,15 @@ class OuterProducts(Pullback):
         in_place = squares.data_ptr() == weight.data_ptr()
         if not in_place:
             squares = torch.zeros_like(squares)
-        for part in self.slices():
+        for examples in self.slices():
             if self.bias is not None:
-                first, *others = (use.summed_gradients(part) for use in self.uses)
-                summed = sum(others, start=first)
+                first, *further = (use.summed_gradients(examples) for use in self.uses)
+                summed = sum(further, start=first)
                 total[self.bias] += sum_of_squares(summed.flatten(2)).sum(0)
             if len(self.uses) == 1:
-                self.uses[0].add_squares(part, squares)
+                self.uses[0].add_squares(examples, squares)
             else:
-                add_outer_squares(*self.factors(part), squares)
+                add_outer_squares(*self.factors(examples), squares)
         if not in_place:
             weight += self.layout.to_parameter(squares)
 
@@ -180,23 +176,23 @@ class OuterProducts(Pullback):
     def project(self, directions: Parameters) -> Tensor:
         r"""The products :math:`\sum_t g_t^\top U_l a_t`, ``[k, n, l]``."""
         matrices = self.layout.to_matrix(directions[self.weight].to(self.dtype))
-        found = []
+        products = []
         extra = self.groups * self.positions * self.outputs * len(matrices) * self.dtype.itemsize
-        for part in self.slices(extra):
-            a, g = self.factors(part)
+        for examples in self.slices(extra):
+            a, g = self.factors(examples)
             mapped = torch.einsum("ngti,lgoi->ngtol", a, matrices)
             if self.bias is not None:
                 bias = directions[self.bias].to(self.dtype)
                 mapped += bias.reshape(-1, self.groups, self.outputs).permute(1, 2, 0)[:, None]
-            found.append(torch.einsum("kngto,ngtol->knl", g, mapped))
-        return torch.cat(found, 1)
+            products.append(torch.einsum("kngto,ngtol->knl", g, mapped))
+        return torch.cat(products, 1)
 
     def add_combinations(self, coefficients: Tensor, total: Parameters) -> None:
         r"""Add :math:`\sum_{n,t} (\sum_k c_{knl} g_{knt}) a_{nt}^\top`."""
         extra = self.groups * self.positions * self.outputs * coefficients.shape[2]
-        for part in self.slices(extra * self.dtype.itemsize):
-            a, g = self.factors(part)
-            weighted = torch.einsum("knl,kngto->lngto", coefficients[:, part].to(g.dtype), g)
+        for examples in self.slices(extra * self.dtype.itemsize):
+            a, g = self.factors(examples)
+            weighted = torch.einsum("knl,kngto->lngto", coefficients[:, examples].to(g.dtype), g)
             matrices = torch.einsum("lngto,ngti->lgoi", weighted, a)
             total[self.weight] += self.layout.to_parameter(matrices)
             if self.bias is not None:

@@ -1,7 +1,7 @@
-r"""Gradients of single examples for parameters that no rule covers.
+"""Gradients of single examples for parameters that no rule covers.
 
-Slow and general: the whole network is differentiated for every example on its own, so
-any parameter used in any way gets its right answer.
+Slow and general: the whole network is differentiated once per example.  The result is
+right for any use of a parameter.
 """
 
 import logging
@@ -25,50 +25,49 @@ _log = logging.getLogger(__name__)
 
 
 UNSUPPORTED = (NotImplementedError, RuntimeError, AttributeError)
-"""What torch.func raises for operations it cannot take, and for compiled modules."""
+"""What torch.func raises for operations without support, and for compiled modules."""
 
 INDEPENDENT = (
-    "The Fisher information is a sum over examples: the outputs of each must depend on that "
-    "example alone (statistics of the batch, a missing batch_first=True or a graph as input "
-    "make them depend on others)."
+    "The Fisher information is a sum over examples: the outputs of an example must depend on "
+    "that example alone, not on the rest of its batch (through batch statistics, a missing "
+    "batch_first=True or a graph)."
 )
 
 
 def chosen_parameters(model: nn.Module, names: Iterable[str]) -> Parameters:
-    """Some parameters of a network by name; tied ones have several."""
-    every = dict(named_parameters(model, remove_duplicate=False))
-    return {name: every[name] for name in names}
+    """The named parameters of a network; tied ones have several names."""
+    parameters = dict(named_parameters(model, remove_duplicate=False))
+    return {name: parameters[name] for name in names}
 
 
 @torch.enable_grad()
 def reproducible(model: nn.Module, arguments: Arguments) -> bool:
-    """Whether the network returns the same twice: one that draws random numbers does not."""
+    """Whether the network returns the same outputs twice, that is, draws no random numbers."""
     once, again = (arguments(model).detach() for _ in range(2))
     return same(once, again)
 
 
 @contextmanager
 def quiet_about_speed() -> Iterator[None]:
-    """Without torch's note that an operation is vectorised by a loop: it is still right."""
+    """Suppress torch's warning that an operation is vectorised by a loop: it is still right."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop")
         yield
 
 
 class PerExample(Pullback):
-    """The vectors of some parameters, from the network one example at a time.
+    """The vectors of any parameters, by differentiating the network for each example.
 
     Args:
         model: the network.
-        shapes: the parameters.
-        arguments: of ``model``.
+        shapes: the shapes of the parameters, by name.
+        arguments: the arguments of ``model``.
         scores: the score vectors, ``[k, n, c]``.
         memory: bytes that intermediate results may take.
-        vectorises: whether the network can be vectorised over examples, as far as known
-            from earlier batches, by the parameters' names and the shapes of what goes in;
-            kept up to date.
-        misplaced: whether a rule knows some of the parameters' operations, but their rows
-            are not the examples in order.
+        vectorises: whether the network can be vectorised over examples, by the names of the
+            parameters and the shapes of the inputs.  Shared by all batches, and updated here.
+        misplaced: whether a rule covers an operation of the parameters, but its rows are not
+            the examples in order.
     """
 
     def __init__(
@@ -94,16 +93,16 @@ class PerExample(Pullback):
         self.misplaced = misplaced
 
     def bytes_per_example(self) -> int:
-        """The vectors, and as much again for what the network computes on the way."""
+        # The vectors, and twice the inputs for what the network computes on the way.
         inputs = sum(tensor[0].numel() for tensor in self.arguments.tensors())
         return super().bytes_per_example() + 2 * self.num_vectors * inputs * self.dtype.itemsize
 
     def per_example(self, examples: slice) -> Parameters:
-        """All examples at once where the network allows it, else one after the other."""
         vectors = self._gradients(examples)
         return {name: tensor.to(self.dtype) for name, tensor in vectors.items()}
 
     def _gradients(self, examples: slice) -> Parameters:
+        """All examples at once if the network allows it, else one after the other."""
         arguments, scores = self.arguments[examples], self.scores[:, examples]
         shapes = (tensor.shape for tensor in (scores, *arguments.tensors()))
         key = (*self.shapes, *shapes)
@@ -113,37 +112,37 @@ class PerExample(Pullback):
         if known is not False:
             try:
                 with quiet_about_speed():
-                    found = self._vectorised(arguments, scores)
-                if known or self._confirmed(found, arguments, scores):
+                    gradients = self._vectorised(arguments, scores)
+                if known or self._confirmed(gradients, arguments, scores):
                     self.vectorises[key] = True
-                    return found
+                    return gradients
             except UNSUPPORTED as error:
-                # Operations that vmap cannot take: branches on data, in-place writes, custom
-                # autograd functions.  A fault of the network itself shows again below.
+                # Operations that vmap does not support: branches on data, in-place writes,
+                # custom autograd functions.  An error of the network itself is raised below.
                 _log.info("examples one at a time for %s: %s", list(self.shapes), error)
-        found = self._one_by_one(arguments, scores)
+        gradients = self._one_by_one(arguments, scores)
         if known is None:
-            if not self._confirmed(found, arguments, scores) and reproducible(
+            if not self._confirmed(gradients, arguments, scores) and reproducible(
                 self.model, arguments
             ):
                 raise ValueError(
-                    f"Examples depend on each other through {', '.join(self.shapes)}: their "
-                    "gradients in a batch are not those that they have alone. " + INDEPENDENT
+                    f"Examples depend on each other through {', '.join(self.shapes)}: the "
+                    "gradients of an example alone differ from those in its batch. " + INDEPENDENT
                 )
             self.vectorises[key] = False
-        return found
+        return gradients
 
     @torch.enable_grad()
     def _counts_words(self, arguments: Arguments) -> bool:
-        """Whether the gradient of the batch confirms nothing."""
+        """Whether the gradient of the batch is not the sum over its examples."""
         return Graph(arguments(self.model)).counts_words()
 
     @torch.enable_grad()
-    def _confirmed(self, found: Parameters, arguments: Arguments, scores: Tensor) -> bool:
-        """Whether one plain backward pass of the batch gives a random combination of ``found``.
+    def _confirmed(self, vectors: Parameters, arguments: Arguments, scores: Tensor) -> bool:
+        """Whether one backward pass of the batch gives a random combination of ``vectors``.
 
         Some operations have a wrong rule for vmap: torch 2.15 returns another example's
-        gradient for a PReLU.  And no rule is right for examples that depend on each other.
+        gradient for a PReLU.  No rule is right for examples that depend on each other.
         """
         generator = torch.Generator().manual_seed(1)
         weights = torch.randn(scores.shape[:2], generator=generator).to(scores)
@@ -156,12 +155,12 @@ class PerExample(Pullback):
             for score in (torch.einsum("kn,knc->nc", weights, scores), size * like)
         )
         for name, gradient, other in zip(self.shapes, plain, typical, strict=True):
-            combined = torch.tensordot(weights.to(found[name].dtype), found[name], 2)
+            combined = torch.tensordot(weights.to(vectors[name].dtype), vectors[name], 2)
             if gradient is None or other is None:
                 gradient = other = torch.zeros_like(combined)  # noqa: PLW2901
             gradient, other = (g.to_dense() if g.is_sparse else g for g in (gradient, other))  # noqa: PLW2901
-            # What cancels between outputs is rounding, and agrees with nothing.  A derivative
-            # that does not exist is named where the sums are looked at.
+            # A gradient that cancels between outputs is rounding error, which never agrees.
+            # An undefined derivative is reported when the sums are checked.
             rounding = 100 * torch.finfo(other.dtype).eps * other.norm()
             right = agree(combined, gradient) or (combined - gradient).norm() <= rounding
             if not (right or gradient.isnan().any()):
@@ -175,15 +174,15 @@ class PerExample(Pullback):
             one = arguments.with_tensors([tensor[None] for tensor in tensors])
 
             def outputs(values: Parameters) -> Tensor:
-                found: Tensor = functional_call(self.model, values, one.positional, one.named)[0]
-                return found
+                row: Tensor = functional_call(self.model, values, one.positional, one.named)[0]
+                return row
 
             _, pull, *_ = vjp(outputs, parameters)
             (gradients,) = vmap(pull)(scores_n)
             result: Parameters = gradients
             return result
 
-        # Copies: a network may write into its input.
+        # Copies, because a network may write into its input.
         tensors = arguments.map(torch.clone).tensors()
         out_dims: Any = dict.fromkeys(self.shapes, 1)
         in_dims = (1,) + (0,) * len(tensors)

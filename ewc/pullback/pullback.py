@@ -1,15 +1,15 @@
-r"""Score vectors pulled back through the network, in the form their layer gives them.
+r"""Score vectors pulled back through the network, in the form that suits their layer.
 
-For one chunk of ``n`` examples and ``k`` score vectors a *pullback* holds what is needed
-to know :math:`v_{kn} = J_n^\top s_{kn}` in some of the parameters.  Most forms never store
-the ``k n`` vectors: an affine layer's are outer products of its output gradients and its
-inputs, and a structure can work on those factors.
+A *pullback* represents :math:`v_{kn} = J_n^\top s_{kn}` in a subset of the parameters, for
+one chunk of ``n`` examples and ``k`` score vectors.  Most forms never store the ``k n``
+vectors.  Those of an affine layer are outer products of its output gradients and its
+inputs, and a structure can work on these factors.
 
-- :class:`Stored`: the vectors themselves, where they are small (biases, norms);
+- :class:`Stored`: the vectors themselves, if they are small (biases, norms);
 - :class:`~ewc.pullback.outer.OuterProducts`: the weights of linear layers and convolutions;
 - :class:`~ewc.pullback.lookups.Lookups`: embeddings;
 - :class:`~ewc.pullback.per_example.PerExample`: anything, by differentiating the network
-  for every example on its own.
+  for each example separately.
 """
 
 from abc import ABC, abstractmethod
@@ -25,10 +25,10 @@ from ewc.pullback.arguments import Arguments
 
 
 class Pullback(ABC):
-    r"""The vectors :math:`v_{kn}` of one chunk, in some of the parameters.
+    r"""The vectors :math:`v_{kn}` of one chunk, in a subset of the parameters.
 
     Attributes:
-        shapes: those parameters.
+        shapes: the shapes of these parameters, by name.
         num_vectors: ``k``.
         num_examples: ``n``.
         dtype: the floating-point type of the vectors.
@@ -43,17 +43,17 @@ class Pullback(ABC):
 
     @abstractmethod
     def per_example(self, examples: slice) -> Parameters:
-        """The vectors of some examples: ``[k, n, *parameter.shape]`` by name."""
+        """The vectors of a slice of the examples: ``[k, n, *parameter.shape]`` by name."""
 
     def bytes_per_example(self) -> int:
-        """What :meth:`per_example` and work on its result need for one example."""
+        """The bytes per example that :meth:`per_example` and work on its result need."""
         size = sum(shape.numel() for shape in self.shapes.values())
         return 2 * self.num_vectors * size * self.dtype.itemsize
 
     def add_squares(self, total: Parameters) -> None:
         r"""Add :math:`\sum_{k,n} v_{kn}^2` to ``total``, in place."""
-        for part in slices(self.num_examples, self.bytes_per_example(), self.memory):
-            for name, vectors in self.per_example(part).items():
+        for examples in slices(self.num_examples, self.bytes_per_example(), self.memory):
+            for name, vectors in self.per_example(examples).items():
                 total[name] += vectors.flatten(0, 1).to(total[name].dtype).square().sum(0)
 
     def project(self, directions: Parameters) -> Tensor:
@@ -65,15 +65,15 @@ class Pullback(ABC):
         Returns:
             Shape ``[k, n, l]``.
         """
-        found = []
-        for part in slices(self.num_examples, self.bytes_per_example(), self.memory):
-            products = [
+        products = []
+        for examples in slices(self.num_examples, self.bytes_per_example(), self.memory):
+            by_parameter = [
                 vectors.reshape(*vectors.shape[:2], -1)
                 @ directions[name].reshape(len(directions[name]), -1).to(vectors.dtype).T
-                for name, vectors in self.per_example(part).items()
+                for name, vectors in self.per_example(examples).items()
             ]
-            found.append(torch.stack(products).sum(0))
-        return torch.cat(found, 1)
+            products.append(torch.stack(by_parameter).sum(0))
+        return torch.cat(products, 1)
 
     def add_combinations(self, coefficients: Tensor, total: Parameters) -> None:
         r"""Add :math:`\sum_{k,n} c_{knl} v_{kn}` to ``total``, in place.
@@ -82,16 +82,16 @@ class Pullback(ABC):
             coefficients: ``[k, n, l]``.
             total: ``[l, *parameter.shape]`` by name.
         """
-        for part in slices(self.num_examples, self.bytes_per_example(), self.memory):
-            weights = coefficients[:, part].flatten(0, 1).T
-            for name, vectors in self.per_example(part).items():
+        for examples in slices(self.num_examples, self.bytes_per_example(), self.memory):
+            weights = coefficients[:, examples].flatten(0, 1).T
+            for name, vectors in self.per_example(examples).items():
                 rows = vectors.reshape(weights.shape[1], -1)
                 combined = weights.to(vectors.dtype) @ rows
                 total[name] += combined.reshape(total[name].shape)
 
 
 class Stored(Pullback):
-    """Vectors that are small enough to be held as they are.
+    """Vectors that are stored explicitly, because they are small.
 
     Args:
         vectors: ``[k, n, *parameter.shape]`` by name.
@@ -107,7 +107,6 @@ class Stored(Pullback):
         self.memory = memory
 
     def per_example(self, examples: slice) -> Parameters:
-        """The vectors of some examples."""
         return {name: tensor[:, examples] for name, tensor in self.vectors.items()}
 
 
@@ -115,41 +114,38 @@ class Summed(Pullback):
     """The vectors of parameters that are used in several ways: the sum over the uses.
 
     Args:
-        parts: pullbacks of one chunk that share parameters.
+        uses: pullbacks of one chunk that share parameters.
     """
 
-    def __init__(self, parts: Sequence[Pullback]) -> None:
-        self.parts = parts
-        self.shapes = {name: shape for part in parts for name, shape in part.shapes.items()}
-        like = parts[0]
+    def __init__(self, uses: Sequence[Pullback]) -> None:
+        self.uses = uses
+        self.shapes = {name: shape for use in uses for name, shape in use.shapes.items()}
+        like = uses[0]
         self.num_vectors, self.num_examples = like.num_vectors, like.num_examples
         self.dtype, self.memory = like.dtype, like.memory
 
     def per_example(self, examples: slice) -> Parameters:
-        """The vectors of some examples, summed over the uses."""
         total: Parameters = {}
-        for part in self.parts:
-            for name, vectors in part.per_example(examples).items():
+        for use in self.uses:
+            for name, vectors in use.per_example(examples).items():
                 total[name] = total[name] + vectors if name in total else vectors
         return total
 
     def bytes_per_example(self) -> int:
-        """What the parts need."""
-        return sum(part.bytes_per_example() for part in self.parts)
+        return sum(use.bytes_per_example() for use in self.uses)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some examples of the data with their score vectors.
+    """A set of examples with their score vectors.
 
     Attributes:
         model: the network, in evaluation mode.
-        arguments: what the network was called with.
+        arguments: the arguments of the network's call.
         scores: the score vectors, ``[k, n, c]``.
-        pullbacks: pulls the vectors back: lists of pullbacks that together hold, for some
-            of the vectors, every parameter that takes part in the outputs, each once.
-        alone: the same examples, each in a chunk of its own, which the network is run for
-            anew.
+        pullbacks: pulls the vectors back, a block of score vectors at a time.  The pullbacks
+            of a block have every parameter that affects the outputs once.
+        alone: the same examples, each in a separate chunk with its own forward pass.
     """
 
     model: nn.Module

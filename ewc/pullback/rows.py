@@ -1,4 +1,4 @@
-"""Which example the rows of a tensor belong to."""
+"""The order of the examples in the rows of a tensor."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ from ewc.pullback.agreement import margin
 
 @dataclass(frozen=True)
 class Rows:
-    """Which example a row belongs to: rows are ``[outer, n, inner]``, in this order.
+    """The layout of the rows: ``[outer, n, inner]`` with the examples as ``n``.
 
     Attributes:
-        outer: the positions before the example; ``None`` if the other number tells.
-        inner: the positions behind it; ``None`` if the other number tells.
+        outer: the size before the examples; ``None`` if ``inner`` determines it.
+        inner: the size after the examples; ``None`` if ``outer`` determines it.
     """
 
     outer: int | None
     inner: int | None
 
     def by_example(self, tensor: Tensor, num_examples: int, dim: int = 0) -> Tensor:
-        """Dimension ``dim``, the rows, as two dimensions ``[n, t]``."""
+        """A tensor with its rows, dimension ``dim``, split into two dimensions ``[n, t]``."""
         length = tensor.shape[dim] // num_examples
         outer = length // self.inner if self.outer is None else self.outer  # type: ignore[operator]
         before, after = tensor.shape[:dim], tensor.shape[dim + 1 :]
@@ -35,7 +35,7 @@ TIME_FIRST = Rows(outer=None, inner=1)
 
 
 def possible_rows(rows: int, num_examples: int) -> list[Rows]:
-    """The layouts of so many rows, as many for every example."""
+    """The possible layouts of a number of rows, with equally many per example."""
     if rows % num_examples:
         return []
     length = rows // num_examples
@@ -46,18 +46,18 @@ def possible_rows(rows: int, num_examples: int) -> list[Rows]:
 def matching_rows(
     layouts: Sequence[Rows], before: Tensor, after: Tensor, factors: Tensor, noise: float
 ) -> list[Rows]:
-    """Those layouts by which rows may have been scaled by their example's factor.
+    """The layouts in which every row is scaled by the factor of its example.
 
-    A row was, if it is within a margin of its scaled self, by norms: no entry of a row needs
-    to be reproducible, which on an accelerator none is.
+    Rows are compared by norm, within a margin.  Single entries are not reproducible on an
+    accelerator.
 
     Args:
-        layouts: to choose from.
+        layouts: the candidates.
         before: gradients, ``[rows, ...]``.
-        after: the same with the scores of each example scaled.
-        factors: by what, ``[n]``, powers of 2: they scale without rounding.
-        noise: how much of a row of typical size the arithmetic itself changes from one time
-            to the next, as :func:`row_noise` has it; smaller rows tell nothing.
+        after: the gradients after the scores of each example were scaled.
+        factors: the factors of the scaling, ``[n]``; powers of 2, which scale without rounding.
+        noise: the change of a row between two runs, relative to a row of typical size
+            (:func:`row_noise`).  Rows below it are ignored.
     """
     rows = before.shape[0]
     dtype = torch.promote_types(before.dtype, torch.float32)
@@ -65,19 +65,19 @@ def matching_rows(
     factors = factors.to(before)
     length = rows // len(factors)
     floor = 4 * noise * (_typical(after) + float(factors.max()) * _typical(before))
-    found = []
+    matching = []
     for layout in layouts:
         outer = length // (layout.inner or 1) if layout.outer is None else layout.outer
         scale = factors.repeat_interleave(length // outer).repeat(outer)[:, None]
         gap = torch.linalg.vector_norm(after - scale * before, dim=1)
         size = torch.linalg.vector_norm(scale * before, dim=1)
         if bool((gap <= margin(before.dtype) * size + floor).all()):
-            found.append(layout)
-    return found
+            matching.append(layout)
+    return matching
 
 
 def row_noise(once: Tensor, again: Tensor) -> float:
-    """The largest change of a row between two runs, in units of a typical row's norm."""
+    """The largest change of a row between two runs, relative to a typical row's norm."""
     dtype = torch.promote_types(once.dtype, torch.float32)
     once, again = (tensor.reshape(len(tensor), -1).to(dtype) for tensor in (once, again))
     change = torch.linalg.vector_norm(again - once, dim=1)

@@ -1,14 +1,14 @@
-"""One forward pass, and how score vectors are pulled back through it.
+"""One forward pass, and score vectors pulled back through it.
 
 Gradients are taken with respect to the results of the operations that use parameters, for
-all score vectors at once; no gradient of a weight is ever formed by autograd.
+all score vectors at once.  Autograd never forms the gradient of a weight.
 
-A rule is trusted only where it is known to be right: every use of the parameter in the
-graph must be one that a rule knows, and every row of its result must belong to one
-example.  Which one is seen from the gradients themselves: when the scores of each example
-are scaled by a factor of its own, so are its rows.  It is looked at once for every
-structure of the graph that comes up, and in every batch where the structure does not
-decide it.  All other parameters go to :class:`~ewc.pullback.per_example.PerExample`.
+A rule is applied only where it is right.  Every use of the parameter in the graph must have
+a rule, and every row of the operation's result must belong to one example.  The gradients
+show which one: if the scores of each example are scaled by a different factor, so are the
+rows of that example.  This is tested once per structure of the graph, and in every batch if
+the structure does not determine the order of the rows.  All other parameters go to
+:class:`~ewc.pullback.per_example.PerExample`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,33 +46,34 @@ RULES: dict[str, type[Operation]] = {
 """The rule of each kind of node."""
 
 FEW = 4
-"""Examples on which a graph is tried out."""
+"""Examples on which a graph is tested."""
 
 MANY_FACTORS, FEW_FACTORS = 16, 4
-"""By how many powers of 2 examples are told apart in one pass; few where there is noise."""
+"""The number of powers of 2 that distinguish examples in one pass; few if there is noise."""
 
 NEARLY_EXACT = 1e-6
-"""Noise up to which rows that are ``2 ** MANY_FACTORS`` apart are seen beside each other."""
+"""The largest noise at which rows differing by ``2 ** MANY_FACTORS`` can be compared."""
 
 Signature = bytes
-"""What decides the rows of a graph's operations: its structure, and its uses of parameters."""
+"""A digest of what determines the rows: the graph's structure and its uses of parameters."""
 
 
 @dataclass
 class KnownGraphs:
-    """What is known of a network's graphs from batch to batch.
+    """What is known about a network's graphs from earlier batches.
 
     Attributes:
-        rows: of every structure of the graph seen so far, the rows of its operations;
-            ``None`` for an operation whose rows are not the examples in order.
-        together: of every kind of graph and number of vectors seen so far, whether pulling
-            the vectors back at once was seen to be right, and fast.
-        kinds: of every structure seen so far, its kind: the structure for a few examples,
-            where that is the same but for their number.
+        rows: the rows of the operations, by structure of the graph.  ``None`` for an
+            operation whose rows are not the examples in order.
+        together: whether pulling all vectors back at once is right and fast, by kind of
+            graph and number of vectors.
+        kinds: the kind of every structure.  It is the structure for a few examples, if that
+            differs only in the number of examples.
         vectorises: see :class:`~ewc.pullback.per_example.PerExample`.
-        noise: how much the arithmetic changes a row from one time to the next
-            (:func:`~ewc.pullback.rows.row_noise`); ``None`` before it was measured.
-        constants: where the network's own tensors are, which are the same in every batch.
+        noise: the change of a row between two runs (:func:`~ewc.pullback.rows.row_noise`);
+            ``None`` before it was measured.
+        constants: the addresses of the network's parameters and buffers, which are the same
+            in every batch.
     """
 
     rows: dict[Signature, list[Rows | None]] = field(default_factory=dict)
@@ -88,10 +89,10 @@ class Tape:
 
     Args:
         model: the network.
-        parameters: those of its parameters whose Fisher information is wanted.
-        arguments: what the network was called with.
-        outputs: what it returned, ``[n, c]``.
-        memory: what earlier passes found out.
+        parameters: the parameters whose Fisher information is computed.
+        arguments: the arguments of the network's call.
+        outputs: its outputs, ``[n, c]``.
+        memory: what is known from earlier passes.
     """
 
     def __init__(
@@ -111,8 +112,8 @@ class Tape:
         self.graph = graph = Graph(outputs)
         uses = graph.uses(parameters)
         operations = operations_of(graph, uses)
-        self.uses = uses  # without additions that a product took in, which move no rows
-        # A layer that is called on no rows has no part in the outputs.
+        self.uses = uses  # without the additions that became a product's bias: they move no rows
+        # A layer that is called on no rows does not affect the outputs.
         self.operations = [o for o in operations if prod(o.output._input_metadata[0].shape)]
         idle = {view.name for o in operations if o not in self.operations for view in o.views}
         idle -= {view.name for o in self.operations for view in o.views}
@@ -120,14 +121,14 @@ class Tape:
 
     @cached_property
     def structure(self) -> GraphStructure:
-        """All that the graph shows but the values of tensors."""
+        """The graph without the values of tensors."""
         return self.graph.structure()
 
     @cached_property
     def signature(self) -> Signature:
-        """What decides the rows of the operations where their layout lasts.
+        """A digest of what determines the rows of the operations, if their layout is lasting.
 
-        A digest: a network may have another structure for every length of its inputs.
+        A digest, because a network may have a different structure for every input length.
         """
         used = tuple(tuple((v.name, v.first) for v in o.views) for o in self.operations)
         shown = repr((self.num_examples, used, self.structure))
@@ -135,7 +136,7 @@ class Tape:
 
     @property
     def _kind(self) -> Signature:
-        """The structure without the number of examples: batches of two sizes have one kind."""
+        """The structure without the number of examples: batches of any size have one kind."""
         if self.signature not in self.memory.kinds:
             self.memory.kinds[self.signature] = self._few.signature
         return self.memory.kinds[self.signature]
@@ -144,17 +145,17 @@ class Tape:
     def lasting(self) -> bool:
         """Whether the rows are the same in every batch whose graph has this structure."""
         if self.memory.constants is None:
-            own = (*self.model.parameters(), *self.model.buffers())
-            self.memory.constants = {place_in_memory(tensor) for tensor in own} - {0}
+            constants = (*self.model.parameters(), *self.model.buffers())
+            self.memory.constants = {place_in_memory(tensor) for tensor in constants} - {0}
         return not self.graph.moves_rows(self.uses, self.num_examples, self.memory.constants)
 
     @property
     def edges(self) -> list[GradientEdge]:
-        """Where the operations' results are in the graph."""
+        """The edges of the graph that are the operations' results."""
         return [GradientEdge(operation.output, 0) for operation in self.operations]
 
     def bytes_of_gradients(self, score: Tensor) -> list[int]:
-        """What the gradients of one score vector ``[n, c]`` take, by operation."""
+        """The bytes of the gradients of one score vector ``[n, c]``, by operation."""
         if not self.operations:
             return [0]
         gradients = one_by_one(self.outputs, self.edges, score[None], retain_graph=True)
@@ -163,48 +164,50 @@ class Tape:
     def pullbacks(
         self, scores: Tensor, vectors_at_once: int, memory: int
     ) -> Iterator[list[Pullback]]:
-        """The score vectors pulled back, some at a time.
+        """The score vectors pulled back, a block at a time.
 
         Args:
             scores: ``[k, n, c]``.
-            vectors_at_once: how many to pull back together.
+            vectors_at_once: the number of vectors in a block.
             memory: bytes that intermediate results may take.
 
         Yields:
-            For each part of the vectors, pullbacks that together hold every parameter
-            that takes part in the outputs, each once.
+            The pullbacks of each block.  They have every parameter that affects the outputs
+            once.
         """
         layouts = dict(zip(map(id, self.operations), self._rows(scores), strict=True))
         irregular = [operation for operation in self.operations if layouts[id(operation)] is None]
         unknown = {view.name for operation in irregular for view in operation.views}
         self.operations = restricted(self.operations, unknown)
         covered = {view.name for operation in self.operations for view in operation.views}
-        others = {n: self.parameters[n].shape for n in self.present if n not in covered}
+        uncovered = {n: self.parameters[n].shape for n in self.present if n not in covered}
         for start in range(0, scores.shape[0], vectors_at_once):
-            part = scores[start : start + vectors_at_once]
+            block = scores[start : start + vectors_at_once]
             last = start + vectors_at_once >= scores.shape[0]
-            found: list[Pullback] = []
+            pullbacks: list[Pullback] = []
             if self.operations:
-                gradients = self._pulled_back(part, retain_graph=not last)
+                gradients = self._pulled_back(block, retain_graph=not last)
                 for operation, gradient in zip(self.operations, gradients, strict=True):
                     dtype = self.parameters[operation.views[0].name].dtype
                     g = operation.rows_of(gradient.to(accumulation_dtype(dtype)))
                     rows = layouts[id(operation)]
                     assert rows is not None
-                    found += operation.pullbacks(g, rows, self.num_examples, memory)
-            if others:
-                found.append(self._one_at_a_time(others, part, memory, misplaced=bool(irregular)))
-            yield merged(found)
+                    pullbacks += operation.pullbacks(g, rows, self.num_examples, memory)
+            if uncovered:
+                pullbacks.append(
+                    self._one_at_a_time(uncovered, block, memory, misplaced=bool(irregular))
+                )
+            yield merged(pullbacks)
 
     def _pulled_back(self, scores: Tensor, *, retain_graph: bool) -> list[Tensor]:
-        """Gradients with respect to the operations' results, all vectors together if it pays."""
+        """Gradients with respect to the operations' results, all vectors at once if faster."""
         key = self._kind, len(scores)
         if len(scores) > 1 and self.memory.together.get(key, True):
-            found = all_together(self.outputs, self.edges, scores)
+            gradients = all_together(self.outputs, self.edges, scores)
             if key not in self.memory.together:
-                self.memory.together[key] = found is not None and self._right(found, scores)
-            if found is not None and self.memory.together[key]:
-                return found
+                self.memory.together[key] = gradients is not None and self._right(gradients, scores)
+            if gradients is not None and self.memory.together[key]:
+                return gradients
         return one_by_one(self.outputs, self.edges, scores, retain_graph=retain_graph)
 
     def _one_at_a_time(
@@ -220,10 +223,11 @@ class Tape:
             misplaced=misplaced,
         )
 
-    def _right(self, found: list[Tensor], scores: Tensor) -> bool:
-        """Whether vectors that were pulled back together are right; some rules for vmap are not.
+    def _right(self, gradients: list[Tensor], scores: Tensor) -> bool:
+        """Whether vectors that were pulled back at once are right; some rules for vmap are wrong.
 
-        Pulling back is linear: a combination of the vectors must give theirs.
+        Pulling back is linear.  So the combination of the gradients must be the gradient of
+        the combined score vectors.
         """
         weights = torch.randn(len(scores), generator=torch.Generator().manual_seed(1))
         weights = weights.to(scores)
@@ -232,27 +236,27 @@ class Tape:
         noise = self.memory.noise or 0.0
         return all(
             agree(torch.tensordot(weights.to(g.dtype), g, 1), h[0], noise)
-            for g, h in zip(found, plain, strict=True)
+            for g, h in zip(gradients, plain, strict=True)
         )
 
-    # --- which example a row belongs to -------------------------------------------------
+    # --- the examples of the rows -------------------------------------------------------
 
     @cached_property
     def _few(self) -> "Tape":
-        """The tape of some of the examples, if its graph is the same; else this one."""
+        """The tape of the first examples, if its graph is the same; else this one."""
         if self.num_examples <= FEW:
             return self
-        some = self.arguments[:FEW]
+        arguments = self.arguments[:FEW]
         with torch.enable_grad():
-            outputs = some(self.model)
+            outputs = arguments(self.model)
         if not isinstance(outputs, Tensor) or outputs.shape != self.outputs[:FEW].shape:
             return self
-        tape = Tape(self.model, self.parameters, some, outputs, self.memory)
+        tape = Tape(self.model, self.parameters, arguments, outputs, self.memory)
         same = alike(tape.structure, self.structure, FEW, self.num_examples)
         return tape if same else self
 
     def _rows(self, scores: Tensor) -> list[Rows | None]:
-        """The rows of every operation, found out if this structure of the graph is new."""
+        """The rows of every operation; probed if this structure of the graph is new."""
         if self.num_examples == 1:
             return [BATCH_FIRST] * len(self.operations)
         if not self.lasting:
@@ -272,9 +276,9 @@ class Tape:
         return rows
 
     def probed(self, scores: Tensor) -> tuple[list[Rows | None], bool]:
-        """The rows of every operation, and whether they are the same for other batches.
+        """The rows of every operation, and whether other batches have the same.
 
-        They are if there is no other way to read the gradients of this one.
+        They do if the gradients of this batch allow no other layout.
         """
         if not self.operations:
             return [], True
@@ -282,15 +286,15 @@ class Tape:
         generator = torch.Generator().manual_seed(0)
         weights = torch.randn(scores.shape[0], n, generator=generator).to(scores)
         score = torch.einsum("kn,knc->nc", weights, scores[:, :n])
-        # Examples of one size: none hides in the rounding of the others.
+        # Every example has a score of norm 1, so none is lost in the rounding of another.
         score = torch.nn.functional.normalize(score, eps=torch.finfo(score.dtype).tiny)
         plain = self._rows_of(score)
         if self.memory.noise is None:
             again = self._rows_of(score)
             self.memory.noise = max(map(row_noise, plain, again))
         layouts = [possible_rows(len(gradient), n) for gradient in plain]
-        # Every example has a number of its own, and is scaled by its digits one after the
-        # other. Noise must stay below the rows of the least factor.
+        # Every example has a different number, and is scaled by the digits of that number in
+        # turn.  The noise must stay below the rows of the smallest factor.
         exact = self.memory.noise < NEARLY_EXACT and score.dtype.itemsize > 2
         base = MANY_FACTORS if exact else FEW_FACTORS
         numbers = torch.randperm(n, generator=generator)
@@ -304,21 +308,21 @@ class Tape:
             numbers = numbers // base
             if not numbers.any():
                 break
-        certain = all(len(found) < 2 for found in layouts) and all(g.any() for g in plain)
-        return [found[0] if found else None for found in layouts], certain
+        certain = all(len(rows) < 2 for rows in layouts) and all(g.any() for g in plain)
+        return [rows[0] if rows else None for rows in layouts], certain
 
     def _rows_of(self, score: Tensor) -> list[Tensor]:
-        """The rows of all operations' gradients for one score vector an example, ``[n, c]``."""
+        """The rows of all operations' gradients for one score vector per example, ``[n, c]``."""
         gradients = one_by_one(self.outputs, self.edges, score[None], retain_graph=True)
         pairs = zip(self.operations, gradients, strict=True)
         return [operation.rows_of(gradient)[0] for operation, gradient in pairs]
 
 
 def operations_of(graph: Graph, uses: Uses) -> list[Operation]:
-    """The operations that together are all uses of some of the parameters."""
-    found: list[Operation] = []
+    """The operations that use parameters, for the parameters whose uses all have a rule."""
+    operations: list[Operation] = []
     unknown: set[str] = set()
-    # Products come first: they take in the biases that are added to them.
+    # Products come first, because the bias added to a product becomes part of it.
     for node in sorted(uses, key=lambda node: type(node).__name__ not in MatrixProduct.kinds):
         views = uses.get(node)
         if views is None:
@@ -329,8 +333,8 @@ def operations_of(graph: Graph, uses: Uses) -> list[Operation]:
         if operation is None:
             unknown |= {view.name for view in views.values()}
         else:
-            found.append(operation)
-    return restricted(found, unknown)
+            operations.append(operation)
+    return restricted(operations, unknown)
 
 
 def restricted(operations: Sequence[Operation], unknown: set[str]) -> list[Operation]:
@@ -341,7 +345,7 @@ def restricted(operations: Sequence[Operation], unknown: set[str]) -> list[Opera
 
 
 def merged(pullbacks: Sequence[Pullback]) -> list[Pullback]:
-    """The same pullbacks, with all that share a parameter put into one."""
+    """The pullbacks, with those that share a parameter merged into one."""
     groups: list[list[Pullback]] = []
     for pullback in pullbacks:
         names = pullback.shapes.keys()
@@ -352,7 +356,7 @@ def merged(pullbacks: Sequence[Pullback]) -> list[Pullback]:
 
 
 def _combined(group: Sequence[Pullback]) -> Pullback:
-    """Pullbacks that share parameters, as one."""
+    """One pullback in place of several that share parameters."""
     first = group[0]
     if isinstance(first, OuterProducts):
         key = (first.weight, first.bias, first.layout)

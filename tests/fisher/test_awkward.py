@@ -417,7 +417,7 @@ def test_mistakes_in_the_arguments_are_named():
     for memory in (1e6, None):
         with pytest.raises(ValueError, match="memory must be a whole number of bytes above 0, got"):
             fisher_information(tied, data, memory=memory)
-    with pytest.raises(ValueError, match=r"Batch 0 is a tuple \(ndarray, Tensor\): the data must"):
+    with pytest.raises(ValueError, match=r"Batch 0 is a tuple \(ndarray, Tensor\): data must"):
         fisher_information(tied, [(data[0][0].numpy(), data[0][1])])
 
 

@@ -227,8 +227,8 @@ def test_the_pass_leaves_the_model_as_it_was(fails):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], "The data are empty"),
-        ([(torch.zeros(0, 6), torch.zeros(0, dtype=torch.long))], "The data are empty"),
+        ([], "data is empty"),
+        ([(torch.zeros(0, 6), torch.zeros(0, dtype=torch.long))], "data is empty"),
         ([torch.zeros(2, 6)], "Batch 0 is a Tensor"),
         ([(torch.zeros(2, 6), torch.zeros(3, dtype=torch.long))], "must be equal"),
         ([(torch.zeros(2, 6), torch.zeros(3, 3))], "must be equal"),
@@ -382,9 +382,9 @@ def test_an_error_of_the_model_is_that_of_the_users_batch():
         ({"tokens": X, "scale": X}, "lacks 'mask': Named.forward takes 'tokens', 'mask'"),
         ({"tokens": X, "mask": None}, r".* \(dict, Tensor\), whose x\['mask'\] is a NoneType"),
         ({"tokens": X, "mask": X[:4]}, r".* x\['mask'\] of shape \[4, 6\], y of shape \[7\]"),
-        ({}, r"is a tuple \(dict, Tensor\): the data must be batches"),
+        ({}, r"is a tuple \(dict, Tensor\): data must be batches"),
         (X, r"is \(x, y\), but Named.forward also needs 'mask'"),
-        ([X, X], r"is a tuple \(list, Tensor\): the data must be batches"),
+        ([X, X], r"is a tuple \(list, Tensor\): data must be batches"),
     ],
 )
 def test_inputs_that_do_not_fit_are_named(x, message):

@@ -374,7 +374,7 @@ for structure in (Diagonal(), BlockDiagonal(), Kronecker(),
 try:
     found.save("never")
 except ValueError as error:
-    assert "this process has a part of them only" in str(error), error
+    assert "every process has only its shard of the data" in str(error), error
 else:
     raise SystemExit("half of the data were saved")
 assert not os.path.exists("never")

@@ -230,7 +230,7 @@ def test_mistakes_are_named():
     data = [(torch.randn(5, 3), torch.zeros(5).long())]
     with pytest.raises(TypeError, match=r"must be Exact\(\) or Empirical\(\), got MonteCarlo"):
         network_formulations(model, data, estimator=MonteCarlo())
-    with pytest.raises(ValueError, match="The data are empty"):
+    with pytest.raises(ValueError, match="data is empty"):
         network_formulations(model, [], estimator=Exact())
     fisher = fisher_information(model, data)
     for steps in ([], [0.1, 0.0], [math.inf]):

@@ -1,4 +1,4 @@
-"""The request for the matrix-free Fisher, and the data that it keeps."""
+"""The request for the matrix-free Fisher, and the accumulator that stores its data."""
 
 from dataclasses import dataclass
 
@@ -20,15 +20,14 @@ from ewc.pullback.pullback import Chunk
 
 @dataclass(frozen=True)
 class Implicit(Structure[ImplicitFisher]):
-    """The network and the data are kept, and products are taken by differentiating anew."""
+    """No matrix: the network and the data are stored, and differentiated for every product."""
 
     def accumulator(self, parameters: Parameters) -> "ImplicitAccumulator":
-        """An empty collection of data."""
         return ImplicitAccumulator(parameters)
 
 
 class ImplicitAccumulator(Accumulator[ImplicitFisher]):
-    """The data as they go by, and the network they went through."""
+    """The data of a pass, and its network."""
 
     def __init__(self, parameters: Parameters) -> None:
         self.shapes = shapes_of(parameters)
@@ -37,33 +36,30 @@ class ImplicitAccumulator(Accumulator[ImplicitFisher]):
         self.group: ProcessGroup | None = None
 
     def add(self, chunk: Chunk) -> None:
-        """Keep one chunk; nothing is pulled back."""
         self.model = chunk.model
         self.pieces.append(Piece(chunk.arguments.map(torch.clone), chunk.scores.detach()))
 
     def sums(self) -> dict[str, Tensor]:
-        """Nothing is summed before a product is asked for."""
         return {}
 
     def join(self, group: ProcessGroup) -> None:
-        """Every product is summed over the processes."""
         self.group = group
 
     def mean(self, num_examples: int) -> ImplicitFisher:
-        """The matrix, with a copy of the network as it is now.
+        """The matrix, with a copy of the present network.
 
         Raises:
             ValueError: this process has no data.
         """
         if self.model is None:
-            raise ValueError("A matrix-free Fisher needs an example in every process.")
+            raise ValueError("The matrix-free Fisher needs an example in every process.")
         model = copied(self.model)
         weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         return ImplicitFisher(
             NetworkProduct(model, list(self.shapes)),
             weights,
             self.pieces,
-            own=self.shapes,
+            network_shapes=self.shapes,
             shapes=self.shapes,
             num_examples=num_examples,
             group=self.group,

@@ -1,4 +1,4 @@
-r"""The Fisher information without a matrix: products through the network itself."""
+"""The Fisher information without a matrix: products through the network itself."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -37,25 +37,25 @@ from ewc.wrappers import unwrapped
 class ImplicitFisher(FisherMatrix):
     r"""The matrix as :math:`v \mapsto \frac1N \sum_n J_n^\top \sum_k s_{kn} (s_{kn}^\top J_n v)`.
 
-    It keeps a copy of the network, the inputs and the score vectors (``N k c`` numbers), and
-    differentiates anew for every product: one pass forwards in direction ``v`` and one
-    backwards over all the data.  No approximation, and memory for the largest networks.
+    It stores a copy of the network, the inputs and the score vectors (``N k c`` numbers).
+    Every product takes one forward derivative in direction ``v`` and one backward pass over
+    all data.  There is no approximation, and the memory suffices for the largest networks.
 
-    ``solve`` is by conjugate gradients; ``diagonal`` and ``trace`` are exact, by one pass
-    with all score vectors; ``logdet`` is a stochastic estimate whose error bar
-    :meth:`logdet_estimate` gives; ``eigenvalues`` go through the dense matrix.  Saving
-    writes the parameters and the data; ``FisherMatrix.load(path, model)`` needs a network
-    to run them with.
+    ``solve`` uses conjugate gradients.  ``diagonal`` and ``trace`` are exact, by one pass
+    with all score vectors.  ``logdet`` is a stochastic estimate, with the standard error of
+    :meth:`logdet_estimate`.  ``eigenvalues`` need the dense matrix.  Saving writes the
+    parameters and the data.  Loading needs the network: ``FisherMatrix.load(path, model)``.
 
     Args:
-        products: takes them with a network of its own; ``None`` until :meth:`attached`.
-        weights: its parameters and buffers.
+        products: the products with a copy of the network; ``None`` until :meth:`attached`.
+        weights: the parameters and buffers of the network.
         pieces: the data.
-        own: the parameters that the products are over.
-        shapes: these parameters, maybe with more rows, and others that have no part.
-        num_examples: the examples behind the mean, in all processes.
-        factor: a number that the mean is multiplied by.
-        group: the processes that hold the data.
+        network_shapes: the parameters of the network that the products are over.
+        shapes: the parameters of the matrix: those of the network, possibly with more rows,
+            and parameters that the outputs do not depend on.
+        num_examples: the number of examples in all processes.
+        factor: a factor of the mean.
+        group: the processes that have the data.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ImplicitFisher(FisherMatrix):
         weights: Parameters,
         pieces: Sequence[Piece],
         *,
-        own: Shapes,
+        network_shapes: Shapes,
         shapes: Shapes,
         num_examples: int,
         factor: float = 1.0,
@@ -73,7 +73,7 @@ class ImplicitFisher(FisherMatrix):
         self._products = products
         self.weights = weights
         self.pieces = list(pieces)
-        self.own = dict(own)
+        self.network_shapes = dict(network_shapes)
         self.shapes = dict(shapes)
         self.num_examples = num_examples
         self.factor = factor
@@ -82,7 +82,7 @@ class ImplicitFisher(FisherMatrix):
     # --- products -----------------------------------------------------------------------
 
     def matvec(self, v: Mapping[str, Tensor]) -> Parameters:
-        """The product, by a derivative in direction ``v`` and one backwards.
+        """The product, by a forward derivative in direction ``v`` and a backward pass.
 
         Raises:
             ValueError: ``v`` does not have the matrix's parameters.
@@ -93,21 +93,21 @@ class ImplicitFisher(FisherMatrix):
         with plain_operations(products.model):
             total = {
                 name: torch.zeros(shape, dtype=self.dtype, device=self.device)
-                for name, shape in self.own.items()
+                for name, shape in self.network_shapes.items()
             }
-            direction = self._own_part(v)
+            direction = self._of_network(v)
             for piece in self.pieces:
                 for name, tensor in products.product(piece, direction).items():
                     total[name] += tensor
         if self.group is not None:
             flat = flatten(total)
             distributed.all_reduce(flat, group=self.group)
-            total = unflatten(flat, self.own)
+            total = unflatten(flat, self.network_shapes)
         scale = self.factor / self.num_examples
         return padded({name: scale * tensor for name, tensor in total.items()}, self.shapes)
 
     def quadratic_form(self, v: Mapping[str, Tensor]) -> Tensor:
-        r"""The scalar :math:`v^\top F v`, by a derivative in direction ``v`` alone.
+        r"""The scalar :math:`v^\top F v`, by a forward derivative in direction ``v``.
 
         Raises:
             ValueError: ``v`` does not have the matrix's parameters.
@@ -118,7 +118,7 @@ class ImplicitFisher(FisherMatrix):
         total = torch.zeros((), dtype=self.dtype, device=self.device)
         with plain_operations(products.model):
             for piece in self.pieces:
-                total += products.along(piece, self._own_part(v)).square().sum()
+                total += products.along(piece, self._of_network(v)).square().sum()
         if self.group is not None:
             distributed.all_reduce(total, group=self.group)
         return self.factor / self.num_examples * total
@@ -128,7 +128,7 @@ class ImplicitFisher(FisherMatrix):
 
         Raises:
             ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
-            torch.linalg.LinAlgError: it does not converge: the damping is too small.
+            torch.linalg.LinAlgError: it does not converge, because the damping is too small.
         """
         check_not_negative(damping, "damping")
         check_same_shapes(shapes_of(v), self.shapes, "The right-hand side")
@@ -147,14 +147,14 @@ class ImplicitFisher(FisherMatrix):
         if self.group is not None:
             distributed.all_reduce(flat, group=self.group)
         scale = self.factor / self.num_examples
-        return padded(unflatten(scale * flat, self.own), self.shapes)
+        return padded(unflatten(scale * flat, self.network_shapes), self.shapes)
 
     # --- estimates ----------------------------------------------------------------------
 
     def trace_estimate(self, num_samples: int = 30, seed: int = 0) -> Estimate:
         r"""The trace by :math:`E[z^\top F z]` over random signs, with its standard error.
 
-        Cheaper than the exact :meth:`trace` where there are more score vectors than samples.
+        Cheaper than the exact :meth:`trace` if there are more score vectors than samples.
         """
         return hutchinson_trace(self._flat_product, self._like, num_samples, seed)
 
@@ -166,11 +166,11 @@ class ImplicitFisher(FisherMatrix):
         """
         if damping == 0:
             raise ValueError(
-                "damping is 0: a log-determinant is estimated for a damping above 0 only."
+                "damping is 0: a log-determinant is estimated only for a damping above 0."
             )
         check_not_negative(damping, "damping")
-        # Relative to the damping the function is 0 at the many eigenvalues that are 0.
-        found = lanczos_quadrature(
+        # Relative to the damping, the function is 0 at the many zero eigenvalues.
+        relative = lanczos_quadrature(
             self._flat_product,
             lambda values: (values / damping).log1p(),
             self._like,
@@ -178,12 +178,12 @@ class ImplicitFisher(FisherMatrix):
             seed,
         )
         constant = self.num_parameters * float(torch.tensor(damping, dtype=torch.float64).log())
-        return Estimate(found.value + constant, found.standard_error)
+        return Estimate(relative.value + constant, relative.standard_error)
 
     def logdet(self, damping: float) -> Tensor:
-        r""":math:`\log \det (F + \delta I)`: the value of :meth:`logdet_estimate`.
+        r""":math:`\log \det (F + \delta I)`, the value of :meth:`logdet_estimate`.
 
-        With no damping, by the dense matrix.
+        Without damping it is computed from the dense matrix.
 
         Raises:
             ValueError: ``damping`` is negative or not finite.
@@ -193,11 +193,11 @@ class ImplicitFisher(FisherMatrix):
         value = self.logdet_estimate(damping).value
         return torch.tensor(value, dtype=self.dtype, device=self.device)
 
-    def _own_part(self, v: Mapping[str, Tensor]) -> Parameters:
-        """A copy of what of a vector belongs to the network's own parameters."""
+    def _of_network(self, v: Mapping[str, Tensor]) -> Parameters:
+        """A copy of the entries of a vector that belong to the network's parameters."""
         return {
             name: v[name][: shape[0]].clone() if shape else v[name].clone()
-            for name, shape in self.own.items()
+            for name, shape in self.network_shapes.items()
         }
 
     def _flat_product(self, vector: Tensor) -> Tensor:
@@ -211,56 +211,53 @@ class ImplicitFisher(FisherMatrix):
 
     @property
     def products(self) -> NetworkProduct:
-        """What takes products with the network.
+        """The products with the network.
 
         Raises:
-            RuntimeError: the matrix was loaded without it.
+            RuntimeError: the matrix was loaded without its network.
         """
         if self._products is None:
             raise RuntimeError(
-                "This matrix-free Fisher was loaded without its network: give one to "
-                "FisherMatrix.load(path, model), or to attached(model)."
+                "The matrix-free Fisher was loaded without its network: pass it to "
+                "FisherMatrix.load(path, model) or attached(model)."
             )
         return self._products
 
     @property
     def dtype(self) -> torch.dtype:
         """The floating-point type of the products: single precision at least."""
-        return accumulation_dtype(self.weights[next(iter(self.own))].dtype)
+        return accumulation_dtype(self.weights[next(iter(self.network_shapes))].dtype)
 
     def attached(self, model: nn.Module) -> "ImplicitFisher":
-        """The matrix with a copy of a network, which takes this matrix's parameters.
+        """The matrix with a copy of a network, which gets the stored parameters.
 
         Raises:
             ValueError: the network has other parameters.
         """
         try:
             with unwrapped(model) as bare:
-                own = copied(bare, self.weights)
+                network = copied(bare, self.weights)
         except RuntimeError as error:
             raise ValueError(
                 f"{type(model).__name__} does not fit the saved Fisher matrix: {error}"
             ) from error
-        return self._with(products=NetworkProduct(own, list(self.own)))
+        return self._with(products=NetworkProduct(network, list(self.network_shapes)))
 
     def __repr__(self) -> str:
-        """As of every matrix; without its network the trace is not known."""
+        """The base's, but without the trace if there is no network."""
         if self._products is not None:
             return super().__repr__()
         return f"ImplicitFisher(parameters={self.num_parameters}, without its network)"
 
     def scaled(self, factor: float) -> "ImplicitFisher":
-        """The same products times ``factor``."""
         return self._with(factor=factor * self.factor)
 
     def with_num_examples(self, num_examples: int) -> "ImplicitFisher":
-        """The same products: the sum over the data is divided by the new number, and scaled."""
         check_count(num_examples, "num_examples")
         factor = self.factor * int(num_examples) / self.num_examples
         return self._with(num_examples=int(num_examples), factor=factor)
 
     def embedded(self, shapes: Shapes) -> "ImplicitFisher":
-        """The same products, zero for new names and new last rows."""
         return self._with(shapes=shapes)
 
     def mapped(self, function: Any) -> "ImplicitFisher":
@@ -275,7 +272,7 @@ class ImplicitFisher(FisherMatrix):
             "products": self._products,
             "weights": self.weights,
             "pieces": self.pieces,
-            "own": self.own,
+            "network_shapes": self.network_shapes,
             "shapes": self.shapes,
             "num_examples": self.num_examples,
             "factor": self.factor,
@@ -284,19 +281,19 @@ class ImplicitFisher(FisherMatrix):
         return ImplicitFisher(**(now | changes))
 
     def check_entries(self) -> None:
-        """Check the diagonal: a network may well hold infinite buffers, such as masks."""
+        # Only the diagonal: a network may have infinite buffers, such as masks.
         self._check_diagonal()
 
     def description(self) -> State:
-        """What :meth:`state` returns, and the name of the structure with it.
+        """The :meth:`state` and the name of the structure.
 
         Raises:
-            ValueError: the data are spread over several processes.
+            ValueError: the data are distributed over several processes.
         """
         if self.group is not None:
             raise ValueError(
-                "A matrix-free Fisher whose data are spread over processes cannot be saved: "
-                "this process has a part of them only; compute it without a group."
+                "A matrix-free Fisher of a process group cannot be saved, because every process "
+                "has only its shard of the data: group must be None in fisher_information."
             )
         return super().description()
 
@@ -305,7 +302,7 @@ class ImplicitFisher(FisherMatrix):
         tensors = {f"weights/{name}": tensor for name, tensor in self.weights.items()}
         data, calls = described(self.pieces)
         return tensors | data, {
-            "own": {name: list(shape) for name, shape in self.own.items()},
+            "own": {name: list(shape) for name, shape in self.network_shapes.items()},
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "num_examples": self.num_examples,
             "factor": self.factor,
@@ -314,26 +311,27 @@ class ImplicitFisher(FisherMatrix):
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
-        """The matrix of these parameters and data, still without a network.
+        """The matrix of these parameters and data, without a network.
 
         Raises:
-            ValueError: the parts do not fit together.
+            ValueError: the tensors and the description do not fit together.
         """
         prefix = "weights/"
         weights = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-        own, shapes = (
+        network_shapes, shapes = (
             {name: size_of(shape) for name, shape in about[key].items()}
             for key in ("own", "shapes")
         )
-        check_same_shapes(shapes_of({name: weights[name] for name in own}), own, "The network")
-        check_same_shapes(grown_shapes(own, shapes), shapes, "The set of parameters")
+        stored = shapes_of({name: weights[name] for name in network_shapes})
+        check_same_shapes(stored, network_shapes, "The network")
+        check_same_shapes(grown_shapes(network_shapes, shapes), shapes, "The set of parameters")
         check_count(about["num_examples"], "num_examples")
         check_not_negative(about["factor"], "factor")
         return cls(
             None,
             weights,
             from_description(tensors, about["calls"]),
-            own=own,
+            network_shapes=network_shapes,
             shapes=shapes,
             num_examples=about["num_examples"],
             factor=about["factor"],

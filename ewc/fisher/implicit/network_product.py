@@ -1,4 +1,4 @@
-r"""Products with the Fisher information of a network, by differentiating it."""
+"""Products with the Fisher information of a network, by differentiating it."""
 
 import logging
 import warnings
@@ -22,18 +22,17 @@ _log = logging.getLogger(__name__)
 
 
 class NetworkProduct:
-    """What a matrix-free Fisher does to a direction, one piece of the data at a time.
+    """The product of a matrix-free Fisher with a vector, one piece of the data at a time.
 
     Args:
-        model: the network, in evaluation mode; a copy of its own, whose other parameters are
-            frozen.
+        model: a copy of the network in evaluation mode, whose other parameters are frozen.
         names: the parameters that the products are over.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         self.model = model
         self.parameters = chosen_parameters(model, names)
-        # Products would else carry the graphs of the others along.
+        # Otherwise the graphs would include the other parameters.
         chosen = {id(parameter) for parameter in self.parameters.values()}
         for parameter in model.parameters():
             if id(parameter) not in chosen:
@@ -54,8 +53,8 @@ class NetworkProduct:
             return self._combination(piece, direction)
         pull, moved = derivative
         along = torch.einsum("knc,nc->kn", piece.scores, moved)
-        (found,) = pull(torch.einsum("kn,knc->nc", along, piece.scores))
-        result: Parameters = found
+        (pulled,) = pull(torch.einsum("kn,knc->nc", along, piece.scores))
+        result: Parameters = pulled
         return result
 
     def along(self, piece: Piece, direction: Parameters) -> Tensor:
@@ -68,15 +67,16 @@ class NetworkProduct:
         if (derivative := self._derivative(piece, direction)) is not None:
             return torch.einsum("knc,nc->kn", piece.scores, derivative[1])
         directions = {name: d[None].to(self.dtype) for name, d in direction.items()}
-        parts = [
+        sums = [
             sum(pullback.project(directions)[..., 0] for pullback in pullbacks)
             for pullbacks in self.pullbacks(piece)
         ]
-        found = [part for part in parts if isinstance(part, Tensor)]
-        return torch.cat(found) if found else piece.scores.new_zeros(piece.scores.shape[:2])
+        # The sum over no pullback is the number 0.
+        products = [total for total in sums if isinstance(total, Tensor)]
+        return torch.cat(products) if products else piece.scores.new_zeros(piece.scores.shape[:2])
 
     def _combination(self, piece: Piece, direction: Parameters) -> Parameters:
-        """The product from the pulled-back vectors: one pass for every score vector."""
+        """The product from the pulled-back vectors, by one pass per score vector."""
         total = {name: torch.zeros_like(d, dtype=self.dtype)[None] for name, d in direction.items()}
         directions = {name: d[None].to(self.dtype) for name, d in direction.items()}
         for pullbacks in self.pullbacks(piece):
@@ -87,7 +87,7 @@ class NetworkProduct:
         return {name: tensor[0] for name, tensor in total.items()}
 
     def pullbacks(self, piece: Piece) -> Iterator[Sequence[Pullback]]:
-        """The score vectors of one piece pulled back, with every parameter once in each part."""
+        """The score vectors of one piece pulled back; see :class:`~ewc.pullback.tape.Tape`."""
         with torch.enable_grad():
             outputs = piece.arguments(self.model)
         if outputs.requires_grad and len(piece.scores):
@@ -98,10 +98,10 @@ class NetworkProduct:
     def _derivative(
         self, piece: Piece, direction: Parameters
     ) -> tuple[Callable[[Tensor], Any], Tensor] | None:
-        """What pulls vectors back, and how the outputs move, ``[n, c]``; ``None`` where neither is.
+        """The backward derivative, and the forward derivative of the outputs, ``[n, c]``.
 
-        Not every operation has these derivatives, and some have wrong ones: a compiled module
-        keeps its own parameters whatever it is called with.
+        ``None`` if the network does not have both.  Some operations lack one, and some have
+        wrong ones: a compiled module ignores the parameters that it is called with.
         """
         if not (self._differentiates and len(piece.scores)):
             return None
@@ -112,8 +112,8 @@ class NetworkProduct:
                 return pull, moved
             error: Exception | None = None
         except UNSUPPORTED as caught:
-            # Custom autograd functions, in-place writes and the like. A fault of the network
-            # itself shows again where vectors are pulled back.
+            # Custom autograd functions, in-place writes and the like.  An error of the network
+            # itself is raised again when vectors are pulled back.
             error = caught
         _log.info("products by pulled-back vectors: %s", error or "wrong derivatives")
         self._differentiates = False
@@ -148,28 +148,28 @@ class NetworkProduct:
         return gap <= margin(moved.dtype) * abs(along) + rounding(moved.dtype) * size
 
     def _moved(self, piece: Piece, direction: Parameters) -> tuple[Any, Tensor]:
-        """What pulls vectors back, and how the outputs move in a direction, ``[n, c]``."""
+        """The backward derivative, and the derivative of the outputs in a direction, ``[n, c]``."""
         parameters = {name: parameter.detach() for name, parameter in self.parameters.items()}
         direction = {name: d.to(parameters[name]) for name, d in direction.items()}
 
         def outputs(values: Parameters) -> Tensor:
-            # A copy: a network may write into its input.
+            # A copy, because a network may write into its input.
             arguments = piece.arguments.map(torch.clone)
-            found: Tensor = functional_call(
+            result: Tensor = functional_call(
                 self.model, values, arguments.positional, arguments.named
             )
-            return found
+            return result
 
         _, pull, *_ = vjp(outputs, parameters)
         try:
-            # Pulling back is linear in the score: its own derivative is the product with
-            # the same Jacobian, which torch's forward derivatives are not everywhere (they
-            # move an embedding's padding).
+            # Pulling back is linear in the score, so its derivative is the product with the
+            # same Jacobian.  torch's forward derivatives are not always that: they move the
+            # padding of an embedding.
             _, push, *_ = vjp(pull, torch.zeros_like(piece.scores[0]))
             (moved,) = push((direction,))
         except UNSUPPORTED:
             with warnings.catch_warnings():
-                # torch's own rules for forward derivatives use what it has deprecated.
+                # torch's rules for forward derivatives use deprecated functions of torch.
                 warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)
                 _, moved, *_ = jvp(outputs, (parameters,), (direction,))
         return pull, moved

@@ -1,4 +1,4 @@
-"""The data that a matrix-free Fisher keeps."""
+"""The data that a matrix-free Fisher stores."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from ewc.pullback.arguments import Arguments
 
 @dataclass(frozen=True)
 class Piece:
-    """Some examples of the data.
+    """A set of examples.
 
     Attributes:
-        arguments: what the network is called with.
+        arguments: the arguments of the network's call.
         scores: the score vectors, ``[k, n, c]``.
     """
 
@@ -25,28 +25,28 @@ class Piece:
 
 
 def described(pieces: Sequence[Piece]) -> tuple[dict[str, Tensor], list[Any]]:
-    """The tensors of all pieces by name, and what JSON needs to know to put them together."""
+    """The tensors of all pieces by name, and a JSON description of the calls."""
     tensors, calls = {}, []
     for index, piece in enumerate(pieces):
         tensors[f"scores/{index}"] = piece.scores
-        found = piece.arguments.tensors()
-        tensors |= {f"arguments/{index}/{place}": t for place, t in enumerate(found)}
+        inputs = piece.arguments.tensors()
+        tensors |= {f"arguments/{index}/{place}": t for place, t in enumerate(inputs)}
         keys = [None if isinstance(v, Tensor) else list(v) for v in piece.arguments.positional]
         calls.append({"positional": keys, "named": list(piece.arguments.named)})
     return tensors, calls
 
 
 def from_description(tensors: Mapping[str, Tensor], calls: Sequence[Any]) -> list[Piece]:
-    """The pieces that :func:`described` described.
+    """The pieces of a description by :func:`described`.
 
     Raises:
         ValueError: the tensors are not those of the description.
-        TypeError: something in the description is of another type.
+        TypeError: an entry of the description has the wrong type.
     """
     pieces: list[Piece] = []
     for index, call in enumerate(calls):
         for keys in [call["positional"], call["named"], *filter(None, call["positional"])]:
-            check_instance(keys, list, "a part of a call", "a list")
+            check_instance(keys, list, "an entry of a call", "a list")
         positional = tuple(
             torch.empty(0) if keys is None else dict.fromkeys(keys, torch.empty(0))
             for keys in call["positional"]
@@ -60,5 +60,8 @@ def from_description(tensors: Mapping[str, Tensor], calls: Sequence[Any]) -> lis
     if missing := described(pieces)[0].keys() ^ {
         key for key in tensors if key.startswith(("scores/", "arguments/"))
     }:
-        raise ValueError(f"No call of the network takes {min(missing)!r}.")
+        raise ValueError(
+            f"Tensor {min(missing)!r} is in only one of the file and its description of the "
+            "network's calls: they must have the same tensors."
+        )
     return pieces

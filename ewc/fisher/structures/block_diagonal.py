@@ -1,4 +1,4 @@
-"""The request for a dense block per layer, and its sum over the data."""
+"""The request for one dense block per layer, and its sum over the data."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from ewc.pullback.pullback import Chunk
 
 
 def layer_of(name: str) -> str:
-    """The layer that a parameter belongs to: its name without the last part."""
+    """The layer of a parameter: the parameter's name up to the last dot."""
     return name.rpartition(".")[0]
 
 
@@ -26,10 +26,9 @@ def by_layer(shapes: Shapes) -> dict[str, Shapes]:
 
 @dataclass(frozen=True)
 class BlockDiagonal(Structure[BlockDiagonalFisher]):
-    """A dense block per layer: for layers of up to some thousand parameters."""
+    """One dense block per layer, for layers of up to some thousand parameters."""
 
     def accumulator(self, parameters: Parameters) -> "BlockDiagonalAccumulator":
-        """An empty dense block per layer."""
         return BlockDiagonalAccumulator(parameters)
 
 
@@ -41,15 +40,12 @@ class BlockDiagonalAccumulator(Accumulator[BlockDiagonalFisher]):
         self.blocks = OuterProductSums(by_layer(self.shapes), next(iter(parameters.values())))
 
     def add(self, chunk: Chunk) -> None:
-        """Add the outer products of one chunk of pulled-back vectors."""
         for pullbacks in chunk.pullbacks():
             self.blocks.add(pullbacks)
 
     def sums(self) -> dict[str, Tensor]:
-        """The blocks, by layer."""
         return self.blocks.totals
 
     def mean(self, num_examples: int) -> BlockDiagonalFisher:
-        """The mean blocks."""
         blocks = [self.blocks.mean(key, num_examples) for key in self.blocks.blocks]
         return BlockDiagonalFisher(blocks, self.shapes, num_examples)

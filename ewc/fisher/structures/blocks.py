@@ -23,8 +23,8 @@ class OuterProductSums:
     r"""The running :math:`\sum_{n,k} v_{kn} v_{kn}^\top` in blocks of parameters.
 
     Args:
-        blocks: the parameters of every block, by a name of the block.
-        like: a tensor whose device and type the sums have, in single precision at least.
+        blocks: the parameters of every block, by the block's name.
+        like: a tensor with the device of the sums; their type is at least single precision.
 
     Attributes:
         blocks: the parameters of every block.
@@ -43,14 +43,14 @@ class OuterProductSums:
             self.include(key, shapes)
 
     def bytes_of(self, shapes: Shapes) -> int:
-        """What a dense block over these parameters takes."""
+        """The bytes of a dense block over these parameters."""
         return sum(shape.numel() for shape in shapes.values()) ** 2 * self.dtype.itemsize
 
     def include(self, key: str, shapes: Shapes, *, diagonal: bool = False) -> None:
-        """Begin a block, if it is new.
+        """Add an empty block, if it is new.
 
         Raises:
-            ValueError: it does not fit into memory.
+            ValueError: the block does not fit into memory.
         """
         if key in self.blocks:
             return
@@ -63,8 +63,7 @@ class OuterProductSums:
             raise ValueError(
                 f"A dense Fisher matrix over {size} parameters{where} takes "
                 f"{self.bytes_of(shapes) / 1e9:.0f} GB, more than there is: take another "
-                "structure such as KroneckerFisher or DiagonalFisher, a smaller network or some "
-                "of its parameters."
+                "structure such as Kronecker() or Diagonal(), or fewer parameters."
             ) from error
         self.blocks[key], self.totals[key] = dict(shapes), total
 
@@ -72,18 +71,18 @@ class OuterProductSums:
         """Add the outer products of pulled-back vectors.
 
         Args:
-            pullbacks: together they hold every parameter of the blocks that takes part.
-            keys: the blocks, which share no parameter; all if ``None``.
+            pullbacks: the vectors, of every parameter of the blocks that affects the outputs.
+            keys: the names of the blocks, which share no parameter; all if ``None``.
         """
         owner = {name: key for key in keys or self.blocks for name in self.blocks[key]}
         for members, touched in _connected(pullbacks, owner):
             largest = max(sum(s.numel() for s in self.blocks[key].values()) for key in touched)
             row_bytes = 2 * members[0].num_vectors * largest * self.dtype.itemsize
             row_bytes += sum(pullback.bytes_per_example() for pullback in members)
-            for part in slices(members[0].num_examples, row_bytes, members[0].memory):
+            for examples in slices(members[0].num_examples, row_bytes, members[0].memory):
                 vectors: Parameters = {}
                 for pullback in members:
-                    vectors |= pullback.per_example(part)
+                    vectors |= pullback.per_example(examples)
                 for key in touched:
                     self._add_rows(key, vectors)
 
@@ -91,7 +90,7 @@ class OuterProductSums:
         """Add vectors ``[k, n, *parameter.shape]`` to one block."""
         shapes, total = self.blocks[key], self.totals[key]
         present = [name for name in shapes if name in vectors]
-        # A parameter that did not take part has a zero gradient.
+        # A parameter that does not affect the outputs has a zero gradient.
         count = vectors[present[0]].shape[:2].numel()
         rows = total.new_zeros(count, total.shape[0])
         pieces = torch.split(rows, [shape.numel() for shape in shapes.values()], dim=1)
@@ -104,7 +103,7 @@ class OuterProductSums:
             add_gram(total, rows)
 
     def mean(self, key: str, num_examples: int) -> FisherMatrix:
-        """The mean matrix of one block, which takes the place of its sum."""
+        """The mean matrix of one block, computed in place of its sum."""
         shapes, total = self.blocks[key], self.totals[key].div_(num_examples)
         if total.dim() == 1:
             return DiagonalFisher(unflatten(total, shapes), num_examples)
@@ -114,7 +113,7 @@ class OuterProductSums:
 def _connected(
     pullbacks: Sequence[Pullback], owner: Mapping[str, str]
 ) -> list[tuple[list[Pullback], list[str]]]:
-    """Pullbacks and blocks that have to do with each other, apart from all others."""
+    """Groups of pullbacks and blocks; different groups share no parameter."""
     groups: list[tuple[list[Pullback], list[str]]] = []
     for pullback in pullbacks:
         keys = list(dict.fromkeys(owner[name] for name in pullback.shapes if name in owner))

@@ -16,10 +16,9 @@ from ewc.pullback.pullback import Chunk
 
 @dataclass(frozen=True)
 class Dense(Structure[DenseFisher]):
-    """The whole matrix: for networks of up to some thousand parameters."""
+    """The whole matrix, for networks of up to some thousand parameters."""
 
     def accumulator(self, parameters: Parameters) -> "DenseAccumulator":
-        """An empty matrix over these parameters."""
         return DenseAccumulator(parameters)
 
 
@@ -35,16 +34,13 @@ class DenseAccumulator(Accumulator[DenseFisher]):
         self.blocks = OuterProductSums({"": self.shapes}, next(iter(parameters.values())))
 
     def add(self, chunk: Chunk) -> None:
-        """Add the outer products of one chunk of pulled-back vectors."""
         for pullbacks in chunk.pullbacks():
             self.blocks.add(pullbacks)
 
     def sums(self) -> dict[str, Tensor]:
-        """The matrix."""
         return self.blocks.totals
 
     def mean(self, num_examples: int) -> DenseFisher:
-        """The mean matrix."""
         matrix = self.blocks.mean("", num_examples)
         assert isinstance(matrix, DenseFisher)
         return matrix

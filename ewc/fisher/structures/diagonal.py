@@ -21,7 +21,6 @@ class Diagonal(Structure[DiagonalFisher]):
     has_units = True
 
     def accumulator(self, parameters: Parameters) -> "DiagonalAccumulator":
-        """An empty diagonal over these parameters."""
         return DiagonalAccumulator(parameters)
 
 
@@ -35,16 +34,13 @@ class DiagonalAccumulator(Accumulator[DiagonalFisher]):
         }
 
     def add(self, chunk: Chunk) -> None:
-        """Add the squares of one chunk of pulled-back vectors."""
         for pullbacks in chunk.pullbacks():
             for pullback in pullbacks:
                 pullback.add_squares(self.total)
 
     def sums(self) -> dict[str, Tensor]:
-        """The sums, by parameter."""
         return self.total
 
     def mean(self, num_examples: int) -> DiagonalFisher:
-        """The mean diagonal."""
         entries = {name: total.div_(num_examples) for name, total in self.total.items()}
         return DiagonalFisher(entries, num_examples)

@@ -31,11 +31,11 @@ from ewc.pullback.pullback import Chunk
 class EigenvalueCorrected(Structure[EigenvalueCorrectedFisher]):
     """EKFAC: the eigenvectors of K-FAC with the exact second moments along them.
 
-    It takes two passes over the data; see :class:`~ewc.matrices.EigenvalueCorrectedFisher`.
+    It needs two passes over the data; see :class:`~ewc.matrices.EigenvalueCorrectedFisher`.
 
     Attributes:
-        reduce: reduce over positions before taking second moments (K-FAC-reduce) instead of
-            taking positions as examples of their own (K-FAC-expand).
+        reduce: whether to reduce over positions before taking second moments (K-FAC-reduce),
+            or to treat positions as separate examples (K-FAC-expand).
 
     Raises:
         TypeError: ``reduce`` is not True or False.
@@ -45,16 +45,15 @@ class EigenvalueCorrected(Structure[EigenvalueCorrectedFisher]):
     has_units = True
 
     def __post_init__(self) -> None:
-        """Check the choice."""
+        """Check the option."""
         check_instance(self.reduce, bool, "reduce", "True or False")
 
     def accumulator(self, parameters: Parameters) -> "EigenvectorAccumulator":
-        """Empty Kronecker factors; the eigenvalues are summed in a second pass."""
         return EigenvectorAccumulator(KroneckerAccumulator(parameters, self.reduce))
 
 
 class EigenvectorAccumulator(Accumulator[EigenvalueCorrectedFisher]):
-    """The Kronecker factors, whose eigenvectors the second pass needs."""
+    """The sums of the first pass: Kronecker factors, for their eigenvectors."""
 
     passes = 2
 
@@ -62,19 +61,15 @@ class EigenvectorAccumulator(Accumulator[EigenvalueCorrectedFisher]):
         self.kronecker = kronecker
 
     def add(self, chunk: Chunk) -> None:
-        """Add to the factors."""
         self.kronecker.add(chunk)
 
     def join(self, group: ProcessGroup) -> None:
-        """Begin the factors that other processes have."""
         self.kronecker.join(group)
 
     def sums(self) -> dict[str, Tensor]:
-        """The factors."""
         return self.kronecker.sums()
 
     def mean(self, num_examples: int) -> "SpectrumAccumulator":
-        """The sum of the second pass."""
         shapes = shapes_of(self.kronecker.parameters)
         return SpectrumAccumulator(self.kronecker.terms(num_examples), shapes)
 
@@ -83,8 +78,8 @@ class SpectrumAccumulator(Accumulator[EigenvalueCorrectedFisher]):
     r"""The running :math:`\sum_{n,k} (Q_G^\top V_{kn} Q_A)^2` of every Kronecker layer.
 
     Args:
-        terms: the Kronecker products whose eigenvectors are taken, and all other blocks.
-        shapes: all parameters.
+        terms: the Kronecker products that give the eigenvectors, and all other blocks.
+        shapes: the shapes of all parameters.
     """
 
     def __init__(self, terms: Sequence[FisherMatrix], shapes: Shapes) -> None:
@@ -103,7 +98,6 @@ class SpectrumAccumulator(Accumulator[EigenvalueCorrectedFisher]):
         self.shapes = shapes
 
     def add(self, chunk: Chunk) -> None:
-        """Add the squares of one chunk of pulled-back vectors, in the eigenbases."""
         for _, pullbacks in numbered_parts(chunk):
             for pullback in pullbacks:
                 if isinstance(pullback, OuterProducts):
@@ -116,8 +110,8 @@ class SpectrumAccumulator(Accumulator[EigenvalueCorrectedFisher]):
             return
         basis = self.bases[layer_key(weights_of(pullback))]
         assert basis.inputs is not None
-        for part in pullback.slices():
-            a, g = pullback.factors(part)
+        for examples in pullback.slices():
+            a, g = pullback.factors(examples)
             if pullback.bias is not None:
                 a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], -1)
             add_outer_squares(a @ basis.inputs, g @ basis.outputs, basis.spectrum)
@@ -134,11 +128,9 @@ class SpectrumAccumulator(Accumulator[EigenvalueCorrectedFisher]):
         basis.spectrum += total.T
 
     def sums(self) -> dict[str, Tensor]:
-        """The eigenvalues, by weight."""
         return {name: basis.spectrum for name, basis in self.bases.items()}
 
     def mean(self, num_examples: int) -> EigenvalueCorrectedFisher:
-        """The mean matrix."""
         corrected: Sequence[FisherMatrix] = [
             basis.scaled(1 / num_examples) for basis in self.bases.values()
         ]

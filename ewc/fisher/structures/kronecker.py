@@ -29,9 +29,9 @@ from ewc.pullback.per_example import PerExample
 from ewc.pullback.pullback import Chunk, Pullback
 
 LARGEST_BLOCK = DEFAULT_MEMORY
-"""Bytes of the largest dense block of a layer without a Kronecker form (512 MiB).
+"""Bytes of the largest dense block of a layer without a Kronecker form: 512 MiB.
 
-Whatever memory the pass may take: the form of the matrix does not depend on it.
+It does not depend on the memory of the pass, so neither does the form of the matrix.
 """
 
 
@@ -40,8 +40,8 @@ class Kronecker(Structure[KroneckerFisher]):
     """K-FAC: two small factors per layer; see :class:`~ewc.KroneckerFisher`.
 
     Attributes:
-        reduce: reduce over positions before taking second moments (K-FAC-reduce) instead of
-            taking positions as examples of their own (K-FAC-expand).
+        reduce: whether to reduce over positions before taking second moments (K-FAC-reduce),
+            or to treat positions as separate examples (K-FAC-expand).
 
     Raises:
         TypeError: ``reduce`` is not True or False.
@@ -51,23 +51,22 @@ class Kronecker(Structure[KroneckerFisher]):
     has_units = True
 
     def __post_init__(self) -> None:
-        """Check the choice."""
+        """Check the option."""
         check_instance(self.reduce, bool, "reduce", "True or False")
 
     def accumulator(self, parameters: Parameters) -> "KroneckerAccumulator":
-        """Empty factors over these parameters."""
         return KroneckerAccumulator(parameters, self.reduce)
 
 
 class KroneckerAccumulator(Accumulator[KroneckerFisher]):
     """The running second moments of every layer's inputs and output gradients.
 
-    What form a layer has, and at how many positions an example uses it, is the example's
-    own: the sums are the same however the data are cut.  A layer that has several forms (a
-    weight that some examples use transposed as well) has the sum of all of them.
+    The form of a layer and its number of positions are determined per example, so the sums
+    do not depend on how the data are cut.  A layer with several forms (a weight that is also
+    used transposed) has the sum of all of them.
 
     Args:
-        parameters: over which the matrix is.
+        parameters: the parameters of the matrix.
         reduce: whether to reduce over positions first.
     """
 
@@ -78,11 +77,10 @@ class KroneckerAccumulator(Accumulator[KroneckerFisher]):
         self.rest = OuterProductSums({}, next(iter(parameters.values())))
 
     def add(self, chunk: Chunk) -> None:
-        """Add one chunk of pulled-back vectors."""
         for number, pullbacks in numbered_parts(chunk):
             rest: list[Pullback] = []
             for pullback in pullbacks:
-                # The inputs are the same for every part of the vectors.
+                # The inputs are the same for every block of score vectors.
                 if isinstance(pullback, OuterProducts):
                     self._add_outer(pullback, with_inputs=number == 0)
                 elif isinstance(pullback, Lookups):
@@ -99,18 +97,18 @@ class KroneckerAccumulator(Accumulator[KroneckerFisher]):
         assert isinstance(layer.inputs, RunningGram)
         if with_inputs:
             layer.examples += pullback.num_examples
-        for part in pullback.slices():
+        for examples in pullback.slices():
             inputs: list[RowBatch]
             outputs: list[RowBatch]
             if self.reduce:
-                a, g = pullback.factors(part)
+                a, g = pullback.factors(examples)
                 mean = StoredRows(a.detach().mean(2).transpose(0, 1))
                 inputs = [mean] if with_inputs else []
                 outputs = [StoredRows(g.sum(3).flatten(0, 1).transpose(0, 1))]
                 share = 1.0
             else:
-                inputs = [use.input_rows(part) for use in pullback.uses] if with_inputs else []
-                outputs = [use.gradient_rows(part) for use in pullback.uses]
+                inputs = [use.input_rows(examples) for use in pullback.uses] if with_inputs else []
+                outputs = [use.gradient_rows(examples) for use in pullback.uses]
                 share = 1 / pullback.positions
             for block in outputs:
                 layer.outputs.add(block)
@@ -121,7 +119,7 @@ class KroneckerAccumulator(Accumulator[KroneckerFisher]):
                     layer.count += share * block.count
 
     def _add_lookups(self, pullback: Lookups, *, with_inputs: bool) -> None:
-        """An embedding is linear in one-hot inputs, whose second moments are diagonal."""
+        """Add an embedding: linear in one-hot inputs, whose second moments are diagonal."""
         positions = pullback.indices.shape[1]
         if positions == 0:
             return
@@ -155,34 +153,33 @@ class KroneckerAccumulator(Accumulator[KroneckerFisher]):
         self.rest.add(pullbacks, groups)
 
     def join(self, group: ProcessGroup) -> None:
-        """Begin the sums that other processes have."""
-        mine = (
+        # Adds empty sums for the layers that only other processes have.
+        keys = (
             [(layer.weights, layer.inputs is None) for layer in self.layers.values()],
             [
                 (key, shapes, self.rest.totals[key].dim())
                 for key, shapes in self.rest.blocks.items()
             ],
         )
-        everybody: list[Any] = [None] * distributed.get_world_size(group)
-        distributed.all_gather_object(everybody, mine, group=group)
-        for layers, exact in everybody:
+        gathered: list[Any] = [None] * distributed.get_world_size(group)
+        distributed.all_gather_object(gathered, keys, group=group)
+        for layers, exact in gathered:
             for weights, lookups in layers:
                 self._layer(weights, 0, lookups=lookups)
             for key, shapes, dims in exact:
                 self.rest.include(key, shapes, diagonal=dims == 1)
 
     def sums(self) -> dict[str, Tensor]:
-        """The factors by weight, and the exact blocks."""
-        found = {f"block {key}": total for key, total in self.rest.totals.items()}
+        sums = {f"block {key}": total for key, total in self.rest.totals.items()}
         for key, layer in self.layers.items():
-            found |= layer.tensors(key)
-        return found
+            sums |= layer.tensors(key)
+        return sums
 
     def terms(self, num_examples: int) -> list[FisherMatrix]:
-        """The mean of every sum; parameters that took no part have zeros.
+        """The mean of every sum; it is zero for parameters that do not affect the outputs.
 
         Warns:
-            UserWarning: of layers without a Kronecker form only the diagonal was summed.
+            UserWarning: a layer without a Kronecker form has only its diagonal.
         """
         terms: list[FisherMatrix] = [layer.mean(num_examples) for layer in self.layers.values()]
         exact = [self.rest.mean(key, num_examples) for key in self.rest.blocks]
@@ -193,8 +190,7 @@ class KroneckerAccumulator(Accumulator[KroneckerFisher]):
             ]
             warnings.warn(
                 f"Only the exact diagonal is kept of {'; '.join(sizes)}: these parameters have no "
-                "Kronecker form, and a dense block of this size is above "
-                f"{LARGEST_BLOCK / 1e9:.1f} GB.",
+                f"Kronecker form, and a dense block may take at most {LARGEST_BLOCK / 1e9:.1f} GB.",
                 stacklevel=2,
             )
         terms += exact
@@ -206,16 +202,15 @@ class KroneckerAccumulator(Accumulator[KroneckerFisher]):
         return terms
 
     def mean(self, num_examples: int) -> KroneckerFisher:
-        """The mean factors and blocks."""
         blocks = disjoint(self.terms(num_examples), num_examples)
         return KroneckerFisher(blocks, shapes_of(self.parameters), num_examples)
 
 
 def numbered_parts(chunk: Chunk) -> Iterator[tuple[int, Sequence[Pullback]]]:
-    """The pullbacks of a chunk, with the number of the part of the vectors that they are of.
+    """The pullbacks of a chunk, with the number of their block of score vectors.
 
-    Where rows of a layer are not the examples in order (packed sequences, experts, several
-    heads), every example goes alone: all its rows are then its own.
+    If the rows of a layer are not the examples in order (packed sequences, experts, several
+    heads), every example is processed alone.  All rows then belong to it.
     """
     for number, pullbacks in enumerate(chunk.pullbacks()):
         if any(isinstance(pullback, PerExample) and pullback.misplaced for pullback in pullbacks):
@@ -226,7 +221,7 @@ def numbered_parts(chunk: Chunk) -> Iterator[tuple[int, Sequence[Pullback]]]:
 
 
 def weights_of(pullback: OuterProducts | Lookups) -> LayerWeights:
-    """The parameters of a layer that has a Kronecker form."""
+    """The parameters of a layer with a Kronecker form."""
     if isinstance(pullback, OuterProducts):
         return LayerWeights(pullback.weight, pullback.bias, pullback.layout)
     shape = pullback.shapes[pullback.name]
@@ -234,7 +229,7 @@ def weights_of(pullback: OuterProducts | Lookups) -> LayerWeights:
 
 
 def layer_key(weights: LayerWeights, *, lookups: bool = False) -> str:
-    """A name for one form of a layer, the same in every process."""
+    """A name for one form of a layer, equal in all processes."""
     return f"{weights} looked up" if lookups else str(weights)
 
 
@@ -243,7 +238,7 @@ class LayerMoments:
 
     Args:
         weights: the layer's parameters.
-        like: a tensor whose device and type the sums have.
+        like: a tensor with the device and the type of the sums.
         memory: bytes that collected rows may take.
         lookups: whether the inputs are one-hot, with diagonal second moments.
     """
@@ -256,24 +251,24 @@ class LayerMoments:
         self.outputs = RunningGram(groups, outputs, like, memory)
         self.inputs = None if lookups else RunningGram(groups, inputs, like, memory)
         self.sums = like.new_zeros(groups, inputs)
-        """The sums of the inputs; of one-hot inputs they are the second moments."""
+        """The sums of the inputs; for one-hot inputs these are the second moments."""
         self.count = like.new_zeros(())
         self.examples = like.new_zeros(())
-        """Those that use the layer."""
+        """The number of examples that use the layer."""
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """All sums, by names with the layer's in them."""
-        found = {f"outputs {name}": self.outputs.flush(), f"sums {name}": self.sums}
-        found[f"count {name}"] = self.count
-        found[f"examples {name}"] = self.examples
+        """All sums, by names that contain the layer's name."""
+        tensors = {f"outputs {name}": self.outputs.flush(), f"sums {name}": self.sums}
+        tensors[f"count {name}"] = self.count
+        tensors[f"examples {name}"] = self.examples
         if self.inputs is not None:
-            found[f"inputs {name}"] = self.inputs.flush()
-        return found
+            tensors[f"inputs {name}"] = self.inputs.flush()
+        return tensors
 
     def mean(self, num_examples: int) -> KroneckerProduct:
-        """The mean factors; the bias's input is always 1.
+        """The mean factors; the input of the bias is always 1.
 
-        The share of the examples that use the layer is one of the block, so of one factor.
+        The fraction of examples that use the layer scales the block, so only one factor has it.
         """
         outputs = self.outputs.flush().div_(self.examples.clamp_min(1))
         if self.inputs is None:

@@ -20,11 +20,11 @@ from ewc.parameters import (
 from ewc.pullback.pullback import Chunk, Pullback
 
 FEW_PARAMETERS = 64
-"""Parameters up to which random signs may fail to be independent columns."""
+"""The number of parameters up to which columns of random signs may be dependent."""
 
 
 PLACES = 2**14
-"""Parameters over which the sketch is summed up at once: some MB in double precision."""
+"""The number of parameters in one block of the sketch: some MB in double precision."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class LowRank(Structure[LowRankFisher]):
     Attributes:
         rank: the number of directions, 1 or more.
         oversampling: random directions beyond the rank, 0 or more.
-        seed: of the random directions.
+        seed: the seed of the random directions.
 
     Raises:
         ValueError: an option is not a whole number in its range.
@@ -51,22 +51,21 @@ class LowRank(Structure[LowRankFisher]):
         check_whole(self.seed, "seed")
 
     def accumulator(self, parameters: Parameters) -> "SketchAccumulator":
-        """An empty sketch and diagonal over these parameters."""
         return SketchAccumulator(parameters, self.rank, self.oversampling, self.seed)
 
 
 class SketchAccumulator(Accumulator[LowRankFisher]):
     r"""The running :math:`\sum_{n,k} v_{kn} v_{kn}^\top \Omega` and the diagonal.
 
-    :math:`\Omega` has random signs, a bit each: written out for some columns and one pullback
-    at a time, as they are needed.  So that nothing of the sketch's size is ever beside it, the
-    columns up to the rank become the vectors in place.
+    :math:`\Omega` consists of random signs, stored as one bit each.  They are expanded for a
+    block of columns and one pullback at a time.  The vectors are computed in place of the
+    first columns of the sketch, so there is never a second tensor of its size.
 
     Args:
-        parameters: over which the matrix is.
-        rank: of the result.
-        oversampling: columns of :math:`\Omega` beyond the rank.
-        seed: of :math:`\Omega`.
+        parameters: the parameters of the matrix.
+        rank: the rank of the result.
+        oversampling: the number of columns of :math:`\Omega` beyond the rank.
+        seed: the seed of :math:`\Omega`.
     """
 
     def __init__(self, parameters: Parameters, rank: int, oversampling: int, seed: int) -> None:
@@ -86,14 +85,13 @@ class SketchAccumulator(Accumulator[LowRankFisher]):
         }
 
     def add(self, chunk: Chunk) -> None:
-        """Add one chunk of pulled-back vectors."""
         for pullbacks in chunk.pullbacks():
             if not pullbacks:
                 continue
             for pullback in pullbacks:
                 pullback.add_squares(self.diagonal.total)
             largest = max(sum(s.numel() for s in p.shapes.values()) for p in pullbacks)
-            # The directions, the products of them and of the coefficients, and their sum.
+            # The directions, their products, the combinations, and the sum of these.
             column = 4 * largest * self.kept.element_size()
             for columns in slices(self.directions.count, column, pullbacks[0].memory):
                 products = [p.project(self._directions(p, columns)) for p in pullbacks]
@@ -102,7 +100,7 @@ class SketchAccumulator(Accumulator[LowRankFisher]):
                     self._add_combinations(pullback, coefficients, columns)
 
     def _directions(self, pullback: Pullback, columns: slice) -> Parameters:
-        """Some columns of Omega in the parameters of a pullback."""
+        """A block of columns of Omega, in the parameters of a pullback."""
         return {
             name: self.directions.rows(columns, self.places[name], self.kept.dtype).reshape(
                 -1, *shape
@@ -125,16 +123,16 @@ class SketchAccumulator(Accumulator[LowRankFisher]):
         return self.kept[column] if column < kept else self.extra[column - kept]
 
     def sums(self) -> dict[str, Tensor]:
-        """The sketch and the diagonal, by parameter."""
         sums = {f"diagonal {name}": total for name, total in self.diagonal.total.items()}
         return sums | {"sketch": self.kept, "rest of the sketch": self.extra}
 
     def mean(self, num_examples: int) -> LowRankFisher:
-        r"""The Nystrom approximation and the diagonal it misses.
+        r"""The Nystrom approximation and the rest of the diagonal.
 
-        With :math:`Y = F \Omega` it is :math:`B B^\top` with :math:`B = Y T^\top`, where
-        :math:`T^\top T = (\Omega^\top Y)^{-1}`; :math:`B = U \Sigma V^\top` follows from the
-        small :math:`B^\top B`.  All sums over the parameters are taken some at a time.
+        With :math:`Y = F \Omega` the approximation is :math:`B B^\top` with
+        :math:`B = Y T^\top` and :math:`T^\top T = (\Omega^\top Y)^{-1}`.  The factorisation
+        :math:`B = U \Sigma V^\top` follows from the small matrix :math:`B^\top B`.  All sums
+        over the parameters are computed in blocks of :data:`PLACES`.
         """
         kept, dtype = self.kept, self.kept.dtype
         size = kept.shape[1]
@@ -153,10 +151,10 @@ class SketchAccumulator(Accumulator[LowRankFisher]):
                 total = total + rows @ (rows if right is left else right(place)).T
             return total
 
-        # The columns of Omega made orthonormal: by a root of their products.
+        # The Cholesky factor that makes the columns of Omega orthonormal.
         root = torch.linalg.cholesky(products(signs, signs))
         norm = _both_sides(root, products(image, image)).trace().clamp_min(0.0).sqrt()
-        # A small shift keeps the inner matrix positive definite in spite of rounding.
+        # A small shift keeps the inner matrix positive definite despite rounding errors.
         shift = float(torch.finfo(dtype).eps * norm * size**0.5)
         shift = max(shift, torch.finfo(torch.float64).tiny ** 0.5)
 
@@ -178,12 +176,12 @@ class SketchAccumulator(Accumulator[LowRankFisher]):
         rest: Parameters = {}
         for name, where in self.places.items():
             entries = self.diagonal.total[name].reshape(-1)
-            for part in slices(len(entries), 1, PLACES):
-                place = slice(where.start + part.start, where.start + part.stop)
+            for block in slices(len(entries), 1, PLACES):
+                place = slice(where.start + block.start, where.start + block.stop)
                 vectors = (turned @ root_rows(place)).to(dtype)
                 kept[:, place] = vectors
-                missing = entries[part] / num_examples - values @ vectors.square()
-                entries[part] = missing.clamp_min_(0.0)
+                missing = entries[block] / num_examples - values @ vectors.square()
+                entries[block] = missing.clamp_min_(0.0)
             rest[name] = entries.reshape(self.shapes[name])
         return LowRankFisher(kept.T, values, rest, num_examples)
 
@@ -196,19 +194,19 @@ def _both_sides(factor: Tensor, matrix: Tensor) -> Tensor:
 
 
 class Directions:
-    r"""The random columns :math:`\Omega`: independent signs, a bit each.
+    r"""The random columns :math:`\Omega`: independent signs, stored as one bit each.
 
-    Where they would be half as many as the parameters, or those are few, the columns of the
-    identity take their place: the sketch is then the matrix itself.
+    If the columns are half as many as the parameters, or there are few parameters,
+    :math:`\Omega` is the identity.  The sketch is then the matrix itself.
 
     Args:
         size: the number of parameters.
-        count: how many columns are asked for.
-        seed: of the signs.
-        device: where they are.
+        count: the number of columns that are requested.
+        seed: the seed of the signs.
+        device: the device of the signs.
 
     Attributes:
-        count: how many there are.
+        count: the number of columns.
     """
 
     def __init__(self, size: int, count: int, seed: int, device: torch.device) -> None:
@@ -223,7 +221,7 @@ class Directions:
         self.device = device
 
     def rows(self, columns: slice, places: slice, dtype: torch.dtype) -> Tensor:
-        """Some columns in some of the parameters, ``[columns, places]``."""
+        """A block of columns at a block of parameters, ``[columns, places]``."""
         chosen = torch.arange(columns.start, columns.stop, device=self.device)
         if self.bits is None:
             here = torch.arange(places.start, places.stop, device=self.device)

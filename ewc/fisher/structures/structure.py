@@ -1,4 +1,4 @@
-"""What of the Fisher matrix to keep, and what is summed up for it while the data go by."""
+"""Structures: the part of the Fisher matrix to keep, and its sum over the data."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar, Generic, TypeVar
@@ -15,10 +15,10 @@ Matrix = TypeVar("Matrix", bound=FisherMatrix)
 
 
 class Accumulator(ABC, Generic[Matrix]):
-    """A running sum over the data, from which a matrix is made at the end.
+    """A running sum over the data, whose mean is a matrix.
 
     Attributes:
-        passes: how often the data must go by.
+        passes: the number of passes over the data.
     """
 
     passes: int = 1
@@ -29,25 +29,25 @@ class Accumulator(ABC, Generic[Matrix]):
 
     @abstractmethod
     def sums(self) -> dict[str, Tensor]:
-        """The sums so far, by a name that is the same in every process."""
+        """The sums so far, by names that are equal in all processes."""
 
     @abstractmethod
     def mean(self, num_examples: int) -> "Matrix | Accumulator[Matrix]":
-        """The mean over the examples as a matrix, or the accumulator of another pass."""
+        """The mean over the examples as a matrix, or the accumulator of the next pass."""
 
     def join(self, group: ProcessGroup) -> None:
-        """Prepare for data that are spread over the processes of a group."""
+        """Prepare for data that are distributed over the processes of a group."""
 
 
 class Structure(ABC, Generic[Matrix]):
-    """A request: what of the Fisher matrix to keep, such as ``Diagonal()``.
+    """A request for a part of the Fisher matrix, such as ``Diagonal()``.
 
-    A value with its options.  :func:`~ewc.fisher_information` takes it, and returns a
-    matrix of the kind that it names.
+    It is a value with options.  :func:`~ewc.fisher_information` takes it and returns a matrix
+    of the corresponding class.
 
     Attributes:
-        has_units: whether the matrices know the output units of layers, over which
-            :meth:`~ewc.FisherMatrix.shrunk` spreads the information.
+        has_units: whether the matrices have the output units of layers, over which
+            :meth:`~ewc.FisherMatrix.shrunk` averages.
     """
 
     has_units: ClassVar[bool] = False
@@ -58,7 +58,7 @@ class Structure(ABC, Generic[Matrix]):
 
 
 def check_structure(structure: object) -> None:
-    """Check that a structure is a value.
+    """Check that a value is a structure.
 
     Raises:
         TypeError: it is a class, a string or something else.

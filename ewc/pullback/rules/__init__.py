@@ -1,1 +1,1 @@
-"""How each kind of operation gives the gradients of its parameters."""
+"""The rules: the gradients of the parameters of each kind of operation."""

@@ -19,7 +19,6 @@ class Broadcast(Operation):
 
     @classmethod
     def of(cls, node: Any, uses: Uses, graph: Graph) -> Self | None:
-        """The operation, if one of its two inputs is a parameter as it is."""
         views = uses[node]
         if len(views) != 1:
             return None
@@ -36,7 +35,7 @@ class Broadcast(Operation):
         return broadcast
 
     def rows_of(self, gradient: Tensor) -> Tensor:
-        """The leading dimensions along which the parameter does not change are rows."""
+        # The leading dimensions along which the parameter is constant are rows.
         assert self.weight is not None
         self.sizes = gradient.shape[1:]
         new = len(self.sizes) - len(self.weight.shape)
@@ -47,7 +46,7 @@ class Broadcast(Operation):
     def pullbacks(
         self, gradient: Tensor, rows: Rows, num_examples: int, memory: int
     ) -> list[Pullback]:
-        """The gradients times the other input, summed over what the parameter does not see."""
+        # The gradients times the other input, summed over the dimensions of the broadcast.
         assert self.weight is not None
         entries = self.sign * gradient
         if self.factor is not None:

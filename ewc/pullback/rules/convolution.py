@@ -1,4 +1,4 @@
-"""The rule for convolutions, transposed ones too, in any number of dimensions."""
+"""The rule for convolutions and transposed convolutions in any number of dimensions."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -19,17 +19,17 @@ from ewc.pullback.rows import Rows
 from ewc.pullback.rules.operation import Operation
 
 LAG_CHANNELS = 8
-"""Channels from which products of lags are large enough to be fast."""
+"""The least number of channels for which products of lags are fast."""
 
 SHIFTED_VECTORS = 2
-"""Score vectors up to which shifted products are faster than unfolding the inputs once."""
+"""The most score vectors for which shifted products are faster than unfolding the inputs."""
 
 LAG_SHARE = 0.7
-"""The share of the multiplications of unfolded rows up to which they pay."""
+"""The largest fraction of the multiplications of unfolded rows at which lags are faster."""
 
 
 class Convolution(Operation):
-    """Convolutions, transposed ones too, in any number of dimensions."""
+    """Convolutions and transposed convolutions in any number of dimensions."""
 
     kinds = ("ConvolutionBackward0",)
     input: Tensor
@@ -37,7 +37,6 @@ class Convolution(Operation):
 
     @classmethod
     def of(cls, node: Any, uses: Uses, graph: Graph) -> Self | None:
-        """The convolution, if it uses its parameters as they are."""
         views = uses[node]
         if 0 in views or not all(view.whole for view in views.values()):
             return None
@@ -59,7 +58,6 @@ class Convolution(Operation):
     def pullbacks(
         self, gradient: Tensor, rows: Rows, num_examples: int, memory: int
     ) -> list[Pullback]:
-        """Outer products of output gradients and inputs under the kernel."""
         if self.weight is None:
             assert self.bias is not None
             summed = rows.by_example(gradient.flatten(3).sum(3), num_examples, 1).sum(2)
@@ -74,20 +72,20 @@ class Convolution(Operation):
 
 
 def _for_every_axis(numbers: Sequence[int], kernel: torch.Size) -> tuple[int, ...]:
-    """One number an axis: torch saves a single one as it was given, as for "valid"."""
+    """One number per axis; torch saves a single number as given, such as for "valid"."""
     return tuple(numbers) * (len(kernel) if len(numbers) == 1 else 1)
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where a kernel lies at every position of a convolution's result.
+    """The geometry of a convolution.
 
     Attributes:
-        kernel: its sizes.
-        stride: of the positions.
-        padding: zeros at both ends.
-        dilation: between the kernel's entries.
-        groups: convolutions side by side.
+        kernel: the sizes of the kernel.
+        stride: the distance between positions.
+        padding: the number of zeros at both ends.
+        dilation: the distance between entries of the kernel.
+        groups: the number of convolutions side by side.
         transposed: whether it is a transposed convolution.
     """
 
@@ -100,25 +98,25 @@ class Geometry:
 
     @property
     def plain(self) -> bool:
-        """Whether the kernel moves by single steps over the input as it is."""
+        """Whether the stride is 1 and the convolution is not transposed."""
         return not self.transposed and set(self.stride) == {1}
 
     def grid(self, sizes: torch.Size) -> Grid:
-        """Where a plain kernel lies over an input of these sizes."""
+        """The positions of a plain kernel over an input of these sizes."""
         return Grid(self.kernel, self.padding, self.dilation, sizes)
 
     def patches(self, x: Tensor, sizes: torch.Size) -> Tensor:
-        """What the kernel sees: ``[n, c, *x]`` as ``[n, c, *kernel, *sizes]``, a view or copy.
+        """The inputs under the kernel, ``[n, c, *kernel, *sizes]``, as a view or a copy.
 
         Args:
-            x: the input.
-            sizes: of the result.
+            x: the input, ``[n, c, *x]``.
+            sizes: the sizes of the result.
         """
         pads: list[int] = []
         stride = self.stride
         if self.transposed:
-            # A transposed convolution is a plain one, of stride 1 and with the kernel
-            # turned round, over the input with zeros put between its entries.
+            # A transposed convolution is one of stride 1 with the flipped kernel, over the
+            # input with zeros between its entries.
             spread = [(length - 1) * s + 1 for length, s in zip(x.shape[2:], stride, strict=True)]
             wide = x.new_zeros(*x.shape[:2], *spread)
             strided: tuple[Any, ...] = (..., *(slice(None, None, s) for s in stride))
@@ -150,9 +148,9 @@ class ConvolutionFactors(Factors):
     """The factors of a convolution.
 
     Attributes:
-        input: ``[n, t, c, *sizes]``, with ``t`` convolutions an example.
+        input: ``[n, t, c, *sizes]``, with ``t`` convolutions per example.
         gradient: ``[k, n, t, o, *sizes]``.
-        geometry: where the kernel lies.
+        geometry: the geometry of the convolution.
     """
 
     input: Tensor
@@ -161,7 +159,7 @@ class ConvolutionFactors(Factors):
 
     @property
     def positions(self) -> int:  # type: ignore[override]
-        """The entries of a result's channel, times the convolutions an example."""
+        """The entries per channel of the result, times the convolutions per example."""
         return self.gradient.shape[2] * self.gradient.shape[4:].numel()
 
     @property
@@ -170,7 +168,6 @@ class ConvolutionFactors(Factors):
         return *self.gradient.shape[:2], self.gradient.dtype
 
     def inputs(self, examples: slice) -> Tensor:
-        """The inputs under the kernel at every position, ``[n, g, t, i]``."""
         x = self.input[examples]
         n, t, channels = x.shape[:3]
         patches = self.geometry.patches(x.flatten(0, 1), self.gradient.shape[4:])
@@ -181,7 +178,6 @@ class ConvolutionFactors(Factors):
         return flat.permute(0, 2, 1, 4, 3).flatten(2, 3)
 
     def add_squares(self, examples: slice, total: Tensor) -> None:
-        """Add the squares: of few vectors by shifts, for which nothing needs to be unfolded."""
         x, g = self.input[examples].flatten(0, 1), self.gradient[:, examples]
         shape = self.geometry
         wide = x.shape[1] // shape.groups >= LAG_CHANNELS
@@ -189,32 +185,30 @@ class ConvolutionFactors(Factors):
         if not (shape.plain and wide and few and g.shape[2] == 1 and shape.kernel.numel() > 1):
             super().add_squares(examples, total)
             return
+        # Few vectors: by shifts of the inputs, without unfolding them.
         grid = shape.grid(x.shape[2:])
         parts = x.chunk(shape.groups, 1), g[:, :, 0].chunk(shape.groups, 2)
         for target, inputs, gradients in zip(total, *parts, strict=True):
             add_patch_squares(target, inputs, gradients, grid)
 
     def input_rows(self, examples: slice) -> RowBatch:
-        """What the kernel sees of all examples at all positions."""
         x = self.input[examples].detach().flatten(0, 1)
         patches = PatchBlock(x, self.geometry, self.gradient.shape[4:])
         return patches if patches.by_lags else StoredRows(patches.rows())
 
     def gradient_rows(self, examples: slice) -> RowBatch:
-        """The output gradients of all vectors, examples and positions, rows of ``o``."""
         g = self.gradient[:, examples]
         groups = self.geometry.groups
         positions, width = g.shape[4:].numel(), g.shape[3] // groups
         if positions >= width:
-            # In the order that they have in memory.
+            # In their order in memory.
             whole = (g.transpose(0, 1) if g.stride(0) < g.stride(1) else g).flatten(0, 2)
             return StoredColumns(whole.reshape(-1, groups, width, positions))
-        # Columns one after the other: copied once, in the order of the product.
+        # Column by column: one copy, in the order of the product.
         g = g.transpose(0, 1).movedim(3, 0)
         return StoredRows(g.reshape(groups, g.shape[0] // groups, -1).transpose(1, 2))
 
     def gradients(self, examples: slice) -> Tensor:
-        """The output gradients, ``[k, n, g, t, o]``."""
         g = self.gradient[:, examples]
         k, n, t, channels = g.shape[:4]
         split = g.reshape(k, n, t, self.geometry.groups, channels // self.geometry.groups, -1)
@@ -225,12 +219,12 @@ class ConvolutionFactors(Factors):
 
 @dataclass(frozen=True)
 class PatchBlock(RowBatch):
-    """What the kernel sees at all positions, not unfolded.
+    """The inputs under the kernel at all positions, without unfolding.
 
     Attributes:
         input: ``[n, c, *x]``.
-        geometry: where the kernel lies.
-        sizes: of the result.
+        geometry: the geometry of the convolution.
+        sizes: the sizes of the result.
     """
 
     input: Tensor
@@ -244,35 +238,33 @@ class PatchBlock(RowBatch):
 
     @property
     def kind(self) -> Hashable:  # type: ignore[override]
-        """Inputs of one size go together."""
+        """Blocks with the same input size and geometry are of one kind."""
         return self.input.shape[1:], self.geometry
 
     @property
     def by_lags(self) -> bool:
-        """Whether products of lags are possible, and fewer than those of unfolded rows."""
+        """Whether products of lags are possible, and cheaper than those of unfolded rows."""
         shape = self.geometry
         wide = self.input.shape[1] // shape.groups >= LAG_CHANNELS
         return shape.plain and wide and shape.grid(self.input.shape[2:]).share() < LAG_SHARE
 
     @classmethod
     def concatenated(cls, blocks: Sequence[Self]) -> Self:
-        """The inputs of all."""
         return replace(blocks[0], input=torch.cat([block.input for block in blocks]))
 
     def rows(self) -> Tensor:
         """The unfolded rows, ``[g, r, i]``."""
-        # Columns one after the other: copied once, in the order of the product.
+        # Column by column: one copy, in the order of the product.
         patches = self.geometry.patches(self.input, self.sizes).transpose(0, 1)
         size = self.input.shape[1] // self.geometry.groups * self.geometry.kernel.numel()
         last = patches.movedim(1, 1 + len(self.geometry.kernel))
         return last.reshape(self.geometry.groups, size, -1).transpose(1, 2)
 
     def add_gram(self, total: Tensor, alpha: float) -> None:
-        """Add their second moments, lag by lag."""
         grid = self.geometry.grid(self.input.shape[2:])
         for target, x in zip(total, self.input.chunk(self.geometry.groups, 1), strict=True):
             add_patch_gram(target, x, grid, alpha)
 
     def sum(self) -> Tensor:
-        """The sum over positions, of the sum over examples."""
+        # Unfolding is linear, so the examples are added up first.
         return replace(self, input=self.input.sum(0, keepdim=True)).rows().sum(1)

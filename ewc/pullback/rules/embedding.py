@@ -20,7 +20,6 @@ class Embedding(Operation):
 
     @classmethod
     def of(cls, node: Any, uses: Uses, graph: Graph) -> Self | None:
-        """The embedding, if its gradient is not scaled by how often a row is used."""
         weight = uses[node][0]
         if node._saved_scale_grad_by_freq or not weight.whole:
             return None
@@ -35,7 +34,6 @@ class Embedding(Operation):
     def pullbacks(
         self, gradient: Tensor, rows: Rows, num_examples: int, memory: int
     ) -> list[Pullback]:
-        """The gradients and where they belong; the padding has none."""
         assert self.weight is not None
         indices = self.indices.flatten().long()
         lookups = Lookups(

@@ -21,7 +21,6 @@ class MatrixProduct(Operation):
 
     @classmethod
     def of(cls, node: Any, uses: Uses, graph: Graph) -> Self | None:
-        """The product, with a bias that is added right behind it."""
         views = uses[node]
         product = cls()
         product.output = node
@@ -46,30 +45,29 @@ class MatrixProduct(Operation):
     def pullbacks(
         self, gradient: Tensor, rows: Rows, num_examples: int, memory: int
     ) -> list[Pullback]:
-        """Outer products of output gradients and inputs, position by position."""
         g = rows.by_example(gradient, num_examples, 1)
         weight, bias = self.weight, self.bias
-        found: list[Pullback] = []
+        pullbacks: list[Pullback] = []
         together = weight is not None and bias is not None and _side_by_side(weight, bias)
         if bias is not None and not together:
-            found.append(Stored({bias.name: bias.widened(g.sum(2), 2)}, memory))
+            pullbacks.append(Stored({bias.name: bias.widened(g.sum(2), 2)}, memory))
         if weight is not None:
             if weight.transposed:
                 g = weight.widened(g, 3)
             a = rows.by_example(self.input.to(g.dtype), num_examples)
             factors = TensorFactors(a[:, None], g[:, :, None])
-            # Seen transposed, the parameter is [o, i], as in a linear layer.
+            # If the view is transposed, the parameter is [o, i], as in a linear layer.
             layout = WeightLayout(weight.shape, transposed=not weight.transposed)
             name = bias.name if together and bias is not None else None
-            found.append(OuterProducts(weight.name, name, layout, [factors], memory))
-        return found
+            pullbacks.append(OuterProducts(weight.name, name, layout, [factors], memory))
+        return pullbacks
 
 
 def _side_by_side(weight: View, bias: View) -> bool:
-    """Whether the rows that are seen of a bias are those of its weight's outputs.
+    """Whether the view of a bias has the same rows as the view of its weight.
 
-    Chunks need not run in parallel: attention with keys of another width has a weight for
-    each of queries, keys and values, and one bias for all.
+    They may differ: attention with keys of another width has one weight each for queries,
+    keys and values, and one bias for all.
     """
     if not weight.transposed:
         return bias.all_rows
@@ -78,7 +76,7 @@ def _side_by_side(weight: View, bias: View) -> bool:
 
 
 def _bias_added_to(node: Node, weight: View, uses: Uses, graph: Graph) -> View | None:
-    """The bias that is added to a product and to nothing else; its use is taken out."""
+    """The bias that is added to a product and to nothing else; its use is removed."""
     following, place = graph.only_consumer(node) or (None, 0)
     if following is None or type(following).__name__ != "AddBackward0":
         return None

@@ -1,4 +1,4 @@
-r"""The scales and shifts of normalisations."""
+"""The scales and shifts of normalisations."""
 
 from typing import Any, Self
 
@@ -11,7 +11,7 @@ from ewc.pullback.rules.operation import Operation
 
 
 class Normalisation(Operation):
-    r"""The scale and shift behind a normalisation: :math:`\sum g \hat x` and :math:`\sum g`."""
+    r"""The scale and shift after a normalisation: :math:`\sum g \hat x` and :math:`\sum g`."""
 
     kinds = ("NativeLayerNormBackward0", "NativeGroupNormBackward0", "NativeBatchNormBackward0")
     features_last: bool
@@ -19,7 +19,6 @@ class Normalisation(Operation):
 
     @classmethod
     def of(cls, node: Any, uses: Uses, graph: Graph) -> Self | None:
-        """The normalisation, by statistics that are the example's own or fixed."""
         views = uses[node]
         if 0 in views or not all(view.whole for view in views.values()):
             return None
@@ -38,24 +37,23 @@ class Normalisation(Operation):
     def pullbacks(
         self, gradient: Tensor, rows: Rows, num_examples: int, memory: int
     ) -> list[Pullback]:
-        """The gradients, times the normalised inputs for the scale, summed over positions."""
-        found = {}
+        vectors = {}
         if self.weight is not None:
             normalised = self.normalised.to(gradient.dtype)
             if self.features_last:
                 normalised = normalised.flatten(0, self.row_dims - 1)
-            found[self.weight.name] = gradient * normalised
+            vectors[self.weight.name] = gradient * normalised
         if self.bias is not None:
-            found[self.bias.name] = gradient
-        for name, entries in found.items():
+            vectors[self.bias.name] = gradient
+        for name, entries in vectors.items():
             if not self.features_last and entries.dim() > 3:
                 entries = entries.flatten(3).sum(3)  # noqa: PLW2901
-            found[name] = rows.by_example(entries, num_examples, 1).sum(2)
-        return [Stored(found, memory)]
+            vectors[name] = rows.by_example(entries, num_examples, 1).sum(2)
+        return [Stored(vectors, memory)]
 
 
 def _normalised(node: Any) -> Tensor:
-    """What a normalisation scales, of the shape of its input."""
+    """The normalised input, before the scale and the shift."""
     x: Tensor = node._saved_input
     kind = type(node).__name__
     mean: Tensor

@@ -1,13 +1,13 @@
-r"""Rules for the operations that networks apply their parameters in.
+"""Rules for the operations that use the parameters of a network.
 
-A rule belongs to one kind of node of the autograd graph and says, from what the node
-saved and the gradient ``g`` with respect to its result, what the pulled-back vectors of
-its parameters are.  It sees the operation itself, so it holds for a module, a subclass, a
-functional call and the steps of a recurrence alike; whatever has no rule goes to
+A rule belongs to one kind of node of the autograd graph.  It computes the pulled-back
+vectors of the node's parameters from what the node saved and the gradient with respect to
+its result.  It applies to the operation itself, so it holds for modules, subclasses,
+functional calls and the steps of a recurrence.  Operations without a rule go to
 :mod:`ewc.pullback.per_example`.
 
-The leading dimensions of a node's result are its *rows*.  Each must belong to one example;
-:class:`~ewc.pullback.rows.Rows` says which (:mod:`ewc.pullback.tape` finds it out).
+The leading dimensions of a node's result are its *rows*.  Each row must belong to one
+example, which :class:`~ewc.pullback.rows.Rows` gives and :mod:`ewc.pullback.tape` determines.
 """
 
 from abc import ABC, abstractmethod
@@ -22,14 +22,14 @@ from ewc.pullback.rows import Rows
 
 
 class Operation(ABC):
-    """One use of parameters: a node of the graph, and what is needed from it.
+    """One use of parameters: a node of the graph and what the rule needs from it.
 
     Attributes:
-        kinds: the types of nodes that the rule knows.
+        kinds: the types of nodes that the rule covers.
         output: the node.
         weight: one parameter among its inputs.
-        bias: another one.
-        row_dims: how many leading dimensions of the result are rows.
+        bias: a second parameter among its inputs.
+        row_dims: the number of leading dimensions of the result that are rows.
     """
 
     kinds: ClassVar[tuple[str, ...]]
@@ -41,12 +41,12 @@ class Operation(ABC):
     @classmethod
     @abstractmethod
     def of(cls, node: Any, uses: Uses, graph: Graph) -> Self | None:
-        """The operation at ``node``, ``None`` if the rule does not hold there.
+        """The operation at ``node``; ``None`` if the rule does not hold there.
 
         Args:
             node: a node of one of the :attr:`kinds`.
-            uses: the parameters among the inputs of nodes; what an operation takes in of
-                other nodes it takes out there.
+            uses: the parameters among the inputs of nodes.  If the operation includes another
+                node, that node is removed here.
             graph: the graph.
         """
 
@@ -58,14 +58,14 @@ class Operation(ABC):
 
         Args:
             gradient: with respect to the result, ``[k, rows, ...]``.
-            rows: which example a row belongs to.
+            rows: the layout of the rows.
             num_examples: ``n``.
             memory: bytes that intermediate results may take.
         """
 
     @property
     def views(self) -> list[View]:
-        """The parameters that are used."""
+        """The views of the parameters that the operation uses."""
         return [view for view in (self.weight, self.bias) if view is not None]
 
     def keep(self, names: set[str]) -> None:
