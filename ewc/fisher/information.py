@@ -36,7 +36,7 @@ def fisher_information(
     estimator: Estimator = ...,
     structure: Diagonal = ...,
     parameters: Sequence[Selection] | None = ...,
-    memory: int = ...,
+    memory: int | None = ...,
     group: ProcessGroup | None = ...,
 ) -> DiagonalFisher: ...
 
@@ -50,7 +50,7 @@ def fisher_information(
     estimator: Estimator = ...,
     structure: Structure[Matrix],
     parameters: Sequence[Selection] | None = ...,
-    memory: int = ...,
+    memory: int | None = ...,
     group: ProcessGroup | None = ...,
 ) -> Matrix: ...
 
@@ -63,7 +63,7 @@ def fisher_information(
     estimator: Estimator = Exact(),
     structure: Structure[Any] = Diagonal(),
     parameters: Sequence[Selection] | None = None,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     group: ProcessGroup | None = None,
 ) -> FisherMatrix:
     r"""The Fisher information of ``model`` at its present parameters, a mean over examples.
@@ -93,7 +93,7 @@ def fisher_information(
         parameters: the parameters of the matrix: names, patterns such as ``"head.*"``,
             modules, or the parameters themselves.  ``None`` means all that require a gradient.
         memory: bytes that intermediate results (activations, gradients, products) may
-            take.  The batches are cut accordingly, down to one example.
+            take.  The batches are cut accordingly, down to one example. 512 MiB if ``None``.
         group: processes of ``torch.distributed`` with one shard of the data each; all of
             them get the matrix of all data.  :class:`MonteCarlo` draws different targets in
             every process.
@@ -113,8 +113,11 @@ def fisher_information(
     check_likelihood(likelihood)
     check_estimator(estimator)
     check_structure(structure)
+    memory = DEFAULT_MEMORY if memory is None else memory
     if not is_whole(memory) or memory < 1:
-        raise ValueError(f"memory must be a whole number of bytes above 0, got {memory!r}.")
+        raise ValueError(
+            f"memory must be a whole number of bytes above 0, or None, got {memory!r}."
+        )
     chosen = selected_parameters(model, parameters)
     with unwrapped(model) as bare, undisturbed(bare), plain_operations(bare):
         total: Accumulator[Any] = structure.accumulator(chosen)
@@ -125,13 +128,13 @@ def fisher_information(
             )
         while True:
             with torch.enable_grad():
-                network = DataPass(bare, chosen, likelihood, estimator, memory)
-                num_examples = network.summed_up(data, total, rank_in(group))
+                data_pass = DataPass(bare, chosen, likelihood, estimator, memory)
+                num_examples = data_pass.summed_up(data, total, rank_in(group))
             if group is not None:
                 num_examples = summed_over(total, num_examples, group)
             if num_examples == 0:
                 raise ValueError("data is empty: it must have at least one example.")
-            if not anywhere(network.depends, group):
+            if not anywhere(data_pass.depends, group):
                 raise ValueError(
                     f"The outputs of {type(model).__name__} depend on none of the parameters "
                     f"({', '.join(list(chosen)[:3])}{', ...' if len(chosen) > 3 else ''}): its "

@@ -14,7 +14,6 @@ from ewc.fisher.structures.diagonal import Diagonal
 from ewc.fisher.structures.structure import Structure
 from ewc.likelihoods import Categorical, Likelihood
 from ewc.linalg.krylov import Estimate
-from ewc.linalg.tiles import DEFAULT_MEMORY
 from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import Selection
 
@@ -28,7 +27,7 @@ def sampled_fisher(
     seed: int = 0,
     structure: Structure[Any] = Diagonal(),
     parameters: Sequence[Selection] | None = None,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     group: ProcessGroup | None = None,
 ) -> tuple[FisherMatrix, Estimate]:
     r"""A Monte Carlo Fisher matrix, and its trace with a standard error.

@@ -92,7 +92,7 @@ class Tape:
         parameters: the parameters whose Fisher information is computed.
         arguments: the arguments of the network's call.
         outputs: its outputs, ``[n, c]``.
-        memory: what is known from earlier passes.
+        known: what is known from earlier passes.
     """
 
     def __init__(
@@ -101,13 +101,13 @@ class Tape:
         parameters: Parameters,
         arguments: Arguments,
         outputs: Tensor,
-        memory: KnownGraphs,
+        known: KnownGraphs,
     ) -> None:
         self.model = model
         self.parameters = parameters
         self.arguments = arguments
         self.outputs = outputs
-        self.memory = memory
+        self.known = known
         self.num_examples = outputs.shape[0]
         self.graph = graph = Graph(outputs)
         uses = graph.uses(parameters)
@@ -137,17 +137,17 @@ class Tape:
     @property
     def _kind(self) -> Signature:
         """The structure without the number of examples: batches of any size have one kind."""
-        if self.signature not in self.memory.kinds:
-            self.memory.kinds[self.signature] = self._few.signature
-        return self.memory.kinds[self.signature]
+        if self.signature not in self.known.kinds:
+            self.known.kinds[self.signature] = self._few.signature
+        return self.known.kinds[self.signature]
 
     @property
     def lasting(self) -> bool:
         """Whether the rows are the same in every batch whose graph has this structure."""
-        if self.memory.constants is None:
+        if self.known.constants is None:
             constants = (*self.model.parameters(), *self.model.buffers())
-            self.memory.constants = {place_in_memory(tensor) for tensor in constants} - {0}
-        return not self.graph.moves_rows(self.uses, self.num_examples, self.memory.constants)
+            self.known.constants = {place_in_memory(tensor) for tensor in constants} - {0}
+        return not self.graph.moves_rows(self.uses, self.num_examples, self.known.constants)
 
     @property
     def edges(self) -> list[GradientEdge]:
@@ -202,11 +202,11 @@ class Tape:
     def _pulled_back(self, scores: Tensor, *, retain_graph: bool) -> list[Tensor]:
         """Gradients with respect to the operations' results, all vectors at once if faster."""
         key = self._kind, len(scores)
-        if len(scores) > 1 and self.memory.together.get(key, True):
+        if len(scores) > 1 and self.known.together.get(key, True):
             gradients = all_together(self.outputs, self.edges, scores)
-            if key not in self.memory.together:
-                self.memory.together[key] = gradients is not None and self._right(gradients, scores)
-            if gradients is not None and self.memory.together[key]:
+            if key not in self.known.together:
+                self.known.together[key] = gradients is not None and self._right(gradients, scores)
+            if gradients is not None and self.known.together[key]:
                 return gradients
         return one_by_one(self.outputs, self.edges, scores, retain_graph=retain_graph)
 
@@ -219,7 +219,7 @@ class Tape:
             self.arguments,
             scores,
             memory=memory,
-            vectorises=self.memory.vectorises,
+            vectorises=self.known.vectorises,
             misplaced=misplaced,
         )
 
@@ -233,7 +233,7 @@ class Tape:
         weights = weights.to(scores)
         score = torch.einsum("k,knc->nc", weights, scores)[None]
         plain = one_by_one(self.outputs, self.edges, score, retain_graph=True)
-        noise = self.memory.noise or 0.0
+        noise = self.known.noise or 0.0
         return all(
             agree(torch.tensordot(weights.to(g.dtype), g, 1), h[0], noise)
             for g, h in zip(gradients, plain, strict=True)
@@ -251,7 +251,7 @@ class Tape:
             outputs = arguments(self.model)
         if not isinstance(outputs, Tensor) or outputs.shape != self.outputs[:FEW].shape:
             return self
-        tape = Tape(self.model, self.parameters, arguments, outputs, self.memory)
+        tape = Tape(self.model, self.parameters, arguments, outputs, self.known)
         same = alike(tape.structure, self.structure, FEW, self.num_examples)
         return tape if same else self
 
@@ -261,18 +261,18 @@ class Tape:
             return [BATCH_FIRST] * len(self.operations)
         if not self.lasting:
             return self.probed(scores)[0]
-        if self.signature in self.memory.rows:
-            return self.memory.rows[self.signature]
-        rows = self.memory.rows.get(self._kind)
+        if self.signature in self.known.rows:
+            return self.known.rows[self.signature]
+        rows = self.known.rows.get(self._kind)
         if rows is None:
             rows, certain = self._few.probed(scores)
             if certain:
-                self.memory.rows[self._kind] = rows
+                self.known.rows[self._kind] = rows
             elif self._few is not self:
                 rows, certain = self.probed(scores)
             if not certain:
                 return rows
-        self.memory.rows[self.signature] = rows
+        self.known.rows[self.signature] = rows
         return rows
 
     def probed(self, scores: Tensor) -> tuple[list[Rows | None], bool]:
@@ -289,13 +289,13 @@ class Tape:
         # Every example has a score of norm 1, so none is lost in the rounding of another.
         score = torch.nn.functional.normalize(score, eps=torch.finfo(score.dtype).tiny)
         plain = self._rows_of(score)
-        if self.memory.noise is None:
+        if self.known.noise is None:
             again = self._rows_of(score)
-            self.memory.noise = max(map(row_noise, plain, again))
+            self.known.noise = max(map(row_noise, plain, again))
         layouts = [possible_rows(len(gradient), n) for gradient in plain]
         # Every example has a different number, and is scaled by the digits of that number in
         # turn.  The noise must stay below the rows of the smallest factor.
-        exact = self.memory.noise < NEARLY_EXACT and score.dtype.itemsize > 2
+        exact = self.known.noise < NEARLY_EXACT and score.dtype.itemsize > 2
         base = MANY_FACTORS if exact else FEW_FACTORS
         numbers = torch.randperm(n, generator=generator)
         while True:
@@ -303,7 +303,7 @@ class Tape:
             scaled = self._rows_of(factors[:, None] * score)
             for place, (before, after) in enumerate(zip(plain, scaled, strict=True)):
                 layouts[place] = matching_rows(
-                    layouts[place], before, after, factors, self.memory.noise
+                    layouts[place], before, after, factors, self.known.noise
                 )
             numbers = numbers // base
             if not numbers.any():

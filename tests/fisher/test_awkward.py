@@ -414,8 +414,10 @@ def test_mistakes_in_the_arguments_are_named():
         fisher_information(tied, data, parameters=[])
     with pytest.raises(TypeError, match=r"structure must be a Structure instance .* got 'diagon"):
         fisher_information(tied, data, structure="diagonal")
-    for memory in (1e6, None):
-        with pytest.raises(ValueError, match="memory must be a whole number of bytes above 0, got"):
+    for memory in (1e6, "1"):
+        with pytest.raises(
+            ValueError, match="memory must be a whole number of bytes above 0, or None, got"
+        ):
             fisher_information(tied, data, memory=memory)
     with pytest.raises(ValueError, match=r"Batch 0 is a tuple \(ndarray, Tensor\): data must"):
         fisher_information(tied, [(data[0][0].numpy(), data[0][1])])

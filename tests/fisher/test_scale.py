@@ -171,8 +171,17 @@ ewc.fisher_information(nn.Linear(8, 4), [(data[0][0], torch.randint(4, (4,)))])"
 
 def test_memory_must_be_positive():
     model, x, y = body_and_head()
-    with pytest.raises(ValueError, match="memory must be a whole number of bytes above 0, got 0"):
+    with pytest.raises(
+        ValueError, match="memory must be a whole number of bytes above 0, or None, got 0"
+    ):
         fisher_information(model, [(x, y)], memory=0)
+
+
+def test_memory_is_half_a_gibibyte_by_default():
+    model, x, y = body_and_head()
+    default = fisher_information(model, [(x, y)], memory=None).diagonal()
+    given = fisher_information(model, [(x, y)], memory=2**29).diagonal()
+    assert all(torch.equal(given[name], tensor) for name, tensor in default.items())
 
 
 def confident():
