@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from experiments.configuration.hydra_section import check_hydra_section
 from experiments.configuration.targets import ConfigurationError
 
 CONFIGS = str(Path(__file__).resolve().parents[2] / "configs")
+
+MOST_JOBS = 64
+"""Jobs of a sweep that are looked at for the one that a wrong option belongs to."""
 
 
 class CheckedLoader(ConfigLoaderImpl):
@@ -154,8 +158,7 @@ def short_message(error: Exception, config_name: str) -> str:
     """One sentence or two for a wrong command line: the option, and what is allowed."""
     text = str(error)
     if unknown := re.match(r"Could not override '([^']+)'", text):
-        option = unknown[1]
-        return f"Unknown option {option!r}: allowed are {_allowed(option, config_name)}."
+        return _unknown_option(unknown[1], config_name)
     if choice := re.search(
         r"Could not find '([^']+)'\s+Available options in.*?:\n(.*?)\n\S", text, re.S
     ):
@@ -175,28 +178,61 @@ def _no_group(config_name: str) -> str:
         names = sorted(path.stem for path in (Path(CONFIGS) / group).glob("*.yaml"))
         if names and value not in names:
             return f"Option {group!r} is {value!r}: allowed are {', '.join(names)}."
-    return f"An option chooses nothing: allowed are {_allowed('', config_name)}."
+    with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
+        names = _names(hydra.compose(config_name), "", config_name)
+    return f"An option chooses nothing: allowed are {', '.join(names)}."
 
 
-def _allowed(option: str, config_name: str) -> str:
-    """The options beside an unknown one, as the command line would have had them."""
-    overrides = [o for o in sys.argv[1:] if re.match(r"[\w/@+~]+=[\w/]+$", o)]
-    parent, _, _ = option.rpartition(".")
-    for kept in (overrides, []):
+def _unknown_option(option: str, config_name: str) -> str:
+    """What is wrong with an option that the first job to fail does not have."""
+    for overrides in _jobs():
         try:
             with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
-                node = OmegaConf.select(hydra.compose(config_name, overrides=kept), parent or "")
+                config = hydra.compose(config_name, overrides=overrides, return_hydra_config=True)
         except (HydraException, OmegaConfBaseException):
             continue
-        if isinstance(node, DictConfig):
-            names = [str(k) for k in node if not str(k).startswith("_")]
-            if not names:
-                break
-            if not parent:
-                return ", ".join([*names, *_empty_groups(config_name)])
-            return ", ".join(f"{parent}.{name}" for name in names)
-        break
-    return f"none, {parent!r} has no options"
+        if option and _node(config, option) is not None:
+            continue  # another job of the sweep is at fault
+        parent = option.rpartition(".")[0]
+        while not isinstance(_node(config, parent), DictConfig):
+            parent = parent.rpartition(".")[0]
+        names = _names(_node(config, parent), parent, config_name)
+        group = option.partition(".")[0]
+        choice = next((o for o in overrides if o.startswith(f"{group}=")), None)
+        where = f" with {choice}" if choice and parent else ""
+        if not names:
+            return f"Unknown option {option!r}{where}: {parent!r} has no options there."
+        return f"Unknown option {option!r}{where}: allowed are {', '.join(names)}."
+    return f"Unknown option {option!r}."
+
+
+def _jobs() -> Iterator[list[str]]:
+    """The choices of every job that the command line asks for, and no choice at last."""
+    choices = []
+    for override in sys.argv[1:]:
+        if re.match(r"[\w/@+~]+=[\w/,]+$", override):
+            name, _, values = override.partition("=")
+            choices.append([f"{name}={value}" for value in values.split(",")])
+    for job in islice(product(*choices), MOST_JOBS):
+        yield list(job)
+    yield []
+
+
+def _node(config: Any, option: str) -> Any:
+    """What stands in a configuration under a dotted name; ``None`` if nothing does."""
+    for key in filter(None, option.split(".")):
+        if not isinstance(config, DictConfig) or key not in config:
+            return None
+        config = config._get_node(key)
+    return config
+
+
+def _names(node: Any, parent: str, config_name: str) -> list[str]:
+    """The options in a node of a configuration, by their whole names."""
+    names = [str(key) for key in node if not str(key).startswith("_")]
+    if parent:
+        return [f"{parent}.{name}" for name in names]
+    return [*(name for name in names if name != "hydra"), *_empty_groups(config_name)]
 
 
 def _empty_groups(config_name: str) -> list[str]:

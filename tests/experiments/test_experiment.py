@@ -394,6 +394,16 @@ def test_a_wrong_option_removes_nothing_that_was_there(tmp_path, command_line):
             "Unknown option 'strategy.strengh': allowed are strategy.strength, strategy.shri",
         ),
         (["sed=3"], "Unknown option 'sed': allowed are benchmark, model, "),
+        (["trainng.iterations=3"], "Unknown option 'trainng.iterations': allowed are benchmark"),
+        (["hydra.run.dri=x"], "Unknown option 'hydra.run.dri': allowed are hydra.run.dir."),
+        (
+            ["strategy=naive", "strategy.strength=3"],
+            "Unknown option 'strategy.strength' with strategy=naive: 'strategy' has no options",
+        ),
+        (
+            ["-m", "strategy=ewc,si", "strategy.shrinkage=0.1,0.2"],
+            "Unknown option 'strategy.shrinkage' with strategy=si: allowed are strategy.strength, ",
+        ),
         (
             ["strategy=ewcc"],
             "'strategy/ewcc': allowed are avalanche_ewc, ewc, joint, kfac_ewc,",
