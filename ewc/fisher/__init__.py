@@ -22,12 +22,11 @@ linear map with inputs :math:`a` and output gradients :math:`g` at one position 
 is :math:`(\sum_k g_k^2)^\top (a^2)`: one matrix product, with no gradient of a single
 example ever stored.  With ``C`` classes the exact matrix needs :math:`C - 1` vectors.
 
-**Where things are.**  A datum goes from :mod:`~ewc.fisher.information` (the loop over the data)
-through :mod:`~ewc.pullback.tape` (one forward pass and how vectors are pulled back through it;
-:mod:`~ewc.pullback.graph` finds the uses, :mod:`~ewc.pullback.rules.matrix_product`,
-:mod:`~ewc.pullback.rules.convolution` and :mod:`~ewc.pullback.rules.elementwise` are the rules) to
-:mod:`~ewc.pullback.pullback` (the vectors in the form their layer gives them) and into the
-accumulator of a structure.
+**Where things are.**  :mod:`~ewc.fisher.information` checks the arguments, and
+:mod:`~ewc.fisher.data_pass` loops over the data.  For each batch :mod:`~ewc.pullback.tape` runs one
+forward pass.  It finds the uses of the parameters with :mod:`~ewc.pullback.graph`, and the rules in
+:mod:`ewc.pullback.rules` pull the vectors back to them.  :mod:`~ewc.pullback.pullback` hands the
+vectors of each layer to the accumulator of a structure in :mod:`ewc.fisher.structures`.
 """
 
 from ewc.fisher.estimators import Empirical, Estimator, Exact, MonteCarlo
