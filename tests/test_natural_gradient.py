@@ -618,7 +618,7 @@ def test_wrong_types_are_refused_when_given(network: nn.Module) -> None:
         ("estimator", ["exact", Empirical], "estimator must be an Estimator instance"),
         ("structure", ["kronecker", Empirical(), int], "structure must be a Structure instance"),
         ("structure", [FisherMatrix], "structure must be a Structure instance"),
-        ("structure", [SumFisher, KroneckerProduct], "structure must be one that a pass over"),
+        ("structure", [SumFisher, KroneckerProduct], "structure must be a Structure instance"),
     ]:
         for value in values:
             with pytest.raises(TypeError, match=message):

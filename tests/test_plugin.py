@@ -645,7 +645,7 @@ def test_a_sample_is_the_same_for_the_same_seed_and_has_an_example_once():
             TypeError,
             "update must be an instance of InLoss or Implicit",
         ),
-        ({"max_examples": 0}, ValueError, "max_examples must be 1 or more, or None, got 0"),
+        ({"max_examples": 0}, ValueError, "max_examples must be a whole number, 1 or more, or None, got 0"),
         ({"max_examples": 0.5}, ValueError, "max_examples must be a whole number"),
     ],
 )
@@ -728,5 +728,5 @@ def test_strategies_that_load_data_in_their_own_way(monkeypatch):
     strategy.train(experience)
     close(diagonal(plugin), diagonal_by_definition(strategy.model, blobs()[0]))
     assert InMemory.loaded == 3 + 5  # of three looks only the first mini-batch is loaded
-    with pytest.raises(ValueError, match=r"max_examples is 20: it must be None with InMemory"):
+    with pytest.raises(ValueError, match=r"max_examples must be None with InMemory.*, got 20"):
         strategy_of(InMemory, mlp(), [EWCPlugin(max_examples=20)]).train(experience)
