@@ -196,6 +196,6 @@ def divergence_profile(
                 total[index] += likelihood.kl(before, after).sum().cpu()
             count += len(targets)
     if not count:
-        raise ValueError("The data are empty: there is no divergence to take the mean of.")
+        raise ValueError("data must hold at least one example, got none.")
     form = float(fisher.quadratic_form({name: v.to(fisher.dtype) for name, v in along.items()}))
     return DivergenceProfile(lengths, total / count, 0.5 * lengths.square() * form)

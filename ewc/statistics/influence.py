@@ -70,7 +70,7 @@ def loss_gradient(
             total = {name: total[name] + summed[name] for name in total}
             count += len(targets)
     if not count:
-        raise ValueError("The data are empty: a gradient needs an example.")
+        raise ValueError("data must hold at least one example, got none.")
     return {name: tensor / count for name, tensor in total.items()}
 
 

@@ -85,6 +85,6 @@ def checked_target(target: Any, name: object, option: str, wanted: Sequence[type
         names = " or ".join(f"{c.__module__}.{c.__qualname__}" for c in wanted)
         kind = "class" if inspect.isclass(target) else type(target).__name__
         raise ConfigurationError(
-            f"Option {option!r} is {name!r}: allowed are {names} and its subclasses, and this "
-            f"{kind} is none."
+            f"Option {option!r} is {name!r}: allowed are {names} and its subclasses, not this "
+            f"{kind}."
         )
