@@ -72,7 +72,7 @@ class NaturalGradient(Optimizer):
         max_kl: :math:`\kappa` in nats per example; ``None`` for no trust region.
         decay: the weight of the running mean of Fisher matrices at each :meth:`update_fisher`;
             0 keeps the last matrix only.  A mean of Kronecker matrices is projected to one
-            (:func:`~ewc.nearest_kronecker`), a mean of eigenvalue-corrected ones to the
+            (:func:`~ewc.matrices.nearest_kronecker`), a mean of eigenvalue-corrected ones to the
             eigenvectors of the last.
         tolerance: the relative error of :math:`v^\top (F + \delta I)^{-1} v` for every ``v``.
             With 0.1 eigenvalues below a tenth of the damping count as 0, and a step with a
@@ -172,8 +172,8 @@ class NaturalGradient(Optimizer):
             tensors, about = self.fisher.description()
             fisher = {"tensors": tensors, "about": about}
         last = None if self._last is None else self._last._asdict()
-        own = {"fisher": fisher, "last": last}
-        return {**super().state_dict(), "natural_gradient": own}
+        extra = {"fisher": fisher, "last": last}
+        return {**super().state_dict(), "natural_gradient": extra}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue as the optimizer that made this state.
@@ -182,18 +182,20 @@ class NaturalGradient(Optimizer):
             ValueError: the state does not fit; the optimizer is then unchanged.
         """
         # States of earlier versions have no Fisher matrix: update_fisher must make one.
-        own = state_dict.get("natural_gradient", {"fisher": None, "last": None})
+        extra = state_dict.get("natural_gradient", {"fisher": None, "last": None})
         device = next(self.model.parameters()).device
         fisher, last = None, None
-        if own["fisher"] is not None:
-            fisher = FisherMatrix.from_description(own["fisher"]["tensors"], own["fisher"]["about"])
+        if extra["fisher"] is not None:
+            fisher = FisherMatrix.from_description(
+                extra["fisher"]["tensors"], extra["fisher"]["about"]
+            )
             fisher = fisher.to(device).attached(self.model)
-        if own["last"] is not None:
+        if extra["last"] is not None:
             moved = {
-                key: {name: tensor.to(device) for name, tensor in own["last"][key].items()}
+                key: {name: tensor.to(device) for name, tensor in extra["last"][key].items()}
                 for key in ("gradient", "move")
             }
-            last = _Step(**{**own["last"], **moved})
+            last = _Step(**{**extra["last"], **moved})
         super().load_state_dict(state_dict)
         _restore_types(self, state_dict)
         self.fisher, self._last = fisher, last
@@ -211,7 +213,7 @@ class NaturalGradient(Optimizer):
 
         Raises:
             TypeError: there is a ``decay``, and a mean of two such matrices has another structure.
-            ValueError: the data are empty.
+            ValueError: ``data`` is empty.
         """
         self._adopt(self.model.parameters())
         fresh = fisher_information(
@@ -403,10 +405,11 @@ def _gradient(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> Pa
 
     A frozen parameter counts as one without, even if it has an old gradient.
     """
-    found: Parameters = {}
+    gradients: Parameters = {}
     for name, parameter in parameters.items():
         free = parameter.requires_grad
-        own = parameter.grad if free and parameter.grad is not None else torch.zeros_like(parameter)
-        own = own.detach().to(accumulation_dtype(own.dtype))
-        found[name] = own.add(parameter, alpha=weight_decay) if free and weight_decay else own
-    return found
+        grad = parameter.grad if free else None
+        grad = torch.zeros_like(parameter) if grad is None else grad
+        grad = grad.detach().to(accumulation_dtype(grad.dtype))
+        gradients[name] = grad.add(parameter, alpha=weight_decay) if free and weight_decay else grad
+    return gradients

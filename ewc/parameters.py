@@ -78,9 +78,9 @@ def selected_parameters(model: nn.Module, selection: Sequence[Selection] | None)
             )
         names = {name for name, parameter in parameters.items() if id(parameter) in places}
         if not names:
-            what = repr(item) if isinstance(item, str) else f"The {type(item).__name__}"
+            selector = repr(item) if isinstance(item, str) else f"The {type(item).__name__}"
             raise ValueError(
-                f"{what} selects none of the model's trainable parameters "
+                f"{selector} selects none of the model's trainable parameters "
                 f"({', '.join(parameters)})."
             )
         chosen |= names
@@ -140,25 +140,25 @@ def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
 
 
 def check_same_shapes(
-    found: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size], what: str
+    shapes: Mapping[str, torch.Size], expected: Mapping[str, torch.Size], what: str
 ) -> None:
-    """Check that ``found`` has exactly the names and shapes of ``shapes``.
+    """Check that ``shapes`` are exactly the names and shapes of ``expected``.
 
     Raises:
-        ValueError: a name is missing or unknown, or a shape differs; ``what`` stands for
-            ``found`` in the message.
+        ValueError: a name is missing or unknown, or a shape differs; ``what`` names the tensors
+            in the message.
     """
-    if odd := shapes.keys() ^ found.keys():
+    if odd := expected.keys() ^ shapes.keys():
         name = min(odd)
-        state = "lacks" if name in shapes else "has the unknown"
+        state = "lacks" if name in expected else "has the unknown"
         raise ValueError(
             f"{what} {state} parameter {name!r}: its names must be those of the Fisher "
-            f"matrix ({', '.join(shapes)})."
+            f"matrix ({', '.join(expected)})."
         )
-    for name, shape in shapes.items():
-        if found[name] != shape:
+    for name, shape in expected.items():
+        if shapes[name] != shape:
             raise ValueError(
-                f"{what} has shape {list(found[name])} for parameter {name!r}: "
+                f"{what} has shape {list(shapes[name])} for parameter {name!r}: "
                 f"the Fisher matrix has {list(shape)}."
             )
 

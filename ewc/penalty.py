@@ -47,25 +47,25 @@ class EWCPenalty(nn.Module):
 
     Args:
         strength: :math:`\lambda`; 1 is the Bayes value.
-        consolidation: how tasks are put together, :class:`Separate` or :class:`Online`.
-        shrinkage: the share of the information that every layer's units have alike
-            (:meth:`ewc.FisherMatrix.shrunk`), so that units that no example of the old tasks
-            excites are not free; 0 takes the Fisher matrix as it is.
-        eigenvector_share: of Kronecker matrices a gradient takes so many of the
-            eigenvectors, on average, the stiff ones more often
-            (:mod:`ewc.consolidation.pacing`); 1 takes
-            all, for several times the cost of a training step.  Where gradients are on, the
-            value is then an estimate, which for parameters held still is exact on average
-            over ``ewc.consolidation.pacing.PERIOD`` calls; :meth:`implicit_step` takes all.
+        consolidation: how the quadratics of several tasks are combined, :class:`Separate` or
+            :class:`Online`.
+        shrinkage: the fraction of the information that is spread over a layer's units
+            (:meth:`ewc.FisherMatrix.shrunk`).  Units that no example of the old tasks excites are
+            then not free.  0 leaves the Fisher matrix as it is.
+        eigenvector_share: average fraction of the eigenvectors of Kronecker matrices used per
+            call with gradients; stiff ones are used more often (:mod:`ewc.consolidation.pacing`).
+            The value is then an estimate.  At fixed parameters its mean over
+            ``ewc.consolidation.pacing.PERIOD`` calls is exact.  1 uses all eigenvectors, for
+            several times the cost of a training step, as :meth:`implicit_step` always does.
 
     Attributes:
-        num_examples: :math:`N`, the size of the task in training.  ``None`` stands for the
-            size of the last consolidated task, so that tasks of one size weigh 1.
+        num_examples: :math:`N`, the size of the task in training.  ``None`` for the size of the
+            last consolidated task, so that tasks of equal size have weight 1.
 
     Raises:
-        ValueError: the strength is negative or not finite, the shrinkage not in [0, 1],
-            or the share not in (0, 1].
-        TypeError: the consolidation is none.
+        ValueError: the strength is negative or not finite, the shrinkage is not in [0, 1], or the
+            share is not in (0, 1].
+        TypeError: the consolidation has another type.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class EWCPenalty(nn.Module):
 
     @property
     def consolidation(self) -> Consolidation:
-        """How tasks are put together, of tasks that are consolidated from now on."""
+        """How tasks that are consolidated from now on are combined with the old ones."""
         return self._consolidation
 
     @consolidation.setter
@@ -110,7 +110,7 @@ class EWCPenalty(nn.Module):
 
     @property
     def shrinkage(self) -> float:
-        r""":math:`\alpha`, of tasks that are consolidated from now on; in [0, 1]."""
+        r""":math:`\alpha` for tasks that are consolidated from now on, in [0, 1]."""
         return self._shrinkage
 
     @shrinkage.setter
@@ -120,7 +120,7 @@ class EWCPenalty(nn.Module):
 
     @property
     def eigenvector_share(self) -> float:
-        """What a step takes of the eigenvectors of Kronecker matrices; in (0, 1]."""
+        """Average fraction of the eigenvectors of Kronecker matrices used per step, in (0, 1]."""
         return self._eigenvector_share
 
     @eigenvector_share.setter
@@ -130,7 +130,7 @@ class EWCPenalty(nn.Module):
 
     @property
     def num_examples(self) -> int | None:
-        """:math:`N`, the size of the task in training, 1 or more; ``None`` if not told."""
+        """:math:`N`, the size of the task in training, 1 or more; ``None`` for that of the last."""
         return self._num_examples
 
     @num_examples.setter
@@ -141,21 +141,22 @@ class EWCPenalty(nn.Module):
     def consolidate(
         self, fisher: FisherMatrix, model: nn.Module, *, num_examples: int | None = None
     ) -> None:
-        r"""Remember a task: its Fisher information, and the model's parameters as anchor.
+        r"""Add a task: its Fisher information, with the model's parameters as anchor.
+
+        After an error the penalty is unchanged.
 
         Args:
             fisher: the mean Fisher information of the task at the model's parameters.
-            model: the model that has just learnt the task.
-            num_examples: :math:`N_t`, the size of the task, where the matrix was taken from
-                a sample of its examples; ``None`` for those of the matrix.
+            model: the model after the task.
+            num_examples: :math:`N_t`, the size of the task, for a matrix from a sample of its
+                examples; ``None`` for the number of examples of the matrix.
 
         Raises:
             ValueError: the names or shapes of ``fisher`` do not fit the model, it has negative
                 entries (:meth:`FisherMatrix.check_entries`), or the number of examples is not
                 a whole number, 1 or more.
             TypeError: the structure cannot be shrunk.
-            FloatingPointError: an entry is not finite, or overflows times the number of
-                examples.  In every case the penalty is as it was.
+            FloatingPointError: an entry is not finite, or overflows times the number of examples.
         """
         check_instance(fisher, FisherMatrix, "fisher", "a FisherMatrix")
         check_instance(model, nn.Module, "model", "the network, an nn.Module")
@@ -170,8 +171,8 @@ class EWCPenalty(nn.Module):
         """The penalty at the model's present parameters, a scalar in nats per example.
 
         Raises:
-            ValueError: a remembered parameter is gone from the model, or its shape changed
-                in another way than by new rows.
+            ValueError: a parameter of the penalty is gone from the model, or its shape changed in
+                another way than by new rows.
         """
         if not self.terms:
             return next(model.parameters(), torch.zeros(())).new_zeros(())
@@ -185,21 +186,21 @@ class EWCPenalty(nn.Module):
 
     @torch.no_grad()
     def predicted_rise(self, model: nn.Module) -> float:
-        r"""How much the mean loss of the old tasks' examples has risen, by the quadratics.
+        r"""The predicted rise of the mean loss over the old tasks' examples.
 
         .. math:: r(\theta) = \frac{1}{\sum_t N_t} \sum_t \frac{N_t}{2}
                   (\theta - \theta_t)^\top F_t (\theta - \theta_t)
 
-        A forecast, made without the old data: of what a move would cost before it is made,
-        or of what a task did.  Online quadratics count from the last task's parameters,
-        separate ones each from its own task's: the rise over the last task is then a
-        difference.  The strength has no part in it.
+        It needs no old data, and does not depend on the strength.  It predicts the cost of a move
+        before the move, or measures the effect of a task.  Online quadratics measure the rise from
+        the last task's parameters, separate ones each from the parameters of its task.  The rise
+        over one task is then a difference of two values.
 
         Args:
             model: the network after the move.
 
         Returns:
-            Nats an example, 0 before any task.
+            The rise in nats per example, 0 before any task.
 
         Raises:
             ValueError: as in :meth:`forward`.
@@ -211,19 +212,19 @@ class EWCPenalty(nn.Module):
 
     @property
     def remembered_examples(self) -> int:
-        r""":math:`\sum_t N_t`, the examples of all tasks that were consolidated."""
+        r""":math:`\sum_t N_t`, the number of examples of all consolidated tasks."""
         return sum(term.precision.num_examples for term in self.terms)
 
     def implicit_step(self, model: nn.Module, optimizer: Optimizer, num_steps: int = 1) -> None:
-        """Move the model as the penalty would have in the last steps of an optimizer.
+        """Move the model by an implicit step of the penalty for the last steps of an optimizer.
 
-        In place of the penalty in the loss, and cheaper where it is called every so many
-        steps; stable for any strength.  See :mod:`ewc.consolidation.implicit_step`.
+        Use it instead of the penalty in the loss.  It is stable for any strength, and cheaper when
+        called every few steps.  See :mod:`ewc.consolidation.implicit_step`.
 
         Args:
             model: the model, changed in place.
-            optimizer: which has taken the steps on the loss alone.
-            num_steps: how many since the last call.
+            optimizer: the optimizer that has taken the steps, on the loss alone.
+            num_steps: the number of steps since the last call.
 
         Raises:
             ValueError: as in :meth:`forward`, or ``num_steps`` is below 1.
@@ -235,18 +236,18 @@ class EWCPenalty(nn.Module):
 
     @property
     def fisher_trace(self) -> float:
-        """The trace of the summed precision that the penalty holds, 0 before any task."""
+        """The trace of the penalty's summed precision, 0 before any task."""
         return float(sum(float(term.precision.trace()) for term in self.terms))
 
     def extra_repr(self) -> str:
-        """The strength and the consolidation, for printing."""
+        """The options, for printing."""
         options = ("strength", "consolidation", "shrinkage", "eigenvector_share")
         return ", ".join(f"{name}={getattr(self, name)}" for name in options)
 
     # --- moving and saving ------------------------------------------------------------
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Everything, as tensors and plain values: what ``state_dict()`` holds."""
+        """The whole state as tensors and plain values, for ``state_dict()``."""
         online = self.consolidation if isinstance(self.consolidation, Online) else None
         return {
             "strength": self.strength,
@@ -263,11 +264,11 @@ class EWCPenalty(nn.Module):
         """The inverse of :meth:`get_extra_state`; called by ``load_state_dict``.
 
         Raises:
-            ValueError: it is not the state of a penalty.  The penalty is then as it was.
+            ValueError: it is not the state of a penalty; the penalty is then unchanged.
         """
         try:
             online = state["online"]
-            # Penalties that were saved before there were these options have none of them.
+            # States of earlier versions lack these options.
             loaded = EWCPenalty(
                 state["strength"],
                 Separate() if online is None else Online(**online),
@@ -284,10 +285,10 @@ class EWCPenalty(nn.Module):
             )
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"The state is not one of an EWCPenalty ({type(error).__name__}: {error}): "
+                f"The state is not that of an EWCPenalty ({type(error).__name__}: {error}): "
                 "nothing was loaded."
             ) from error
-        # All or nothing: what can fail has succeeded.
+        # Nothing below can fail, so the state is loaded completely or not at all.
         for name in ("strength", "consolidation", "shrinkage", "eigenvector_share"):
             setattr(self, name, getattr(loaded, name))
         self.num_examples = loaded.num_examples
@@ -297,19 +298,19 @@ class EWCPenalty(nn.Module):
         self._attached = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What ``.to()``, ``.double()`` and the like go through."""
+        """Move or cast the terms too, for ``.to()``, ``.double()`` and so on."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.terms = [term.mapped(fn) for term in self.terms]
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle: without what :meth:`_scaled_terms` can make again."""
+        """For pickle: without the scaled terms, which are computed again."""
         return {**self.__dict__, "_scaled": None}
 
     # --- matching the model -----------------------------------------------------------
 
     def _fit(self, model: nn.Module) -> Parameters:
-        """The model's parameters that the terms are over; the terms follow their growth."""
+        """The model's parameters in the terms, after growing the terms to their shapes."""
         if not self._attached:  # a matrix-free Fisher was loaded without its network
             self.terms = [
                 replace(term, precision=term.precision.attached(model)) for term in self.terms
@@ -319,7 +320,7 @@ class EWCPenalty(nn.Module):
         return parameters
 
     def _scaled_terms(self) -> ScaledTerms:
-        """The terms in the units of the loss, made once a task: every step reads them."""
+        """The terms in the units of the loss, computed once per task as every step uses them."""
         scale = self.strength / (self.num_examples or self._last_num_examples)
         if self._scaled is None or (self._scaled.scale, self._scaled.of) != (scale, self.terms):
             self._scaled = ScaledTerms(scale, self.terms)

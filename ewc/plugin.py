@@ -31,62 +31,59 @@ from ewc.strategy_calls import Batches, beside, strategy_calls
 from ewc.wrappers import unwrapped
 
 VALUED_EVERY = 10
-"""Implicit steps after one of which the penalty is evaluated, for records."""
+"""Implicit steps from one evaluation of the penalty to the next, for ``last_penalty``."""
 
 EXAMPLES_TRIED = 4
-"""About how many examples of the first task are tried before it is trained."""
+"""Approximate number of examples of the first task that are tried before training."""
 
 
 class EWCPlugin(SupervisedPlugin):
     r"""EWC for any supervised strategy of Avalanche.
 
-    After every experience the plugin computes the Fisher information of the task and hands
-    it to its :class:`~ewc.penalty.EWCPenalty`; while the next ones are trained, the penalty
-    is part of ``strategy.loss``::
+    After every experience the plugin computes the Fisher information of the task for its
+    :class:`~ewc.penalty.EWCPenalty`.  During the next experiences the penalty is a term of
+    ``strategy.loss``::
 
         strategy = Naive(model=model, optimizer=optimizer, plugins=[EWCPlugin(strength=1.0)])
 
-    The information is that of the function that the strategy trains: of what its own
-    ``_unpack_minibatch()`` and ``forward()`` make of a mini-batch, the network being in
-    evaluation mode.  The data are the experience's, as ``eval_dataset_adaptation()`` and
-    ``make_eval_dataloader()`` give them (evaluation transforms, the strategy's batch size,
-    the collate function, and the loader's options that ``train()`` got); of
-    ``JointTraining`` those of all the experiences that it trains on.  Examples of earlier
-    tasks that a strategy trains on again (replay, ``Cumulative``) are not among them: the
-    penalty has these tasks already.
+    The information is that of the function that the strategy trains.  This is what its
+    ``_unpack_minibatch()`` and ``forward()`` make of a mini-batch, with the network in evaluation
+    mode.  The data come from the strategy's ``eval_dataset_adaptation()`` and
+    ``make_eval_dataloader()``: evaluation transforms, batch size, collate function, and the loader
+    options given to ``train()``.  For ``JointTraining`` they are the data of all experiences in
+    training.  Examples of earlier tasks (replay, ``Cumulative``) do not count, as the penalty has
+    these tasks already.
 
-    Unlike Avalanche's own plugin, which squares the mean gradient of a mini-batch, the
-    information is that of single examples: it does not depend on any batch size, and
-    ``strength=1`` is the Bayes value.
+    Avalanche's plugin squares the mean gradient of a mini-batch.  Here the information is that of
+    single examples: it does not depend on the batch size, and ``strength=1`` is the Bayes value.
 
     Args:
         strength: :math:`\lambda`.
         likelihood: what the model's outputs mean; it should match the criterion.
         estimator: how the expectation over targets is taken.
         structure: what of the Fisher matrix is kept.
-        consolidation: how tasks are put together.
-        shrinkage: the share of the information that a layer's units have alike
-            (:meth:`ewc.FisherMatrix.shrunk`); 0 takes the Fisher matrix as it is.
+        consolidation: how the quadratics of several tasks are combined.
+        shrinkage: the fraction of the information that is spread over a layer's units
+            (:meth:`ewc.FisherMatrix.shrunk`); 0 leaves the Fisher matrix as it is.
         update: how the penalty moves the parameters, :class:`~ewc.consolidation.update.InLoss` or
             :class:`~ewc.consolidation.update.Implicit`.
-        max_examples: take the Fisher information of a larger task from a random sample of
-            so many of its examples; the task keeps its weight in the penalty.  ``None``
-            takes all.
-        seed: of the samples; the global random number generators are not touched.
+        max_examples: the largest number of examples per Fisher matrix.  A larger task is sampled
+            at random, and keeps its weight in the penalty.  ``None`` for all examples.
+        seed: the seed of the samples; the global random number generators do not change.
 
     Attributes:
-        penalty: the penalty; its ``state_dict()`` holds all that the plugin remembers.
+        penalty: the penalty; its ``state_dict()`` holds the whole state of the plugin.
         fisher: the mean Fisher information of the last task, ``None`` before the first; its
             ``num_examples`` is the size of the sample.
-        last_penalty: the penalty's value in the current iteration, a tensor without
-            gradient, an estimate where a step does not take all eigenvectors; 0 before
-            the first task; with implicit steps, after one of the last ten of them.
+        last_penalty: the penalty's value in the current iteration, a tensor without gradient; 0
+            before the first task.  It is an estimate where a step does not use all eigenvectors.
+            With implicit steps it is the value after one of the last ten of them.
 
     Raises:
-        ValueError: the strength is negative or not finite, the shrinkage not in [0, 1], the
-            structure one that cannot be shrunk, or ``max_examples`` no whole number above 0.
-        TypeError: the likelihood, the estimator, the structure, the consolidation or the
-            update is none.
+        ValueError: the strength is negative or not finite, ``shrinkage`` is not in [0, 1] or the
+            structure cannot be shrunk, or ``max_examples`` is not a whole number above 0.
+        TypeError: the likelihood, the estimator, the structure, the consolidation or the update
+            has another type.
     """
 
     def __init__(
@@ -110,8 +107,8 @@ class EWCPlugin(SupervisedPlugin):
         check_count(max_examples, "max_examples", optional=True)
         if shrinkage and not structure.has_units:
             raise ValueError(
-                f"shrinkage is {shrinkage}: with {structure} it must be 0; diagonal, Kronecker and "
-                "eigenvalue-corrected Fisher matrices can be shrunk."
+                f"shrinkage must be 0 with {structure}, got {shrinkage}: only diagonal, Kronecker "
+                "and eigenvalue-corrected Fisher matrices can be shrunk."
             )
         self.update = update
         self._since = self._taken = 0
@@ -130,10 +127,10 @@ class EWCPlugin(SupervisedPlugin):
         self.last_penalty = torch.zeros(())
 
     def before_training_exp(self, strategy: Any, **options: Any) -> None:
-        """Tell the penalty the size of the task that is about to be learnt.
+        """Set the size of the next task in the penalty, and try the first task.
 
         Raises:
-            ValueError: as of :meth:`check_task`.
+            ValueError: as in :meth:`check_task`.
         """
         self.penalty.num_examples = _num_examples(strategy)
         if not self.penalty.terms:
@@ -153,7 +150,7 @@ class EWCPlugin(SupervisedPlugin):
         check_finite_loss(strategy)
 
     def after_update(self, strategy: Any, **_: Any) -> None:
-        """Take the implicit step when it is due."""
+        """Take the implicit step if it is due."""
         if isinstance(self.update, Implicit) and self.penalty.terms:
             self._since += 1
             if self._since == self.update.every:
@@ -169,12 +166,14 @@ class EWCPlugin(SupervisedPlugin):
                     self.last_penalty = self.penalty(strategy.model)
 
     def after_training_exp(self, strategy: Any, **options: Any) -> None:
-        """Compute the task's Fisher information and remember it.
+        """Compute the task's Fisher information and add it to the penalty.
+
+        After an error the penalty is unchanged.
 
         Raises:
             ValueError: a target does not fit the outputs.
-            FloatingPointError: the outputs or the Fisher information are not finite; the
-                message names the task.  In either case the penalty is as it was.
+            FloatingPointError: the outputs or the Fisher information are not finite; the message
+                names the task.
         """
         self._take_implicit_step(strategy)
         try:
@@ -188,26 +187,26 @@ class EWCPlugin(SupervisedPlugin):
         self.fisher = fisher
 
     def check_task(self, strategy: Any, **options: Any) -> None:
-        """Try whether the Fisher information of a task can be taken, before it is trained.
+        """Check before training that the Fisher information of a task can be computed.
 
         Raises:
-            ValueError: it cannot, for the targets, the outputs, the mini-batches or the
-                structure do not fit; the message says why.
+            ValueError: the targets, the outputs, the mini-batches or the structure do not fit; the
+                message says why.
         """
         dataset = _dataset(strategy)
         places = list(range(0, len(dataset), max(1, len(dataset) // EXAMPLES_TRIED)))
-        # A few examples need no processes that load them.
+        # A few examples need no worker processes.
         options["num_workers"] = 0
         try:
             self._information(strategy, dataset.subset(places), options, most=len(places))
         except ValueError as error:
             raise ValueError(
-                f"The Fisher information of task {_number(strategy)} could not be taken after "
-                f"training, as a try with {len(places)} of its examples shows: {error}"
+                f"The Fisher information of task {_number(strategy)} cannot be computed, as a try "
+                f"with {len(places)} of its examples shows: {error}"
             ) from error
 
     def _sample(self, strategy: Any) -> Any:
-        """The data of which the Fisher information is taken."""
+        """The data for the Fisher information, a sample of a large task."""
         dataset = _dataset(strategy)
         if self.max_examples is None or len(dataset) <= self.max_examples:
             return dataset
@@ -218,18 +217,18 @@ class EWCPlugin(SupervisedPlugin):
     def _information(
         self, strategy: Any, dataset: Any, options: dict[str, Any], most: int | None = None
     ) -> FisherMatrix:
-        """The Fisher information over the first examples of a data set, or over all.
+        """The Fisher information over the first ``most`` examples of a data set, or over all.
 
-        The strategy, its network and the random number generators stay as they are.
+        The strategy, its network and the random number generators do not change.
         """
         with unwrapped(strategy.model) as model, undisturbed(model), _kept_random_states():
             first = next(iter(_loader(strategy, dataset.subset([0]), {})))
             calls = strategy_calls(strategy, model, first)
             if self.max_examples is not None and len(calls(first)[1]) != 1:
                 raise ValueError(
-                    f"max_examples is {self.max_examples}: it must be None with "
-                    f"{type(strategy).__name__}, whose make_eval_dataloader() does not load "
-                    "the strategy's adapted_dataset."
+                    f"max_examples must be None with {type(strategy).__name__}, got "
+                    f"{self.max_examples}: its make_eval_dataloader() does not load the strategy's "
+                    "adapted_dataset."
                 )
             fisher: FisherMatrix = fisher_information(
                 calls.network,
@@ -242,7 +241,7 @@ class EWCPlugin(SupervisedPlugin):
 
 
 def check_finite_loss(strategy: Any) -> None:
-    """Stop a training that diverged, before its numbers reach the parameters.
+    """Stop training if the loss is not finite, before the optimizer steps.
 
     Raises:
         FloatingPointError: the loss is not finite; the message names the task and the
@@ -251,10 +250,9 @@ def check_finite_loss(strategy: Any) -> None:
     loss = strategy.loss.item()
     if not math.isfinite(loss):
         raise FloatingPointError(
-            f"The loss became {loss} in task "
-            f"{_number(strategy)}, step "
-            f"{strategy.clock.train_exp_iterations + 1}: a smaller learning rate is needed, or "
-            "a smaller strength (plain gradient descent diverges once the largest "
+            f"The loss became {loss} in task {_number(strategy)}, step "
+            f"{strategy.clock.train_exp_iterations + 1}: use a smaller learning rate or a smaller "
+            "strength (plain gradient descent diverges once the largest "
             "strength * Fisher * learning rate exceeds 2)."
         )
 
@@ -265,7 +263,7 @@ def _number(strategy: Any) -> int:
 
 
 def _experiences(strategy: Any) -> list[Any]:
-    """The experiences that are in training: ``JointTraining`` shows the first of them only."""
+    """The experiences in training, of which ``JointTraining.experience`` is the first only."""
     return strategy._experiences if isinstance(strategy, JointTraining) else [strategy.experience]
 
 
@@ -275,32 +273,32 @@ def _num_examples(strategy: Any) -> int:
 
 
 def _dataset(strategy: Any) -> Any:
-    """The data of the task in training, as the strategy adapts them for evaluation."""
-    own = beside(strategy, strategy.model)
+    """The data of the task in training, adapted by the strategy for evaluation."""
+    evaluation = beside(strategy, strategy.model)
     datasets = []
     for experience in _experiences(strategy):
-        own.experience = experience
-        own.eval_dataset_adaptation()
-        datasets.append(own.adapted_dataset)
+        evaluation.experience = experience
+        evaluation.eval_dataset_adaptation()
+        datasets.append(evaluation.adapted_dataset)
     return datasets[0] if len(datasets) == 1 else concat_datasets(datasets)
 
 
 def _loader(strategy: Any, dataset: Any, options: dict[str, Any]) -> Any:
-    """The strategy's evaluation loader, with the loader's options that ``train()`` got.
+    """The strategy's evaluation loader, with the loader options given to ``train()``.
 
-    Going through the strategy keeps its batch size, its collate function and whatever a
-    subclass does to load data.  Every example is taken once, in the order of the data.
+    The strategy makes it, so that its batch size, its collate function and what a subclass does to
+    load data stay.  Every example comes once, in the order of the data.
     """
-    own = beside(strategy, strategy.model)
-    own.adapted_dataset = dataset
+    evaluation = beside(strategy, strategy.model)
+    evaluation.adapted_dataset = dataset
     order = ("shuffle", "drop_last")
-    own.make_eval_dataloader(**{k: v for k, v in options.items() if k not in order})
-    return own.dataloader
+    evaluation.make_eval_dataloader(**{k: v for k, v in options.items() if k not in order})
+    return evaluation.dataloader
 
 
 @contextmanager
 def _kept_random_states() -> Iterator[None]:
-    """The states of the generators of Python and NumPy, which data sets draw from."""
+    """Keep the states of Python's and NumPy's generators, from which data sets draw."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         yield
@@ -310,11 +308,10 @@ def _kept_random_states() -> Iterator[None]:
 
 
 def _name_optimizer_modules() -> None:
-    """Let Avalanche's ``save_checkpoint`` find the optimizer classes again.
+    """Make the optimizer classes importable for Avalanche's ``save_checkpoint``.
 
-    ``torch.optim`` deletes the names of its own submodules, so that dill takes
-    ``torch.optim.SGD`` for a class it cannot import, stores it by value, and fails
-    (avalanche-lib 0.6.0 with torch 2.15).  Giving the names back is all it needs.
+    ``torch.optim`` deletes the names of its submodules.  Without them dill cannot import
+    ``torch.optim.SGD``, stores the class by value and fails (avalanche-lib 0.6.0 with torch 2.15).
     """
     for name, module in list(sys.modules.items()):
         package, _, leaf = name.rpartition(".")

@@ -121,7 +121,7 @@ class StrategyNetwork(nn.Module):
     Args:
         strategy: the strategy, which is not changed.
         model: its model without wrappers.
-        mbatch: a mini-batch of the same type as all others.
+        mbatch: a mini-batch of the type that the loader gives.
     """
 
     def __init__(self, strategy: Any, model: nn.Module, mbatch: Any) -> None:

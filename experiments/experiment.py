@@ -37,7 +37,7 @@ from experiments.training.protocol import Training
 from experiments.training.schedule import CosineAnnealing, TailAverage
 
 MOST_THREADS = 1024
-"""Far more end the process without a word."""
+"""Far more threads end the process without a message."""
 
 
 @dataclass(frozen=True)
@@ -49,20 +49,20 @@ class Experiment:
         model: the network.
         optimizer: makes the optimizer from the parameters.
         training: how each task is trained.
-        strategy: what is done against forgetting.
+        strategy: the method against forgetting.
         fisher: how the Fisher information is taken.
-        wandb: how the run shows in W&B.
-        seed: decides the tasks, the initial weights and the order of the images.
-        data_root: where downloaded data live; ``None`` for the environment's ``EWC_DATA``
-            or a folder in the user's cache.
-        device: ``cpu``, ``cuda``, ...; ``auto`` for CUDA where there is one.
-        threads: CPU threads; small networks are fastest with one a process.
-        trusted: modules whose classes the configuration may name beside those of the known
-            packages; the command line alone sets it.
+        wandb: how the run appears in W&B.
+        seed: the seed of the tasks, the initial weights and the order of the images.
+        data_root: the folder of downloaded data; ``None`` for the environment's ``EWC_DATA`` or
+            a folder in the user's cache.
+        device: ``cpu``, ``cuda``, ...; ``auto`` for CUDA where available.
+        threads: CPU threads; small networks are fastest with one per process.
+        trusted: modules whose classes the configuration may name besides those of the known
+            packages; only the command line sets it.
 
     Raises:
-        ValueError: the device does not exist or does not compute, or there are no threads, or
-            more than CPUs.
+        ValueError: the device does not exist or does not compute, or the seed or the number of
+            threads is out of range.
     """
 
     benchmark: Benchmark
@@ -83,21 +83,22 @@ class Experiment:
         check_count(self.threads, "threads")
         if self.threads > MOST_THREADS:
             raise ValueError(
-                f"threads is {self.threads}: it must be at most {MOST_THREADS}, and more threads "
-                "than the machine has CPUs are no faster."
+                f"threads must be at most {MOST_THREADS}, got {self.threads}; more threads than "
+                "CPUs are no faster."
             )
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed}: it must lie between 0 and {2**32 - 1}.")
+            raise ValueError(f"seed must lie between 0 and {2**32 - 1}, got {self.seed}.")
         try:
             torch.zeros(1, device=self.torch_device).item()  # "meta" has tensors without numbers
         except (RuntimeError, AssertionError) as error:
             raise ValueError(
-                f"device is {self.device!r}: {sentence(error)}; cpu is always there."
+                f"device must be one that PyTorch can use, such as cpu, got {self.device!r}: "
+                f"{sentence(error)}"
             ) from None
 
     @property
     def torch_device(self) -> torch.device:
-        """The device, ``auto`` decided."""
+        """The device, with ``auto`` resolved."""
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
@@ -106,13 +107,13 @@ class Experiment:
         """Load the data and build network and optimizer; nothing is written yet.
 
         Raises:
-            FileNotFoundError: the data are not there.
-            ValueError: the optimizer refuses its arguments or cannot take a step by gradients
-                alone, data are damaged, or the network or the Fisher matrix does not fit into
+            FileNotFoundError: the data are missing.
+            ValueError: the optimizer rejects its arguments or needs more than gradients for a
+                step, data are damaged, or the network or the Fisher matrix does not fit into
                 memory.
         """
         torch.set_num_threads(self.threads)
-        # Dead pixels and saturated outputs make denormal numbers, which cost up to 6x.
+        # Dead pixels and saturated outputs give denormal numbers, which are up to 6 times slower.
         torch.set_flush_denormal(True)
         random.seed(self.seed)
         np.random.seed(self.seed)
@@ -122,27 +123,27 @@ class Experiment:
         model = self._network(tasks)
         optimizer = self._optimizer(model)
         if self.strategy.plugins(self.fisher):
-            # A matrix too large for the machine shows now, not after the first task.
+            # A matrix too large for the machine raises now, not after the first task.
             self.fisher.structure.accumulator(trainable_parameters(model))
         return Prepared(self, tasks, model, optimizer, _versions())
 
     def _network(self, tasks: Tasks) -> nn.Module:
-        """The network on its device, once it is known to fit."""
+        """The network on its device, after a check that it fits into memory."""
         sizes = tasks.num_pixels, tasks.num_outputs, tasks.num_heads
         try:
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
                 parameters = list(self.model.build(*sizes).parameters())
         except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond 64 bits
             raise ValueError(f"model: {sentence(error)}") from error
-        # A CPU may promise memory that it does not have, and end the process when it is used.
+        # Linux grants memory that it does not have, and kills the process when it is used.
         needed = 2 * sum(p.numel() * p.element_size() for p in parameters)
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         count = sum(p.numel() for p in parameters)
         too_large = (
             f"model: {count} parameters and their gradients take {needed / 1e9:.0f} GB, more than "
             "there is: take a smaller network."
         )
-        if self.torch_device.type == "cpu" and needed > there:
+        if self.torch_device.type == "cpu" and needed > memory:
             raise ValueError(too_large)
         try:
             return self.model.build(*sizes).to(self.torch_device)
@@ -150,7 +151,7 @@ class Experiment:
             raise ValueError(too_large) from error
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer, once it has moved one number."""
+        """The optimizer, after a trial step on one number."""
         try:
             optimizer: torch.optim.Optimizer = self.optimizer(model.parameters())
             trial = nn.Parameter(torch.zeros(1, 1, device=self.torch_device))
@@ -162,8 +163,8 @@ class Experiment:
             step()
         except Exception as error:
             raise ValueError(
-                f"optimizer is {type(optimizer).__name__}, which takes no step by gradients alone "
-                f"({sentence(error)}): another is needed, such as torch.optim.SGD."
+                "optimizer must take steps from gradients alone, such as torch.optim.SGD, got "
+                f"{type(optimizer).__name__} ({sentence(error)})."
             ) from error
         return optimizer
 
@@ -182,14 +183,14 @@ class Prepared:
         """Train on every task, evaluate on all after each, and keep checkpoints.
 
         Args:
-            recorder: where the records go; checkpoints lie beside them.
-            console: where progress is drawn.
-            log: a logger for one line a task.
+            recorder: the writer of the records; checkpoints are in the same folder.
+            console: the console for the progress bar.
+            log: a logger for one line per task.
 
         Returns:
-            The results, as ``results.json`` holds them, without configuration. Beside the
-            accuracies: ``fisher_overlap``, for every task the overlap of its Fisher
-            information with that of the first task, by layer.
+            The content of ``results.json`` without the configuration.  Besides the accuracies it
+            has ``fisher_overlap``: per task the overlap of its Fisher information with that of
+            the first task, by layer.
 
         Raises:
             FloatingPointError: the loss became infinite or NaN.
@@ -230,7 +231,7 @@ class Prepared:
                 trained = time.perf_counter()
                 strategy.eval(test_stream)
                 seconds["eval"] += time.perf_counter() - trained
-                # What comes after the last step is the Fisher pass, if there is one.
+                # The time after the last step is that of the Fisher pass, if there is one.
                 seconds["fisher"] += trained - observer.trained_at if penalised else 0.0
                 matrix.append(meter.accuracies)
                 after = flatten(dict(self.model.named_parameters())).detach()
@@ -266,7 +267,7 @@ class Prepared:
         }
 
     def _save(self, folder: Path, penalised: PenaltyPlugin | None) -> None:
-        """Keep the network and what the penalty remembers, as they are after a task."""
+        """Save the network and the penalty after a task."""
         state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
         network, penalty = folder / NETWORK, folder / PENALTY
         with only_warned(NETWORK):
@@ -282,7 +283,7 @@ class Prepared:
 def _task_record(
     number: int, matrix: list[list[float]], penalised: PenaltyPlugin | None, drift: float
 ) -> dict[str, float | int]:
-    """What is known after a task, by the names of the metrics."""
+    """The metrics after a task, by name."""
     record: dict[str, float | int] = {"task": number}
     for task, accuracy in enumerate(matrix[-1]):
         record[f"eval/accuracy/task{task:02d}"] = accuracy
@@ -295,7 +296,7 @@ def _task_record(
 
 
 def _versions() -> dict[str, str]:
-    """What a run depends on; of a package that was not installed but put on the path, unknown."""
+    """The versions of the packages; ``unknown`` for one that is on the path but not installed."""
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,

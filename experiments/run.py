@@ -24,10 +24,10 @@ _log = logging.getLogger(__name__)
 
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="config")
 def run(config: DictConfig) -> float:
-    """Run one experiment; its average accuracy is what a sweeper maximises.
+    """Run one experiment; the result is its average accuracy, which a sweeper maximises.
 
-    A job of a sweep that fails has NaN, and so has one that diverges; the sweep goes on, and
-    its report names the job.
+    A job of a sweep that fails or diverges gives NaN.  The sweep continues, and its report names
+    the job.
     """
     job = HydraConfig.get()
     directory = Path(job.runtime.output_dir)
@@ -59,12 +59,12 @@ def run(config: DictConfig) -> float:
 
 
 def _run(config: dict[str, Any], directory: Path, single: bool) -> float:
-    # Slow to import, and not needed to find a wrong option on the command line.
+    # Slow imports, which a wrong option on the command line does not need.
     from experiments.experiment import Experiment
     from experiments.reporting import folder
     from experiments.reporting.kept import kept_job
 
-    # A sweep goes on where it stopped.
+    # A sweep continues where it stopped.
     kept = _kept_in()
     if kept and (done := kept_job(kept, config)):
         _log.info("already done: %s has it", os.path.relpath(kept))
@@ -83,11 +83,11 @@ def _run(config: dict[str, Any], directory: Path, single: bool) -> float:
         try:
             return _train(prepared, config, directory)
         except FloatingPointError as error:
-            # What a run that diverged has recorded stays, for it shows how.
+            # The records of a diverged run stay, as they show how it diverged.
             if single:
                 raise
             _log.error("diverged: %s", error)
-            # What a sweep keeps of it: that it has run, and how it ended.
+            # A sweep keeps that the job has run, and how it ended.
             overrides = list(HydraConfig.get().overrides.task)
             job = {"seed": experiment.seed, "config": config, "overrides": overrides}
             _keep(directory, {"diverged": str(error), **job})
@@ -95,7 +95,7 @@ def _run(config: dict[str, Any], directory: Path, single: bool) -> float:
 
 
 def _train(prepared: Any, config: dict[str, Any], directory: Path) -> float:
-    """Run it, keep its results, then all that can be had again from them, and show them."""
+    """Run an experiment, save its results, then the pictures and tables made from them."""
     from rich.console import Console
 
     from experiments.reporting import run_pictures, run_report
@@ -142,7 +142,7 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path) -> float:
 
 
 def _keep(directory: Path, results: dict[str, Any]) -> None:
-    """Write the results, or show them where they cannot be written: there is no other copy."""
+    """Write the results, or print them if that fails: there is no other copy."""
     from experiments.reporting.kept import keep
     from experiments.reporting.results import write_results
 
@@ -156,7 +156,7 @@ def _keep(directory: Path, results: dict[str, Any]) -> None:
 
 
 def _kept_in() -> Path | None:
-    """The file that keeps the results of the sweep's jobs, if the sweep has one."""
+    """The file with the kept results of the sweep's jobs, if the sweep has one."""
     job: Any = HydraConfig.get()  # a container, whatever its annotation says
     kept = OmegaConf.select(job, "callbacks.report.kept")
     if job.mode != RunMode.MULTIRUN or not kept:
@@ -166,7 +166,7 @@ def _kept_in() -> Path | None:
 
 @contextlib.contextmanager
 def _logged(path: Path) -> Iterator[None]:
-    """Add what is logged to a file, in the form of Hydra's own, which opens it too early."""
+    """Log to a file too, in Hydra's format; Hydra itself would open the file too early."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
     logging.getLogger().addHandler(handler)
@@ -178,7 +178,7 @@ def _logged(path: Path) -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command line; a wrong option ends in one short message, not in a traceback."""
+    """Run the command line; a wrong option gives a short message, not a traceback."""
     ended_briefly(run, "config")
 
 

@@ -180,19 +180,19 @@ class Rows:
         """Measure and print one row: everything takes turns."""
         options = {"estimator": ESTIMATORS[estimator], "structure": STRUCTURES[structure]}
 
-        def fisher(some: Batches) -> ewc.FisherMatrix:
-            return ewc.fisher_information(self.model, some, **options)
+        def fisher(batches: Batches) -> ewc.FisherMatrix:
+            return ewc.fisher_information(self.model, batches, **options)
 
         plain = plain_parameters(self.model)
         some_only = structure == "Kronecker" and len(plain) < len(list(self.model.parameters()))
-        ours = self.ours(lambda some: float(fisher(some).trace()))
-        own = [ours]
+        ours = self.ours(lambda batches: float(fisher(batches).trace()))
+        contestants = [ours]
         if some_only:  # as the peers do that know Linear and Conv2d layers alone
             options_plain = {**options, "parameters": list(plain)}
-            own.append(
+            contestants.append(
                 self.ours(
-                    lambda some: float(
-                        ewc.fisher_information(self.model, some, **options_plain).trace()
+                    lambda batches: float(
+                        ewc.fisher_information(self.model, batches, **options_plain).trace()
                     )
                 )
             )
@@ -210,7 +210,7 @@ class Rows:
             except Exception as error:
                 cells[key] = f"- {self.table.note(f'{key}: {reason(error)}')}"
         for _ in range(self.table.repeats):
-            for contestant in (*own, product, *running.values()):
+            for contestant in (*contestants, product, *running.values()):
                 if not contestant.rests:
                     contestant.run()
                     contestant.rests = contestant.seconds > ENOUGH
@@ -231,13 +231,13 @@ class Rows:
                 f"({contestant.trace / trace:.3f})"
             )
             if peer.comparable:
-                ratios[key + "*" * partly] = own[partly].seconds / scaled
+                ratios[key + "*" * partly] = contestants[partly].seconds / scaled
         share = ""
         if self.name == "mlp" and structure == "diagonal":
             share = f"{operations(estimator, self.count) / ours.seconds / self.table.rate:.0%}"
         fastest = max(ratios, key=ratios.__getitem__, default="-")
         against = f"{ratios[fastest]:.2f}" if ratios else "-"
-        times = ", ".join(f"{c.seconds:.3g}{'*' * i}" for i, c in enumerate(own))
+        times = ", ".join(f"{c.seconds:.3g}{'*' * i}" for i, c in enumerate(contestants))
         left_cells = [self.name, f"{estimator} {structure}", times, share]
         self.table.cells([*left_cells, *(cells[key] for key in self.peers), fastest, against])
 
@@ -286,17 +286,17 @@ def memory(field: str) -> int:
 
 
 def peaks(threads: int) -> str:
-    """Both peaks, each in a process of its own."""
-    found = {}
+    """Both peaks, each in a separate process."""
+    mebibytes = {}
     for what in ("fisher", "step"):
         command = [sys.executable, __file__, "--data-root", ".", "--peak", what]
         command += ["--threads", str(threads)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found[what] = int(done.stdout) / 2**20
+        mebibytes[what] = int(done.stdout) / 2**20
     return (
         f"Peak memory over that before, ResNet-18, batch of 64: exact diagonal "
-        f"{found['fisher']:.0f} MiB, a training step (SGD) {found['step']:.0f} MiB, "
-        f"ratio {found['fisher'] / found['step']:.2f}."
+        f"{mebibytes['fisher']:.0f} MiB, a training step (SGD) {mebibytes['step']:.0f} MiB, "
+        f"ratio {mebibytes['fisher'] / mebibytes['step']:.2f}."
     )
 
 

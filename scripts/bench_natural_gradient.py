@@ -52,7 +52,7 @@ def runners() -> list[Runner]:
     """Those of the study, with other structures and the public optimizer."""
     ekfac = partial(LARGE.start, structure=EigenvalueCorrected())
     diagonal = partial(LARGE.start, structure=Diagonal())
-    found = [
+    available = [
         *IN_SMALL_BATCHES,
         *IN_LARGE_BATCHES,
         Runner("natural gradient, EKFAC", LARGE_BATCH, ekfac, limit=200),
@@ -62,8 +62,8 @@ def runners() -> list[Runner]:
         import singd as _  # noqa: F401
     except ImportError:
         print("SINGD is not installed: pip install -e '.[bench]'")
-        return found
-    return [*found, Runner("SINGD, K-FAC update", LARGE_BATCH, singd, limit=200)]
+        return available
+    return [*available, Runner("SINGD, K-FAC update", LARGE_BATCH, singd, limit=200)]
 
 
 def described(runner: Runner, courses: list[Course]) -> str:
@@ -87,11 +87,11 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)
     train, test = MNIST().load(options.data_root)
     everyone = runners()
-    found = [race(everyone, mlp, train, test, target=TARGET, seed=seed) for seed in options.seeds]
+    races = [race(everyone, mlp, train, test, target=TARGET, seed=seed) for seed in options.seeds]
     print("| optimizer | batch | steps, by seed | seconds, median | ms a step |")
     print("|---|---|---|---|---|")
     for runner in everyone:
-        print(described(runner, [courses[runner.name] for courses in found]), flush=True)
+        print(described(runner, [courses[runner.name] for courses in races]), flush=True)
 
 
 if __name__ == "__main__":

@@ -130,10 +130,10 @@ def workload(name: str, data_root: Path) -> tuple[nn.Module, Batches]:
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of linear and convolutional layers that are called as such, by name."""
     return {
-        f"{name}.{own}": parameter
+        f"{name}.{local}": parameter
         for name, module in model.named_modules()
         if type(module) in {nn.Linear, nn.Conv2d}
-        for own, parameter in module.named_parameters()
+        for local, parameter in module.named_parameters()
     }
 
 

@@ -72,7 +72,7 @@ class Peer:
 
 
 class BackPACK(Peer):
-    """BackPACK's own extensions, one backward pass a batch."""
+    """BackPACK's own extensions, one backward pass per batch."""
 
     name = "BackPACK"
 
@@ -147,8 +147,8 @@ class NNGeometry(Peer):
                 layers.add_layer_from_model(self.model, self.model.get_submodule(name))
         # It reads a DataLoader: one that cuts whole batches costs next to nothing.
         x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        rows, size = range(len(y)), len(batches[0][1])
-        loader = DataLoader(rows, batch_size=size, collate_fn=lambda some: (x[some], y[some]))
+        places, size = range(len(y)), len(batches[0][1])
+        loader = DataLoader(places, batch_size=size, collate_fn=lambda rows: (x[rows], y[rows]))
         shared = {"model": self.model, "layer_collection": layers}
         if estimator != "empirical":
             make = FIM if estimator == "exact" else FIM_MonteCarlo
@@ -223,8 +223,8 @@ class Laplace(Peer):
             backend = self._backend(estimator)
             for x, y in batches:
                 self.model.zero_grad()
-                part = backend.kron(x, y, N=count_of(batches))[1]
-                total = part if total is None else total + part
+                factors = backend.kron(x, y, N=count_of(batches))[1]
+                total = factors if total is None else total + factors
         finally:
             self.model.requires_grad_(True)
         return trace_of_products(total.kfacs) / count_of(batches)

@@ -88,10 +88,10 @@ def bench_fisher(images: Images) -> None:
         ]
         for size in (32, 128)
     }
-    found: dict[str, float] = {}
+    traces: dict[str, float] = {}
 
     def ours() -> None:
-        found["ours"] = float(fisher_information(model, batches).trace())
+        traces["ours"] = float(fisher_information(model, batches).trace())
 
     def by_backpack() -> None:
         total = 0.0
@@ -100,7 +100,7 @@ def bench_fisher(images: Images) -> None:
             with backpack.backpack(DiagGGNExact()):
                 criterion(extended(a), b).backward()
             total += sum(float(p.diag_ggn_exact.sum()) for p in extended.parameters())
-        found["BackPACK DiagGGNExact"] = total / len(x)
+        traces["BackPACK DiagGGNExact"] = total / len(x)
 
     def by_avalanche(size: int) -> None:
         plugin = avalanche_ewc.EWCPlugin(1.0)
@@ -114,7 +114,7 @@ def bench_fisher(images: Images) -> None:
             )
         finally:
             avalanche_ewc.DataLoader = loader
-        found[f"Avalanche's pass, batch {size}"] = float(
+        traces[f"Avalanche's pass, batch {size}"] = float(
             sum(value.data.sum() for value in importances.values())
         )
 
@@ -130,7 +130,7 @@ def bench_fisher(images: Images) -> None:
                 loss.backward(retain_graph=k < 9)
                 for name, p in model.named_parameters():
                     total[name] += weights[k] * p.grad.detach() ** 2
-        found["one example, one class"] = sum(float(sums.sum()) for sums in total.values()) / count
+        traces["one example, one class"] = sum(float(sums.sum()) for sums in total.values()) / count
 
     def product() -> None:
         left @ right
@@ -150,7 +150,7 @@ def bench_fisher(images: Images) -> None:
     times["one example, one class"] = medians({"": lambda: one_by_one(loop)}, 3)[""] * 10_000 / loop
     print("exact diagonal Fisher, 784-400-400-10 trained for 300 steps, 10,000 MNIST images")
     for name, seconds in times.items():
-        trace = f"   trace {found[name]:.6g}" if name in found else ""
+        trace = f"   trace {traces[name]:.6g}" if name in traces else ""
         print(f"  {name:30s} {seconds:9.4f} s{trace}")
     print(f"  (one example, one class: {loop} images measured, times {10_000 // loop})")
     # Forward, 9 backward vectors to the outputs of the first layer, the final products.

@@ -68,7 +68,7 @@ def avalanche(size: int) -> Tensor:
     loader = module.DataLoader
     module.DataLoader = lambda *_, **__: [(x, y, torch.zeros_like(y)) for x, y in batches(size)]
     try:
-        found = module.EWCPlugin(1.0).compute_importances(
+        importances = module.EWCPlugin(1.0).compute_importances(
             model,
             nn.CrossEntropyLoss(),
             torch.optim.SGD(model.parameters(), lr=0.1),
@@ -78,7 +78,7 @@ def avalanche(size: int) -> Tensor:
         )
     finally:
         module.DataLoader = loader
-    return torch.cat([value.data.flatten() for value in found.values()])
+    return torch.cat([value.data.flatten() for value in importances.values()])
 
 
 def backpack(extension: str, reduction: str) -> Tensor:
@@ -92,10 +92,10 @@ def backpack(extension: str, reduction: str) -> Tensor:
     kind = getattr(extensions, extension)()
     with library.backpack(kind):
         loss(model(x), y).backward()
-    found = [getattr(p, kind.savefield) for p in model.parameters()]
+    results = [getattr(p, kind.savefield) for p in model.parameters()]
     if extension == "KFLR":
-        return torch.kron(*found[0]).flatten()
-    return torch.cat([entries.flatten() for entries in found])
+        return torch.kron(*results[0]).flatten()
+    return torch.cat([entries.flatten() for entries in results])
 
 
 def nngeometry() -> Tensor:

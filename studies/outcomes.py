@@ -1,4 +1,4 @@
-"""Studies run in processes of their own, and what became of each."""
+"""Studies in separate processes, and their outcomes."""
 
 import importlib
 import time

@@ -1,8 +1,8 @@
 r"""Generalised linear models, many of them fitted at once for simulations.
 
-One design ``x`` of shape ``[n, p]`` and many draws of the targets, ``[fits, n]``; the outputs
-are :math:`x \theta`, natural parameters, so that Fisher scoring is Newton's method (McCullagh &
-Nelder 1989, Generalized Linear Models, section 2.5).
+There is one design ``x`` of shape ``[n, p]`` and many draws of the targets, ``[fits, n]``.  The
+outputs :math:`x \theta` are natural parameters, so that Fisher scoring is Newton's method
+(McCullagh & Nelder 1989, Generalized Linear Models, section 2.5).
 """
 
 from collections.abc import Callable, Sequence

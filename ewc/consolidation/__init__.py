@@ -1,4 +1,4 @@
-"""What the EWC penalty is made of: quadratics, and how they are put together."""
+"""The quadratics of the EWC penalty, and how those of several tasks are combined."""
 
 from ewc.consolidation.consolidation import Consolidation, Online, Separate
 from ewc.consolidation.quadratic import Quadratic

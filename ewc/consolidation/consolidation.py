@@ -1,7 +1,7 @@
-r"""How the quadratics of several tasks are put together: separate or online.
+r"""How the quadratics of several tasks are combined: separate or online.
 
-The log-posterior of each task is, in the Laplace approximation, a quadratic around the
-parameters found for it; these are the two rules by which a new one joins the old.
+In the Laplace approximation the log-posterior of each task is a quadratic around the parameters
+after the task.  These are the two rules that add a new quadratic to the old ones.
 """
 
 from dataclasses import dataclass
@@ -34,15 +34,14 @@ def completed_square(first: Quadratic, second: Quadratic) -> Quadratic:
 
 @dataclass(frozen=True)
 class Separate:
-    """One quadratic a task, each around its own anchor (Kirkpatrick et al. 2017).
+    """One quadratic per task, each around the task's anchor (Kirkpatrick et al. 2017).
 
-    Diagonal matrices are summed into one quadratic, with the same value and gradient, so
-    time and memory do not grow with the number of tasks; other structures keep a term a
-    task.
+    Diagonal matrices are summed into one quadratic with the same value and gradient, so time and
+    memory do not grow with the number of tasks.  Other structures keep one term per task.
     """
 
     def consolidated(self, terms: list[Quadratic], new: Quadratic) -> list[Quadratic]:
-        """The terms after a task whose own term is ``new``."""
+        """The terms after a task with the quadratic ``new``."""
         diagonal = isinstance(new.precision, DiagonalFisher)
         if terms and diagonal and isinstance(terms[-1].precision, DiagonalFisher):
             return [*terms[:-1], completed_square(terms[-1], new)]
@@ -53,14 +52,14 @@ class Separate:
 class Online:
     r"""One quadratic around the last anchor, :math:`P \leftarrow \gamma P + N_t F_t`.
 
-    Schwarz et al. 2018, arXiv:1805.06370, section 3: the decay multiplies the old sum and
-    the anchor moves to the latest parameters.  A sum of Kronecker matrices is projected to
-    the nearest Kronecker matrix, so that time and memory do not grow with the tasks
-    (:func:`~ewc.matrices.nearest_kronecker.nearest_kronecker`); of other structures without a
-    sum of their own kind all terms are kept.
+    The decay multiplies the old sum, and the anchor moves to the latest parameters (Schwarz et al.
+    2018, arXiv:1805.06370, section 3).  The sum is one matrix, so time and memory do not grow with
+    the number of tasks: diagonal and dense matrices are added exactly, Kronecker and
+    eigenvalue-corrected ones are projected (:meth:`ewc.FisherMatrix.nearest`).  Other structures
+    keep one term per task.
 
     Attributes:
-        decay: :math:`\gamma`, from 0 (only the last task counts) to 1 (all count fully).
+        decay: :math:`\gamma`, from 0 (only the last task counts) to 1 (all tasks count fully).
 
     Raises:
         ValueError: ``decay`` is outside [0, 1].
@@ -73,7 +72,7 @@ class Online:
         check_share(self.decay, "decay")
 
     def consolidated(self, terms: list[Quadratic], new: Quadratic) -> list[Quadratic]:
-        """The one term after a task whose own term is ``new``."""
+        """The single term after a task with the quadratic ``new``."""
         precision = new.precision
         for old in terms:
             precision = self.decay * old.precision + precision
@@ -84,10 +83,10 @@ Consolidation = Separate | Online
 
 
 def check_consolidation(value: Consolidation) -> None:
-    """Check that a consolidation is one.
+    """Check that an argument is a consolidation.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: it is not a :class:`Separate` or :class:`Online`.
     """
     allowed = "an instance of Separate or Online such as Separate()"
     check_instance(value, Separate | Online, "consolidation", allowed)

@@ -1,19 +1,18 @@
-r"""The implicit step of a quadratic penalty: stable for any strength, and seldom needed.
+r"""The implicit step of a quadratic penalty, stable for any strength.
 
 With the penalty in the loss every step costs a product with the Fisher matrix, and gradient
 descent diverges once strength x Fisher x learning rate exceeds 2.  The implicit step leaves
-the penalty out of the loss; after ``m`` steps of the optimizer the parameters
+the penalty out of the loss.  After ``m`` steps of the optimizer the parameters
 :math:`\theta'` move to
 
 .. math:: \arg\min_\theta\ \tfrac12 (\theta - \theta')^\top H^{-1} (\theta - \theta')
           + \tfrac m2 (\theta - a)^\top P (\theta - a)
           = a + (I + m H P)^{-1} (\theta' - a)
 
-with :math:`H` the step sizes of the optimizer: a backward Euler step of the penalty's
-gradient flow, in the optimizer's own units of time (Parikh & Boyd 2014, section 4.2, on
-proximal gradient methods).  It shrinks the distance to the anchor in every direction and
-overshoots in none, and where loss and penalty balance it stands still as the explicit step
-does: at :math:`\nabla L = -P (\theta - a)`.
+with :math:`H` the step sizes of the optimizer.  This is a backward Euler step of the penalty's
+gradient flow, a proximal gradient method (Parikh & Boyd 2014, section 4.2).  It shrinks the
+distance to the anchor in every direction and overshoots in none.  It has the fixed point of the
+explicit step, :math:`\nabla L = -P (\theta - a)`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,17 +24,18 @@ from torch.optim import Optimizer
 from ewc.consolidation.quadratic import Quadratic
 
 SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
-"""Where optimizers keep the mean squared gradient: Adam and its family, RMSprop."""
+"""The optimizer state that holds the mean squared gradient: Adam and its variants, RMSprop."""
 
 
 def step_sizes(optimizer: Optimizer) -> dict[int, Tensor | float]:
     r"""How far a gradient of 1 moves each parameter in a step, by the parameter's ``id``.
 
-    The learning rate for plain gradient descent, over :math:`1 - \mu` with momentum
-    :math:`\mu`; entry by entry :math:`\eta / (\sqrt{\hat v} + \epsilon)` for Adam, its family
-    and RMSprop, with the mean squared gradient :math:`\hat v` without its bias.
+    For plain gradient descent this is the learning rate :math:`\eta`, divided by :math:`1 - \mu`
+    with momentum :math:`\mu`.  For Adam, its variants and RMSprop it is
+    :math:`\eta / (\sqrt{\hat v} + \epsilon)` per entry, with the bias-corrected mean squared
+    gradient :math:`\hat v`.
     """
-    found: dict[int, Tensor | float] = {}
+    sizes: dict[int, Tensor | float] = {}
     for group in optimizer.param_groups:
         rate = float(group["lr"])
         if group.get("momentum"):
@@ -44,12 +44,12 @@ def step_sizes(optimizer: Optimizer) -> dict[int, Tensor | float]:
             state = optimizer.state.get(parameter, {})
             moment = next((state[key] for key in SECOND_MOMENTS if key in state), None)
             if moment is None:
-                found[id(parameter)] = rate
+                sizes[id(parameter)] = rate
                 continue
             if "betas" in group:
                 moment = moment / (1 - group["betas"][1] ** float(state["step"]))
-            found[id(parameter)] = rate / (moment.sqrt() + group.get("eps", 0.0))
-    return found
+            sizes[id(parameter)] = rate / (moment.sqrt() + group.get("eps", 0.0))
+    return sizes
 
 
 @torch.no_grad()
@@ -59,18 +59,15 @@ def implicit_step(
     optimizer: Optimizer,
     num_steps: int = 1,
 ) -> None:
-    r"""Move the parameters by the implicit step of some quadratics, one after the other.
+    r"""Move the parameters by the implicit step of each quadratic in turn.
 
-    Diagonal matrices take every parameter's own step size.  For other matrices
-    :math:`(I + m H P)^{-1}` has no closed form unless :math:`H` is a number: each of their
-    blocks takes one, the mean of the step sizes weighted with the squared gradients that
-    they belong to.
+    Which step sizes a matrix uses is described in :meth:`ewc.FisherMatrix.resolvent`.
 
     Args:
         terms: the quadratics, in the units of the loss.
-        parameters: the model's, by name.
-        optimizer: which has taken the steps.
-        num_steps: ``m``, how many since the last time.
+        parameters: the model's parameters by name, changed in place.
+        optimizer: the optimizer that has taken the steps.
+        num_steps: ``m``, the steps since the last implicit step.
     """
     sizes = step_sizes(optimizer)
     for term in terms:

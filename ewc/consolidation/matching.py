@@ -1,7 +1,7 @@
-"""Quadratics over a model's parameters, matched by name: models grow between tasks.
+"""Quadratics over a model's parameters, matched by name: models may grow between tasks.
 
-A parameter that came later than a quadratic, and rows that one gained since (a classifier
-that met new classes), are free in it.
+A quadratic does not constrain parameters that are newer than it, nor new rows of a parameter (a
+classifier that met new classes).
 """
 
 from collections.abc import Sequence
@@ -22,15 +22,15 @@ from ewc.wrappers import bare, named_parameters, parameter_of
 
 
 def precision_of(fisher: FisherMatrix, model: nn.Module) -> FisherMatrix:
-    """A task's precision, where the model's parameters are, in :func:`type_for` them.
+    """A task's precision on the device of the model's parameters, in the type for them.
 
     Args:
-        fisher: over parameters of the model.
+        fisher: a matrix over parameters of the model.
         model: the network.
 
     Raises:
-        ValueError: the names or shapes do not fit the model, or an entry is negative that
-            cannot be (:meth:`FisherMatrix.check_entries`).
+        ValueError: the names or shapes do not fit the model, or the matrix has negative entries
+            (:meth:`FisherMatrix.check_entries`).
         FloatingPointError: an entry is not finite, or overflows times the number of examples.
     """
     parameters = dict(named_parameters(model))
@@ -54,23 +54,23 @@ def with_task(
 
     Args:
         terms: the quadratics so far.
-        precision: of the task, over parameters of the model: :func:`precision_of`.
-        model: which has just learnt the task: its parameters are the task's anchor.
-        consolidation: how quadratics over the same parameters are put together.
+        precision: the precision of the task, from :func:`precision_of`.
+        model: the model after the task; its parameters are the task's anchor.
+        consolidation: how quadratics over the same parameters are combined.
     """
     parameters: Parameters = dict(named_parameters(model))
     union = dict(precision.shapes)
     for term in terms:
-        # A parameter that is frozen by now is not in the new matrix, but still in the
-        # model, maybe grown; one that is gone keeps its old shape.
+        # A frozen parameter is not in the new matrix, but still in the model, and it may have
+        # grown.  A parameter that is gone keeps its old shape.
         shapes = term.precision.shapes
-        still = {n: parameters[n].shape for n in shapes if n in parameters}
-        union = grown_shapes(shapes, still) | union
+        present = {n: parameters[n].shape for n in shapes if n in parameters}
+        union = grown_shapes(shapes, present) | union
     if union != precision.shapes:
         precision = precision.embedded(union)
     values = {n: t for term in terms for n, t in term.anchor.items()} | parameters
-    # The parameters' own type, whatever the matrix's: rounded it would be another point.
-    # Single precision holds half precision exactly, and differences from it too.
+    # In the parameters' type, not the matrix's: rounding would move the anchor.  Single
+    # precision holds half precision exactly, and differences from it too.
     anchor = {
         n: values[n].detach().to(dtype=accumulation_dtype(values[n].dtype), copy=True)
         for n in union
@@ -82,25 +82,25 @@ def with_task(
 
 
 def fitted(terms: Sequence[Quadratic], model: nn.Module) -> tuple[list[Quadratic], Parameters]:
-    """The quadratics in the shapes, type and place of a model, and its parameters in them.
+    """The quadratics in the shapes, type and device of a model, and the model's parameters in them.
 
     Args:
-        terms: one or more, over the same parameters.
-        model: which may have grown since.
+        terms: one or more quadratics over the same parameters.
+        model: the model, which may have grown.
 
     Raises:
-        ValueError: a parameter of theirs is gone from the model, or its shape changed in
+        ValueError: a parameter of the quadratics is gone from the model, or its shape changed in
             another way than by new rows.
     """
     now: Parameters = {}
     fits = True
     for name, tensor in terms[-1].anchor.items():
-        # Every step comes by here: named_parameters() would walk the whole network.
+        # This runs in every step, and named_parameters() would walk the whole network.
         parameter = parameter_of(model, name)
         if parameter is None:
             raise ValueError(
-                f"{type(bare(model)).__name__} has no parameter {name!r}, which the penalty "
-                "remembers: a model may gain parameters between tasks, not lose them."
+                f"{type(bare(model)).__name__} has no parameter {name!r}, which is in the "
+                "penalty: a model may gain parameters between tasks, not lose them."
             )
         fits = fits and parameter.shape == tensor.shape
         now[name] = parameter

@@ -1,4 +1,4 @@
-r"""The penalty of Kronecker matrices at a fraction of its cost: strong directions first.
+r"""The penalty of Kronecker matrices at a fraction of its cost: stiff directions more often.
 
 The gradient of :math:`\tfrac12 d^\top (G \otimes A) d` for a weight of ``o`` outputs and
 ``i`` inputs takes ``2 o i (o + i)`` operations, several times those of a training step on a
@@ -6,18 +6,18 @@ small batch.  Along the eigenvectors :math:`A = \sum_j a_j u_j u_j^\top` it is a
 
 .. math:: G D A = \sum_j a_j \, (G D u_j) \, u_j^\top ,
 
-and few of its terms need to be taken in every step: the smaller :math:`a_j`, the longer the
-weights take to follow the pull along :math:`u_j`.  So every eigenvector has a pace: it takes part
-in one step of :math:`2^l`, with :math:`2^l` times its eigenvalue, and the vectors of a pace are
-spread over the steps between.  Over :data:`PERIOD` steps the matrices add up to that many times
-the exact one; this is the multiple time stepping of molecular dynamics (Tuckerman, Berne and
-Martyna 1992, doi:10.1063/1.463137), by stiffness.
+and few of its terms are needed in every step.  The smaller :math:`a_j`, the longer the weights
+take to follow the pull along :math:`u_j`.  Every eigenvector therefore has a pace ``l``: it is used
+in one of :math:`2^l` steps, with :math:`2^l` times its eigenvalue.  The vectors of one pace are
+spread over the steps between.  The mean of the matrices over :data:`PERIOD` steps is the exact
+matrix.  This is the multiple time stepping of molecular dynamics (Tuckerman, Berne and Martyna
+1992, doi:10.1063/1.463137), by stiffness.
 
-The share of steps is proportional to :math:`\sqrt{a_j}`, as far as powers of two allow, and the
-stiffest vector takes part in all.  That is the choice of least variance for a given cost where the
-gradient that the loss and the penalty balance has variance :math:`a_j` along :math:`u_j`, as that
-of a layer whose inputs have second moments ``A`` does; and as :math:`2^l a_j` never exceeds the
-largest eigenvalue, gradient descent is stable wherever it is with the whole matrix.
+The fraction of steps is proportional to :math:`\sqrt{a_j}`, as far as powers of two allow, and
+the stiffest vector is used in every step.  This has the least variance for a given cost if the
+gradient along :math:`u_j` has variance :math:`a_j`, as in a layer whose inputs have second moments
+``A``.  As :math:`2^l a_j` never exceeds the largest eigenvalue, gradient descent is stable where it
+is stable with the whole matrix.
 """
 
 import math
@@ -33,23 +33,22 @@ from ewc.matrices.matrix import FisherMatrix, InputFactor
 from ewc.parameters import Parameters
 
 SLOWEST = 6
-"""The slowest pace: one step of ``2**SLOWEST``."""
+"""The slowest pace: one of ``2**SLOWEST`` steps."""
 
 PERIOD = 2**SLOWEST
-"""Steps after which every eigenvector has had its turn, and inputs up to which a layer is whole."""
+"""The steps in which every eigenvector is used; layers of at most as many inputs are not paced."""
 
 
 class Paced:
-    """Quadratics whose Kronecker products take some of their eigenvectors in each step.
+    """Quadratics whose Kronecker products use some of their eigenvectors in each step.
 
-    Products with dense factors, without groups and of more than :data:`PERIOD` inputs are
-    paced, within block-diagonal matrices and sums too; all other matrices are taken whole in
-    every step.
+    Paced are products with dense factors, without groups and of more than :data:`PERIOD` inputs,
+    also within block-diagonal matrices and sums.  All other matrices are used whole in every step.
 
     Args:
         terms: the quadratics.
-        share: the eigenvectors of a step, on average, as a share of all, from above 0 to 1;
-            more where so few would take the stiffest too seldom.
+        share: average fraction of the eigenvectors used per step, in (0, 1].  It is larger where
+            the stiffest eigenvector would otherwise not be used in every step.
     """
 
     def __init__(self, terms: Sequence[Quadratic], share: float) -> None:
@@ -60,11 +59,11 @@ class Paced:
     def at(self, step: int) -> list[Quadratic]:
         """The quadratics of one step; their mean over :data:`PERIOD` steps is exact.
 
-        The turns of every period come in an order of their own, so that callers who use one
-        step of two or four still see all of them in the long run.
+        The order of the turns differs between periods.  A caller that uses only every second or
+        fourth step still sees all of them in the long run.
         """
         period, place = divmod(step, PERIOD)
-        # Within aligned blocks of 2**l steps, exclusive or keeps one turn of each kind.
+        # Exclusive or permutes the turns within aligned blocks of 2**l steps.
         generator = torch.Generator().manual_seed(period)
         turn = place ^ int(torch.randint(PERIOD, (), generator=generator))
         return [
@@ -84,7 +83,7 @@ class Paced:
 
 
 class ScaledTerms:
-    """Quadratics times a number, made once for the many steps that read them.
+    """Quadratics times a number, computed once for the many steps that use them.
 
     Args:
         scale: the number.
@@ -103,19 +102,19 @@ class ScaledTerms:
         self._paced: Paced | None = None
 
     def paced(self, share: float) -> Paced:
-        """The scaled terms by paced eigenvectors, made once for a share."""
+        """The scaled terms with paced eigenvectors, computed once per share."""
         if self._paced is None or self._paced.share != share:
             self._paced = Paced(self.terms, share)
         return self._paced
 
 
 class _PacedLayer:
-    """A layer whose Kronecker product takes some eigenvectors of its inputs in each step."""
+    """A layer whose Kronecker product uses some eigenvectors of its inputs in each step."""
 
     def __init__(self, factors: InputFactor, share: float) -> None:
         self._factors = factors
         values, vectors = factors.input_eigen
-        # Rounding leaves the eigenvalues of a singular factor near 0, on either side.
+        # The zero eigenvalues of a singular factor are near 0, of either sign, by rounding.
         kept = values > torch.finfo(factors.dtype).eps * values[-1]
         pace = paces(values[kept], share * len(values))
         self._vectors = vectors[:, kept].T.to(factors.dtype).contiguous()
@@ -130,7 +129,7 @@ class _PacedLayer:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _PacedQuadratic(Quadratic):
-    """A quadratic whose matrix is that of one turn."""
+    """A quadratic with the matrix of one turn."""
 
     paced: Paced
     turn: int
@@ -140,44 +139,44 @@ class _PacedQuadratic(Quadratic):
 
 
 def paces(values: Tensor, budget: float) -> Tensor:
-    r"""The pace :math:`l` of every eigenvalue: it takes part in one step of :math:`2^l`.
+    r"""The pace :math:`l` of every eigenvalue: it is used in one of :math:`2^l` steps.
 
     Args:
         values: the eigenvalues, above 0, ``[n]``.
-        budget: how many shall take part in a step, on average.  More do where the largest
-            eigenvalue would else not take part in all.
+        budget: average number of eigenvalues used per step.  It is exceeded where the largest
+            eigenvalue would otherwise not be used in every step.
     """
     if not len(values):
         return torch.zeros(0, dtype=torch.long, device=values.device)
     relative = (values / values.max()).sqrt()
 
-    def found(scale: float) -> Tensor:
+    def paces_at(scale: float) -> Tensor:
         share = (math.exp(scale) * relative).clamp(max=1.0)
         return (-share.log2()).round().clamp(0, SLOWEST).long()
 
     low, high = 0.0, 20.0
     for _ in range(50):
         middle = (low + high) / 2
-        if float((2.0 ** -found(middle).double()).sum()) > budget:
+        if float((2.0 ** -paces_at(middle).double()).sum()) > budget:
             high = middle
         else:
             low = middle
-    return found(low)
+    return paces_at(low)
 
 
 def turns(pace: Tensor) -> list[Tensor]:
-    """Which vectors take part in each of :data:`PERIOD` steps, shared out evenly.
+    """The indices of the vectors used in each of :data:`PERIOD` steps, spread evenly.
 
     Args:
-        pace: of every vector, ``[n]``.
+        pace: the pace of every vector, ``[n]``.
     """
     generator = torch.Generator().manual_seed(0)
     turn = torch.zeros_like(pace, device="cpu")
     for level in range(1, SLOWEST + 1):
-        # At random, so that neighbours, which matter alike, come at different times.
-        mine = torch.nonzero(pace.cpu() == level)[:, 0]
-        mine = mine[torch.randperm(len(mine), generator=generator)]
-        turn[mine] = torch.arange(len(mine)) % 2**level
+        # In random order, so that neighbours with similar eigenvalues are used at different times.
+        of_level = torch.nonzero(pace.cpu() == level)[:, 0]
+        of_level = of_level[torch.randperm(len(of_level), generator=generator)]
+        turn[of_level] = torch.arange(len(of_level)) % 2**level
     every = 2 ** pace.cpu()
     steps = (torch.nonzero(step % every == turn)[:, 0] for step in range(PERIOD))
     return [chosen.to(pace.device) for chosen in steps]

@@ -1,4 +1,4 @@
-r"""Quadratics around anchors, and their sum as a differentiable value."""
+r"""Quadratics around anchors, and the differentiable value of their sum."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -42,14 +42,14 @@ class Quadratic:
 
     @cached_property
     def place(self) -> tuple[torch.device, torch.dtype]:
-        """Where the precision is, and its type."""
+        """The device and the type of the precision."""
         return self.precision.device, self.precision.dtype
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Quadratic":
         """The function with ``function`` (a move, a cast) applied to its tensors.
 
-        The anchor moves along, but keeps its type: rounded it would be another point.  The
-        precision keeps single precision at least, for half precision cannot hold ``N F``.
+        The anchor changes its device but keeps its type, as rounding would move it.  The precision
+        stays in single precision or wider, as half precision cannot hold ``N F``.
         """
 
         def wide(tensor: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class Quadratic:
         return Quadratic(self.precision.mapped(wide), anchor, self.constant)
 
     def beside(self, parameters: Parameters) -> "Quadratic":
-        """The function where the parameters are, the precision in :func:`type_for` them."""
+        """The function on the device of the parameters, the precision in the type for them."""
         place = next(iter(parameters.values())).device, type_for(parameters)
         if place == self.place:
             return self
@@ -70,7 +70,7 @@ class Quadratic:
         return replace(self, precision=self.precision.to(*place), anchor=anchor)
 
     def step_to(self, here: Parameters) -> Parameters:
-        """The way from the anchor to some parameters, in the type of the precision."""
+        """The difference of some parameters from the anchor, in the type of the precision."""
         differences = torch._foreach_sub(list(here.values()), [self.anchor[n] for n in here])
         dtype = self.place[1]
         return {name: d.to(dtype) for name, d in zip(here, differences, strict=True)}
@@ -91,7 +91,7 @@ class Quadratic:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Quadratic":
-        """The quadratic of what :meth:`state` returned.
+        """The quadratic whose :meth:`state` this is.
 
         Raises:
             ValueError: the anchor is not over the parameters of the matrix.
@@ -112,15 +112,15 @@ def type_for(parameters: Parameters) -> torch.dtype:
 
 
 class QuadraticForm(torch.autograd.Function):
-    """The sum of quadratics, with its gradient written down instead of traced.
+    """The sum of quadratics, with its gradient in closed form.
 
-    The gradient is made along with the value, in one sweep over the parameters; autograd
-    would keep three tensors a parameter and sweep twice.
+    Value and gradient are computed together in one sweep over the parameters.  Autograd would keep
+    three tensors per parameter and sweep twice.
     """
 
     @staticmethod
     def forward(ctx: Any, terms: list[Quadratic], names: list[str], *parameters: Tensor) -> Tensor:
-        """The value, its gradient kept for later."""
+        """The value; its gradient is kept for :meth:`backward`."""
         ctx.terms, ctx.names = terms, names
         ctx.save_for_backward(*parameters)
         here = dict(zip(names, parameters, strict=True))
@@ -129,17 +129,17 @@ class QuadraticForm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient times that of what the value is a part of."""
+        """The gradient times the outer gradient."""
         (factor,) = outer
         if torch.is_grad_enabled() or ctx.gradient is None:
-            # A second derivative is wanted, or a second backward pass of the same value.
+            # For a second derivative, or a second backward pass of the same value.
             here = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
             _, gradient = value_and_gradient(ctx.terms, here)
             gradient = [factor * tensor for tensor in gradient]
         else:
             gradient, ctx.gradient = ctx.gradient, None
-            # Most losses just add the penalty. Reading the factor costs nothing on a CPU,
-            # where a sweep over the parameters does; on a device it is the other way round.
+            # The factor is 1 where a loss just adds the penalty.  On a CPU reading it is cheaper
+            # than a sweep over the parameters; on a device it is the other way round.
             if factor.device.type != "cpu" or factor.item() != 1.0:
                 torch._foreach_mul_(gradient, factor)
         cast = (g.to(p.dtype) for g, p in zip(gradient, ctx.saved_tensors, strict=True))
@@ -152,7 +152,7 @@ def value_and_gradient(terms: list[Quadratic], here: Parameters) -> tuple[Tensor
     gradient: Parameters = {}
     for term in terms:
         step = term.step_to(here)
-        # Under autocast products would come in half precision, which cannot hold N F.
+        # Autocast would take products in half precision, which cannot hold N F.
         with torch.autocast(term.place[0].type, enabled=False):
             product = term.product(step)
         value = value + 0.5 * dot(step, product) + term.constant

@@ -1,4 +1,4 @@
-"""How the penalty moves the parameters: as part of the loss, or by steps of its own."""
+"""How the penalty moves the parameters: as a term of the loss, or by implicit steps."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,9 @@ class InLoss:
     """The penalty is added to the loss of every training step.
 
     Attributes:
-        eigenvector_share: of Kronecker matrices, the average fraction of the eigenvectors used
-            per step, the stiff ones more often (:mod:`ewc.consolidation.pacing`); 1 takes all, for
-            several times the cost of a training step.
+        eigenvector_share: average fraction of the eigenvectors of Kronecker matrices used per
+            step; stiff ones are used more often (:mod:`ewc.consolidation.pacing`).  1 uses all,
+            for several times the cost of a training step.
 
     Raises:
         ValueError: the share is not above 0 and at most 1.
@@ -27,18 +27,17 @@ class InLoss:
 
 @dataclass(frozen=True)
 class Implicit:
-    """The penalty takes an implicit step after so many training steps.
-
-    See :mod:`ewc.consolidation.implicit_step`.
+    """The penalty takes an implicit step every so many training steps.
 
     It is stable for any strength and learning rate.  Where a product with the matrix costs more
-    than a training step, it is cheaper by the number of steps.
+    than a training step, it is cheaper by the factor ``every``.  See
+    :mod:`ewc.consolidation.implicit_step`.
 
     Attributes:
         every: the training steps from one implicit step to the next.
 
     Raises:
-        ValueError: it is not a whole number, 1 or more.
+        ValueError: ``every`` is not a whole number, 1 or more.
     """
 
     every: int = 10
@@ -52,10 +51,10 @@ Update = InLoss | Implicit
 
 
 def check_update(value: Update) -> None:
-    """Check that an update is one.
+    """Check that an argument is an update.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: it is not an :class:`InLoss` or :class:`Implicit`.
     """
     allowed = "an instance of InLoss or Implicit such as InLoss()"
     check_instance(value, InLoss | Implicit, "update", allowed)

@@ -1,6 +1,6 @@
-r"""The Fisher information of every layer by itself: a matrix of blocks along the diagonal."""
+r"""The Fisher information of each layer by itself: blocks along the diagonal."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -22,8 +22,8 @@ from ewc.parameters import Parameters, Shapes, check_same_shapes, shapes_of, siz
 class BlockDiagonalFisher(FisherMatrix):
     r"""Matrices over disjoint parameters, side by side: :math:`\mathrm{diag}(F_1, F_2, \dots)`.
 
-    From the pass over the data there is one dense block a layer (a module with parameters
-    of its own), exact within the layer and zero between layers.  Memory and cost are the
+    The request ``BlockDiagonal()`` gives one dense block per layer (a module that holds
+    parameters itself).  It is exact within a layer and zero between layers.  Memory and cost are
     sums over the blocks: :math:`\sum_l p_l^2` numbers, :math:`\sum_l p_l^3` operations for
     ``solve``, ``logdet`` and ``eigenvalues``.
 
@@ -33,10 +33,10 @@ class BlockDiagonalFisher(FisherMatrix):
         num_examples: the examples behind the mean.
 
     Attributes:
-        form: the structure that layers have where they can; printing names the others.
+        form: the usual structure of a layer's block; printing names the layers with another.
 
     Raises:
-        ValueError: the blocks share a parameter, or do not hold all of them.
+        ValueError: two blocks share a parameter, or a parameter is in no block.
     """
 
     form: ClassVar[Any] = FisherMatrix
@@ -48,82 +48,44 @@ class BlockDiagonalFisher(FisherMatrix):
         names = [name for block in self.blocks for name in block.shapes]
         if len(names) != len(set(names)):
             twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"Parameter {twice!r} is in two blocks: blocks must be disjoint.")
+            raise ValueError(f"Blocks must be disjoint, got parameter {twice!r} in two blocks.")
         union = {name: shape for block in self.blocks for name, shape in block.shapes.items()}
         check_same_shapes(union, self.shapes, "The set of blocks")
 
     def matvec(self, v: Mapping[str, Tensor]) -> Parameters:
-        """The products of the blocks.
-
-        Raises:
-            ValueError: ``v`` does not have the matrix's parameters.
-        """
         check_same_shapes(shapes_of(v), self.shapes, "The vector")
-        return self._gathered(block.matvec(self._part(v, block)) for block in self.blocks)
+        return self._gathered(block.matvec(_over(block, v)) for block in self.blocks)
 
     def solve(self, v: Mapping[str, Tensor], damping: float) -> Parameters:
-        r"""The solutions of the blocks' :math:`(F_l + \delta I) u_l = v_l`.
-
-        Raises:
-            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
-            torch.linalg.LinAlgError: a damped block is not positive definite.
-        """
         check_same_shapes(shapes_of(v), self.shapes, "The right-hand side")
-        return self._gathered(block.solve(self._part(v, block), damping) for block in self.blocks)
+        return self._gathered(block.solve(_over(block, v), damping) for block in self.blocks)
 
     def inverse_quadratic_forms(self, v: Mapping[str, Tensor], damping: float) -> Tensor:
-        r"""The sums of the blocks' :math:`v_{nl}^\top (F_l + \delta I)^{-1} v_{nl}`.
-
-        Raises:
-            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
-            torch.linalg.LinAlgError: a damped block is not positive definite.
-        """
         rows = self._checked_rows(v)
         return torch.stack(
-            [b.inverse_quadratic_forms(self._part(rows, b), damping) for b in self.blocks]
+            [b.inverse_quadratic_forms(_over(b, rows), damping) for b in self.blocks]
         ).sum(0)
 
     def damped_inverse(self, damping: float, tolerance: float = 0.0) -> DampedInverse:
-        r"""The operator :math:`v \mapsto (F + \delta I)^{-1} v`, block by block.
-
-        Raises:
-            ValueError: ``damping`` or ``tolerance`` is negative or not finite.
-            torch.linalg.LinAlgError: a damped block is not positive definite.
-        """
         inverses = [(b.damped_inverse(damping, tolerance), b.shapes) for b in self.blocks]
         return BlockwiseInverse(inverses, self.shapes)
 
     def inverse_diagonal(self, damping: float) -> Parameters:
-        r"""The diagonals of the blocks' :math:`(F_l + \delta I)^{-1}`.
-
-        Raises:
-            ValueError: ``damping`` is negative or not finite.
-            torch.linalg.LinAlgError: a damped block is not positive definite.
-        """
         return self._gathered(block.inverse_diagonal(damping) for block in self.blocks)
 
     def diagonal(self) -> Parameters:
-        """The diagonals of the blocks."""
         return self._gathered(block.diagonal() for block in self.blocks)
 
     def trace(self) -> Tensor:
-        """The sum of the blocks' traces."""
         return torch.stack([block.trace() for block in self.blocks]).sum()
 
     def logdet(self, damping: float) -> Tensor:
-        r"""The sum of the blocks' :math:`\log \det (F_l + \delta I)`.
-
-        Raises:
-            ValueError: ``damping`` is negative or not finite.
-        """
         return torch.stack([block.logdet(damping) for block in self.blocks]).sum()
 
     def eigenvalues(self) -> Tensor:
-        """The eigenvalues of all blocks in ascending order, shape ``[p]``."""
         return torch.cat([block.eigenvalues() for block in self.blocks]).sort().values
 
     def to_dense(self) -> Tensor:
-        """The blocks at their places, shape ``[p, p]``."""
         size = self.num_parameters
         dense = torch.zeros(size, size, dtype=self.dtype, device=self.device)
         starts, start = {}, 0
@@ -137,43 +99,42 @@ class BlockDiagonalFisher(FisherMatrix):
         return dense
 
     def scaled(self, factor: float) -> Self:
-        """Every block times ``factor``."""
         blocks = [block.scaled(factor) for block in self.blocks]
         return type(self)(blocks, self.shapes, self.num_examples)
 
     def with_num_examples(self, num_examples: int) -> Self:
-        """The same blocks, each as the information of another number of examples."""
         check_count(num_examples, "num_examples")
         blocks = [block.with_num_examples(num_examples) for block in self.blocks]
         return type(self)(blocks, self.shapes, int(num_examples))
 
     def __add__(self, other: FisherMatrix) -> FisherMatrix:
-        """The sum; where the other matrix has the same blocks, block by block.
+        """The sum, block by block where the other matrix has the same blocks.
 
-        A layer that took no part in one of the two is zero there, and its block that of
-        the other.
+        A layer that is zero in one of the two matrices has its block of the other.
         """
         if not (isinstance(other, BlockDiagonalFisher) and other.shapes == self.shapes):
             return super().__add__(other)
-        (mine, idle), (theirs, others_idle) = self._parts(), other._parts()
+        (left, left_zeros), (right, right_zeros) = self._nonzero_blocks(), other._nonzero_blocks()
         sums: list[FisherMatrix] = []
-        for names in {**mine, **theirs}:
-            if names in mine and names in theirs:
-                sums.append(mine[names] + theirs[names])
-            elif names in mine and others_idle.keys() >= set(names):
-                sums.append(mine[names])
-            elif names in theirs and idle.keys() >= set(names):
-                sums.append(theirs[names])
+        for names in {**left, **right}:
+            if names in left and names in right:
+                sums.append(left[names] + right[names])
+            elif names in left and right_zeros.keys() >= set(names):
+                sums.append(left[names])
+            elif names in right and left_zeros.keys() >= set(names):
+                sums.append(right[names])
             else:
                 return super().__add__(other)
         present = {name for block in sums for name in block.shapes}
-        sums += [zero for name, zero in idle.items() if name not in present]
+        sums += [zero for name, zero in left_zeros.items() if name not in present]
         examples = self.num_examples + other.num_examples
         kind = type(self) if type(self) is type(other) else BlockDiagonalFisher
         return kind(sums, self.shapes, examples)
 
-    def _parts(self) -> tuple[dict[tuple[str, ...], FisherMatrix], dict[str, FisherMatrix]]:
-        """The blocks by their parameters, and apart the zero ones, by parameter."""
+    def _nonzero_blocks(
+        self,
+    ) -> tuple[dict[tuple[str, ...], FisherMatrix], dict[str, FisherMatrix]]:
+        """The blocks by the names of their parameters, and the blocks of zeros by parameter."""
         blocks: dict[tuple[str, ...], FisherMatrix] = {}
         zeros: dict[str, FisherMatrix] = {}
         for block in self.blocks:
@@ -185,7 +146,6 @@ class BlockDiagonalFisher(FisherMatrix):
         return blocks, zeros
 
     def embedded(self, shapes: Shapes) -> Self:
-        """The blocks over more parameters; new parameters are blocks of zeros."""
         old = {name for block in self.blocks for name in block.shapes}
         blocks = [
             block.embedded({name: shapes[name] for name in block.shapes}) for block in self.blocks
@@ -197,18 +157,16 @@ class BlockDiagonalFisher(FisherMatrix):
         return type(self)(blocks, shapes, self.num_examples)
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """The blocks, each with ``function`` applied: matrix-free ones keep their network."""
+        # Block by block: matrix-free ones keep their network.
         blocks = [block.mapped(function) for block in self.blocks]
         return type(self)(blocks, self.shapes, self.num_examples)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point type of the first block."""
         return self.blocks[0].dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the first block is."""
         return self.blocks[0].device
 
     @property
@@ -222,62 +180,60 @@ class BlockDiagonalFisher(FisherMatrix):
         return type(self)(blocks, self.shapes, self.num_examples)
 
     def resolvent(self, v: Mapping[str, Tensor], steps: Mapping[str, Tensor | float]) -> Parameters:
-        return self._gathered(block.resolvent(self._part(v, block), steps) for block in self.blocks)
+        return self._gathered(block.resolvent(_over(block, v), steps) for block in self.blocks)
 
     def matvec_with(
         self,
         v: Mapping[str, Tensor],
         product: Callable[[FisherMatrix, Parameters], Parameters],
     ) -> Parameters:
-        return self._gathered(b.matvec_with(self._part(v, b), product) for b in self.blocks)
+        return self._gathered(b.matvec_with(_over(b, v), product) for b in self.blocks)
 
     def check_entries(self) -> None:
-        """Check the entries of every block."""
         for block in self.blocks:
             block.check_entries()
 
     def attached(self, model: nn.Module) -> Self:
-        """The blocks with the network that matrix-free ones among them need."""
         blocks = [block.attached(model) for block in self.blocks]
         return type(self)(blocks, self.shapes, self.num_examples)
 
     def __repr__(self) -> str:
-        """One line with size and trace, and the layers that have another form."""
-        others = [
+        """One line with size and trace, and the layers of another structure than ``form``."""
+        exact = [
             block
             for block in self.blocks
             if not all(isinstance(term, self.form) for term in block.terms)
         ]
         line = super().__repr__()[:-1]
         for kind, diagonal in (("exact blocks", False), ("exact diagonals", True)):
-            of_kind = [b for b in others if isinstance(b, DiagonalFisher) == diagonal]
+            of_kind = [b for b in exact if isinstance(b, DiagonalFisher) == diagonal]
             if names := [name for block in of_kind for name in block.shapes]:
                 line += f", {kind}: {', '.join(names)}"
         return f"{line})"
 
     def state(self) -> State:
-        """The tensors of all blocks, numbered; a description a block."""
         tensors, about = combined_states(self.blocks)
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
         return tensors, {"blocks": about, "shapes": shapes, "num_examples": self.num_examples}
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
-        """The matrix of the blocks described."""
         shapes = {name: size_of(shape) for name, shape in about["shapes"].items()}
         return cls(split_states(tensors, about["blocks"]), shapes, about["num_examples"])
 
-    @staticmethod
-    def _part(v: Mapping[str, Tensor], block: FisherMatrix) -> Parameters:
-        return {name: v[name] for name in block.shapes}
+    def _gathered(self, vectors: Iterable[Parameters]) -> Parameters:
+        """One vector from those over the blocks, in the flat order."""
+        gathered = {name: tensor for vector in vectors for name, tensor in vector.items()}
+        return {name: gathered[name] for name in self.shapes}
 
-    def _gathered(self, parts: Any) -> Parameters:
-        found = {name: tensor for part in parts for name, tensor in part.items()}
-        return {name: found[name] for name in self.shapes}
+
+def _over(block: FisherMatrix, v: Mapping[str, Tensor]) -> Parameters:
+    """The entries of a vector that belong to a block."""
+    return {name: v[name] for name in block.shapes}
 
 
 def disjoint(terms: Sequence[FisherMatrix], num_examples: int) -> list[FisherMatrix]:
-    """BlockwiseInverse that share no parameter: matrices that do are put into one, their sum."""
+    """Blocks that share no parameter: matrices that share one become one block, their sum."""
     groups: list[list[FisherMatrix]] = []
     for term in terms:
         touching = [g for g in groups if any(term.shapes.keys() & t.shapes.keys() for t in g)]
@@ -306,7 +262,7 @@ class BlockwiseInverse(DampedInverse):
     """The inverses of blocks along the diagonal.
 
     Args:
-        inverses: of every block, with its parameters.
+        inverses: the inverse of every block, with the block's parameters.
         shapes: all parameters by name, in the flat order.
     """
 
@@ -315,9 +271,8 @@ class BlockwiseInverse(DampedInverse):
         self.shapes = shapes
 
     def __call__(self, v: Mapping[str, Tensor]) -> Parameters:
-        """The solutions of the blocks."""
         check_same_shapes(shapes_of(v), self.shapes, "The right-hand side")
-        found: Parameters = {}
+        solution: Parameters = {}
         for inverse, shapes in self.inverses:
-            found |= inverse({name: v[name] for name in shapes})
-        return {name: found[name] for name in self.shapes}
+            solution |= inverse({name: v[name] for name in shapes})
+        return {name: solution[name] for name in self.shapes}

@@ -1,4 +1,4 @@
-r"""The whole Fisher information matrix, for networks of some thousand parameters."""
+r"""The full Fisher information matrix, for networks of some thousand parameters."""
 
 from collections.abc import Mapping
 from typing import Any, Self
@@ -38,29 +38,19 @@ class DenseFisher(FisherMatrix):
         size = sum(shape.numel() for shape in shapes.values())
         if matrix.shape != (size, size):
             raise ValueError(
-                f"The matrix has shape {list(matrix.shape)}: {size} parameters need {[size, size]}."
+                f"matrix must have shape {[size, size]} for {size} parameters, got "
+                f"{list(matrix.shape)}."
             )
         self._matrix = matrix
         self.shapes = dict(shapes)
         self.num_examples = num_examples
 
     def matvec(self, v: Mapping[str, Tensor]) -> Parameters:
-        """The product with the flat vector.
-
-        Raises:
-            ValueError: ``v`` does not have the matrix's parameters.
-        """
         check_same_shapes(shapes_of(v), self.shapes, "The vector")
         ordered = torch.cat([v[name].reshape(-1) for name in self.shapes])
         return unflatten(self._matrix @ ordered, self.shapes)
 
     def inverse_quadratic_forms(self, v: Mapping[str, Tensor], damping: float) -> Tensor:
-        r"""The scalars :math:`v_n^\top (F + \delta I)^{-1} v_n`, by one Cholesky factor.
-
-        Raises:
-            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
-            torch.linalg.LinAlgError: the damped matrix is not positive definite.
-        """
         rows = torch.cat([t.flatten(1) for t in self._checked_rows(v).values()], 1)
         factor = torch.linalg.cholesky(self._damped(damping))
         # With F + delta I = L L' the form is |L^-1 v|^2.
@@ -68,34 +58,24 @@ class DenseFisher(FisherMatrix):
         return solved.square().sum(0)
 
     def to_dense(self) -> Tensor:
-        """A copy of the matrix, shape ``[p, p]``."""
         return self._matrix.clone()
 
     def damped_inverse(self, damping: float, tolerance: float = 0.0) -> DampedInverse:
-        r"""The operator :math:`v \mapsto (F + \delta I)^{-1} v`, by one Cholesky factor.
-
-        Raises:
-            ValueError: ``damping`` or ``tolerance`` is negative or not finite.
-            torch.linalg.LinAlgError: the damped matrix is not positive definite.
-        """
         check_not_negative(tolerance, "tolerance")
         return CholeskyInverse(torch.linalg.cholesky(self._damped(damping)), self.shapes)
 
     def scaled(self, factor: float) -> "DenseFisher":
-        """Every entry times ``factor``."""
         return DenseFisher(factor * self._matrix, self.shapes, self.num_examples)
 
     def __add__(self, other: FisherMatrix) -> FisherMatrix:
-        """The sum; with another dense matrix of the same parameters it is dense."""
+        """The sum; dense if both matrices are, with the same flat order."""
         if not (isinstance(other, DenseFisher) and list(other.shapes) == list(self.shapes)):
             return super().__add__(other)
         examples = self.num_examples + other.num_examples
         return DenseFisher(self._matrix + other._matrix, self.shapes, examples)
 
     def embedded(self, shapes: Shapes) -> "DenseFisher":
-        """Zero rows and columns for new names and new last rows of a parameter."""
-        # New rows of a parameter stand behind its old entries, so the old entries keep
-        # their order and only move by what was put between them.
+        # New rows of a parameter come after its old entries: the old entries keep their order.
         positions, start = {}, 0
         for name, shape in shapes.items():
             positions[name] = start
@@ -108,31 +88,27 @@ class DenseFisher(FisherMatrix):
         return DenseFisher(matrix, shapes, self.num_examples)
 
     def check_entries(self) -> None:
-        """Check the diagonal, that all entries are finite, and the eigenvalues."""
         super().check_entries()
         self._check_semidefinite(self._matrix)
 
     def diagonal(self) -> Parameters:
-        """A copy of the diagonal, by parameter."""
         return unflatten(self._matrix.diagonal().clone(), self.shapes)
 
     def state(self) -> State:
-        """The matrix; the shapes in the flat order."""
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
         return {"matrix": self._matrix}, {"shapes": shapes, "num_examples": self.num_examples}
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
-        """The matrix of these entries."""
         shapes = {name: size_of(shape) for name, shape in about["shapes"].items()}
         return cls(tensors["matrix"], shapes, about["num_examples"])
 
 
 class CholeskyInverse(DampedInverse):
-    """The inverse by a Cholesky factor, ``2 p^2`` operations a vector.
+    """The inverse by a Cholesky factor, ``2 p^2`` operations per vector.
 
     Args:
-        factor: of the damped matrix, lower triangular, ``[p, p]``.
+        factor: the Cholesky factor of the damped matrix, lower triangular, ``[p, p]``.
         shapes: the parameters by name, in the flat order.
     """
 
@@ -141,12 +117,10 @@ class CholeskyInverse(DampedInverse):
         self.shapes = shapes
 
     def __call__(self, v: Mapping[str, Tensor]) -> Parameters:
-        """The solution by two triangular systems."""
         check_same_shapes(shapes_of(v), self.shapes, "The right-hand side")
         flat = flatten({name: v[name] for name in self.shapes})
         return unflatten(torch.cholesky_solve(flat[:, None], self.factor)[:, 0], self.shapes)
 
     def rows(self, v: Tensor, shapes: Shapes) -> Tensor:
-        """The solutions for all right-hand sides at once, ``[n, p]``."""
         solved: Tensor = torch.cholesky_solve(v.T, self.factor).T
         return solved

@@ -1,4 +1,4 @@
-r"""The diagonal of the Fisher information: one number a parameter."""
+r"""The diagonal of the Fisher information: one number per parameter."""
 
 from collections.abc import Mapping
 from typing import Any, Self
@@ -34,22 +34,15 @@ class DiagonalFisher(FisherMatrix):
         self.num_examples = num_examples
 
     def matvec(self, v: Mapping[str, Tensor]) -> Parameters:
-        """The product, entry by entry.
-
-        Raises:
-            ValueError: ``v`` does not have the matrix's parameters.
-        """
         check_same_shapes(shapes_of(v), self.shapes, "The vector")
         vectors = [v[name] for name in self._diagonal]
         products = torch._foreach_mul(list(self._diagonal.values()), vectors)
         return dict(zip(self._diagonal, products, strict=True))
 
     def diagonal(self) -> Parameters:
-        """The entries, by parameter: a copy."""
         return {name: entries.clone() for name, entries in self._diagonal.items()}
 
     def to_dense(self) -> Tensor:
-        """The entries on the diagonal of a ``[p, p]`` matrix."""
         return torch.diag(flatten(self._diagonal))
 
     def solve(self, v: Mapping[str, Tensor], damping: float) -> Parameters:
@@ -90,8 +83,8 @@ class DiagonalFisher(FisherMatrix):
         for name, entries in damped.items():
             if not bool((entries > 0).all()):
                 raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
-                    f"The diagonal Fisher matrix is 0 in parameter {name!r}: "
-                    "solve takes a damping above 0 there."
+                    "damping must be above 0, as the diagonal Fisher matrix is 0 in parameter "
+                    f"{name!r}; got {damping!r}."
                 )
         return damped
 
@@ -105,16 +98,14 @@ class DiagonalFisher(FisherMatrix):
         return (flatten(self._diagonal) + damping).log().sum()
 
     def eigenvalues(self) -> Tensor:
-        """The entries in ascending order, shape ``[p]``."""
         return flatten(self._diagonal).sort().values
 
     def scaled(self, factor: float) -> "DiagonalFisher":
-        """Every entry times ``factor``."""
         entries = {name: factor * entries for name, entries in self._diagonal.items()}
         return DiagonalFisher(entries, self.num_examples)
 
     def __add__(self, other: FisherMatrix) -> FisherMatrix:
-        """The sum; with another diagonal it is a diagonal."""
+        """The sum; diagonal if both matrices are."""
         if not isinstance(other, DiagonalFisher):
             return super().__add__(other)
         check_same_shapes(other.shapes, self.shapes, "The other Fisher matrix")
@@ -122,7 +113,6 @@ class DiagonalFisher(FisherMatrix):
         return DiagonalFisher(entries, self.num_examples + other.num_examples)
 
     def embedded(self, shapes: Shapes) -> "DiagonalFisher":
-        """Zero entries for new names and new last rows."""
         return DiagonalFisher(padded(self._diagonal, shapes), self.num_examples)
 
     @property
@@ -145,10 +135,8 @@ class DiagonalFisher(FisherMatrix):
         }
 
     def state(self) -> State:
-        """The entries by parameter; the names in the flat order."""
         return self._diagonal, {"names": list(self.shapes), "num_examples": self.num_examples}
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
-        """The matrix of these entries."""
         return cls({name: tensors[name] for name in about["names"]}, about["num_examples"])

@@ -8,32 +8,36 @@ from ewc.matrices.matrix import FisherMatrix
 
 
 class EigenvalueCorrectedFisher(BlockDiagonalFisher):
-    r"""EKFAC: the Kronecker eigenvectors of every layer with the eigenvalues that fit best.
+    r"""EKFAC: the Kronecker eigenvectors of each layer with the best eigenvalues.
 
-    Per layer :math:`(Q_G \otimes Q_A)\, \mathrm{diag}(S)\, (Q_G \otimes Q_A)^\top` with the
-    eigenvectors of the factors of :class:`~ewc.matrices.kronecker.KroneckerFisher` and
-    :math:`S = \frac1N \sum_{n,k} (Q_G^\top V_{kn} Q_A)^2`, the second moments of the
-    gradients along them (George et al. 2018, arXiv:1806.03884, equation 6): the best
-    approximation with these eigenvectors, and with the exact trace.
+    Per layer
 
-    Takes two passes over the data.  Memory :math:`o^2 + i^2 + o i` a layer; ``matvec`` and
-    ``solve`` :math:`2 o i (o + i)` operations.  Layers without a Kronecker form have their
+    .. math:: (Q_G \otimes Q_A)\, \mathrm{diag}(S)\, (Q_G \otimes Q_A)^\top, \qquad
+              S = \tfrac1N \sum_{n,k} (Q_G^\top V_{kn} Q_A)^2
+
+    with the eigenvectors of the factors of :class:`~ewc.matrices.kronecker.KroneckerFisher`.
+    :math:`S` holds the second moments of the gradients along them (George et al. 2018,
+    arXiv:1806.03884, equation 6).  No other eigenvalues give a better approximation with these
+    eigenvectors, and the trace is exact.
+
+    It takes two passes over the data.  Memory :math:`o^2 + i^2 + o i` per layer; ``matvec`` and
+    ``solve`` take :math:`2 o i (o + i)` operations.  Layers without a Kronecker form have their
     exact block, as in :class:`~ewc.matrices.kronecker.KroneckerFisher`.
     """
 
     form = EigenvalueCorrectedProduct
 
     def nearest(self) -> "EigenvalueCorrectedFisher":
-        """The nearest matrix with the eigenvectors of the last term of every layer's sum.
+        """The nearest matrix with the eigenvectors of the last term, per layer.
 
-        In the Frobenius norm, layer by layer, and with the same trace.
+        It is nearest in the Frobenius norm, and has the same trace.
         """
         blocks = [_nearest(block) for block in self.blocks]
         return EigenvalueCorrectedFisher(blocks, self.shapes, self.num_examples)
 
 
 def _nearest(block: FisherMatrix) -> FisherMatrix:
-    """The nearest block with one eigenbasis; a block that is no sum of such stays as it is."""
+    """The nearest block with one eigenbasis; a block of another kind stays as it is."""
     corrected = [term for term in block.terms if isinstance(term, EigenvalueCorrectedProduct)]
     if len(corrected) < len(block.terms):
         return block

@@ -21,18 +21,17 @@ from ewc.parameters import (
 
 
 class LowRankFisher(FisherMatrix):
-    r"""The leading directions and what they leave of the diagonal, :math:`U \Lambda U^\top + D`.
+    r"""The leading directions and the rest of the diagonal, :math:`U \Lambda U^\top + D`.
 
-    From the pass over the data it is a randomised Nystrom approximation of rank ``r``
-    (Frangella, Tropp & Udell 2023, arXiv:2110.02820, algorithm 2.1), which never exceeds
-    ``F``, and the diagonal that is missing: the result has the exact diagonal and trace.
-    It sees correlations between layers, which blocks do not.  One pass, whose cost is
-    that of some ``2 (r + 10)`` products with ``F``, whatever the number of score vectors.
+    The request ``LowRank()`` gives a randomised Nystrom approximation of rank ``r``, which never
+    exceeds ``F`` (Frangella, Tropp & Udell 2023, arXiv:2110.02820, algorithm 2.1).  :math:`D` is
+    the missing diagonal, so that the result has the exact diagonal and trace.  Unlike blocks, it
+    has correlations between layers.  It takes one pass over the data, at the cost of about
+    ``2 (r + 10)`` products with ``F``, whatever the number of score vectors.
 
-    Memory :math:`(r + 1) p`, and with the 10 columns beyond the rank ``(r + 13) p`` while
-    it is computed;
-    ``matvec`` :math:`4 r p` operations; ``solve`` and ``logdet``
-    :math:`r^2 p`; ``eigenvalues`` by the dense matrix.
+    Memory :math:`(r + 1) p`, and ``(r + 13) p`` while it is computed, with 10 columns beyond the
+    rank.  ``matvec`` takes :math:`4 r p` operations, ``solve`` and ``logdet`` :math:`r^2 p`.
+    ``eigenvalues`` go through the dense matrix.
 
     Args:
         vectors: :math:`U`, ``[p, r]``, orthonormal columns in the flat order.
@@ -57,17 +56,12 @@ class LowRankFisher(FisherMatrix):
         self.num_examples = num_examples
 
     def matvec(self, v: Mapping[str, Tensor]) -> Parameters:
-        r"""The product :math:`U \Lambda U^\top v + D v`.
-
-        Raises:
-            ValueError: ``v`` does not have the matrix's parameters.
-        """
+        r"""The product :math:`U \Lambda U^\top v + D v`."""
         flat = self._flat(v)
         product = self.vectors @ (self.values * (self.vectors.T @ flat)) + self._rest * flat
         return unflatten(product, self.shapes)
 
     def diagonal(self) -> Parameters:
-        """The diagonal, by parameter."""
         entries = self._rest
         # Column by column: the squares of all would take as much memory as the vectors.
         for value, column in zip(self.values, self.vectors.T, strict=True):
@@ -75,7 +69,6 @@ class LowRankFisher(FisherMatrix):
         return unflatten(entries, self.shapes)
 
     def to_dense(self) -> Tensor:
-        """The matrix itself, ``[p, p]``."""
         dense = (self.vectors * self.values) @ self.vectors.T
         dense.diagonal().add_(self._rest)
         return dense
@@ -111,8 +104,8 @@ class LowRankFisher(FisherMatrix):
         damped = self._damped_rest(damping)
         if not bool((damped > 0).all()):
             raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
-                "The diagonal of the low-rank Fisher matrix is 0 somewhere: solve takes a "
-                "damping above 0."
+                "damping must be above 0, as the diagonal of the low-rank Fisher matrix has "
+                f"entries of 0; got {damping!r}."
             )
         root = self.vectors * self.values.sqrt()
         scaled = root / damped[:, None]
@@ -133,32 +126,27 @@ class LowRankFisher(FisherMatrix):
         return logdet + damped.log().sum()
 
     def scaled(self, factor: float) -> "LowRankFisher":
-        """Both parts times ``factor``."""
         rest = {name: factor * entries for name, entries in self.rest.items()}
         return LowRankFisher(self.vectors, factor * self.values, rest, self.num_examples)
 
     def embedded(self, shapes: Shapes) -> "LowRankFisher":
-        """Zeros for new names and new last rows."""
         columns = [padded(unflatten(column, self.shapes), shapes) for column in self.vectors.T]
         vectors = torch.stack([flatten(column) for column in columns], 1)
         return LowRankFisher(vectors, self.values, padded(self.rest, shapes), self.num_examples)
 
     def check_entries(self) -> None:
-        """Check the diagonal, that all entries are finite, and both parts' eigenvalues."""
         super().check_entries()
         self._check_not_negative(self.values, "eigenvalue")
         for name, entries in self.rest.items():
             self._check_not_negative(entries, "rest of its diagonal", name)
 
     def state(self) -> State:
-        """The two parts; the names in the flat order."""
         tensors = {"vectors": self.vectors, "values": self.values}
         tensors |= {f"rest/{name}": entries for name, entries in self.rest.items()}
         return tensors, {"names": list(self.shapes), "num_examples": self.num_examples}
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
-        """The matrix of these parts."""
         rest = {name: tensors[f"rest/{name}"] for name in about["names"]}
         return cls(tensors["vectors"], tensors["values"], rest, about["num_examples"])
 

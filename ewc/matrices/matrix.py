@@ -1,7 +1,7 @@
-r"""The verbs of a Fisher matrix, whatever its structure.
+r"""The operations of a Fisher matrix, whatever its structure.
 
-A kind of matrix supplies ``matvec`` and its pieces for saving.  Every other verb has a slow,
-correct default here, built from the definition; a kind overrides those it can do faster.
+A structure defines ``matvec`` and what is saved of it.  Every other operation has a slow, correct
+default here, built from the definition.  A structure overrides those it can do faster.
 """
 
 import copy
@@ -29,7 +29,7 @@ from ewc.parameters import (
 )
 
 ROUNDING = 0.02
-"""Negative eigenvalues that may be of rounding, as a share of a matrix's Frobenius norm."""
+"""Size of the negative eigenvalues that count as rounding, as a fraction of the Frobenius norm."""
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """A matrix as tensors by name, and a description that JSON can hold."""
@@ -47,7 +47,7 @@ class DampedInverse(ABC):
         """
 
     def rows(self, v: Tensor, shapes: Shapes) -> Tensor:
-        """The solutions for many flat right-hand sides, ``[n, p]``: here one by one.
+        """The solutions for many flat right-hand sides, ``[n, p]``.
 
         Args:
             v: the vectors, ``[n, p]``, in the flat order.
@@ -57,7 +57,7 @@ class DampedInverse(ABC):
 
 
 class InputFactor(Protocol):
-    r"""A layer's :math:`G \otimes A`, whose products may take some eigenvectors of ``A``."""
+    r"""A layer's :math:`G \otimes A` whose products can be restricted to eigenvectors of ``A``."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,11 +97,15 @@ class FisherMatrix(ABC):
 
     @abstractmethod
     def matvec(self, v: Mapping[str, Tensor]) -> Parameters:
-        """The product :math:`F v`."""
+        """The product :math:`F v`.
+
+        Raises:
+            ValueError: ``v`` does not have the matrix's parameters.
+        """
 
     @abstractmethod
     def scaled(self, factor: float) -> "FisherMatrix":
-        """The matrix :math:`c F`, with the same ``num_examples``; see ``*``."""
+        """The matrix :math:`c F`, with the same ``num_examples``; the factor is not checked."""
 
     @abstractmethod
     def embedded(self, shapes: Shapes) -> "FisherMatrix":
@@ -109,14 +113,14 @@ class FisherMatrix(ABC):
 
     @abstractmethod
     def state(self) -> State:
-        """Everything needed to build the matrix again; see :meth:`from_state`."""
+        """What :meth:`from_state` needs to build the matrix again."""
 
     @classmethod
     @abstractmethod
     def from_state(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
-        """The matrix described by what :meth:`state` returned."""
+        """The matrix whose :meth:`state` this is."""
 
-    # --- verbs with a slow, correct default ------------------------------------------
+    # --- operations with a slow, correct default -------------------------------------
 
     def quadratic_form(self, v: Mapping[str, Tensor]) -> Tensor:
         r"""The scalar :math:`v^\top F v`: for a small step ``v``, twice the KL in nats."""
@@ -150,7 +154,7 @@ class FisherMatrix(ABC):
     def inverse_quadratic_forms(self, v: Mapping[str, Tensor], damping: float) -> Tensor:
         r"""The scalars :math:`v_n^\top (F + \delta I)^{-1} v_n` of many vectors, ``[n]``.
 
-        One :meth:`solve` a vector here; all at once where a structure can.
+        The default takes one :meth:`solve` per vector.
 
         Args:
             v: the vectors, ``[n, ...]`` by parameter.
@@ -163,19 +167,19 @@ class FisherMatrix(ABC):
         rows = self._checked_rows(v)
         forms = []
         for row in range(len(next(iter(rows.values())))):
-            one = {name: tensor[row] for name, tensor in rows.items()}
-            forms.append(dot(one, self.solve(one, damping)))
+            vector = {name: tensor[row] for name, tensor in rows.items()}
+            forms.append(dot(vector, self.solve(vector, damping)))
         return torch.stack(forms)
 
     def damped_inverse(self, damping: float, tolerance: float = 0.0) -> DampedInverse:
         r"""The operator :math:`v \mapsto (F + \delta I)^{-1} v`, for many vectors.
 
-        It keeps what :meth:`solve` would find again for each of them.
+        It computes once what :meth:`solve` computes for every vector.
 
         Args:
             damping: :math:`\delta`.
-            tolerance: the relative error that :math:`v^\top (F + \delta I)^{-1} v` may have at
-                any ``v``, where a structure is faster for it.
+            tolerance: the largest relative error of :math:`v^\top (F + \delta I)^{-1} v` for
+                any ``v``.  Some structures are faster with a tolerance above 0.
 
         Raises:
             ValueError: ``damping`` or ``tolerance`` is negative or not finite.
@@ -212,16 +216,16 @@ class FisherMatrix(ABC):
     def __add__(self, other: "FisherMatrix") -> "FisherMatrix":
         r"""The exact sum of two matrices over the same parameters.
 
-        ``num_examples`` add up, so ``(A.precision + B.precision) * (1 / N)`` with the
-        summed ``N`` is the mean over both sets of examples.  For two losses on the same
-        examples, which must not count twice, see :meth:`plus_on_same_examples`.
+        ``num_examples`` add up.  With the summed ``N``, ``(A.precision + B.precision) * (1 / N)``
+        is the mean over both sets of examples.  Two losses on the same examples must not count
+        them twice: see :meth:`plus_on_same_examples`.
         """
         return SumFisher([self, other])
 
     def plus_on_same_examples(self, other: "FisherMatrix") -> "FisherMatrix":
         r"""The exact sum of two matrices of the same examples, which count once.
 
-        The information of two losses on the same :math:`N` examples: where targets are
+        This is the information of two losses on the same :math:`N` examples.  Where targets are
         independent given the inputs, log-likelihoods add up, and so do their means over the
         examples.  ``A + B`` is the same matrix for :math:`2 N` examples.
 
@@ -230,8 +234,9 @@ class FisherMatrix(ABC):
         """
         if self.num_examples != other.num_examples:
             raise ValueError(
-                f"The matrices are of {self.num_examples} and {other.num_examples} examples: "
-                "those of the same examples have as many; + adds matrices of different ones."
+                "Both matrices must be of the same examples, got matrices of "
+                f"{self.num_examples} and {other.num_examples} examples: + adds matrices of "
+                "different examples."
             )
         return (self + other).with_num_examples(self.num_examples)
 
@@ -239,8 +244,7 @@ class FisherMatrix(ABC):
         """The matrix :math:`c F`, with the same ``num_examples``.
 
         Raises:
-            ValueError: the factor is negative or not finite (the result would be no
-                Fisher matrix).
+            ValueError: the factor is negative or not finite.
         """
         check_not_negative(factor, "factor")
         return self.scaled(factor)
@@ -248,15 +252,15 @@ class FisherMatrix(ABC):
     __rmul__ = __mul__
 
     def __radd__(self, nothing: int) -> "FisherMatrix":
-        """The matrix itself behind ``0``, with which ``sum(matrices)`` starts."""
+        """The matrix itself for ``0 + F``, with which ``sum(matrices)`` starts."""
         return self if nothing == 0 else NotImplemented
 
     def check_entries(self) -> None:
-        """Check that the matrix can be a Fisher matrix: finite, and without a negative square.
+        """Check that the matrix is finite and positive semi-definite, up to rounding.
 
-        The diagonal must not be negative anywhere.  Dense matrices and Kronecker factors must
-        have no eigenvalue below minus :data:`ROUNDING` times their Frobenius norm; smaller
-        ones may be the rounding of half or TF32 precision, and are let pass.
+        No entry of the diagonal may be negative.  No eigenvalue of a dense matrix or of a
+        Kronecker factor may be below minus :data:`ROUNDING` times its Frobenius norm.  Half and
+        TF32 precision leave eigenvalues that far below 0.
 
         Raises:
             FloatingPointError: an entry is not finite.
@@ -293,7 +297,7 @@ class FisherMatrix(ABC):
     def _check_semidefinite(self, matrices: Tensor) -> None:
         """Check that matrices ``[..., d, d]`` have no negative eigenvalue beyond rounding."""
         matrices = matrices.to(accumulation_dtype(matrices.dtype))
-        # Of a common size: the squares in the norm must not overflow.
+        # Divided by the largest entry: the squares in the norm must not overflow.
         largest = matrices.abs().amax((-2, -1), keepdim=True)
         room = matrices / torch.where(largest > 0, largest, 1.0)
         norm = torch.linalg.matrix_norm(room)[..., None]
@@ -305,10 +309,10 @@ class FisherMatrix(ABC):
             )
 
     def shrunk(self, amount: float) -> "FisherMatrix":
-        r"""The matrix with a share of the information spread over the units of each layer.
+        r"""The matrix with a fraction of its information spread over the units of each layer.
 
         The Fisher information of a unit that no example excites is zero, and EWC leaves such a
-        unit free.  Shrinkage gives every output unit a part of the layer's average,
+        unit free.  Shrinkage gives every output unit a fraction of the layer's average,
 
         .. math:: F \leftarrow (1 - \alpha) F
                   + \alpha \, \tfrac1O I_O \otimes \operatorname{tr}_O F ,
@@ -318,13 +322,13 @@ class FisherMatrix(ABC):
         :math:`G \leftarrow (1 - \alpha) G + \alpha \frac{\operatorname{tr} G}{O} I` (Ledoit
         and Wolf 2004, doi:10.1016/S0047-259X(03)00096-4).
 
-        A diagonal matrix takes the first dimension of every parameter as its output units:
-        right for linear layers and for convolutions without groups.  Embeddings, transposed and
-        grouped convolutions need a Kronecker matrix, which knows its layers.  Blocks without
+        A diagonal matrix takes the first dimension of every parameter as its output units.  This
+        is right for linear layers and for convolutions without groups.  Embeddings, transposed
+        and grouped convolutions need a Kronecker matrix, which knows its layers.  Blocks without
         units (scales and shifts of normalisations) stay as they are.
 
         Args:
-            amount: :math:`\alpha`, from 0 (nothing) to 1 (all units alike).
+            amount: :math:`\alpha`, from 0 (no change) to 1 (all units of a layer alike).
 
         Raises:
             ValueError: ``amount`` is outside [0, 1].
@@ -346,20 +350,20 @@ class FisherMatrix(ABC):
         )
 
     def nearest(self) -> "FisherMatrix":
-        """The nearest matrix of the same kind, where a sum was kept term by term.
+        """The nearest matrix of the same structure, where a sum was kept term by term.
 
-        A sum of Kronecker matrices becomes one Kronecker matrix, and a sum of
-        eigenvalue-corrected matrices one with the eigenvectors of the last.  Every other
-        matrix is itself.
+        A sum of Kronecker matrices becomes one Kronecker matrix
+        (:func:`~ewc.matrices.nearest_kronecker`).  A sum of eigenvalue-corrected matrices becomes
+        one with the eigenvectors of the last term.  Every other matrix stays as it is.
         """
         return self
 
     def resolvent(self, v: Mapping[str, Tensor], steps: Mapping[str, Tensor | float]) -> Parameters:
         r"""The solution of :math:`(I + H F) u = v`, with the step size of every entry in ``H``.
 
-        A diagonal matrix takes every entry's own step size.  Other matrices have no closed form
-        unless :math:`H` is a number: each block takes one, the mean of its step sizes weighted
-        with the squared gradients that they belong to.
+        A diagonal matrix uses one step size per entry.  Other matrices have a closed form only
+        where :math:`H` is a number.  Each of their blocks uses the mean of its step sizes,
+        weighted with the squared gradients.
 
         Args:
             v: the vector.
@@ -375,36 +379,36 @@ class FisherMatrix(ABC):
         v: Mapping[str, Tensor],
         product: "Callable[[FisherMatrix, Parameters], Parameters]",
     ) -> Parameters:
-        """The product :math:`F v`, with ``product`` taken for every block and term of a sum."""
+        """The product :math:`F v`, by ``product`` for every block and every term of a sum."""
         return product(self, dict(v))
 
     def input_factor(self) -> "InputFactor | None":
-        """The matrix by the eigenvectors of its second Kronecker factor, if it has one."""
+        """The matrix as a product with a second Kronecker factor; ``None`` without one."""
         return None
 
     # --- what all structures share ----------------------------------------------------
 
     @property
     def terms(self) -> "Sequence[FisherMatrix]":
-        """The matrices whose sum this is: those of a lazy sum, else the matrix itself."""
+        """The terms of a lazy sum; of any other matrix the matrix itself."""
         return [self]
 
     @property
     def precision(self) -> "FisherMatrix":
-        """``N F``: the information of the whole data set, a Laplace posterior's precision."""
+        """``N F``: the information of all examples, the precision of the Laplace posterior."""
         return self.scaled(float(self.num_examples))
 
     def with_num_examples(self, num_examples: int) -> Self:
         """The same mean, as the information of another number of examples.
 
-        For a matrix that was taken from a sample of a data set: its mean is the data set's
-        up to the noise of the sample, its :attr:`precision` is not.
+        Use it for a matrix from a sample of a data set.  Its mean estimates the mean over the
+        data set; its :attr:`precision` is that of the sample only.
 
         Args:
             num_examples: the size of the data set, 1 or more.
 
         Raises:
-            ValueError: it is not a whole number, 1 or more.
+            ValueError: ``num_examples`` is not a whole number, 1 or more.
         """
         check_count(num_examples, "num_examples")
         result = copy.copy(self)
@@ -440,21 +444,21 @@ class FisherMatrix(ABC):
         )
 
     def attached(self, model: nn.Module) -> "FisherMatrix":
-        """The matrix with the network that a matrix-free one needs to take products."""
+        """The matrix with the network that a matrix-free one needs for its products."""
         return self
 
     def description(self) -> State:
-        """What :meth:`state` returns, and the name of the structure with it."""
+        """What :meth:`state` returns, with the name of the structure."""
         tensors, about = self.state()
         return tensors, {"structure": type(self).__name__, **about}
 
     @staticmethod
     def from_description(tensors: dict[str, Tensor], about: dict[str, Any]) -> "FisherMatrix":
-        """The matrix, of whatever structure, that :meth:`description` described.
+        """The matrix, of any structure, whose :meth:`description` this is.
 
         Raises:
-            ValueError: nothing is described so: there is no structure of that name, or what
-                it is made of is missing, of another type, or does not fit together.
+            ValueError: no structure has this name, or an entry is missing, has another type or
+                does not fit the others.
         """
         try:
             fisher = structure_named(about["structure"]).from_state(tensors, about)
@@ -471,33 +475,33 @@ class FisherMatrix(ABC):
             TypeError,
         ) as error:
             raise ValueError(
-                f"This describes no Fisher matrix ({type(error).__name__}: {error})."
+                f"The description is not that of a Fisher matrix ({type(error).__name__}: {error})."
             ) from error
         return fisher
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the matrix to ``path`` in the safetensors format (no pickle).
 
-        The file carries a checksum, and is written whole or not at all.
+        The file has a checksum.  It is written completely or not at all.
 
         Raises:
-            OSError: the file cannot be written; one that was there before still is.
+            OSError: the file cannot be written; an existing file is then unchanged.
         """
         write(path, *self.description())
 
     @staticmethod
     def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> "FisherMatrix":
-        """The matrix that :meth:`save` wrote, on the CPU, with its own structure.
+        """The matrix that :meth:`save` wrote, on the CPU, with the same structure.
 
         Args:
             path: the file.
-            model: a network of the kind the matrix was made of, for a matrix-free one: a
-                copy of it takes the parameters in the file.
+            model: for a matrix-free matrix, a network of the same architecture.  A copy of it
+                gets the parameters in the file.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file holds no Fisher matrix, was damaged since it was saved, or has
-                no checksum, as those of earlier versions; the network does not fit.
+            ValueError: the file holds no Fisher matrix, is damaged, or has no checksum (files of
+                earlier versions have none); or the network does not fit.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no Fisher matrix at {os.fspath(path)!r}.")
@@ -509,7 +513,7 @@ class FisherMatrix(ABC):
         return fisher if model is None else fisher.attached(model)
 
     def __repr__(self) -> str:
-        """One line with the structure, its size and its trace."""
+        """One line with the structure, the size and the trace."""
         return (
             f"{type(self).__name__}(parameters={self.num_parameters}, "
             f"tensors={len(self.shapes)}, num_examples={self.num_examples}, "
@@ -518,8 +522,8 @@ class FisherMatrix(ABC):
 
     def _checked_rows(self, v: Mapping[str, Tensor]) -> Parameters:
         """Many vectors ``[n, ...]`` in the flat order."""
-        found = {name: tensor.shape[1:] for name, tensor in v.items()}
-        check_same_shapes(found, self.shapes, "A row of the vectors")
+        row_shapes = {name: tensor.shape[1:] for name, tensor in v.items()}
+        check_same_shapes(row_shapes, self.shapes, "A row of the vectors")
         return {name: v[name] for name in self.shapes}
 
     def _damped(self, damping: float) -> Tensor:
@@ -530,17 +534,17 @@ class FisherMatrix(ABC):
 
 
 def structure_named(name: str) -> type[FisherMatrix]:
-    """The structure whose class has this name, the users' own included.
+    """The class of Fisher matrix with this name; subclasses defined by users count too.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no class has this name.
     """
     known = _subclasses(FisherMatrix)
     for structure in known:
         if structure.__name__ == name:
             return structure
     names = ", ".join(structure.__name__ for structure in known)
-    raise ValueError(f"Unknown Fisher structure {name!r}: known are {names}.")
+    raise ValueError(f"The class of a Fisher matrix must be one of {names}, got {name!r}.")
 
 
 def _subclasses(structure: Any) -> list[type[FisherMatrix]]:
@@ -549,7 +553,7 @@ def _subclasses(structure: Any) -> list[type[FisherMatrix]]:
 
 
 class SolveEachTime(DampedInverse):
-    """The inverse of a matrix that has nothing to keep from one vector to the next.
+    """The damped inverse that calls the matrix's ``solve`` for every vector.
 
     Args:
         fisher: the matrix.
@@ -561,24 +565,22 @@ class SolveEachTime(DampedInverse):
         self.damping = damping
 
     def __call__(self, v: Mapping[str, Tensor]) -> Parameters:
-        """The solution."""
         return self.fisher.solve(v, self.damping)
 
 
 DENSE_LIMIT = 4096
-"""Parameters up to which a dense matrix is made where no closed form is known."""
+"""Largest number of parameters for which a matrix without a closed form is made dense."""
 
 
 class SumFisher(FisherMatrix):
     r"""The exact sum :math:`\sum_t F_t` of matrices of any structures.
 
-    ``matvec``, ``diagonal`` and ``trace`` cost the sum of the terms' costs; ``solve`` takes
-    conjugate gradients where the matrix is large; the other verbs go through the dense
-    matrix.
+    ``matvec``, ``diagonal`` and ``trace`` cost the sum of the terms' costs.  ``solve`` uses
+    conjugate gradients where the matrix is large.  The other operations use the dense matrix.
 
     Args:
-        terms: matrices over the same parameters; a sum among them is taken apart.
-        num_examples: the examples behind the mean; those of all terms together if ``None``.
+        terms: matrices over the same parameters; a sum among them counts as its terms.
+        num_examples: the examples behind the mean; ``None`` for those of all terms together.
 
     Raises:
         ValueError: the parameters of the terms differ.
@@ -593,7 +595,6 @@ class SumFisher(FisherMatrix):
         self.num_examples = together if num_examples is None else num_examples
 
     def matvec(self, v: Mapping[str, Tensor]) -> Parameters:
-        """The sum of the products."""
         total = self.terms[0].matvec(v)
         for term in self.terms[1:]:
             product = term.matvec(v)
@@ -605,13 +606,11 @@ class SumFisher(FisherMatrix):
         return self._terms
 
     def to_dense(self) -> Tensor:
-        """The sum of the dense matrices, shape ``[p, p]``."""
         order = self.shapes
         dense = [term.embedded(order).to_dense() for term in self.terms]
         return sum(dense[1:], start=dense[0])
 
     def diagonal(self) -> Parameters:
-        """The sum of the diagonals."""
         diagonals = [term.diagonal() for term in self.terms]
         return {
             name: sum((d[name] for d in diagonals[1:]), start=diagonals[0][name])
@@ -619,25 +618,21 @@ class SumFisher(FisherMatrix):
         }
 
     def scaled(self, factor: float) -> "SumFisher":
-        """Every term times ``factor``."""
         return SumFisher([term.scaled(factor) for term in self.terms], self.num_examples)
 
     def embedded(self, shapes: Shapes) -> "SumFisher":
-        """Every term over more parameters."""
         return SumFisher([term.embedded(shapes) for term in self.terms], self.num_examples)
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "SumFisher":
-        """The terms, each with ``function`` applied: matrix-free ones keep their network."""
+        # Term by term: matrix-free ones keep their network.
         return SumFisher([term.mapped(function) for term in self.terms], self.num_examples)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point type of the first term."""
         return self.terms[0].dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the first term is."""
         return self.terms[0].device
 
     @property
@@ -656,19 +651,17 @@ class SumFisher(FisherMatrix):
         return {n: sum((p[n] for p in products[1:]), start=products[0][n]) for n in self.shapes}
 
     def check_entries(self) -> None:
-        """Check the entries of every term."""
         for term in self.terms:
             term.check_entries()
 
     def attached(self, model: nn.Module) -> "SumFisher":
-        """The terms with the network that matrix-free ones among them need."""
         return SumFisher([term.attached(model) for term in self.terms], self.num_examples)
 
     def solve(self, v: Mapping[str, Tensor], damping: float) -> Parameters:
         r"""The solution of :math:`(\sum_t F_t + \delta I) u = v`.
 
-        By the dense matrix up to :data:`DENSE_LIMIT` parameters, above by conjugate
-        gradients to single precision's or double precision's rounding.
+        By the dense matrix up to :data:`DENSE_LIMIT` parameters.  Above by conjugate gradients,
+        up to the rounding of single or double precision.
 
         Raises:
             ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
@@ -681,21 +674,19 @@ class SumFisher(FisherMatrix):
         return conjugate_gradients(self.matvec, self.diagonal(), v, damping)
 
     def state(self) -> State:
-        """The tensors of all terms, numbered; a description a term."""
         tensors, about = combined_states(self.terms)
         return tensors, {"terms": about, "num_examples": self.num_examples}
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
-        """The sum of the terms described."""
         return cls(split_states(tensors, about["terms"]), about["num_examples"])
 
 
 def _mean_step(sizes: Sequence[Tensor | float]) -> float:
-    """One step size for several parameters, as far as the gradient moves them together.
+    """The mean of step sizes, weighted with the squared gradients.
 
-    Adam's entries are proportional to the inverse root mean square of the gradient, so the mean
-    over squared gradients is the mean of roots over the mean of squares.
+    Adam's step sizes are proportional to the inverse root mean square :math:`r` of the gradient.
+    The mean weighted with :math:`r^2` is then the sum of :math:`r` over the sum of :math:`r^2`.
     """
     tensors = [size for size in sizes if isinstance(size, Tensor)]
     if not tensors:
@@ -715,7 +706,7 @@ def combined_states(matrices: Sequence[FisherMatrix]) -> tuple[dict[str, Tensor]
 
 
 def split_states(tensors: Mapping[str, Tensor], about: Sequence[Any]) -> list[FisherMatrix]:
-    """The matrices that :func:`combined_states` described."""
+    """The inverse of :func:`combined_states`."""
     matrices = []
     for index, description in enumerate(about):
         prefix = f"{index}/"

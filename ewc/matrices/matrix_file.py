@@ -1,7 +1,7 @@
 """Files of Fisher matrices: safetensors, with a checksum over every byte.
 
-The metadata of a file hold a description under ``"ewc"`` and, under ``"sha256"``, the SHA-256
-of the whole file in which zeros stand for the checksum itself.
+The metadata of a file hold a description under ``"ewc"`` and a checksum under ``"sha256"``.  The
+checksum is the SHA-256 of the whole file with zeros in the place of the checksum.
 """
 
 import hashlib
@@ -17,21 +17,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 ZEROS = "0" * hashlib.sha256().digest_size * 2
-"""What stands for the checksum while it is taken."""
+"""What is in the place of the checksum while it is computed."""
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: Any) -> None:
-    """Write a file: whole, or not at all.
+    """Write a file completely or not at all.
 
-    It is written beside its place, brought to the disk, and put there in one step.
+    A temporary file in the same folder is written, synced to the disk and renamed.
 
     Args:
-        path: the file, which is replaced if there is one.
-        tensors: by name.
-        about: what JSON can hold.
+        path: the file; an existing one is replaced.
+        tensors: the tensors by name.
+        about: a description that JSON can hold.
 
     Raises:
-        OSError: the file cannot be written; what was there before still is.
+        OSError: the file cannot be written; an existing file is then unchanged.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
@@ -41,7 +41,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: An
             mode = os.fstat(file.fileno()).st_mode
         metadata = {"ewc": json.dumps(about), "sha256": ZEROS}
         save_file(copies, os.fspath(temporary), metadata=metadata)
-        temporary.chmod(mode)  # safetensors makes a file that nobody else may read
+        temporary.chmod(mode)  # safetensors makes a file that only its owner can read
         with temporary.open("r+b") as file:
             place = _place_of(ZEROS, _header(file))
             checksum = _checksum(file, place)
@@ -58,10 +58,10 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: An
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Any]:
-    """What :func:`write` wrote, on the CPU.
+    """The tensors and the description that :func:`write` wrote, on the CPU.
 
     Raises:
-        ValueError: it wrote no such file, or the file was damaged since.
+        ValueError: :func:`write` did not write this file, or it is damaged.
         OSError: the file cannot be read.
     """
     name = repr(os.fspath(path))
@@ -78,28 +78,28 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Any]:
             raise ValueError(foreign) from error
         if "sha256" not in metadata:
             raise ValueError(
-                f"{name} carries no checksum: it was written by an earlier version of this "
-                "library, or is damaged; the matrix must be computed and saved again."
+                f"{name} has no checksum: it is of an earlier version of this library, or damaged. "
+                "Compute and save the matrix again."
             )
         try:
             whole = _checksum(file, _place_of(metadata["sha256"], header)) == metadata["sha256"]
         except (TypeError, ValueError):
             whole = False
     if not whole:
-        raise ValueError(f"{name} is damaged: its contents do not fit its checksum.")
+        raise ValueError(f"{name} is damaged: its contents do not match its checksum.")
     try:
         with safe_open(os.fspath(path), framework="pt") as content:
-            # Copies: the tensors would else change with the file.
+            # Copies: otherwise the tensors would change with the file.
             return {key: content.get_tensor(key).clone() for key in content.keys()}, about  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(foreign) from error
 
 
 def _header(file: BinaryIO) -> bytes:
-    """The header of a safetensors file, which its first eight bytes give the length of.
+    """The header of a safetensors file, whose length is in the first eight bytes.
 
     Raises:
-        ValueError: the file is shorter.
+        ValueError: the file is shorter than its header.
     """
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
@@ -113,17 +113,17 @@ def _place_of(checksum: str, header: bytes) -> int:
     """Where a checksum begins in the header.
 
     Raises:
-        ValueError: it is of another length, or not there.
+        ValueError: the checksum has another length, or is not in the header.
     """
     if len(checksum) != len(ZEROS):
-        raise ValueError(f"{checksum!r} is no checksum.")
-    # Quotes inside of names and descriptions are escaped: this is nowhere else.
+        raise ValueError(f"A checksum must have {len(ZEROS)} characters, got {checksum!r}.")
+    # Quotes inside names and descriptions are escaped, so this text occurs once.
     key = b'"sha256":"'
     return header.index(key + checksum.encode() + b'"') + len(key)
 
 
 def _checksum(file: BinaryIO, place: int) -> str:
-    """The checksum of a file whose own one, at this place of the header, counts as zeros."""
+    """The checksum of a file, with zeros in the place of the one that its header holds."""
     file.seek(0)
     digest = hashlib.sha256(file.read(8 + place))
     digest.update(ZEROS.encode())
@@ -134,11 +134,11 @@ def _checksum(file: BinaryIO, place: int) -> str:
 
 
 def _bring_to_disk(folder: Path) -> None:
-    """Make a new name in a folder survive a loss of power, where the system can."""
+    """Sync a folder, so that a new name in it survives a loss of power."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
-        return  # not on every system can a folder be opened
+        return  # some systems cannot open a folder
     try:
         os.fsync(descriptor)
     finally:

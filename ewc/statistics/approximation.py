@@ -31,8 +31,11 @@ def error_by_layer(approximation: FisherMatrix, exact: FisherMatrix) -> dict[str
         ValueError: the matrices are over different parameters.
     """
     check_same_shapes(approximation.shapes, exact.shapes, "The approximation")
-    blocks = layer_blocks(approximation), layer_blocks(exact)
-    return {layer: _relative(blocks[0][layer], own) for layer, own in blocks[1].items()}
+    approximations = layer_blocks(approximation)
+    return {
+        layer: _relative(approximations[layer], block)
+        for layer, block in layer_blocks(exact).items()
+    }
 
 
 def relative_error(approximation: FisherMatrix, exact: FisherMatrix) -> float:
@@ -82,14 +85,15 @@ def layer_blocks(fisher: FisherMatrix) -> dict[str, Tensor]:
         layer: dict(sorted(shapes.items())) for layer, shapes in by_layer(fisher.shapes).items()
     }
     if isinstance(fisher, BlockDiagonalFisher):
-        found = {}
+        dense_blocks = {}
         for layer, shapes in layers.items():
-            own = [block for block in fisher.blocks if block.shapes.keys() <= shapes.keys()]
-            if {name for block in own for name in block.shapes} != set(shapes):
+            inside = [block for block in fisher.blocks if block.shapes.keys() <= shapes.keys()]
+            if {name for block in inside for name in block.shapes} != set(shapes):
                 break  # a block over several layers
-            found[layer] = BlockDiagonalFisher(own, shapes, fisher.num_examples).to_dense()
+            of_layer = BlockDiagonalFisher(inside, shapes, fisher.num_examples)
+            dense_blocks[layer] = of_layer.to_dense()
         else:
-            return found
+            return dense_blocks
     dense = fisher.to_dense()
     places, start = {}, 0
     for name, shape in fisher.shapes.items():
@@ -101,9 +105,9 @@ def layer_blocks(fisher: FisherMatrix) -> dict[str, Tensor]:
     return {layer: dense[index[:, None], index] for layer, index in indices.items()}
 
 
-def _relative(found: Tensor, exact: Tensor) -> float:
-    off = float((found.to(exact) - exact).norm())
+def _relative(approximation: Tensor, exact: Tensor) -> float:
+    error = float((approximation.to(exact) - exact).norm())
     norm = float(exact.norm())
     if norm == 0:
-        return 0.0 if off == 0 else float("inf")
-    return off / norm
+        return 0.0 if error == 0 else float("inf")
+    return error / norm

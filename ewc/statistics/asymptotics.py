@@ -84,10 +84,10 @@ def confidence_intervals(
     """
     if not (is_number(level) and 0 < level < 1):
         raise ValueError(f"level must lie between 0 and 1, got {level!r}.")
-    own = {name: parameters[name] for name in errors if name in parameters}
-    check_same_shapes(shapes_of(own), shapes_of(errors), "The set of parameters")
+    estimates = {name: parameters[name] for name in errors if name in parameters}
+    check_same_shapes(shapes_of(estimates), shapes_of(errors), "The set of parameters")
     z = float(ndtri((1 + level) / 2))
-    return {n: (own[n] - z * error, own[n] + z * error) for n, error in errors.items()}
+    return {n: (estimates[n] - z * error, estimates[n] + z * error) for n, error in errors.items()}
 
 
 @dataclass(frozen=True)

@@ -52,13 +52,14 @@ def cramer_rao_bound(
     if function is not None or bias is not None:
         if parameters is None:
             raise ValueError("parameters must be given with a function or a bias, got None.")
-        own = jacobian if function is None else jacobian_of(function, parameters, fisher)
+        if function is not None:
+            jacobian = jacobian_of(function, parameters, fisher)
         shift = None if bias is None else jacobian_of(bias, parameters, fisher)
-        if shift is not None and shift.shape != own.shape:
+        if shift is not None and shift.shape != jacobian.shape:
             raise ValueError(
-                f"bias must have as many entries as function, {len(own)}, got {len(shift)}."
+                f"bias must have as many entries as function, {len(jacobian)}, got {len(shift)}."
             )
-        jacobian = own if shift is None else own + shift
+        jacobian = jacobian if shift is None else jacobian + shift
     solved = [fisher.solve(unflatten(row, fisher.shapes), damping=0.0) for row in jacobian]
     columns = torch.stack(
         [flatten({name: v[name] for name in fisher.shapes}) for v in solved], dim=1
@@ -75,6 +76,6 @@ def jacobian_of(function: Function, parameters: Parameters, fisher: FisherMatrix
     """
     check_same_shapes(shapes_of(parameters), fisher.shapes, "The set of parameters")
     here = {name: parameters[name].detach().to(fisher.dtype) for name in fisher.shapes}
-    found = torch.func.jacrev(lambda p: function(p).reshape(-1))(here)
-    rows = [found[name].reshape(found[name].shape[0], -1) for name in fisher.shapes]
+    derivatives = torch.func.jacrev(lambda p: function(p).reshape(-1))(here)
+    rows = [derivatives[n].reshape(derivatives[n].shape[0], -1) for n in fisher.shapes]
     return torch.cat(rows, dim=1)

@@ -98,17 +98,17 @@ def network_formulations(
             return lambda theta: network.losses(
                 unflatten(theta, fisher.shapes), arguments, targets
             ).sum()
-        own = network.outputs(network.parameters, arguments)
+        outputs = network.outputs(network.parameters, arguments)
         # -E[log p] is the KL from the model as it is, up to a constant.
         return lambda theta: likelihood.kl(
-            own, network.outputs(unflatten(theta, fisher.shapes), arguments)
+            outputs, network.outputs(unflatten(theta, fisher.shapes), arguments)
         ).sum()
 
     with network.evaluating():
         for arguments, targets in network.batches(batches, use_targets=estimator.uses_targets):
             for start in range(0, len(targets), EXAMPLES):
-                part = slice(start, start + EXAMPLES)
-                loss = loss_of(arguments[part], targets[part])
+                rows = slice(start, start + EXAMPLES)
+                loss = loss_of(arguments[rows], targets[rows])
                 # Backwards twice: not every operation has a right forward derivative.
                 curvature += jacrev(grad(loss), chunk_size=ROWS)(flat).detach()
     curvature /= fisher.num_examples
@@ -185,17 +185,17 @@ def divergence_profile(
     check_same_shapes(shapes_of(direction), fisher.shapes, "The direction")
     network = NetworkFunction(model, fisher.shapes, likelihood)
     here = network.parameters
-    own = {name: direction[name].to(tensor) for name, tensor in here.items()}
+    along = {name: direction[name].to(tensor) for name, tensor in here.items()}
     total, count = torch.zeros_like(lengths), 0
     with network.evaluating(), torch.no_grad():
         for arguments, targets in network.batches(data, use_targets=False):
             before = network.outputs(here, arguments).double()
             for index, step in enumerate(lengths.tolist()):
-                there = {name: tensor + step * own[name] for name, tensor in here.items()}
-                after = network.outputs(there, arguments).double()
+                moved = {name: tensor + step * along[name] for name, tensor in here.items()}
+                after = network.outputs(moved, arguments).double()
                 total[index] += likelihood.kl(before, after).sum().cpu()
             count += len(targets)
     if not count:
-        raise ValueError("The data are empty: there is no divergence to take the mean of.")
-    form = float(fisher.quadratic_form({name: v.to(fisher.dtype) for name, v in own.items()}))
+        raise ValueError("data must hold at least one example, got none.")
+    form = float(fisher.quadratic_form({name: v.to(fisher.dtype) for name, v in along.items()}))
     return DivergenceProfile(lengths, total / count, 0.5 * lengths.square() * form)

@@ -79,19 +79,19 @@ def _(first: Bernoulli, second: Any) -> Any:
         along = (sum_ - top).exp() + (-sum_ - top).exp()
         return 2 * torch.atan2(across, along)
     p, q = first.probs, second.probs
-    both, cross = (p * q).sqrt() + ((1 - p) * (1 - q)).sqrt(), (p * (1 - q)).sqrt()
+    cosines, cross = (p * q).sqrt() + ((1 - p) * (1 - q)).sqrt(), (p * (1 - q)).sqrt()
     sines = _quotient((p - q).abs(), cross + (q * (1 - p)).sqrt())
-    return 2 * torch.atan2(sines, both)
+    return 2 * torch.atan2(sines, cosines)
 
 
 @fisher_rao_distance.register
 def _(first: Categorical, second: Any) -> Any:
     _check_family(first, second)
     p, q = first.probs, second.probs
-    one, two = p.sqrt(), q.sqrt()
+    root_p, root_q = p.sqrt(), q.sqrt()
     # The angle of two unit vectors, without the loss of digits of an arccosine near 1.
-    apart = _quotient(p - q, one + two)
-    return 4 * torch.atan2(apart.norm(dim=-1), (one + two).norm(dim=-1))
+    apart = _quotient(p - q, root_p + root_q)
+    return 4 * torch.atan2(apart.norm(dim=-1), (root_p + root_q).norm(dim=-1))
 
 
 @fisher_rao_distance.register
@@ -132,18 +132,20 @@ def _(first: MultivariateNormal, second: Any) -> Any:
             "Means and covariances both differ: multivariate normals then have no closed form of "
             "their distance, so take geodesic_distance."
         )
-    # Logarithms of the relative eigenvalues, twice those of singular values, which are known to the
-    # rounding of the largest: of either quotient those that are nearer to it.
-    one = torch.linalg.svdvals(torch.linalg.solve_triangular(root, other, upper=False))
-    two = torch.linalg.svdvals(torch.linalg.solve_triangular(other, root, upper=False)).flip(-1)
-    errors = one[..., :1] / one, two[..., -1:] / two
-    rounding = torch.finfo(one.dtype).eps * torch.minimum(*errors)
-    logs = 2 * torch.where(errors[0] < errors[1], one.log(), -two.log())
+    # The logarithms of the relative eigenvalues are twice those of singular values.  These have the
+    # absolute rounding of the largest, so each is taken from the quotient with the smaller error.
+    deviations = torch.linalg.svdvals(torch.linalg.solve_triangular(root, other, upper=False))
+    inverses = torch.linalg.svdvals(torch.linalg.solve_triangular(other, root, upper=False)).flip(
+        -1
+    )
+    errors = deviations[..., :1] / deviations, inverses[..., -1:] / inverses
+    rounding = torch.finfo(deviations.dtype).eps * torch.minimum(*errors)
+    logs = 2 * torch.where(errors[0] < errors[1], deviations.log(), -inverses.log())
     distance = (logs.square().sum(-1) / 2).sqrt()
     if bool((rounding.amax(-1) > ROUNDING * distance.clamp_min(1)).any()):
         raise ArithmeticError(
-            f"The relative deviations range from {float(1 / two.max()):.2g} to "
-            f"{float(one.max()):.2g}, which leaves too few digits of those between."
+            f"The relative deviations range from {float(1 / inverses.max()):.2g} to "
+            f"{float(deviations.max()):.2g}, which leaves too few digits of those between."
         )
     return distance
 
@@ -176,10 +178,10 @@ def path_length(
     """
     check_count(len(path), "The number of points", least=2)
     length = 0.0
-    for here, there in pairwise(path):
-        check_same_shapes(shapes_of(there), shapes_of(here), "A point of the path")
-        middle = {name: (tensor + there[name]) / 2 for name, tensor in here.items()}
+    for start, end in pairwise(path):
+        check_same_shapes(shapes_of(end), shapes_of(start), "A point of the path")
+        middle = {name: (tensor + end[name]) / 2 for name, tensor in start.items()}
         fisher = fisher_at(middle)
-        step = {name: there[name] - here[name] for name in fisher.shapes}
+        step = {name: end[name] - start[name] for name in fisher.shapes}
         length += math.sqrt(max(float(fisher.quadratic_form(step)), 0.0))
     return length

@@ -12,9 +12,9 @@ and for linear models the Hessian itself.  Everything else follows by the chain 
 have any structure: :class:`~ewc.fisher.ImplicitFisher` solves by conjugate gradients without a
 matrix, :class:`~ewc.KroneckerFisher` in its eigenbasis.
 
-The refit keeps ``1 / N`` before the sum of the others, so the decay weighs :math:`N \delta`
-against that sum with the example and without it.  The first step of Newton's method also takes
-the example out of the curvature:
+The refit keeps ``1 / N`` before the sum over the remaining examples, so the decay weighs
+:math:`N \delta` against that sum with the example and without it.  The first step of Newton's
+method also takes the example out of the curvature:
 
 .. math:: \theta_{-i} - \theta \approx
           \tfrac1N (F + \delta I - \tfrac1N U_i U_i^\top)^{-1} \nabla \ell_i
@@ -34,7 +34,7 @@ from torch.func import grad, jvp
 from ewc.likelihoods import Categorical, Likelihood
 from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import Parameters, flatten, unflatten
-from ewc.statistics.leverage import Own, each
+from ewc.statistics.leverage import ExampleVectors, example_vectors
 from ewc.statistics.network import NetworkFunction
 from ewc.wrappers import named_parameters
 
@@ -64,13 +64,13 @@ def loss_gradient(
     count = 0
     with network.evaluating():
         for arguments, targets in network.batches(data):
-            found = grad(lambda p, a=arguments, y=targets: network.losses(p, a, y).sum())(
+            summed = grad(lambda p, a=arguments, y=targets: network.losses(p, a, y).sum())(
                 network.parameters
             )
-            total = {name: total[name] + found[name] for name in total}
+            total = {name: total[name] + summed[name] for name in total}
             count += len(targets)
     if not count:
-        raise ValueError("The data are empty: a gradient needs an example.")
+        raise ValueError("data must hold at least one example, got none.")
     return {name: tensor / count for name, tensor in total.items()}
 
 
@@ -116,8 +116,9 @@ def influence(
     if leverage:
         inverse = fisher.damped_inverse(damping)
         along = flatten({name: gradient[name].to(fisher.dtype) for name in fisher.shapes})
-        found = [own.moves(inverse, fisher) @ along for own in each(network, train, fisher)]
-        return torch.cat(found) / fisher.num_examples
+        chunks = example_vectors(network, train, fisher)
+        changes = [chunk.moves(inverse, fisher) @ along for chunk in chunks]
+        return torch.cat(changes) / fisher.num_examples
     direction = fisher.solve(gradient, damping)
     direction = {name: direction[name].to(t) for name, t in network.parameters.items()}
     changes = []
@@ -168,16 +169,16 @@ def self_influence(
     rises = []
     if leverage:
         inverse = fisher.damped_inverse(damping)
-        for example in each(network, train, fisher):
-            rises.append((example.gradients * example.moves(inverse, fisher)).sum(1).double())
+        for chunk in example_vectors(network, train, fisher):
+            rises.append((chunk.gradients * chunk.moves(inverse, fisher)).sum(1).double())
         return torch.cat(rises) / fisher.num_examples
     with network.evaluating():
         for arguments, targets in network.batches(train):
             for start in range(0, len(targets), CHUNK):
-                part = slice(start, start + CHUNK)
-                gradients = network.gradients(arguments[part], targets[part])
-                own = {name: g.to(fisher.dtype) for name, g in gradients.items()}
-                rises.append(fisher.inverse_quadratic_forms(own, damping).double())
+                rows = slice(start, start + CHUNK)
+                gradients = network.gradients(arguments[rows], targets[rows])
+                vectors = {name: g.to(fisher.dtype) for name, g in gradients.items()}
+                rises.append(fisher.inverse_quadratic_forms(vectors, damping).double())
     return torch.cat(rises) / fisher.num_examples
 
 
@@ -210,19 +211,19 @@ def parameters_without(
             curvature than the examples.
     """
     batches = list(examples)
-    own = dict(named_parameters(model))
+    parameters = dict(named_parameters(model))
     if leverage:
         network = NetworkFunction(model, fisher.shapes, likelihood)
-        parts = list(each(network, batches, fisher))
-        if not parts:
+        chunks = list(example_vectors(network, batches, fisher))
+        if not chunks:
             raise ValueError("There are no examples to leave out.")
         # As one example: the sum of the losses, and all the vectors.
-        gradient = torch.cat([part.gradients for part in parts]).sum(0, keepdim=True)
-        vectors = torch.cat([part.vectors.flatten(0, 1) for part in parts])[None]
-        (move,) = Own(gradient, vectors).moves(fisher.damped_inverse(damping), fisher)
+        gradient = torch.cat([chunk.gradients for chunk in chunks]).sum(0, keepdim=True)
+        vectors = torch.cat([chunk.vectors.flatten(0, 1) for chunk in chunks])[None]
+        (move,) = ExampleVectors(gradient, vectors).moves(fisher.damped_inverse(damping), fisher)
         moved = unflatten(move / fisher.num_examples, fisher.shapes)
-        return {n: own[n].detach() + t.to(own[n]) for n, t in moved.items()}
+        return {n: parameters[n].detach() + t.to(parameters[n]) for n, t in moved.items()}
     mean = loss_gradient(model, batches, fisher, likelihood)
     share = sum(len(batch[1]) for batch in batches) / fisher.num_examples
     moved = fisher.solve({n: t.to(fisher.dtype) for n, t in mean.items()}, damping)
-    return {n: own[n].detach() + share * t.to(own[n]) for n, t in moved.items()}
+    return {n: parameters[n].detach() + share * t.to(parameters[n]) for n, t in moved.items()}

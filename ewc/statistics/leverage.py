@@ -27,7 +27,7 @@ from ewc.statistics.network import NetworkFunction
 
 
 @dataclass(frozen=True)
-class Own:
+class ExampleVectors:
     """The gradients and score vectors of some examples, as flat vectors.
 
     Attributes:
@@ -63,7 +63,9 @@ class Own:
         return first + (torch.cholesky_solve(along, factor).mT @ solved)[:, 0]
 
 
-def each(network: NetworkFunction, data: Iterable[Any], fisher: FisherMatrix) -> Iterator[Own]:
+def example_vectors(
+    network: NetworkFunction, data: Iterable[Any], fisher: FisherMatrix
+) -> Iterator[ExampleVectors]:
     """The gradients and vectors of all examples, as many at a time as fit into memory."""
     likelihood = network.likelihood
     vectorises: dict[tuple[str, ...], bool] = {}
@@ -81,9 +83,9 @@ def each(network: NetworkFunction, data: Iterable[Any], fisher: FisherMatrix) ->
                 vectorises=vectorises,
             )
             # Twice: their solutions take as much as the vectors.
-            for part in slices(len(targets), 2 * pullback.bytes_per_example(), pullback.memory):
-                rows = _flat(pullback.per_example(part), fisher)
-                yield Own(rows[:, 0], rows[:, 1:])
+            for chunk in slices(len(targets), 2 * pullback.bytes_per_example(), pullback.memory):
+                rows = _flat(pullback.per_example(chunk), fisher)
+                yield ExampleVectors(rows[:, 0], rows[:, 1:])
 
 
 def _flat(vectors: Parameters, fisher: FisherMatrix) -> Tensor:

@@ -27,8 +27,8 @@ class NetworkFunction:
     def __init__(self, model: nn.Module, names: Iterable[str], likelihood: Likelihood) -> None:
         self.model = bare(model)
         self.likelihood = likelihood
-        own = dict(named_parameters(model))
-        self.parameters = {name: own[name].detach() for name in names}
+        parameters = dict(named_parameters(model))
+        self.parameters = {name: parameters[name].detach() for name in names}
         self.caller = Caller(self.model, next(iter(self.parameters.values())).device)
 
     @contextmanager
@@ -64,9 +64,9 @@ class NetworkFunction:
     def outputs(self, parameters: Parameters, arguments: Arguments) -> Tensor:
         """The outputs ``[n, c]``."""
         # A copy: a network may write into its input.
-        own = arguments.map(torch.clone)
-        found: Tensor = functional_call(self.model, parameters, own.positional, own.named)
-        return found
+        copies = arguments.map(torch.clone)
+        outputs: Tensor = functional_call(self.model, parameters, copies.positional, copies.named)
+        return outputs
 
     def losses(self, parameters: Parameters, arguments: Arguments, targets: Tensor) -> Tensor:
         """The negative log-likelihoods ``[n]``."""
@@ -75,11 +75,11 @@ class NetworkFunction:
     def gradients(self, arguments: Arguments, targets: Tensor) -> Parameters:
         """The gradient of every single loss, ``[n, ...]`` by name."""
 
-        def one(parameters: Parameters, target: Tensor, *tensors: Tensor) -> Tensor:
+        def example_loss(parameters: Parameters, target: Tensor, *tensors: Tensor) -> Tensor:
             alone = arguments.with_tensors([tensor[None] for tensor in tensors])
             return self.losses(parameters, alone, target[None])[0]
 
         tensors = arguments.tensors()
         dimensions = (None, 0, *[0] * len(tensors))
-        each: Callable[..., Parameters] = vmap(grad(one), in_dims=dimensions)
+        each: Callable[..., Parameters] = vmap(grad(example_loss), in_dims=dimensions)
         return each(self.parameters, targets, *tensors)

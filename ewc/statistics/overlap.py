@@ -34,12 +34,12 @@ def fisher_overlap(first: FisherMatrix, second: FisherMatrix) -> float:
     """
     check_same_shapes(second.shapes, first.shapes, "The second matrix")
     if isinstance(first, DiagonalFisher) and isinstance(second, DiagonalFisher):
-        one, two = (flatten(m.diagonal()).double() for m in (first, second))
-        return _normalised((one * two).sqrt().sum(), one.sum(), two.sum())
-    one, two = (m.to_dense().double() for m in (first, second))
+        p, q = (flatten(m.diagonal()).double() for m in (first, second))
+        return _normalised((p * q).sqrt().sum(), p.sum(), q.sum())
+    a, b = (m.to_dense().double() for m in (first, second))
     # tr (A B)^(1/2) is the sum of the singular values of A^(1/2) B^(1/2).
-    values = torch.linalg.svdvals(symmetric_root(one) @ symmetric_root(two))
-    return _normalised(values.sum(), one.trace(), two.trace())
+    values = torch.linalg.svdvals(symmetric_root(a) @ symmetric_root(b))
+    return _normalised(values.sum(), a.trace(), b.trace())
 
 
 def fisher_overlap_by_layer(first: FisherMatrix, second: FisherMatrix) -> dict[str, float]:
@@ -57,15 +57,15 @@ def fisher_overlap_by_layer(first: FisherMatrix, second: FisherMatrix) -> dict[s
     """
     check_same_shapes(second.shapes, first.shapes, "The second matrix")
     diagonals = first.diagonal(), second.diagonal()
-    found: dict[str, float] = {}
+    overlaps: dict[str, float] = {}
     for layer, shapes in by_layer(first.shapes).items():
-        parts = [_part(diagonal, list(shapes)) for diagonal in diagonals]
-        if all(float(part.trace()) > 0 for part in parts):
-            found[layer] = fisher_overlap(*parts)
-    return found
+        blocks = [_block(diagonal, list(shapes)) for diagonal in diagonals]
+        if all(float(block.trace()) > 0 for block in blocks):
+            overlaps[layer] = fisher_overlap(*blocks)
+    return overlaps
 
 
-def _part(diagonal: Parameters, names: list[str]) -> DiagonalFisher:
+def _block(diagonal: Parameters, names: list[str]) -> DiagonalFisher:
     return DiagonalFisher({name: diagonal[name] for name in names}, num_examples=1)
 
 

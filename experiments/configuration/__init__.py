@@ -1,1 +1,1 @@
-"""From a command line to a configuration that has been checked, and to the objects it names."""
+"""The command line, checked configurations, and the objects that they name."""

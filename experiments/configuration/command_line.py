@@ -1,4 +1,4 @@
-"""What the command lines share: where the configurations are, and how a wrong option ends."""
+"""What the command lines share: the folder of configurations, and messages for wrong options."""
 
 import contextlib
 import os
@@ -30,10 +30,10 @@ MOST_JOBS = 64
 
 
 class CheckedLoader(ConfigLoaderImpl):
-    """Hydra's loader, which refuses what configuration files may not ask of Hydra.
+    """Hydra's loader with a check of what configuration files may ask of Hydra.
 
-    All configurations pass through it, of runs, of sweeps and of every job in a sweep,
-    before Hydra builds or calls anything they name.
+    All configurations of runs, sweeps and jobs go through it before Hydra builds or calls what
+    they name.
 
     Raises:
         ConfigurationError: files set ``trusted``, or have Hydra run code.
@@ -69,7 +69,7 @@ class CheckedLoader(ConfigLoaderImpl):
 
 @contextmanager
 def _checked_loader() -> Iterator[None]:
-    """Give Hydra the checked loader; it has no public way to be given one."""
+    """Replace Hydra's loader by the checked one; Hydra has no public way to do so."""
     module: Any = hydra._internal.hydra
     loader = module.ConfigLoaderImpl
     module.ConfigLoaderImpl = CheckedLoader
@@ -80,7 +80,7 @@ def _checked_loader() -> Iterator[None]:
 
 
 def _trusted(arguments: list[str]) -> list[str]:
-    """What the command line says of ``trusted``."""
+    """The value of ``trusted`` on the command line."""
     options = [a for a in arguments if a.lstrip("+").startswith("trusted=")]
     parsed = OverridesParser.create().parse_overrides(options)
     values = [override.value() for override in parsed]
@@ -88,17 +88,17 @@ def _trusted(arguments: list[str]) -> list[str]:
 
 
 def ended_briefly(command: Callable[[], Any], config_name: str) -> None:
-    """Run a command line; a wrong option ends in one short message, not in a traceback.
+    """Run a command line; a wrong option gives a short message, not a traceback.
 
     Args:
-        command: what ``hydra.main`` decorated.
-        config_name: the main configuration, for what is allowed beside an unknown option.
+        command: the function that ``hydra.main`` decorates.
+        config_name: the main configuration, for the options that are allowed.
     """
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         with _checked_loader():
             command()
         return
-    # Hydra then raises instead of printing a traceback itself.
+    # With this variable Hydra raises instead of printing a traceback.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         with _checked_loader():
@@ -124,9 +124,9 @@ def ended_briefly(command: Callable[[], Any], config_name: str) -> None:
 
 
 def remove_traces(directory: Path) -> None:
-    """Take away what Hydra wrote for this run, and folders that are then empty.
+    """Remove what Hydra wrote for this run, and folders that are then empty.
 
-    Nothing else: the directory may be the user's own, or hold an earlier run.
+    Everything else stays: the directory may be the user's, or hold an earlier run.
     """
     for name in ("config", "hydra", "overrides"):
         (directory / ".hydra" / f"{name}.yaml").unlink(missing_ok=True)
@@ -139,7 +139,7 @@ def remove_traces(directory: Path) -> None:
 
 
 def remove_empty(directory: Path) -> None:
-    """Take away the folder made for this run, and those it is in, while they are empty."""
+    """Remove the folder of this run, and the folders above it, while they are empty."""
     for folder in (directory, *list(directory.parents)[:2]):
         try:
             folder.rmdir()
@@ -148,7 +148,7 @@ def remove_empty(directory: Path) -> None:
 
 
 def sentence(error: Exception) -> str:
-    """What an error says first, on one line; of the system's which file it is about."""
+    """The first line of an error's message; for an error of the system with the file's name."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -172,7 +172,7 @@ def short_message(error: Exception, config_name: str) -> str:
 
 
 def _no_group(config_name: str) -> str:
-    """For a group of which the command line chooses nothing that it has."""
+    """The message for a group whose choice on the command line does not exist."""
     for override in sys.argv[1:]:
         group, _, value = override.partition("=")
         names = sorted(path.stem for path in (Path(CONFIGS) / group).glob("*.yaml"))
@@ -236,7 +236,7 @@ def _names(node: Any, parent: str, config_name: str) -> list[str]:
 
 
 def _empty_groups(config_name: str) -> list[str]:
-    """The groups of which the main configuration chooses none: the user may."""
+    """The groups without a choice in the main configuration."""
     config = OmegaConf.load(Path(CONFIGS) / f"{config_name}.yaml")
     defaults = OmegaConf.select(config, "defaults") or []
     entries = [entry for entry in defaults if isinstance(entry, DictConfig)]

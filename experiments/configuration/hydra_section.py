@@ -1,7 +1,7 @@
-"""What a configuration may ask of Hydra itself: callbacks, launcher, sweeper and logging.
+"""Checks of a configuration's ``hydra`` section: callbacks, launcher, sweeper and logging.
 
-Hydra builds these before a run begins, and its logging calls and imports what it is given.
-Only known classes are built, and logging writes to the console and to the job's own file.
+Hydra builds these before a run starts, and its logging imports and calls what it is given.  Only
+known classes may be built, and logging may write to the console and to the job's file only.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ PLACES: dict[str, tuple[type, tuple[str, ...]]] = {
     "launcher": (Launcher, ("hydra._internal.core_plugins", "hydra_plugins.hydra_joblib_launcher")),
     "sweeper": (Sweeper, ("hydra._internal.core_plugins",)),
 }
-"""Where Hydra builds objects: the class that is wanted, and where it may lie."""
+"""The places where Hydra builds objects: the base class, and the modules of its subclasses."""
 
 HANDLERS = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler")
 
@@ -30,15 +30,15 @@ FILES = (
 )
 
 REFERENCES = ("ext://sys.stdout", "ext://sys.stderr", *FILES)
-"""What a logging configuration may refer to: the console, and Hydra's own files."""
+"""What a logging configuration may refer to: the console, and Hydra's files."""
 
 
 def check_hydra_section(section: DictConfig, trusted: Sequence[str]) -> None:
-    """Refuse what would run code, or copy the environment into files.
+    """Reject what would run code, or copy the environment into files.
 
     Args:
-        section: the configuration's ``hydra``, composed; nothing of it is built yet.
-        trusted: modules whose classes it may name as well.
+        section: the composed ``hydra`` section, of which nothing is built yet.
+        trusted: modules whose classes it may name too.
 
     Raises:
         ConfigurationError: it names another class, another logging handler, or environment
@@ -47,7 +47,7 @@ def check_hydra_section(section: DictConfig, trusted: Sequence[str]) -> None:
     written = OmegaConf.to_container(section, resolve=False)
     assert isinstance(written, dict)
     for place in ("job_logging", "hydra_logging"):
-        # As it is written: what an interpolation refers to may change until it is read.
+        # Unresolved: the target of an interpolation may change before it is read.
         _check_logging(written[place], f"hydra.{place}")
     for place, (wanted, modules) in PLACES.items():
         tree = _resolved(section, place)
@@ -78,7 +78,7 @@ def _resolved(section: DictConfig, place: str) -> dict[str, Any]:
 def _check_built(
     value: Any, option: str, wanted: type, modules: Sequence[str], trusted: Sequence[str]
 ) -> None:
-    """Check a node that Hydra builds; what it builds within must be of trusted modules."""
+    """Check a node that Hydra builds; nodes within it must be of trusted modules."""
     if isinstance(value, Mapping):
         if "_target_" in value:
             name, named = value["_target_"], f"{option}._target_"
@@ -93,7 +93,7 @@ def _check_built(
 
 
 def _check_logging(value: Any, option: str) -> None:
-    """Check what ``logging.config.dictConfig`` gets."""
+    """Check the argument of ``logging.config.dictConfig``."""
     if isinstance(value, Mapping):
         for key, element in value.items():
             inner = f"{option}.{key}"

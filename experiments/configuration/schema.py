@@ -1,12 +1,12 @@
 """From a composed configuration to an :class:`~experiments.experiment.Experiment`.
 
-The schema is the code itself: every node with a ``_target_`` is the call of a class, its
-keys are checked against the signature and its values against the annotations, by pydantic.
-A key that does not exist, a value of the wrong type and an argument the class refuses all
-end as one :class:`ConfigurationError` that names the option and says what is allowed.
+The code is the schema.  Every node with a ``_target_`` is the call of a class.  Its keys are
+checked against the signature, and its values against the annotations by pydantic.  An unknown key,
+a value of the wrong type or an argument that the class rejects raises a
+:class:`ConfigurationError`, which names the option and what is allowed.
 
-A ``_target_`` is taken only where the annotation wants an object, and only if it names a
-class of that kind (:mod:`experiments.configuration.targets`).
+A ``_target_`` is allowed only where the annotation is an object, and only if it names a class of
+that kind (:mod:`experiments.configuration.targets`).
 """
 
 import inspect
@@ -53,10 +53,10 @@ def build(config: Mapping[str, Any], wanted: type[Built]) -> Built:
     Args:
         config: ``{_target_: dotted.name, [_partial_: true], argument: value, ...}``; the
             modules in its ``trusted`` may be named by targets, which the command line checks.
-        wanted: the class of which it must be.
+        wanted: the class of the object.
 
     Raises:
-        ConfigurationError: a node does not fit its target, or a target not its place.
+        ConfigurationError: a node does not fit its target, or a target does not fit its place.
     """
     trusted = _checked(config.get("trusted", []), list[str], "trusted")
     built: Built = _built(config, [wanted], "", (*PACKAGES, *trusted))
@@ -105,7 +105,7 @@ def _argument(value: Any, hint: Any, option: str, modules: Sequence[str]) -> Any
 
 
 def _objects(hint: Any, modules: Sequence[str]) -> list[Any]:
-    """What a place may have built, by its annotation; empty where it takes a value.
+    """The classes of which a place may build an object; empty where it takes a value.
 
     Objects are classes of ``modules`` and ``partial`` of one; ``None`` may stand beside them.
     """
@@ -132,35 +132,34 @@ def _target_in(value: Any) -> Any:
 
 
 NO_OUTCOME = ("data_root", "threads", "trusted", "wandb")
-"""Options that do not decide what comes out: where data lie, how fast, and where it shows."""
+"""Options that do not change the results: the data's folder, the speed and the reporting."""
 
 
-def same_outcome(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def same_outcome(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     """Whether two configurations describe the same experiment.
 
-    An option that one of them does not have, because there was none when it was written, has
-    the default of what it belongs to.
+    A configuration from before an option existed has the option's default.
     """
     return _same(
-        {key: value for key, value in one.items() if key not in NO_OUTCOME},
-        {key: value for key, value in other.items() if key not in NO_OUTCOME},
+        {key: value for key, value in first.items() if key not in NO_OUTCOME},
+        {key: value for key, value in second.items() if key not in NO_OUTCOME},
     )
 
 
-def _same(one: Any, other: Any) -> bool:
-    if not (isinstance(one, Mapping) and isinstance(other, Mapping)):
-        return bool(one == other)
-    if one.get("_target_") != other.get("_target_"):
+def _same(first: Any, second: Any) -> bool:
+    if not (isinstance(first, Mapping) and isinstance(second, Mapping)):
+        return bool(first == second)
+    if first.get("_target_") != second.get("_target_"):
         return False
-    defaults, missing = _defaults(one.get("_target_")), object()
+    defaults, missing = _defaults(first.get("_target_")), object()
     return all(
-        _same(*(node.get(key, defaults.get(key, missing)) for node in (one, other)))
-        for key in one.keys() | other.keys()
+        _same(*(node.get(key, defaults.get(key, missing)) for node in (first, second)))
+        for key in first.keys() | second.keys()
     )
 
 
 def _defaults(name: object) -> dict[str, Any]:
-    """The defaults of a target's arguments; those of trusted modules are not looked at."""
+    """The defaults of a target's arguments; none for classes of trusted modules."""
     if not (isinstance(name, str) and is_within(name, PACKAGES)):
         return {}
     parameters = inspect.signature(located(name, "_target_", PACKAGES)).parameters
@@ -172,10 +171,10 @@ class _Call(NamedTuple):
 
     Attributes:
         target: the class or function.
-        is_partial: whether the code calls it later, with the rest of its arguments.
-        hints: the types of the arguments that a node may give.
-        needed: those of them without a default.
-        takes_more: whether it takes arguments of any name, and checks them itself.
+        is_partial: whether the code calls it later, with the remaining arguments.
+        hints: the types of the arguments that a node may set.
+        needed: the arguments without a default.
+        takes_more: whether the target takes arguments of any name.
     """
 
     target: Any
@@ -204,7 +203,7 @@ def _call(node: Mapping[str, Any], wanted: list[Any], path: str, modules: Sequen
     return _Call(
         target,
         is_partial,
-        # Of a call in part, what has no default is given later, by the code.
+        # The arguments of a partial without a default are set later, by the code.
         {p.name: hints.get(p.name, Any) for p in named if not (is_partial and p.name in needed)},
         needed,
         any(p.kind is p.VAR_KEYWORD for p in parameters),
@@ -212,10 +211,10 @@ def _call(node: Mapping[str, Any], wanted: list[Any], path: str, modules: Sequen
 
 
 def _checked(value: Any, hint: Any, option: str) -> Any:
-    """``value`` as the annotation wants it."""
+    """``value``, converted to the annotation's type."""
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-    except PydanticUserError:  # a type with a configuration of its own
+    except PydanticUserError:  # the type has a configuration already
         adapter = TypeAdapter(hint)
     try:
         return adapter.validate_python(value)

@@ -1,8 +1,8 @@
-"""Which classes a configuration may name: looked up by name, never before the name is allowed.
+"""The classes that a configuration may name; a name is checked before it is imported.
 
-A configuration may come from somebody else.  A ``_target_`` therefore names a class of the
-packages below, or of a module that the user trusts on the command line; the class is held
-against what its place wants before anything is called.
+A configuration may come from somebody else.  A ``_target_`` must therefore name a class of the
+packages below, or of a module that the user trusts on the command line.  The class is compared
+with the annotation of its place before anything is called.
 """
 
 import inspect
@@ -16,19 +16,19 @@ from omegaconf.resolvers import oc
 
 
 class ConfigurationError(ValueError):
-    """An option is wrong; the message is one sentence for the person who set it."""
+    """An option is wrong; the message is one sentence for the user."""
 
 
 PACKAGES = ("ewc", "experiments", "torch", "torchvision", "avalanche", "timm")
-"""The packages whose classes a configuration may name where their kind is wanted."""
+"""The packages whose classes a configuration may name."""
 
 
 VARIABLES = ("EWC_DATA", "HOME", "SCRATCH", "TMPDIR", "USER", "WANDB_MODE")
-"""The environment variables that a configuration may read: it is logged, and others are secret."""
+"""The environment variables that a configuration may read; it is logged, so others stay out."""
 
 
 def _variable(name: str, *default: Any) -> Any:
-    """What ``${oc.env:NAME,default}`` stands for."""
+    """The value of ``${oc.env:NAME,default}``."""
     if name not in VARIABLES and not name.startswith("SLURM_"):
         raise ConfigurationError(
             f"The environment variable {name!r} is not read: allowed in a configuration are "
@@ -70,7 +70,7 @@ def located(name: object, option: str, modules: Sequence[str]) -> Any:
 
 
 def checked_target(target: Any, name: object, option: str, wanted: Sequence[type]) -> None:
-    """Hold a target, not yet called, against the classes that its place wants.
+    """Check, before a target is called, that it is a class that its place allows.
 
     Args:
         target: a class.
@@ -79,12 +79,12 @@ def checked_target(target: Any, name: object, option: str, wanted: Sequence[type
         wanted: the classes of which it must make an instance.
 
     Raises:
-        ConfigurationError: it makes something else, or is another function.
+        ConfigurationError: the target is not one of these classes or a subclass.
     """
     if not (inspect.isclass(target) and issubclass(target, tuple(wanted))):
         names = " or ".join(f"{c.__module__}.{c.__qualname__}" for c in wanted)
         kind = "class" if inspect.isclass(target) else type(target).__name__
         raise ConfigurationError(
-            f"Option {option!r} is {name!r}: allowed are {names} and its subclasses, and this "
-            f"{kind} is none."
+            f"Option {option!r} is {name!r}: allowed are {names} and its subclasses, not this "
+            f"{kind}."
         )

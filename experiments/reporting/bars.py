@@ -1,4 +1,4 @@
-"""What was set out to be reached, and whether the kept results reach it."""
+"""The goals of the project, and whether the kept results reach them."""
 
 import math
 import statistics
@@ -18,16 +18,18 @@ from experiments.reporting.tables import (
 
 
 def bars_table(bars: Sequence[Mapping[str, Any]], jobs: Mapping[str, Jobs]) -> list[str]:
-    """The bars, what was measured for each, whether it is met, and below what is said of them.
+    """The table of the bars, with measured values and verdicts, and the remarks below it.
+
+    A bar's value is the mean accuracy, which must be at least the bar.  With ``decades: true`` it
+    is the decades of strength within a point of the best, at least the bar.  With ``default`` it is
+    the points by which this strength is under the best one, at most the bar.  Strengths are
+    compared on the seeds that both have.  There is no verdict if the default is the smallest or
+    largest strength.
 
     Args:
-        bars: ``name``, ``published``, ``bar``, ``recipe``, ``settings`` of the jobs that count,
-            optionally a ``remark`` each, a list of sentences; without a ``bar`` the value is
-            only shown.  The value is the mean accuracy, at least the bar; with
-            ``decades: true`` the decades of strength within a point of the best, at least the
-            bar; with ``default`` the points by which this strength is under the best one, each
-            over the seeds that both have, at most the bar, and no verdict where it is the
-            smallest or largest one.
+        bars: the bars, each with ``name``, ``published``, ``bar``, ``recipe``, the ``settings`` of
+            the jobs that count and, optionally, a ``remark``, a list of sentences.  Without a
+            ``bar`` the value is only shown.
         jobs: the results by recipe.
     """
     rows = []
@@ -53,7 +55,7 @@ def bars_table(bars: Sequence[Mapping[str, Any]], jobs: Mapping[str, Jobs]) -> l
 
 
 def measured(bar: Mapping[str, Any], jobs: Jobs) -> tuple[float | None, str]:
-    """The value that a bar is about, and how the table shows it; ``None`` without a value."""
+    """The value of a bar, ``None`` if there is none, and how the table shows it."""
     if not jobs:
         return None, "not run"
     if bar.get("decades"):
@@ -68,7 +70,7 @@ def measured(bar: Mapping[str, Any], jobs: Jobs) -> tuple[float | None, str]:
             f"{mean_and_error(best)} under the best of {len(leads)} strengths "
             f"({min(leads):g} to {max(leads):g}, {_number_of_seeds(best)})"
         )
-        # Where the default is the smallest or largest there is, the best may lie beyond.
+        # If the default is the smallest or largest strength, the best may lie beyond.
         inside = min(leads) < bar["default"] < max(leads)
         return statistics.fmean(best) if inside else None, shown
     value = statistics.fmean(100 * job["average_accuracy"] for job in jobs)
@@ -80,7 +82,7 @@ def _number_of_seeds(of: Sequence[Any]) -> str:
 
 
 def leads_over(jobs: Jobs, default: float) -> dict[float, list[float]]:
-    """By how many points every strength is over a default one, on each seed that both have."""
+    """The points of every strength over a default one, on each seed that both have."""
     by_strength: dict[float, dict[int, float]] = {}
     for job in jobs:
         by_strength.setdefault(strength_of(job), {})[job["seed"]] = 100 * job["average_accuracy"]

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and files that a run can do without."""
+"""Files that are written completely or not at all, and optional files."""
 
 import contextlib
 import logging
@@ -10,10 +10,10 @@ _log = logging.getLogger(__name__)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is there whole or not at all, also when the machine stops.
+    """Write a text file completely or not at all, also when the machine stops.
 
     Raises:
-        OSError: it cannot be written; an earlier file of that name is as it was.
+        OSError: the file cannot be written; an existing file is then unchanged.
     """
     unfinished = part_of(path)
     try:
@@ -26,7 +26,7 @@ def write_whole(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             unfinished.unlink()
         raise
-    # The file is there; some file systems cannot sync a folder.
+    # The file is complete; some file systems cannot sync a folder.
     with contextlib.suppress(OSError):
         descriptor = os.open(path.parent, os.O_RDONLY)
         try:
@@ -36,16 +36,16 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def part_of(path: Path) -> Path:
-    """Where a file is written before it takes the place of an earlier one of its name."""
+    """The path of a file while it is being written."""
     return path.with_name(f"{path.name}.part")
 
 
 @contextlib.contextmanager
 def only_warned(what: str) -> Iterator[None]:
-    """Make a warning of any error of something that a run can do without.
+    """Turn any error of an optional step into a warning.
 
     Args:
-        what: what could not be done, for the message.
+        what: the step, for the message.
     """
     try:
         yield

@@ -1,8 +1,8 @@
 """A run's folder: one process at a time and one configuration.
 
-``run.json`` says which process runs in the folder, or ran there last, and with which
-configuration.  A process holds a lock on it for as long as it runs; the operating system
-ends the lock with the process, however that ends.
+``run.json`` names the process that runs in the folder, or ran there last, and its configuration.
+A process holds a lock on the file while it runs.  The operating system releases the lock when the
+process ends, for whatever reason.
 """
 
 import contextlib
@@ -39,15 +39,15 @@ PICTURES = ("accuracy_matrix", "learning_curves")
 _RECORDS = (METRICS, NETWORK, PENALTY)
 
 _LEFT = (*_RECORDS, *(f"{name}.png" for name in PICTURES), "config.yaml", "results.json")
-"""What a run leaves in its folder, beside ``run.json``, its log and W&B's files."""
+"""The files of a run in its folder, besides ``run.json``, its log and W&B's files."""
 
 _OPTIONS = "hydra.run.dir=DIR (of a sweep hydra.sweep.dir=DIR)"
 
 
 def finished(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The results of a run with this configuration, ``None`` if it has yet to be run.
+    """The results of a run with this configuration, ``None`` if it has not been run yet.
 
-    Nothing is written.  Damaged results are named and count as none.
+    Nothing is written.  Damaged results are named in a warning and count as missing.
 
     Raises:
         ConfigurationError: another process runs in the folder, or it holds a run of another
@@ -64,7 +64,7 @@ def finished(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | Non
 
 @contextlib.contextmanager
 def owned(directory: Path, config: Mapping[str, Any]) -> Iterator[None]:
-    """Hold a run's folder, with nothing in it of an earlier run of the same configuration.
+    """Lock a run's folder, and remove the files of an earlier run of the same configuration.
 
     Raises:
         ConfigurationError: another process runs in the folder, or it holds a finished run,
@@ -93,11 +93,11 @@ def owned(directory: Path, config: Mapping[str, Any]) -> Iterator[None]:
                 path.unlink(missing_ok=True)
         yield
     finally:
-        os.close(descriptor)  # and with it ends the lock
+        os.close(descriptor)  # this releases the lock
 
 
 def _lock(descriptor: int, kind: int, directory: Path) -> None:
-    """Lock ``run.json`` without waiting; ``kind`` is ``LOCK_EX``, or ``LOCK_SH`` for a look."""
+    """Lock ``run.json`` without waiting; ``kind`` is ``LOCK_EX``, or ``LOCK_SH`` to read."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -118,7 +118,7 @@ def _lock(descriptor: int, kind: int, directory: Path) -> None:
 
 
 def _results_of_same(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The folder's results; raises if anything in it is of another configuration."""
+    """The folder's results; an error if a file in it is of another configuration."""
     results, damaged = None, None
     try:
         results = read_results(directory)
@@ -141,19 +141,19 @@ def _results_of_same(directory: Path, config: Mapping[str, Any]) -> dict[str, An
 
 
 def _configurations(directory: Path) -> list[dict[str, Any]]:
-    """The configurations that the folder names, beside its results'.
+    """The configurations in the folder, without that of its results.
 
-    Hydra's own file is of runs from before there was ``run.json``.
+    Runs of earlier versions have Hydra's file instead of ``run.json``.
     """
     configs = [_read_owner(directory).get("config")]
     for name in ("config.yaml", ".hydra/config.yaml"):
-        with contextlib.suppress(Exception):  # whatever else it is, it is no run's
+        with contextlib.suppress(Exception):  # a file that cannot be read is not that of a run
             configs.append(OmegaConf.to_container(OmegaConf.load(directory / name), resolve=True))
     return [config for config in configs if isinstance(config, dict) and config]
 
 
 def _read_owner(directory: Path) -> dict[str, Any]:
-    """What ``run.json`` says; nothing where it is not there or damaged."""
+    """The content of ``run.json``; empty if it is missing or damaged."""
     try:
         owner = json.loads((directory / OWNER).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -161,9 +161,9 @@ def _read_owner(directory: Path) -> dict[str, Any]:
     return owner if isinstance(owner, dict) else {}
 
 
-def _difference(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> str:
-    """The first option with two values, in brackets; nothing where only one has the option."""
-    for name, value in there.items():
+def _difference(other: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> str:
+    """The first option with different values, in brackets; empty if there is none."""
+    for name, value in other.items():
         if (not path and name in NO_OUTCOME) or name not in here or value == here[name]:
             continue
         option = f"{path}.{name}" if path else name

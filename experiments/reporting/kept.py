@@ -1,7 +1,7 @@
-"""What is kept of a recipe's jobs: ``results/RECIPE.jsonl``, one line a job.
+"""The kept results of a recipe's jobs: ``results/RECIPE.jsonl``, one line per job.
 
-A line holds what RESULTS.md shows of the job, and its configuration: a sweep does not run a
-job again whose configuration has a line.
+A line holds what RESULTS.md shows of the job, and its configuration.  A sweep does not run a job
+again if a line has its configuration.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from experiments.reporting.results import Finished, parsed
 _log = logging.getLogger(__name__)
 
 KEYS = (*Finished.model_fields, "diverged")
-"""What a line has of a job's results."""
+"""The entries of a job's results in its line."""
 
 
 def line_of(results: Mapping[str, Any]) -> str:
-    """The line of a job: what ``results.json`` says, without what nobody reads again.
+    """The line of a job: the entries of ``results.json`` that are read again.
 
-    Options that do not decide the outcome are left out, and the recipe's name.
+    It lacks the recipe's name and the options that do not change the results.
     """
     job = {key: results[key] for key in KEYS if key in results}
     apart = ("experiment", *NO_OUTCOME)
@@ -39,17 +39,17 @@ def line_of(results: Mapping[str, Any]) -> str:
         job["fisher_overlap"] = job["fisher_overlap"][-1:]
     if "seconds" in job:
         job["seconds"] = {"total": job["seconds"]["total"]}
-    # Within, the order stays: that of the layers means something.
+    # Only the top level is sorted, as the order of the layers has a meaning.
     return json.dumps(dict(sorted(job.items())), separators=(",", ":")) + "\n"
 
 
 def read_kept(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The jobs of a file, and what is wrong with its lines that are damaged.
+    """The jobs of a file, and messages on its damaged lines.
 
     Damaged lines are named in a warning and left out.
 
     Raises:
-        OSError: there is a file that cannot be read.
+        OSError: the file exists but cannot be read.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -72,7 +72,7 @@ def kept_job(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The job with this configuration, ``None`` if the file has none.
 
     Raises:
-        OSError: there is a file that cannot be read.
+        OSError: the file exists but cannot be read.
     """
     jobs, _ = read_kept(path)
     return next((job for job in jobs if same_outcome(job["config"], config)), None)
@@ -88,7 +88,7 @@ def keep(path: Path, results: Mapping[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
-        # Where a file system has no locks, a line is still written at once, at the end.
+        # On a file system without locks a line is still written at once, at the end.
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         if kept_job(path, results["config"]):

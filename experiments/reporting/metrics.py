@@ -1,4 +1,4 @@
-r"""What a run is judged by, from the matrix :math:`R` of accuracies.
+r"""The metrics of a run, from the matrix :math:`R` of accuracies.
 
 Row ``i`` is measured after training on task ``i``; column ``j`` is the test accuracy on
 task ``j``, from 0 to 1.

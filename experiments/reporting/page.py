@@ -1,4 +1,4 @@
-"""RESULTS.md, a page written from kept results."""
+"""RESULTS.md, written from kept results."""
 
 import argparse
 import math
@@ -52,12 +52,12 @@ def section(jobs: Jobs, recipe: Path, pictures: Path) -> str:
         "",
         *markdown(*sweep_table(jobs, report.get("published"), list(swept_by(recipe)))),
     ]
-    if not done:  # all diverged: there is nothing to draw
+    if not done:  # all jobs diverged
         return "\n".join(lines)
     for name in report.get("pictures", ["over_tasks"]):
         if name not in OF_SWEEPS:
             raise ConfigurationError(
-                f"{recipe}: {name!r} is no picture: allowed are {', '.join(OF_SWEEPS)}."
+                f"{recipe}: a picture must be one of {', '.join(OF_SWEEPS)}, got {name!r}."
             )
         figure = OF_SWEEPS[name](done, recipe.stem)
         path = pictures / f"{recipe.stem}_{name}.png"
@@ -73,7 +73,7 @@ def section(jobs: Jobs, recipe: Path, pictures: Path) -> str:
 
 
 def missing_table(recipes: Sequence[Path], jobs: Mapping[str, Jobs]) -> list[str]:
-    """The sweeps of which jobs are missing, and the values without any job; nothing of none."""
+    """The table of sweeps with missing jobs, and of values without any job; empty without any."""
     rows = []
     for recipe in recipes:
         swept, options = swept_by(recipe), [options_of(job) for job in jobs[recipe.stem]]
@@ -103,8 +103,8 @@ def main() -> None:
     for recipe in recipes:
         asked = of_recipe(read_kept(arguments.results / f"{recipe.stem}.jsonl")[0], recipe)
         jobs[recipe.stem] = as_configured(asked, recipe)
-        if others := len(asked) - len(jobs[recipe.stem]):
-            print(f"{recipe.stem}: {others} jobs left out, which ran with another configuration")
+        if count := len(asked) - len(jobs[recipe.stem]):
+            print(f"{recipe.stem}: {count} jobs left out, which ran with another configuration")
     sections = [INTRODUCTION]
     if (path := arguments.results / "bars.yaml").exists():
         bars: Any = OmegaConf.to_container(OmegaConf.load(path))

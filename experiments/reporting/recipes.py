@@ -1,4 +1,4 @@
-"""What a recipe in ``configs/experiment`` asks for: its jobs and its report."""
+"""The jobs and the report of a recipe in ``configs/experiment``."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from experiments.reporting.tables import Jobs, has_options, options_of
 
 
 def title_of(recipe: Path) -> str:
-    """The first comment of a recipe: what it runs."""
+    """The first comment of a recipe, which says what it runs."""
     lines = recipe.read_text(encoding="utf-8").splitlines()
     return next(
         line.removeprefix("# ") for line in lines if line.startswith("# ") and "@" not in line
@@ -20,21 +20,21 @@ def title_of(recipe: Path) -> str:
 
 
 def report_of(recipe: Path) -> dict[str, Any]:
-    """What a recipe says of its report: published figures and pictures."""
+    """The options of a recipe's report: published figures and pictures."""
     config: Any = OmegaConf.to_container(OmegaConf.load(recipe), resolve=False)
     report: dict[str, Any] = config.get("hydra", {}).get("callbacks", {}).get("report", {})
     return report
 
 
 def swept_by(recipe: Path) -> dict[str, list[str]]:
-    """The options that a recipe varies, and their values; none if it is a single run."""
+    """The options that a recipe varies, with their values; empty for a single run."""
     config: Any = OmegaConf.to_container(OmegaConf.load(recipe), resolve=False)
     swept = config.get("hydra", {}).get("sweeper", {}).get("params", {})
     return {name: str(values).split(",") for name, values in swept.items()}
 
 
 def of_recipe(jobs: Jobs, recipe: Path) -> Jobs:
-    """The jobs that the recipe itself asks for and no others, in its order."""
+    """The jobs that are part of the recipe, in its order."""
     swept = swept_by(recipe)
     placed = []
     for job in jobs:
@@ -49,13 +49,13 @@ def of_recipe(jobs: Jobs, recipe: Path) -> Jobs:
 
 
 def as_configured(jobs: Jobs, recipe: Path) -> Jobs:
-    """The jobs that came from the configuration as it is now, and not before a default changed."""
+    """The jobs that ran with the present configuration, not with defaults that have changed."""
     composed: dict[tuple[str, ...], dict[str, Any]] = {}
     current = []
     with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
         for job in jobs:
             options = tuple(o for o in job["overrides"] if not o.startswith("seed="))
-            if options not in composed:  # composing takes a while, and seeds differ in no more
+            if options not in composed:  # composing is slow, and seeds differ in nothing else
                 overrides = [f"experiment={recipe.stem}", *options]
                 composed[options] = plain(hydra.compose("config", overrides=overrides))
             if same_outcome(job["config"], composed[options] | {"seed": job["seed"]}):

@@ -1,4 +1,4 @@
-"""What a run leaves in ``results.json``, written whole and checked when it is read."""
+"""The results of a run in ``results.json``, written completely and checked when read."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ class DamagedResultsError(ValueError):
 
 
 class Job(BaseModel):
-    """What is known of every job that has ended."""
+    """The results of every job that has ended."""
 
     model_config = ConfigDict(strict=True)
     config: dict[str, Any]
@@ -28,13 +28,13 @@ class Job(BaseModel):
 
 
 class Diverged(Job):
-    """What is known of a job that diverged."""
+    """The results of a job that diverged."""
 
     diverged: str
 
 
 class Finished(Job):
-    """What tables and pictures need of a job that trained every task."""
+    """The results of a finished job that tables and pictures need."""
 
     average_accuracy: float
     forgetting: float
@@ -59,7 +59,7 @@ class Finished(Job):
 
 
 class Results(Finished):
-    """What ``results.json`` holds of a run that trained every task."""
+    """The content of ``results.json`` for a run that trained every task."""
 
     backward_transfer: float
 
@@ -69,10 +69,10 @@ def parsed(text: str | bytes, finished: type[Finished]) -> dict[str, Any]:
 
     Args:
         text: the text.
-        finished: what it must hold unless the job diverged.
+        finished: the model of a job that did not diverge.
 
     Raises:
-        ValueError: it is something else; the message says what, in one line.
+        ValueError: the text describes no job; the message says why, in one line.
     """
     try:
         job = json.loads(text)
@@ -89,19 +89,19 @@ def parsed(text: str | bytes, finished: type[Finished]) -> dict[str, Any]:
 
 
 def write_results(directory: Path, results: Mapping[str, Any]) -> None:
-    """Write ``results.json`` whole or not at all.
+    """Write ``results.json`` completely or not at all.
 
     Raises:
-        OSError: it cannot be written; an earlier one is as it was.
+        OSError: the file cannot be written; an existing file is then unchanged.
     """
     write_whole(directory / "results.json", json.dumps(results, indent=2) + "\n")
 
 
 def read_results(directory: Path) -> dict[str, Any] | None:
-    """What :func:`write_results` wrote into a run's folder, ``None`` if there is nothing.
+    """The results in a run's folder, ``None`` if there are none.
 
     Raises:
-        DamagedResultsError: there is something else; the message names the file.
+        DamagedResultsError: the file has other content; the message names it.
     """
     path = directory / "results.json"
     try:
@@ -113,7 +113,7 @@ def read_results(directory: Path) -> dict[str, Any] | None:
 
 
 def read_jobs(folder: Path) -> list[dict[str, Any]]:
-    """What every job of a sweep that has ended wrote, in the order of the jobs.
+    """The results of every job of a sweep that has ended, in the order of the jobs.
 
     Damaged results are named in a warning and left out.
     """
@@ -121,7 +121,7 @@ def read_jobs(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_sweep(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The results of a sweep's jobs, and what is wrong with those that are damaged."""
+    """The results of a sweep's jobs, and messages on damaged ones."""
     folders = sorted(
         (path.parent for path in folder.glob("*/results.json")), key=lambda f: (len(f.name), f)
     )

@@ -1,4 +1,4 @@
-"""What a run prints at its end: the table of accuracies."""
+"""The table of accuracies that a run prints at its end."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 NEAR_CHANCE = 10.0
-"""Points within which a class-incremental run ends where fine-tuning does."""
+"""Points over fine-tuning below which a class-incremental run prints a remark."""
 
 
 def accuracy_table(matrix: Sequence[Sequence[float]]) -> tuple[list[str], list[list[Any]]]:
-    """A row a task, in per cent: accuracy when just learnt, at the end, and the difference."""
+    """One row per task, in per cent: accuracy when just learnt, at the end, and the difference."""
     columns = ["task", "just learnt", "at the end", "change"]
     rows: list[list[Any]] = []
     for task in range(len(matrix)):
@@ -22,7 +22,7 @@ def accuracy_table(matrix: Sequence[Sequence[float]]) -> tuple[list[str], list[l
 
 
 def show_results(results: Mapping[str, Any], title: str, scenario: str, console: Console) -> None:
-    """Print the table of accuracies, and what to expect where that surprises."""
+    """Print the table of accuracies, and a remark on class-incremental runs near chance."""
     columns, rows = accuracy_table(results["accuracy_matrix"])
     table = Table(title=f"{title}: test accuracy in %")
     for column in columns:

@@ -17,19 +17,19 @@ from experiments.reporting.results import read_sweep
 from experiments.reporting.tables import markdown, sweep_table
 
 FAILURES = "failed.txt"
-"""In a sweep's folder: its jobs that failed, one a line."""
+"""The file of failed jobs in a sweep's folder, one per line."""
 
 
 class SweepReport(Callback):
-    """When a sweep has ended: ``report.md`` over its jobs, also printed.
+    """Writes and prints ``report.md`` at the end of a sweep.
 
     Args:
-        published: accuracies in per cent that were published for some rows, by the row's
-            settings as on the command line: ``strategy=ewc`` or
-            ``benchmark.scenario=task,strategy=ewc``.
-        pictures: for RESULTS.md, names of functions in :mod:`experiments.reporting.sweep_pictures`.
-        kept: the file that keeps the jobs' results; a job that it has is not run again, and
-            the report is over all of its jobs.
+        published: published accuracies in per cent of some rows, by the row's settings as on the
+            command line: ``strategy=ewc`` or ``benchmark.scenario=task,strategy=ewc``.
+        pictures: the pictures in RESULTS.md, names of functions in
+            :mod:`experiments.reporting.sweep_pictures`.
+        kept: the file of kept results.  Its jobs are not run again, and the report is over all of
+            them.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class SweepReport(Callback):
         self.kept = Path(kept) if kept else None
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Forget the failures of a sweep before into the same folder: its jobs run again."""
+        """Remove the failures of an earlier sweep in the same folder, whose jobs run again."""
         (Path(config.hydra.sweep.dir) / FAILURES).unlink(missing_ok=True)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Put together what the jobs left.
+        """Write the report, and end with an error if jobs failed.
 
         Raises:
             SystemExit: a job has failed.
@@ -63,7 +63,7 @@ class SweepReport(Callback):
 
 
 def note_failure(folder: Path, job: str, reason: str) -> None:
-    """Note in a sweep's folder that a job failed: processes of all kinds can read it there."""
+    """Note a failed job in a sweep's folder, where other processes can read it."""
     with (folder / FAILURES).open("a", encoding="utf-8") as file:
         file.write(f"{job}: {reason}\n")
 
@@ -80,12 +80,12 @@ def report_sweep(
     """Write ``report.md`` over the finished jobs of a sweep, and print it.
 
     Args:
-        folder: of the sweep.
+        folder: the folder of the sweep.
         published: see :class:`SweepReport`.
         kept: see :class:`SweepReport`.
 
     Returns:
-        The number of jobs; nothing is written over none.
+        The number of jobs; without jobs nothing is written.
     """
     jobs, damaged = read_kept(kept) if kept else read_sweep(folder)
     if not jobs:

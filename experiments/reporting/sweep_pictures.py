@@ -1,4 +1,4 @@
-"""Pictures over the jobs of a recipe, for RESULTS.md: a recipe names the ones it wants."""
+"""Pictures over the jobs of a recipe for RESULTS.md; a recipe names those that it needs."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,11 @@ from experiments.reporting.metrics import average_accuracies
 from experiments.reporting.tables import Jobs, means_by_strength, options_of
 
 SPEAKING = ("strategy", "fisher/estimator", "fisher/structure")
-"""Options whose values need no name before them in a legend."""
+"""Options whose values stand without the option's name in a legend."""
 
 
 def over_tasks(jobs: Jobs, title: str) -> Figure:
-    """Average accuracy over the tasks so far: a panel a scenario, a line for other settings."""
+    """Average accuracy over the tasks so far: one panel per scenario, one line per setting."""
     scenarios = list(dict.fromkeys(_scenario(job) for job in jobs))
     width = 8 if len(scenarios) == 1 else 4 * len(scenarios)
     figure = Figure(figsize=(width, 4.5), layout="constrained")
@@ -41,7 +41,7 @@ def over_tasks(jobs: Jobs, title: str) -> Figure:
 
 
 def over_single_tasks(jobs: Jobs, title: str) -> Figure:
-    """The accuracy on every task by itself from when it was learnt, a panel a task."""
+    """The accuracy on each task from when it was learnt, one panel per task."""
     settings = by_setting(jobs)
     size = len(jobs[0]["accuracy_matrix"])
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -60,7 +60,7 @@ def over_single_tasks(jobs: Jobs, title: str) -> Figure:
 
 
 def over_strength(jobs: Jobs, title: str) -> Figure:
-    """Average accuracy against the strength, a line for every other setting."""
+    """Average accuracy against the strength, one line per other setting."""
     figure, axes = _axes(title, "strength (1 is the Bayes value)", "average accuracy in %")
     for label, members in by_setting(jobs, but=("strategy.strength",)).items():
         means = means_by_strength(members)
@@ -70,7 +70,7 @@ def over_strength(jobs: Jobs, title: str) -> Figure:
 
 
 def overlap_by_layer(jobs: Jobs, title: str) -> Figure:
-    """The overlap of the last task's Fisher information with the first's, layer by layer."""
+    """The overlap of the last task's Fisher information with the first's, per layer."""
     figure, axes = _axes(title, "layer, from the input", "Fisher overlap of the two tasks")
     for label, members in by_setting(jobs).items():
         runs = [job["fisher_overlap"][-1] for job in members]
@@ -95,7 +95,7 @@ OF_SWEEPS = {
 
 
 def by_setting(jobs: Jobs, but: Sequence[str] = ()) -> dict[str, list[Mapping[str, Any]]]:
-    """The jobs by what was swept besides the seed, written as on the command line."""
+    """The jobs by their swept options besides the seed, written as on the command line."""
     swept: dict[str, list[Mapping[str, Any]]] = {}
     settings = [options_of(job) for job in jobs]
     for job, options in zip(jobs, settings, strict=True):
@@ -122,7 +122,7 @@ def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
 
 
 def _labelled(figure: Figure) -> Figure:
-    """One legend for all panels, under them, where it covers no line."""
+    """The figure with one legend for all panels, below them."""
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

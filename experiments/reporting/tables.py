@@ -1,4 +1,4 @@
-"""Tables over the jobs of a sweep: a row a setting, over its seeds."""
+"""Tables over the jobs of a sweep: one row per setting, over its seeds."""
 
 import math
 import statistics
@@ -20,12 +20,12 @@ def sweep_table(
     published: Mapping[str, str] | None = None,
     shown: Sequence[str] = (),
 ) -> tuple[list[str], list[list[str]]]:
-    """A row for each setting that was swept, over its seeds.
+    """One row per swept setting, over its seeds.
 
     Args:
-        jobs: what the jobs wrote; those that diverged are counted beside the accuracy.
+        jobs: the results of the jobs; diverged ones are counted beside the accuracy.
         published: see :class:`SweepReport`.
-        shown: options that have a column although all jobs have the same.
+        shown: options with a column even if all jobs have the same value.
 
     Returns:
         The names of the columns and the rows, as text.
@@ -63,12 +63,12 @@ def sweep_table(
 
 
 def finished(jobs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The jobs that have results; the others diverged."""
+    """The jobs that did not diverge."""
     return [job for job in jobs if "diverged" not in job]
 
 
 def mean_and_error(values: Sequence[float]) -> str:
-    """The mean ± its standard error, of one value without; nothing of none."""
+    """The mean ± its standard error; one value alone, and an empty text for none."""
     if not values:
         return ""
     mean = statistics.fmean(values)
@@ -91,7 +91,7 @@ def strength_of(job: Mapping[str, Any]) -> float:
 
 
 def options_of(job: Mapping[str, Any]) -> dict[str, str]:
-    """The options that a job was given on the command line, by name."""
+    """The options of a job on the command line, by name."""
     pairs = (override.lstrip("+~").partition("=") for override in job["overrides"])
     return {name: value for name, _, value in pairs}
 

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: ``metrics.jsonl`` and Weights & Biases, side by side."""
+"""The records of a run, in ``metrics.jsonl`` and in Weights & Biases."""
 
 import contextlib
 import json
@@ -19,15 +19,15 @@ from experiments.reporting.folder import METRICS
 
 @dataclass(frozen=True)
 class WandB:
-    """How a run shows in Weights & Biases.
+    """How a run appears in Weights & Biases.
 
     Attributes:
-        mode: ``offline`` keeps the run on disk, ``online`` sends it, ``disabled`` drops it.
+        mode: ``offline`` keeps the run on disk, ``online`` uploads it, ``disabled`` drops it.
         project: the project.
         entity: the user or team; ``None`` for the default one.
         name: the run's name; ``None`` for one made from benchmark, strategy and seed.
-        group: the runs it belongs with; ``None`` for the sweep's folder, if any.
-        tags: words to find it by.
+        group: the name of a group of runs; ``None`` for the sweep's folder, if any.
+        tags: tags of the run.
     """
 
     mode: Literal["offline", "online", "disabled"] = "offline"
@@ -41,12 +41,12 @@ class WandB:
 class Recorder:
     """Writes every record of a run to ``metrics.jsonl`` and to W&B (a context manager).
 
-    Once it is open, no error of either ends the run: what cannot be written is a warning, and
-    nothing more goes there.
+    Once it is open, an error of either does not end the run.  It becomes a warning, and nothing
+    more is written there.
 
     Args:
         directory: the run's directory.
-        options: how the run shows in W&B.
+        options: how the run appears in W&B.
         config: the resolved configuration, kept with the run.
         name: the run's name, where ``options`` has none.
         group: its group, where ``options`` has none.
@@ -55,7 +55,7 @@ class Recorder:
         steps: the records of training steps so far.
 
     Raises:
-        ConfigurationError: W&B cannot begin.
+        ConfigurationError: W&B cannot start.
         OSError: ``metrics.jsonl`` cannot be written.
     """
 
@@ -75,7 +75,7 @@ class Recorder:
         with contextlib.ExitStack() as stack:
             self._file = stack.enter_context(
                 (directory / METRICS).open("w", encoding="utf-8", buffering=1)
-            )  # line by line: a run that is cut short keeps its records
+            )  # line by line: an interrupted run keeps its records
             stack.enter_context(_staged_in(directory / "wandb"))
             try:
                 self.run = wandb.init(
@@ -114,7 +114,7 @@ class Recorder:
             self._closing = stack.pop_all()
 
     def __enter__(self) -> Self:
-        """Nothing more to open."""
+        """The recorder, which is open already."""
         return self
 
     def __exit__(
@@ -123,7 +123,7 @@ class Recorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close both, the W&B run as failed if there was an error."""
+        """Close both; the W&B run counts as failed after an error."""
         with only_warned("the end of the W&B run"):
             self.run.finish(exit_code=0 if error is None else 1)
         with only_warned(METRICS):
@@ -175,9 +175,9 @@ class Recorder:
 
 @contextlib.contextmanager
 def _staged_in(folder: Path) -> Iterator[None]:
-    """Let W&B put files that wait for their upload there, not under the home directory.
+    """Make W&B put files that wait for their upload into a folder, not into the home directory.
 
-    The run then has them with it on another machine, and does without a home.
+    They then move with the run's folder to another machine, and no home directory is needed.
     """
     if "WANDB_DATA_DIR" in os.environ:  # the user's choice
         yield

@@ -1,4 +1,4 @@
-"""The information of gradients that were averaged before they were squared."""
+"""The information of gradients that are averaged before they are squared."""
 
 from dataclasses import dataclass
 
@@ -20,10 +20,9 @@ class BatchMeans(Empirical):
 class BatchMeanGradients(Structure[DiagonalFisher]):
     r"""The mean over batches of the squared mean gradient, :math:`(\frac1B \sum_n v_n)^2`.
 
-    What Avalanche's ``EWCPlugin`` and many others take for the empirical Fisher; it shrinks
-    like :math:`1/B`.  To be used with :class:`~ewc.Empirical`.  A batch is one of the pass
-    over the data (``training.eval_batch_size``), or a part of one that had to be cut to fit
-    into memory.
+    Avalanche's ``EWCPlugin`` and many others use it as the empirical Fisher; it shrinks like
+    :math:`1/B`.  Use it with :class:`~ewc.Empirical`.  A batch is one of the pass over the data
+    (``training.eval_batch_size``), or a piece of one that does not fit into memory.
     """
 
     has_units = True

@@ -1,4 +1,4 @@
-"""Learning without Forgetting, by Avalanche, over our experiences."""
+"""Learning without Forgetting, by Avalanche."""
 
 import copy
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from experiments.strategies.strategy import Strategy
 
 @dataclass(frozen=True)
 class LwF(Strategy):
-    """Learning without Forgetting, by Avalanche: the old outputs on the new images are kept.
+    """Learning without Forgetting: distillation of the old outputs on the new images.
 
     Attributes:
         alpha: the weight of the distillation.
-        temperature: of its softmax.
+        temperature: the temperature of the softmax.
 
     Raises:
         ValueError: a number is not above 0.
@@ -30,24 +30,24 @@ class LwF(Strategy):
         """Check the numbers."""
         for name in ("alpha", "temperature"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0.")
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
 
     def plugins(self, fisher: Fisher) -> list[SupervisedPlugin]:
-        """Avalanche's plugin, told of the classes by our experiences."""
+        """Avalanche's plugin, with the classes from the experiences."""
         plugin = LwFPlugin(self.alpha, self.temperature)
         plugin.lwf = Distillation(self.alpha, self.temperature)
         return [plugin]
 
 
 class Distillation(LearningWithoutForgetting):
-    """Avalanche's distillation; it asks data sets for what our experiences say themselves."""
+    """Avalanche's distillation, with classes and tasks from the experience, not its data set."""
 
     def post_adapt(self, agent: Any, exp: Any) -> None:
         """Keep the network after a task, and which outputs it has learnt.
 
         Args:
             agent: the strategy.
-            exp: the experience, with its labels and, where tasks are told, its task.
+            exp: the experience, with its labels and, where it is known, its task.
         """
         self.expcount += 1
         self.prev_model = copy.deepcopy(agent.model)

@@ -1,4 +1,4 @@
-"""Elastic Weight Consolidation: a quadratic a task, one in all, and Avalanche's own."""
+"""Elastic Weight Consolidation: one quadratic per task, one in all, and Avalanche's plugin."""
 
 from dataclasses import dataclass
 
@@ -15,11 +15,11 @@ from experiments.strategies.strategy import Penalised
 
 @dataclass(frozen=True)
 class EWC(Penalised):
-    r"""One quadratic a task (Kirkpatrick et al. 2017).
+    r"""One quadratic per task (Kirkpatrick et al. 2017).
 
     Attributes:
         strength: :math:`\lambda`; 1 is the Bayes value.
-        shrinkage: the share of the information that a layer's units have alike.
+        shrinkage: the fraction of the information that is spread over a layer's units.
         update: how the penalty moves the parameters.
 
     Raises:
@@ -34,7 +34,7 @@ class EWC(Penalised):
         self.plugins(Fisher())
 
     def consolidation(self) -> Consolidation:
-        """How tasks are put together."""
+        """How the quadratics of several tasks are combined."""
         return Separate()
 
     def plugins(self, fisher: Fisher) -> list[SupervisedPlugin]:
@@ -59,7 +59,7 @@ class OnlineEWC(EWC):
         strength: :math:`\lambda`; 1 is the Bayes value.
         shrinkage: as of :class:`EWC`.
         update: as of :class:`EWC`.
-        decay: :math:`\gamma`, what is left of the old sum at each new task.
+        decay: :math:`\gamma`, the factor of the old sum at each new task.
 
     Raises:
         ValueError: a number is out of range.
@@ -68,13 +68,13 @@ class OnlineEWC(EWC):
     decay: float = 1.0
 
     def consolidation(self) -> Consolidation:
-        """How tasks are put together."""
+        """How the quadratics of several tasks are combined."""
         return Online(self.decay)
 
 
 @dataclass(frozen=True)
 class AvalancheEWC(Penalised):
-    r"""Avalanche's own plugin, for comparison: batch-mean gradients, :math:`\lambda F d^2`.
+    r"""Avalanche's plugin, for comparison: batch-mean gradients, :math:`\lambda F d^2`.
 
     Attributes:
         strength: its ``ewc_lambda``; without the half of the other strategies.
@@ -84,5 +84,5 @@ class AvalancheEWC(Penalised):
     """
 
     def plugins(self, fisher: Fisher) -> list[SupervisedPlugin]:
-        """The plugin, which does not look at how the Fisher information is to be taken."""
+        """The plugin, which does not use ``fisher``."""
         return [AvalanchePlugin(self.strength, mode="separate")]

@@ -18,7 +18,7 @@ class Fisher:
         structure: what of the matrix is kept.
 
     Raises:
-        ValueError: another structure than the diagonal, of batch means.
+        ValueError: the estimator is ``BatchMeans``, and the structure is not diagonal.
     """
 
     likelihood: Likelihood = field(default_factory=Categorical)
@@ -26,13 +26,11 @@ class Fisher:
     structure: Structure[Any] = field(default_factory=Diagonal)
 
     def __post_init__(self) -> None:
-        """Check that the two fit together."""
+        """Check that estimator and structure fit together."""
         if isinstance(self.estimator, BatchMeans) and self.structure != Diagonal():
-            raise ValueError(
-                f"structure is {self.structure}: with BatchMeans it must be Diagonal()."
-            )
+            raise ValueError(f"structure must be Diagonal() with BatchMeans, got {self.structure}.")
 
     @property
     def request(self) -> Structure[Any]:
-        """The structure that the pass over the data is asked for."""
+        """The structure for the pass over the data."""
         return BatchMeanGradients() if isinstance(self.estimator, BatchMeans) else self.structure

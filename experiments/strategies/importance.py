@@ -1,4 +1,4 @@
-"""Quadratic penalties whose weights are another importance than the Fisher information."""
+"""Quadratic penalties with another importance than the Fisher information."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -16,14 +16,14 @@ class ImportancePlugin(SupervisedPlugin, ABC):
     r"""EWC's penalty with an importance :math:`\Omega` in place of the Fisher information.
 
     The penalty of one task is :math:`\lambda / 2 \cdot \sum_p \Omega_p (\theta_p - a_p)^2`
-    around the parameters ``a`` that the task ended with.
+    around the parameters ``a`` after the task.
 
     Args:
         strength: :math:`\lambda`.
-        consolidation: how tasks are put together.
+        consolidation: how the quadratics of several tasks are combined.
 
     Attributes:
-        penalty: what is added to the loss.
+        penalty: the penalty in the loss.
         fisher: the importance of the last task, as a diagonal matrix; ``None`` before the
             first task.
         last_penalty: the penalty's value in the current iteration, without gradient.
@@ -40,11 +40,11 @@ class ImportancePlugin(SupervisedPlugin, ABC):
         """The importance of every parameter for the task that was just trained."""
 
     def num_examples(self, strategy: Any) -> int:
-        """The weight of the task in training beside other tasks: its size."""
+        """The weight of the task in training relative to other tasks: its size."""
         return len(strategy.experience.dataset)
 
     def before_training_exp(self, strategy: Any, **_: Any) -> None:
-        """Weigh the earlier tasks against the one in training."""
+        """Set the weight of the task in training."""
         self.penalty.num_examples = self.num_examples(strategy)
 
     def before_backward(self, strategy: Any, **_: Any) -> None:
@@ -60,7 +60,7 @@ class ImportancePlugin(SupervisedPlugin, ABC):
         check_finite_loss(strategy)
 
     def after_training_exp(self, strategy: Any, **_: Any) -> None:
-        """Measure the importance and remember the task.
+        """Measure the importance and add the task to the penalty.
 
         Raises:
             FloatingPointError: the importance is not finite.

@@ -15,10 +15,10 @@ from experiments.strategies.strategy import Penalised
 
 @dataclass(frozen=True)
 class L2(Penalised):
-    """All parameters held alike at their last values."""
+    """The same penalty for all parameters, around their last values."""
 
     def plugins(self, fisher: Fisher) -> list[SupervisedPlugin]:
-        """The plugin, which does not look at how the Fisher information is to be taken."""
+        """The plugin, which does not use ``fisher``."""
         return [L2Plugin(self.strength)]
 
 

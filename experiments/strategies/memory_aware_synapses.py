@@ -2,8 +2,8 @@ r"""Memory Aware Synapses (Aljundi et al. 2018): importance from the outputs' sq
 
 :math:`\Omega = \frac1N \sum_n |\partial |f(x_n)|^2 / \partial \theta|` (arXiv:1711.09601,
 equation 3) is taken like the Fisher information, with other score vectors and absolute values
-in place of squares.  Avalanche's own ``MASPlugin`` differs from the paper: it takes gradients
-of batch means where the paper has single examples.
+in place of squares.  Avalanche's ``MASPlugin`` differs from the paper: it takes gradients of
+batch means, the paper of single examples.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class MAS(Penalised):
     """The penalty of EWC with this importance, summed over the tasks."""
 
     def plugins(self, fisher: Fisher) -> list[SupervisedPlugin]:
-        """EWC's plugin, which does not look at how the Fisher information is to be taken."""
+        """EWC's plugin, which does not use ``fisher`` here."""
         plugin = EWCPlugin(
             self.strength,
             estimator=OutputNorm(),
@@ -41,7 +41,7 @@ class MAS(Penalised):
 
 @dataclass(frozen=True)
 class OutputNorm(Estimator):
-    r"""One vector for every example, the gradient of :math:`|f(x)|^2`, whatever the target."""
+    r"""One vector per example, the gradient of :math:`|f(x)|^2`, whatever the target."""
 
     def score_vectors(
         self,
@@ -55,7 +55,7 @@ class OutputNorm(Estimator):
 
     @property
     def uses_targets(self) -> bool:
-        """The norm does not depend on them."""
+        """Always False: the norm does not depend on targets."""
         return False
 
 

@@ -19,13 +19,13 @@ class Strategy:
         return InMemoryNaive
 
     def plugins(self, fisher: Fisher) -> list[SupervisedPlugin]:
-        """What is added to the loop."""
+        """The plugins of the training loop."""
         return []
 
 
 @dataclass(frozen=True)
 class Naive(Strategy):
-    """Nothing against forgetting: the lower reference."""
+    """No method against forgetting: the lower reference."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Joint(Strategy):
 
 @dataclass(frozen=True)
 class Penalised(Strategy):
-    r"""A quadratic penalty around the parameters of the tasks before.
+    r"""A quadratic penalty around the parameters of the earlier tasks.
 
     Attributes:
         strength: :math:`\lambda`.

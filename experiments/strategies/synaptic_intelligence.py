@@ -1,6 +1,6 @@
 """Synaptic Intelligence (Zenke et al. 2017): importance from the path of the training.
 
-Avalanche's own ``SynapticIntelligencePlugin`` differs from the paper: it cuts every
+Avalanche's ``SynapticIntelligencePlugin`` differs from the paper: it cuts every
 importance at 0.001.
 """
 
@@ -37,7 +37,7 @@ class SI(Penalised):
         super().__post_init__()
         check_not_negative(self.damping, "damping")
         if self.damping == 0:
-            raise ValueError("damping is 0: it must be above 0.")
+            raise ValueError("damping must be above 0, got 0.")
 
     def plugins(self, fisher: Fisher) -> list[SupervisedPlugin]:
         """The plugin that follows the path."""
@@ -45,7 +45,7 @@ class SI(Penalised):
 
 
 class SynapticIntelligencePlugin(ImportancePlugin):
-    r"""Importance from the path of the training itself (Zenke et al. 2017, arXiv:1703.04200).
+    r"""Importance from the path of the training (Zenke et al. 2017, arXiv:1703.04200).
 
     :math:`\Omega = \sum_t \max(0, \omega_t) / (\Delta_t^2 + \xi)` with
     :math:`\omega_t = -\sum_\tau g_\tau \cdot (\theta_{\tau+1} - \theta_\tau)` along task ``t``,
@@ -66,11 +66,11 @@ class SynapticIntelligencePlugin(ImportancePlugin):
         self._start: Parameters = {}
 
     def num_examples(self, strategy: Any) -> int:
-        """One for every task: all tasks weigh alike, whatever their size."""
+        """One for every task: all tasks have the same weight, whatever their size."""
         return 1
 
     def before_training_exp(self, strategy: Any, **options: Any) -> None:
-        """Begin a new path."""
+        """Start a new path."""
         super().before_training_exp(strategy, **options)
         self._start = _copies(strategy.model)
         self._path = {name: torch.zeros_like(tensor) for name, tensor in self._start.items()}
@@ -80,14 +80,14 @@ class SynapticIntelligencePlugin(ImportancePlugin):
         self._before = _copies(strategy.model)
 
     def after_update(self, strategy: Any, **_: Any) -> None:
-        """Add what the step gained."""
+        """Add the gain of the step."""
         for name, parameter in strategy.model.named_parameters():
             if parameter.grad is not None and name in self._path:
                 step = parameter.detach() - self._before[name]
                 self._path[name].addcmul_(parameter.grad, step, value=-1.0)
 
     def importance(self, strategy: Any) -> Parameters:
-        """The gain along the path, for the square of the way from its start to its end."""
+        """The gain along the path over its squared length, from start to end, plus damping."""
         end = _copies(strategy.model)
         return {
             name: gain.clamp_min(0) / ((end[name] - self._start[name]).square() + self.damping)

@@ -1,7 +1,7 @@
-"""Streams of tasks cut from images in memory.
+"""Streams of tasks from images in memory.
 
-A task keeps its images as an index and a permutation of shared tensors, so ten permuted
-tasks take the memory of one; a batch is two indexing operations.
+A task is an index and a permutation of shared tensors, so ten permuted tasks need the memory of
+one.  A batch is two indexing operations.
 """
 
 import math
@@ -22,8 +22,8 @@ from ewc.checks import check_count
 from experiments.tasks.images import Digits, Images, ImageSource
 
 Scenario = Literal["task", "domain", "class"]
-"""Van de Ven and Tolias 2019, arXiv:1904.07734: is the task told when testing, need it not
-be known, or must it be found out along with the class?"""
+"""The scenario (van de Ven and Tolias 2019, arXiv:1904.07734): at test time the task is known,
+does not matter, or must be inferred along with the class."""
 
 
 class TaskData(Dataset[tuple[Tensor, ...]]):
@@ -32,9 +32,9 @@ class TaskData(Dataset[tuple[Tensor, ...]]):
     Args:
         images: the shared images.
         labels: the labels of this task, ``[n]``.
-        index: which of the images belong to it, ``[n]``; ``None`` for all.
-        permutation: the order of the pixels; ``None`` for their own.
-        task: the task label given with every batch; ``None`` where tasks are not told.
+        index: the indices of the task's images, ``[n]``; ``None`` for all.
+        permutation: the order of the pixels; ``None`` for the original order.
+        task: the task label of every batch; ``None`` where the task is not known.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class TaskData(Dataset[tuple[Tensor, ...]]):
         return len(self.labels)
 
     def __getitem__(self, i: int) -> tuple[Tensor, ...]:
-        """One image and its label, for plugins that go through a data loader."""
+        """One image and its label, for plugins that use a data loader."""
         x, y, *_ = self.batch(torch.tensor([i], device=self.labels.device))
         return x[0], y[0]
 
     def batch(self, rows: Tensor) -> list[Tensor]:
-        """The images and labels of ``rows``, and the task labels where they are told."""
+        """The images and labels of ``rows``, and the task labels where the task is known."""
         pixels = self.images.pixels[rows if self.index is None else self.index[rows]]
         if self.permutation is not None:
             pixels = pixels.index_select(1, self.permutation)
@@ -76,8 +76,8 @@ class TaskExperience(DatasetExperience):
     Attributes:
         data: the task's images, for loaders that cut batches by index.
         classes_in_this_experience: the labels that occur.
-        task_labels: the task's label, only where tasks are told (Avalanche asks for it
-            by ``hasattr``).
+        task_labels: the task's label, only where the task is known (Avalanche checks it by
+            ``hasattr``).
     """
 
     def __init__(self, data: TaskData, number: int) -> None:
@@ -102,8 +102,8 @@ class Tasks:
     Attributes:
         scenario: Avalanche's benchmark, with streams ``train`` and ``test``.
         num_pixels: the size of an input.
-        num_outputs: the outputs of the network, of each head if there are several.
-        num_heads: the heads, one a task; ``None`` for one head shared by all.
+        num_outputs: the outputs of the network, per head if there are several.
+        num_heads: the heads, one per task; ``None`` for one head shared by all.
     """
 
     scenario: CLScenario
@@ -117,10 +117,10 @@ class Benchmark(ABC):
     """A way of making tasks from images.
 
     Attributes:
-        images: where the images come from.
-        num_tasks: how many tasks.
-        scenario: ``task`` (a head for each task, the task is told), ``domain`` (one head,
-            the same labels in every task) or ``class`` (one head, all classes).
+        images: the source of the images.
+        num_tasks: the number of tasks.
+        scenario: ``task`` (one head per task, the task is known), ``domain`` (one head, the same
+            labels in every task) or ``class`` (one head, all classes).
 
     Raises:
         ValueError: there is no task.
@@ -137,17 +137,17 @@ class Benchmark(ABC):
     @property
     @abstractmethod
     def classes_per_task(self) -> int:
-        """How many classes a task has."""
+        """The number of classes per task."""
 
     @abstractmethod
     def plan(self, generator: torch.Generator) -> list[tuple[list[int], Tensor | None]]:
-        """For each task its classes, in the order of their labels, and its permutation."""
+        """Per task its classes, in the order of their labels, and its permutation."""
 
     def build(self, data_root: Path, seed: int, device: torch.device) -> Tasks:
-        """Load the images and cut the tasks; the same seed gives the same tasks.
+        """Load the images and make the tasks; the same seed gives the same tasks.
 
         Raises:
-            FileNotFoundError: the images are not there.
+            FileNotFoundError: the images are missing.
         """
         train, test = (images.to(device) for images in self.images.load(data_root))
         plan = self.plan(torch.Generator().manual_seed(seed))
@@ -183,21 +183,21 @@ class Benchmark(ABC):
 
 @dataclass(frozen=True)
 class Split(Benchmark):
-    """Every task has its own classes; a seed shuffles which classes meet in a task.
+    """Disjoint classes per task, shuffled by the seed.
 
     Raises:
-        ValueError: the classes cannot be shared out evenly, two or more to a task.
+        ValueError: the classes cannot be split evenly, with two or more per task.
     """
 
     def __post_init__(self) -> None:
-        """Check that the classes can be shared out."""
+        """Check that the classes can be split evenly."""
         super().__post_init__()
         classes = self.images.num_classes
         allowed = [n for n in range(1, classes // 2 + 1) if classes % n == 0]
         if self.num_tasks not in allowed:
             raise ValueError(
-                f"num_tasks is {self.num_tasks}: {classes} classes can be split into "
-                f"{', '.join(map(str, allowed))} tasks."
+                f"num_tasks must be {', '.join(map(str, allowed))} for {classes} classes, got "
+                f"{self.num_tasks}."
             )
 
     @property
@@ -206,7 +206,7 @@ class Split(Benchmark):
         return self.images.num_classes // self.num_tasks
 
     def plan(self, generator: torch.Generator) -> list[tuple[list[int], Tensor | None]]:
-        """Shares of the shuffled classes."""
+        """Equal shares of the shuffled classes."""
         order: list[Any] = torch.randperm(self.images.num_classes, generator=generator).tolist()
         size = self.classes_per_task
         return [(order[i * size : (i + 1) * size], None) for i in range(self.num_tasks)]
@@ -214,28 +214,27 @@ class Split(Benchmark):
 
 @dataclass(frozen=True)
 class Permuted(Benchmark):
-    """Every task shuffles the pixels in its own way; the first keeps their order.
+    """One permutation of the pixels per task; the first task keeps their order.
 
     Attributes:
-        square: the side of the square in the middle of the image within which pixels are
-            shuffled, an even number of pixels from the image's own; ``None`` for the whole
-            image.
+        square: the side of the central square within which pixels are shuffled; ``None`` for the
+            whole image.  Its difference from the side of the image must be even.
 
     Raises:
-        ValueError: the square does not lie in the middle of the image.
+        ValueError: no such square is in the middle of the image.
     """
 
     square: int | None = None
 
     def __post_init__(self) -> None:
-        """Check that the square lies in the middle."""
+        """Check that the square is in the middle."""
         super().__post_init__()
         side = math.isqrt(self.images.num_pixels)
         allowed = list(range(side, 0, -2))
         if self.square is not None and self.square not in allowed:
             raise ValueError(
-                f"square is {self.square}: in the middle of {side}x{side} pixels lie squares "
-                f"of {', '.join(map(str, reversed(allowed)))}."
+                f"square must be {', '.join(map(str, reversed(allowed)))} in the middle of "
+                f"{side}x{side} pixels, got {self.square}."
             )
 
     @property
@@ -244,7 +243,7 @@ class Permuted(Benchmark):
         return self.images.num_classes
 
     def plan(self, generator: torch.Generator) -> list[tuple[list[int], Tensor | None]]:
-        """All classes under a random permutation each."""
+        """All classes, with one random permutation per task."""
         classes = list(range(self.images.num_classes))
         pixels = torch.arange(self.images.num_pixels)
         side = math.isqrt(len(pixels))

@@ -1,4 +1,4 @@
-"""Images in memory: where they come from, and how tasks cut batches out of them."""
+"""Images in memory, and their sources."""
 
 import os
 from abc import ABC, abstractmethod
@@ -31,7 +31,7 @@ class Images:
 
 
 class ImageSource(ABC):
-    """Where images come from."""
+    """A source of images."""
 
     num_classes: int
 
@@ -53,19 +53,19 @@ class Digits(ImageSource):
     (doi:10.24432/C50P49); nothing is downloaded.
 
     Attributes:
-        test_fraction: the share of every class that is kept for testing.
+        test_fraction: the fraction of every class that is kept for testing.
 
     Raises:
-        ValueError: the share is not between 0 and 1.
+        ValueError: the fraction is not between 0 and 1.
     """
 
     test_fraction: float = 0.2
     num_classes = 10
 
     def __post_init__(self) -> None:
-        """Check the share."""
+        """Check the fraction."""
         if not 0 < self.test_fraction < 1:
-            raise ValueError(f"test_fraction is {self.test_fraction}: it must lie between 0 and 1.")
+            raise ValueError(f"test_fraction must lie between 0 and 1, got {self.test_fraction}.")
 
     @property
     def num_pixels(self) -> int:
@@ -79,7 +79,7 @@ class Digits(ImageSource):
 
         x, y = load_digits(return_X_y=True)
         split = train_test_split(x, y, test_size=self.test_fraction, stratify=y, random_state=0)
-        x_train, x_test, y_train, y_test = (torch.from_numpy(part) for part in split)
+        x_train, x_test, y_train, y_test = (torch.from_numpy(array) for array in split)
         return (
             Images(x_train.float() / 16, y_train.long()),
             Images(x_test.float() / 16, y_test.long()),
@@ -90,14 +90,14 @@ class Digits(ImageSource):
 class MNIST(ImageSource):
     """70,000 handwritten digits of 28x28 pixels (LeCun, Cortes, Burges).
 
-    Read from ``data_root/MNIST/raw``, the place torchvision uses; what is not there is
-    downloaded to it. Every file is verified by its checksum.
+    The files are in ``data_root/MNIST/raw``, as for torchvision.  Missing files are downloaded.
+    Every file is verified by its checksum.
 
     Attributes:
         standardize: subtract the mean of the training pixels (0.1307 of the largest value)
             and divide by their standard deviation (0.3081).
-        padding: black pixels to add at every edge, before all else; 2 makes the 32x32 pixels
-            of van de Ven and Tolias (arXiv:1904.07734).
+        padding: black pixels that are first added at every edge; 2 gives the 32x32 pixels of van
+            de Ven and Tolias (arXiv:1904.07734).
 
     Raises:
         ValueError: the padding is negative.
@@ -113,14 +113,14 @@ class MNIST(ImageSource):
 
     @property
     def num_pixels(self) -> int:
-        """The pixels of an image, 784 and what is added."""
+        """The pixels of an image, 784 without padding."""
         return (28 + 2 * self.padding) ** 2
 
     def load(self, data_root: Path) -> tuple[Images, Images]:
         """60,000 training and 10,000 test images.
 
         Raises:
-            FileNotFoundError: a file is not there and cannot be downloaded.
+            FileNotFoundError: a file is missing and cannot be downloaded.
             ValueError: a file is damaged or cannot be read.
         """
         train_x, train_y, test_x, test_y = read_files(data_root / "MNIST" / "raw")

@@ -1,4 +1,4 @@
-"""The four files of MNIST: found, verified byte for byte, and downloaded one by one."""
+"""The four files of MNIST: verified byte for byte, and downloaded if missing."""
 
 import gzip
 import hashlib
@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 _log = logging.getLogger(__name__)
 
 MAGIC = b"\0\0\x08"
-"""How a file in the IDX format begins whose values are unsigned bytes."""
+"""The first bytes of a file in the IDX format with unsigned bytes."""
 
 
 class DamagedFileError(ValueError):
-    """A file is there but is not what it should be, or cannot be read."""
+    """A file exists but has other content than it should, or cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class IdxFile:
     """A file in the IDX format: magic, number of dimensions, sizes, then the values.
 
     Attributes:
-        name: of the uncompressed file; compressed it ends in ``.gz``.
-        shape: of the array in it.
+        name: the name of the uncompressed file; that of a compressed one ends in ``.gz``.
+        shape: the shape of the array.
         sha256: the checksum of the uncompressed file.
     """
 
@@ -43,7 +43,7 @@ class IdxFile:
 
     @property
     def header(self) -> bytes:
-        """What comes before the values."""
+        """The bytes before the values."""
         sizes = b"".join(size.to_bytes(4, "big") for size in self.shape)
         return MAGIC + bytes([len(self.shape)]) + sizes
 
@@ -51,7 +51,7 @@ class IdxFile:
         """The array in a file's content.
 
         Raises:
-            DamagedFileError: it is not the content that it should be; the message is a reason.
+            DamagedFileError: the content is not what it should be; the message is the reason.
         """
         size = len(self.header) + math.prod(self.shape)
         if is_compressed:
@@ -99,20 +99,20 @@ MNIST_FILES = (
 def read_files(
     folder: Path, files: Sequence[IdxFile] = MNIST_FILES, mirrors: Sequence[str] | None = None
 ) -> list[NDArray[np.uint8]]:
-    """The arrays of all files; those that the folder lacks are downloaded into it.
+    """The arrays of all files; missing files are downloaded into the folder.
 
-    A file is complete and verified before it has its name, and no other is touched.
+    A file is complete and verified before it gets its name.  Other files are not touched.
 
     Args:
-        folder: where the files lie, compressed or not.
-        files: which files, and what they must be.
+        folder: the folder of the files, compressed or not.
+        files: the files, with their shapes and checksums.
         mirrors: addresses to which a file's name is appended; ``None`` for torchvision's.
 
     Raises:
         DamagedFileError: a file is damaged or cannot be read.
-        FileNotFoundError: a file is not there and cannot be downloaded or written.
+        FileNotFoundError: a file is missing and cannot be downloaded or written.
     """
-    # Before anything is downloaded: what is there must be right.
+    # Existing files are verified before anything is downloaded.
     present = {file: _read(folder, file) for file in files}
     arrays = []
     for file in files:
@@ -122,7 +122,7 @@ def read_files(
 
 
 def _read(folder: Path, file: IdxFile) -> NDArray[np.uint8] | None:
-    """The array of a file, ``None`` if it is not there."""
+    """The array of a file, ``None`` if it is missing."""
     for path in (folder / file.name, folder / f"{file.name}.gz"):
         try:
             return file.array(path.read_bytes(), path.suffix == ".gz")
@@ -142,7 +142,7 @@ def _read(folder: Path, file: IdxFile) -> NDArray[np.uint8] | None:
 
 
 def _download(folder: Path, file: IdxFile, mirrors: Sequence[str] | None) -> NDArray[np.uint8]:
-    """Fetch a file, and keep it if it is right."""
+    """Download a file, and keep it if its content is right."""
     if mirrors is None:
         from torchvision.datasets import MNIST
 
@@ -167,7 +167,7 @@ def _download(folder: Path, file: IdxFile, mirrors: Sequence[str] | None) -> NDA
 
 
 def _keep(path: Path, content: bytes) -> None:
-    """Write a file that is either whole or not there."""
+    """Write a file completely or not at all."""
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,7 @@
-"""Avalanche's strategies over images in memory: batches are cut by index.
+"""Avalanche's strategies over images in memory, with batches cut by index.
 
-Avalanche's own loaders fetch example by example and cost more than a small network's
-training step.  These templates replace only how batches are made; everything else, the
-plugins' hooks included, is Avalanche's.
+Avalanche's loaders fetch single examples, which costs more than a training step of a small network.
+These templates replace only the loaders; everything else, also the plugins' hooks, is Avalanche's.
 """
 
 import math
@@ -19,14 +18,13 @@ from experiments.tasks.benchmarks import TaskData
 class TrainingBatches:
     """Shuffled batches over one or more tasks, for a number of iterations.
 
-    Every image comes once before any comes again; the last batch of a sweep over the data
-    may be smaller.
+    Every image comes once per epoch; the last batch of an epoch may be smaller.
 
     Args:
         tasks: the images.
         batch_size: the images in a batch.
-        iterations: the batches to give out.
-        generator: the source of the shuffling, on the CPU.
+        iterations: the number of batches.
+        generator: the generator for shuffling, on the CPU.
     """
 
     def __init__(
@@ -46,7 +44,7 @@ class TrainingBatches:
         return self.iterations
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        """The batches: images, labels, and task labels where tasks are told."""
+        """The batches: images, labels, and task labels where the task is known."""
         sizes = [len(task) for task in self.tasks]
         device = self.tasks[0].labels.device
         given = 0
@@ -92,10 +90,10 @@ class InMemoryNaive(Naive):
     """Fine-tuning on each task in turn.
 
     Args:
-        iterations: training steps a task; ``None`` for ``epochs`` sweeps over its images.
-        epochs: the sweeps.
-        seed: the seed of the shuffling.
-        options: what Avalanche's template takes.
+        iterations: training steps per task; ``None`` to train for ``epochs``.
+        epochs: the epochs per task.
+        seed: the seed for shuffling.
+        options: the arguments of Avalanche's template.
     """
 
     dataloader: Any
@@ -107,7 +105,7 @@ class InMemoryNaive(Naive):
         self.generator = torch.Generator().manual_seed(seed)
 
     def training_tasks(self) -> list[TaskData]:
-        """The tasks whose images are trained on now."""
+        """The tasks in training."""
         return [self.experience.data]
 
     def make_train_dataloader(self, **_: Any) -> None:
@@ -125,8 +123,7 @@ class InMemoryNaive(Naive):
 class InMemoryJoint(InMemoryNaive):
     """Training on the images of all tasks so far: the upper reference.
 
-    The network and the number of iterations a task are those of fine-tuning; only the
-    images are more.
+    The network and the number of iterations per task are those of fine-tuning.
     """
 
     def training_tasks(self) -> list[TaskData]:

@@ -14,11 +14,11 @@ class MLP:
 
     Attributes:
         hidden: the widths of the hidden layers.
-        dropout: the share of hidden units that is dropped in training.
-        input_dropout: the share of pixels that is dropped in training.
+        dropout: the fraction of hidden units that is dropped in training.
+        input_dropout: the fraction of pixels that is dropped in training.
 
     Raises:
-        ValueError: a width is below 1, or a share not from 0 to below 1.
+        ValueError: a width is below 1, or a fraction is not in [0, 1).
     """
 
     hidden: list[int] = field(default_factory=lambda: [400, 400])
@@ -28,13 +28,13 @@ class MLP:
     def __post_init__(self) -> None:
         """Check the numbers."""
         if any(width < 1 for width in self.hidden):
-            raise ValueError(f"hidden is {self.hidden}: every width must be 1 or more.")
+            raise ValueError(f"hidden must hold widths of 1 or more, got {self.hidden}.")
         for name in ("dropout", "input_dropout"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must lie in [0, 1).")
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")
 
     def build(self, num_inputs: int, num_outputs: int, num_heads: int | None) -> nn.Module:
-        """The network, with one head or, for told tasks, with ``num_heads``."""
+        """The network, with one head, or with ``num_heads`` for known tasks."""
         layers: list[nn.Module] = [nn.Dropout(self.input_dropout)] if self.input_dropout else []
         for width in self.hidden:
             layers += [nn.Linear(num_inputs, width), nn.ReLU()]
@@ -46,7 +46,7 @@ class MLP:
 
 
 class MultiHead(MultiTaskModule):
-    """A shared body and a linear head for every task.
+    """A shared body with one linear head per task.
 
     Args:
         body: maps ``[n, ...]`` to ``[n, num_features]``.
@@ -63,9 +63,9 @@ class MultiHead(MultiTaskModule):
         self.heads = nn.ModuleList(nn.Linear(num_features, num_outputs) for _ in range(num_heads))
 
     def forward(self, x: Tensor, task_labels: Tensor | None) -> Any:
-        """The outputs ``[n, num_outputs]`` of each example's own head.
+        """The outputs ``[n, num_outputs]``, per example from the head of its task.
 
-        Without task labels those of every head, by task, as Avalanche's distillation asks.
+        Without task labels it is the outputs of every head, by task, for Avalanche's distillation.
         """
         features = self.body(x)
         if task_labels is None:

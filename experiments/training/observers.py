@@ -1,4 +1,4 @@
-"""Plugins that watch a strategy: they measure and report, and change nothing."""
+"""Plugins that measure and report, and do not change training."""
 
 import logging
 import math
@@ -16,17 +16,17 @@ from experiments.reporting.tracking import Recorder
 
 _log = logging.getLogger(__name__)
 
-RUINED_LOSS, RUINED_SIZE = 10.0, 1e6
-"""By what factor the loss and the parameters must have grown for a network to be called ruined."""
+LOSS_GROWTH, NORM_GROWTH = 10.0, 1e6
+"""The growth of the loss and of the parameters above which a run counts as diverged."""
 
 
 @runtime_checkable
 class PenaltyPlugin(Protocol):
-    """A plugin that adds a quadratic penalty to the loss, as far as a run records it.
+    """A plugin that adds a quadratic penalty to the loss, with what a run records of it.
 
     Attributes:
-        penalty: all that it remembers of earlier tasks.
-        fisher: the weights that the last task has in the penalty; ``None`` before the first.
+        penalty: the penalty of earlier tasks.
+        fisher: the matrix of the last task in the penalty; ``None`` before the first.
         last_penalty: the penalty's value in the current iteration.
     """
 
@@ -36,17 +36,17 @@ class PenaltyPlugin(Protocol):
 
 
 class TrainingObserver(SupervisedPlugin):
-    """Records loss and penalty of the steps, draws the progress bar, keeps the time.
+    """Records loss and penalty of the steps, draws the progress bar and measures the time.
 
-    It must be the first plugin: its ``after_training_exp`` marks the end of training and
-    the begin of what other plugins compute after a task.
+    It must be the first plugin: its ``after_training_exp`` marks the end of training, before other
+    plugins compute something after a task.
 
     Args:
-        recorder: where the records go.
-        plugin: the plugin beside it that adds a penalty, if there is one.
-        num_tasks: how many tasks there will be.
-        log_every: record one step in so many.
-        console: where the progress bar is drawn; nothing is drawn off a terminal.
+        recorder: the writer of the records.
+        plugin: the plugin that adds a penalty; ``None`` without one.
+        num_tasks: the number of tasks.
+        log_every: training steps from one record to the next.
+        console: the console for the progress bar, which needs a terminal.
 
     Attributes:
         train_seconds: the time of all training steps so far.
@@ -71,8 +71,8 @@ class TrainingObserver(SupervisedPlugin):
         self.trained_at = 0.0
         self._started = 0.0
         self._losses: list[Tensor] = []
-        self._size = math.nan
-        self._said = False
+        self._initial_norm = math.nan
+        self._warned = False
         self._progress: Progress | None = None
         self._bar: Any = None
 
@@ -93,12 +93,12 @@ class TrainingObserver(SupervisedPlugin):
             )
             self._progress.start()
         self._losses = []
-        if math.isnan(self._size):
-            self._size = _size(strategy.model)
+        if math.isnan(self._initial_norm):
+            self._initial_norm = _norm(strategy.model)
         self._started = time.perf_counter()
 
     def before_backward(self, strategy: Any, **_: Any) -> None:
-        """Stop a run that diverged.
+        """Stop a run whose loss is not finite.
 
         Raises:
             FloatingPointError: the loss is not finite.
@@ -134,19 +134,19 @@ class TrainingObserver(SupervisedPlugin):
         number = strategy.experience.current_experience + 1
         if not all(bool(p.isfinite().all()) for p in strategy.model.parameters()):
             raise FloatingPointError(
-                f"The parameters are not finite after the last step of task "
-                f"{number}: a smaller learning rate is needed."
+                f"The parameters are not finite after the last step of task {number}: use a "
+                "smaller learning rate."
             )
-        self._warn_of_ruin(strategy.model, number)
+        self._warn_of_divergence(strategy.model, number)
 
-    def _warn_of_ruin(self, model: nn.Module, number: int) -> None:
-        """Say once that training has done harm, with numbers that are still finite."""
+    def _warn_of_divergence(self, model: nn.Module, number: int) -> None:
+        """Warn once if training has diverged with finite numbers."""
         first, last = (float(self._losses[k]) for k in (0, -1))
-        growth = _size(model) / self._size
-        # Below a nat the loss may well rise tenfold, where a penalty holds the network.
-        ruined = growth > RUINED_SIZE or last > RUINED_LOSS * max(first, 1.0)
-        if ruined and not self._said:
-            self._said = True
+        growth = _norm(model) / self._initial_norm
+        # Below a nat the loss may rise tenfold where a penalty holds the parameters.
+        diverged = growth > NORM_GROWTH or last > LOSS_GROWTH * max(first, 1.0)
+        if diverged and not self._warned:
+            self._warned = True
             _log.warning(
                 "In task %d the loss went from %.3g to %.3g, and the parameters are %.3g times as "
                 "large as before training: optimizer.lr is probably too large.",
@@ -157,17 +157,17 @@ class TrainingObserver(SupervisedPlugin):
             )
 
     def close(self) -> None:
-        """Take the progress bar away; harmless if there is none."""
+        """Remove the progress bar, if there is one."""
         if self._progress:
             self._progress.stop()
             self._progress = None
 
 
 class AccuracyObserver(SupervisedPlugin):
-    """The accuracy on each task of an evaluation, by the strategy's own predictions.
+    """The accuracy on each task of an evaluation, from the strategy's predictions.
 
     Attributes:
-        accuracies: one number a task, from 0 to 1, of the last evaluation.
+        accuracies: one number per task, from 0 to 1, of the last evaluation.
     """
 
     def __init__(self) -> None:
@@ -177,7 +177,7 @@ class AccuracyObserver(SupervisedPlugin):
         self._seen = 0
 
     def before_eval(self, strategy: Any, **_: Any) -> None:
-        """Forget the evaluation before."""
+        """Start an evaluation."""
         self.accuracies = []
 
     def before_eval_exp(self, strategy: Any, **_: Any) -> None:
@@ -195,6 +195,6 @@ class AccuracyObserver(SupervisedPlugin):
         self.accuracies.append(float(self._correct) / self._seen)
 
 
-def _size(model: nn.Module) -> float:
-    """The length of all parameters as one vector."""
+def _norm(model: nn.Module) -> float:
+    """The Euclidean norm of all parameters."""
     return math.sqrt(sum(float(p.detach().double().square().sum()) for p in model.parameters()))

@@ -11,17 +11,17 @@ class Training:
 
     Attributes:
         batch_size: images in a training step.
-        epochs: sweeps over a task's images, where ``iterations`` is not set.
-        iterations: training steps a task; ``None`` for ``epochs``.
-        reset_optimizer: start every task with a fresh optimizer state.
-        anneal: let the learning rate fall to 0 over every task, as half a cosine.
-        tail_average: the share of a task's iterations, the last ones, over which the network
-            takes the mean of its parameters; 0 leaves it those of the last one.
+        epochs: epochs per task, where ``iterations`` is ``None``.
+        iterations: training steps per task; ``None`` to train for ``epochs``.
+        reset_optimizer: whether every task starts with a fresh optimizer state.
+        anneal: whether the learning rate falls to 0 over every task, as half a cosine.
+        tail_average: the last fraction of a task's iterations over which the parameters are
+            averaged; 0 for no average.
         eval_batch_size: images in a batch of the evaluation and of the Fisher pass.
-        log_every: record one training step in so many.
+        log_every: training steps from one record to the next.
 
     Raises:
-        ValueError: a count is below 1, or the share is not in [0, 1].
+        ValueError: a count is below 1, or the fraction is not in [0, 1].
     """
 
     batch_size: int = 128
@@ -34,7 +34,7 @@ class Training:
     log_every: int = 1
 
     def __post_init__(self) -> None:
-        """Check the counts and the share."""
+        """Check the counts and the fraction."""
         for name in ("batch_size", "epochs", "iterations", "eval_batch_size", "log_every"):
             if (count := getattr(self, name)) is not None:
                 check_count(count, name)

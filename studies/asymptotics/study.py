@@ -108,25 +108,25 @@ def _against(
     kept = [column for column in range(design.shape[1]) if column not in HELD]
     full = Regression.fitted(design, targets, likelihood)
     null = Regression.fitted(design, targets, likelihood, HELD)
-    theirs, robust, smaller = fit(design), fit(design, cov_type="HC0"), fit(design[:, kept])
+    reference, robust, smaller = fit(design), fit(design, cov_type="HC0"), fit(design[:, kept])
     information = full.fisher()
     errors = standard_errors(information)
     ends = confidence_intervals(full.parameters, errors)["weight"]
     sandwich = robust_covariance(information, full.fisher(estimator=Empirical()))
     restriction = torch.eye(design.shape[1]).double()[list(HELD)].numpy()
     statistics = [
-        theirs.wald_test(restriction, use_f=False, scalar=True).statistic,
+        reference.wald_test(restriction, use_f=False, scalar=True).statistic,
         smaller.model.score_test(smaller.params, exog_extra=design[:, list(HELD)].numpy())[
             0
         ].item(),
-        2 * (theirs.llf - smaller.llf),
+        2 * (reference.llf - smaller.llf),
     ]
     ours = [test.statistic for test in _tests(full, null, information).values()]
     pairs: dict[str, tuple[Tensor, Any]] = {
-        "estimates": (full.theta, theirs.params),
-        "standard errors": (errors["weight"][0], theirs.bse),
+        "estimates": (full.theta, reference.params),
+        "standard errors": (errors["weight"][0], reference.bse),
         "robust errors": (sandwich.diagonal().sqrt(), robust.bse),
-        "intervals": (torch.cat(ends).T, theirs.conf_int()),
+        "intervals": (torch.cat(ends).T, reference.conf_int()),
         "statistics of the three tests": (torch.tensor(ours, dtype=torch.float64), statistics),
     }
     return [

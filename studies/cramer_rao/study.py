@@ -184,7 +184,7 @@ def _logistic_regression(seed: int) -> Variances:
     variances: Variances = {}
     for size in LOGISTIC_SIZES:
         inputs = design[:size]
-        data = [(inputs, torch.zeros(size, 1).double())]  # the targets play no part
+        data = [(inputs, torch.zeros(size, 1).double())]  # the targets are not used
         fisher = fisher_information(model, data, Bernoulli(), structure=Dense())
         bound = cramer_rao_bound(fisher, size).diagonal()
         chance = torch.sigmoid(inputs @ SLOPES)
@@ -198,9 +198,9 @@ def _logistic_regression(seed: int) -> Variances:
                 for count in _portions(size, REGRESSIONS)
             ]
         )
-        for one in range(4):
-            name = f"component {one + 1}" if one < 3 else "constant"
-            variance = Variance.of(theta[:, one], float(bound[one]), float(bound[one]))
+        for index in range(4):
+            name = f"component {index + 1}" if index < 3 else "constant"
+            variance = Variance.of(theta[:, index], float(bound[index]), float(bound[index]))
             variances.setdefault(("logistic regression", name), {})[size] = variance
     return variances
 

@@ -116,8 +116,8 @@ def _profile_panel(
     steps = [step for step in torch.linspace(-1.0, 1.0, 40).tolist() if step != 0]
     with torch.no_grad():
         for step in [0.0, *steps]:
-            there = {name: tensor + step * leading[name] for name, tensor in start.items()}
-            outputs = torch.func.functional_call(model, there, (x,))
+            moved = {name: tensor + step * leading[name] for name, tensor in start.items()}
+            outputs = torch.func.functional_call(model, moved, (x,))
             losses.append(-float(Categorical().log_prob(outputs, y).mean()))
     profile = divergence_profile(model, data, fisher, direction=leading, steps=steps)
     axes.plot(steps, profile.divergence, label="expected fall")
@@ -156,7 +156,7 @@ def _spectrum_panel(axes: Axes, seed: int) -> Claim:
             for vector in vectors.T
         ]
         shown = values > 1e-9 * values[-1]
-        divergence = torch.cat([one.divergence for one in profiles])[shown] * 2 / step**2
+        divergence = torch.cat([profile.divergence for profile in profiles])[shown] * 2 / step**2
         axes.loglog(values[shown], divergence, ".", ms=3, label=f"step of {step:g}")
     axes.loglog(values[shown], values[shown], "k:", lw=0.8)
     axes.set(xlabel="eigenvalue", ylabel="2 KL / step²")

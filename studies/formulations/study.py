@@ -248,16 +248,16 @@ def _regressions(seed: int) -> Regressions:
     inverse, sandwich = covariances(design, y, Poisson(), theta)
     model = nn.Linear(4, 1, bias=False).double()
     apart = 0.0
-    for one in range(5):
+    for index in range(5):
         with torch.no_grad():
-            model.weight.copy_(theta[one])
-        data = [(design, y[one][:, None])]
+            model.weight.copy_(theta[index])
+        data = [(design, y[index][:, None])]
         by_library = network_formulations(model, data, Poisson(), estimator=Empirical())
-        for mine, theirs in (
-            (inverse[one], by_library.curvature.inverse() / EXAMPLES),
-            (sandwich[one], by_library.sandwich / EXAMPLES),
+        for formula, library in (
+            (inverse[index], by_library.curvature.inverse() / EXAMPLES),
+            (sandwich[index], by_library.sandwich / EXAMPLES),
         ):
-            apart = max(apart, _distance(mine, theirs))
+            apart = max(apart, _distance(formula, library))
     plain, robust = (m.diagonal(dim1=1, dim2=2).sqrt() for m in (inverse, sandwich))
     return Regressions(theta - TRUTH, plain, robust, apart)
 

@@ -117,19 +117,21 @@ def _distances() -> list[Claim]:
             Claim.at_most(f"{name}: relative error of the geodesic distance", error, 1e-6)
         )
     for name, (family, by_logarithm, members) in OTHER.items():
-        one, two, three = ({"x": _t(x), "y": _t(y)} for x, y in members)
-        there, back = geodesic_distance(family, one, two), geodesic_distance(family, two, one)
-        logarithms = [{n: tensor.log() for n, tensor in p.items()} for p in (one, two)]
+        first, second, third = ({"x": _t(x), "y": _t(y)} for x, y in members)
+        forward = geodesic_distance(family, first, second)
+        back = geodesic_distance(family, second, first)
+        logarithms = [{n: tensor.log() for n, tensor in p.items()} for p in (first, second)]
         again = geodesic_distance(by_logarithm, *logarithms)
-        detour = geodesic_distance(family, one, three) + geodesic_distance(family, three, two)
+        detour = geodesic_distance(family, first, third)
+        detour += geodesic_distance(family, third, second)
         claims += [
             Claim.at_most(
-                f"{name}: distance there against back, relative", abs(there / back - 1), 1e-6
+                f"{name}: distance there against back, relative", abs(forward / back - 1), 1e-6
             ),
             Claim.at_most(
-                f"{name}: distance in log parameters, relative", abs(again / there - 1), 1e-6
+                f"{name}: distance in log parameters, relative", abs(again / forward - 1), 1e-6
             ),
-            Claim.at_most(f"{name}: distance over that of a detour", there / detour, 1.0),
+            Claim.at_most(f"{name}: distance over that of a detour", forward / detour, 1.0),
         ]
     return claims
 
@@ -142,8 +144,8 @@ def _geodesics(axes: Axes) -> None:
         lambda p: Gamma((p["m"] / p["s"]).square(), p["m"] / p["s"].square()),
     )
     ends = [((1.0, 0.5), (7.0, 0.5)), ((1.0, 0.5), (3.0, 4.0))]
-    for number, (one, two) in enumerate(ends):
-        pair = [{"m": _t(m), "s": _t(s)} for m, s in (one, two)]
+    for number, (start, end) in enumerate(ends):
+        pair = [{"m": _t(m), "s": _t(s)} for m, s in (start, end)]
         for colour, label, metric in (("C0", "normal", normal), ("C1", "Gamma", gamma)):
             path = geodesic(metric, *pair, num_points=17).path
             axes.plot(path["m"], path["s"], ".-", color=colour, ms=4, lw=1,
@@ -169,9 +171,9 @@ def _loss(model: nn.Module, parameters: Parameters, data: Data) -> float:
     return float(functional.cross_entropy(functional_call(model, parameters, data[0]), data[1]))
 
 
-def _divergence(model: nn.Module, one: Parameters, two: Parameters, x: Tensor) -> float:
+def _divergence(model: nn.Module, first: Parameters, second: Parameters, x: Tensor) -> float:
     """The mean divergence of the predictions, in nats per example."""
-    outputs = [functional_call(model, parameters, x) for parameters in (one, two)]
+    outputs = [functional_call(model, parameters, x) for parameters in (first, second)]
     return float(Categorical().kl(*outputs).mean())
 
 
@@ -247,16 +249,16 @@ def _steepest(model: nn.Module, data: Data, where: str, seed: int) -> Claim:
     fisher = fisher_information(model, [data], structure=Dense())
     natural = fisher.solve(gradient, 1e-9)
     generator = torch.Generator().manual_seed(seed)
-    others = [gradient, {n: g.sign() for n, g in gradient.items()}]
-    others += [
+    directions = [gradient, {n: g.sign() for n, g in gradient.items()}]
+    directions += [
         {n: torch.randn(g.shape, generator=generator, dtype=g.dtype) for n, g in gradient.items()}
         for _ in range(DIRECTIONS)
     ]
     # Random ways from the natural gradient, near and far, may be steeper if it is not steepest.
     size = math.sqrt(sum(float(t.square().sum()) for t in natural.values()))
-    for number, noise in enumerate(others[2:]):
+    for number, noise in enumerate(directions[2:]):
         scale = size * 10 ** (-3 * number / DIRECTIONS) / math.sqrt(fisher.num_parameters)
-        others.append({n: natural[n] + scale * noise[n] for n in natural})
+        directions.append({n: natural[n] + scale * noise[n] for n in natural})
     before = _loss(model, here, data)
 
     def fall(direction: Parameters) -> float:
@@ -270,9 +272,9 @@ def _steepest(model: nn.Module, data: Data, where: str, seed: int) -> Claim:
     def moved(direction: Parameters, by: float) -> Parameters:
         return {n: tensor - by * direction[n] for n, tensor in here.items()}
 
-    best = max(fall(direction) for direction in others)
+    best = max(fall(direction) for direction in directions)
     quantity = (
-        f"{where}, {NATS:g} nats: best fall of the loss in {len(others)} other directions over "
+        f"{where}, {NATS:g} nats: best fall of the loss in {len(directions)} other directions over "
         "the natural gradient's"
     )
     return Claim.at_most(quantity, best / fall(natural), 1.0)

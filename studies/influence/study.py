@@ -207,8 +207,10 @@ def _of_the_fit(
     outputs = torch.stack([images @ (weight - full)[-1] for weight in weights], 1)
     moves = []
     for index in left_out:
-        one = [(x[index][None], y[index][None])]
-        moved = parameters_without(model, one, fisher, likelihood, damping=DECAY, leverage=leverage)
+        example = [(x[index][None], y[index][None])]
+        moved = parameters_without(
+            model, example, fisher, likelihood, damping=DECAY, leverage=leverage
+        )
         moves.append(moved["weight"] - full)
     actual = torch.stack([weight - full for weight in weights])
     return {
@@ -219,8 +221,8 @@ def _of_the_fit(
     }
 
 
-def _correlation(one: Tensor, other: Tensor) -> float:
-    return float(torch.corrcoef(torch.stack([one.double(), other.double()]))[0, 1])
+def _correlation(first: Tensor, second: Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([first.double(), second.double()]))[0, 1])
 
 
 # --- wrong labels ---------------------------------------------------------------------------

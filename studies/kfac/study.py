@@ -121,11 +121,11 @@ def _exact_cases() -> list[Claim]:
         errors.append(_largest_error(nn.Sequential(*layers), x, y, Gaussian(0.5)))
     bent = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3))
     x, y = torch.randn(40, 6), torch.arange(40) % 3
-    one = _largest_error(bent, x[:1], y[:1], Categorical())
+    single = _largest_error(bent, x[:1], y[:1], Categorical())
     many = _largest_error(bent, x, y, Categorical())
     return [
         Claim.at_most("three deep linear networks, Gaussian: largest error", max(errors), 1e-12),
-        Claim.at_most("one example, tanh, ReLU and classes: largest error", one, 1e-12),
+        Claim.at_most("one example, tanh, ReLU and classes: largest error", single, 1e-12),
         Claim.at_least("same network, 40 examples (not exact): largest error", many, 0.01),
     ]
 
@@ -205,11 +205,11 @@ def _on_mnist(images: Images, seed: int) -> list[State]:
     """A network after 2 and 6 more passes over MNIST at 7x7 pixels."""
     torch.manual_seed(seed)
     model = _mlp(49, 24, 24, 10)
-    some = Images(images.pixels[:EXAMPLES], images.labels[:EXAMPLES])
+    sample = Images(images.pixels[:EXAMPLES], images.labels[:EXAMPLES])
     states = []
     for name, epochs in (("MNIST, trained", 2), ("MNIST, long", 6)):
         _learn(model, images, epochs * len(images) // BATCH_SIZE, BATCH_SIZE)
-        states.append(_state(name, model, some))
+        states.append(_state(name, model, sample))
     return states
 
 

@@ -103,8 +103,8 @@ def _two_parametrisations(images: Images) -> tuple[list[Claim], dict[str, list[f
         for number in range(8):
             steps[0](number, x, y)
             steps[1](number, x @ mixing, y)
-            one, other = pair[0](x).detach(), pair[1](x @ mixing).detach()
-            distances[name].append(float((one - other).norm() / one.norm()))
+            first, second = pair[0](x).detach(), pair[1](x @ mixing).detach()
+            distances[name].append(float((first - second).norm() / first.norm()))
     return [
         Claim.at_most(
             "two parametrisations, natural gradient: relative difference of the outputs",
@@ -185,8 +185,8 @@ class Recipe:
             optimizer.zero_grad()
             torch.autograd.backward(cross_entropy(model(x), y))
             careful = number < first or number % every == 0
-            some = x[: self.bounding], y[: self.bounding]
-            optimizer.step(batch=some if careful else None)
+            batch = x[: self.bounding], y[: self.bounding]
+            optimizer.step(batch=batch if careful else None)
 
         return step
 
@@ -259,11 +259,11 @@ def _of_race(courses: dict[str, Course]) -> list[Claim]:
     """Steps and seconds of natural gradient over those of the others, or over their limit."""
     claims: list[Claim] = []
     for runners in (IN_SMALL_BATCHES, IN_LARGE_BATCHES):
-        first, *others = (runner.name for runner in runners)
+        first, *peers = (runner.name for runner in runners)
         ours = courses[first]
         quantity = f"MNIST, {first}, {ours.steps} steps: test accuracy"
         claims.append(Claim.at_least(quantity, ours.accuracies[-1][2], TARGET))
-        for name in others:
+        for name in peers:
             course = courses[name]
             so_far = "" if course.arrived else "more than "
             quantity = f"MNIST, steps: {first} over {name} ({so_far}{course.steps})"

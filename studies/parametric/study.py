@@ -93,16 +93,16 @@ def _picture(seed: int) -> Figure:
     for axes, (title, family, (low, high), closed) in zip(panels, lines, strict=True):
         fine = torch.linspace(low, high, 200, dtype=torch.float64)
         axes.plot(fine, closed(fine), label="closed form")
-        some = torch.linspace(low, high, 9, dtype=torch.float64)
-        exact = [float(parametric_fisher(family, {"x": x}).trace()) for x in some]
-        axes.plot(some, exact, "o", label="parametric_fisher")
+        points = torch.linspace(low, high, 9, dtype=torch.float64)
+        exact = [float(parametric_fisher(family, {"x": x}).trace()) for x in points]
+        axes.plot(points, exact, "o", label="parametric_fisher")
         sampled = [
             sampled_parametric_fisher(family, {"x": x}, 400, seed + index)
-            for index, x in enumerate(some)
+            for index, x in enumerate(points)
         ]
         means = [float(fisher.trace()) for fisher, _ in sampled]
         errors = [float(error) for _, error in sampled]
-        axes.errorbar(some, means, errors, fmt=".", capsize=3, alpha=0.7, label="400 draws")
+        axes.errorbar(points, means, errors, fmt=".", capsize=3, alpha=0.7, label="400 draws")
         axes.set(xlabel=title, yscale="log")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("information of one draw")

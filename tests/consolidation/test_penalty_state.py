@@ -367,7 +367,7 @@ def test_a_state_that_does_not_load_changes_nothing(name, structure):
     before, terms, printed = value(penalty, model), penalty.terms, repr(penalty)
     state = copy.deepcopy(other.state_dict())
     states()[name](state["_extra_state"])
-    with pytest.raises(ValueError, match=r"The state is not one of an EWCPenalty .*: nothing was"):
+    with pytest.raises(ValueError, match=r"The state is not that of an EWCPenalty .*: nothing was"):
         penalty.load_state_dict(state)
     assert repr(penalty) == printed
     assert all(one is same for one, same in zip(penalty.terms, terms, strict=True))

@@ -192,7 +192,7 @@ def test_files_without_a_checksum_are_refused(tmp_path):
     tensors, about = of_kind("diagonal").description()
     path = tmp_path / "fisher"
     save_file(tensors, path, metadata={"ewc": json.dumps(about)})
-    with pytest.raises(ValueError, match="carries no checksum: it was written by an earlier"):
+    with pytest.raises(ValueError, match="has no checksum: it is of an earlier"):
         FisherMatrix.load(path)
 
 

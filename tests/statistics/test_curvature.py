@@ -236,7 +236,7 @@ def test_mistakes_are_named():
     for steps in ([], [0.1, 0.0], [math.inf]):
         with pytest.raises(ValueError, match="one or more finite numbers, none of them 0, got"):
             divergence_profile(model, data, fisher, direction=line(model), steps=steps)
-    with pytest.raises(ValueError, match="The data are empty"):
+    with pytest.raises(ValueError, match="at least one example, got none"):
         divergence_profile(model, [], fisher, direction=line(model), steps=[1.0])
     direction = {"weight": torch.zeros(2, 3)}
     with pytest.raises(ValueError, match="The direction lacks parameter 'bias'"):

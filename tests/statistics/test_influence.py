@@ -196,7 +196,7 @@ def test_mistakes_are_named():
     model = nn.Linear(2, 1)
     x, y = torch.randn(5, 2), torch.randn(5, 1)
     fisher = fisher_information(model, [(x, y)], Gaussian(), structure=Dense())
-    with pytest.raises(ValueError, match="The data are empty"):
+    with pytest.raises(ValueError, match="at least one example, got none"):
         loss_gradient(model, [], fisher, Gaussian())
     with pytest.raises(ValueError, match="weight"):
         influence(model, [(x, y)], {"bias": torch.zeros(1)}, fisher, Gaussian())

@@ -16,7 +16,7 @@ from ewc.parameters import Parameters, check_shape
 class EigenvalueCorrectedProduct(LayerMatrix):
     r"""One layer's :math:`(Q_G \otimes Q_A)\, \mathrm{diag}(S)\, (Q_G \otimes Q_A)^\top`.
 
-    ``g`` groups, ``o`` outputs, ``i`` inputs, one of them for the bias if there is one.
+    ``g`` groups, ``o`` outputs, ``i`` inputs; a bias counts as the last input.
 
     Args:
         weights: the parameters.
@@ -58,27 +58,14 @@ class EigenvalueCorrectedProduct(LayerMatrix):
         return left if self.inputs is None else left @ self.inputs.transpose(1, 2)
 
     def times(self, matrix: Tensor) -> Tensor:
-        """The product with a vector given as a ``[g, o, i]`` matrix."""
         return self.rotated_back(self.spectrum * self.rotated(matrix))
 
     def solve(self, v: Mapping[str, Tensor], damping: float) -> Parameters:
-        r"""The solution of :math:`(F + \delta I) u = v`, in the eigenbasis.
-
-        Raises:
-            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
-            torch.linalg.LinAlgError: an eigenvalue plus the damping is not above 0.
-        """
         damped = self.damped_spectrum(damping)
         rotated = self.rotated(self.weights.to_matrix(self.checked(v)))
         return self.weights.to_parameters(self.rotated_back(rotated / damped))
 
     def inverse_quadratic_forms(self, v: Mapping[str, Tensor], damping: float) -> Tensor:
-        r"""The scalars :math:`v_n^\top (F + \delta I)^{-1} v_n`, in the eigenbasis.
-
-        Raises:
-            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
-            torch.linalg.LinAlgError: an eigenvalue plus the damping is not above 0.
-        """
         damped = self.damped_spectrum(damping)
         matrices: Tensor = torch.vmap(self.weights.to_matrix)(self._checked_rows(v))
         return (self.rotated(matrices).square() / damped).flatten(1).sum(1)
@@ -86,7 +73,7 @@ class EigenvalueCorrectedProduct(LayerMatrix):
     def damped_inverse(self, damping: float, tolerance: float = 0.0) -> DampedInverse:
         r"""The operator :math:`v \mapsto (F + \delta I)^{-1} v`, in the eigenbasis.
 
-        Eigenvalues of at most ``tolerance * damping`` count as 0, where that is faster.
+        Eigenvalues up to ``tolerance * damping`` count as 0 where that is faster.
 
         Raises:
             ValueError: ``damping`` or ``tolerance`` is negative or not finite.
@@ -105,12 +92,6 @@ class EigenvalueCorrectedProduct(LayerMatrix):
         return leading or EigenbasisInverse(self, damping)
 
     def inverse_diagonal(self, damping: float) -> Parameters:
-        r"""The diagonal of :math:`(F + \delta I)^{-1}`, by parameter.
-
-        Raises:
-            ValueError: ``damping`` is negative or not finite.
-            torch.linalg.LinAlgError: an eigenvalue plus the damping is not above 0.
-        """
         return self._squares(1 / self.damped_spectrum(damping))
 
     def damped_spectrum(self, damping: float) -> Tensor:
@@ -118,21 +99,20 @@ class EigenvalueCorrectedProduct(LayerMatrix):
 
         Raises:
             ValueError: ``damping`` is negative or not finite.
-            torch.linalg.LinAlgError: one is not above 0.
+            torch.linalg.LinAlgError: an eigenvalue plus the damping is not above 0.
         """
         check_not_negative(damping, "damping")
         damped = self.spectrum + damping
-        # Without damping, eigenvalues that are nothing but rounding have no inverse.
+        # Without damping, eigenvalues that are only rounding have no inverse.
         noise = torch.finfo(damped.dtype).eps * self.spectrum.max() if damping == 0 else 0.0
         if not bool((damped > noise).all()):
             raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
-                f"The Fisher matrix of {', '.join(self.shapes)} is singular: "
-                "solve takes a damping above 0 there."
+                f"damping must be above 0, as the Fisher matrix of {', '.join(self.shapes)} is "
+                f"singular; got {damping!r}."
             )
         return damped
 
     def diagonal(self) -> Parameters:
-        """The diagonal, by parameter."""
         return self._squares(self.spectrum)
 
     def _squares(self, spectrum: Tensor) -> Parameters:
@@ -143,7 +123,6 @@ class EigenvalueCorrectedProduct(LayerMatrix):
         return self.weights.to_parameters(squares)
 
     def trace(self) -> Tensor:
-        """The sum of the eigenvalues."""
         return self.spectrum.sum()
 
     def logdet(self, damping: float) -> Tensor:
@@ -153,19 +132,16 @@ class EigenvalueCorrectedProduct(LayerMatrix):
             ValueError: ``damping`` is negative or not finite.
         """
         check_not_negative(damping, "damping")
-        # Rounding can leave an eigenvalue that is 0 a little below it.
+        # Rounding can leave an eigenvalue of 0 slightly negative.
         return (self.spectrum.clamp_min(0.0) + damping).log().sum()
 
     def eigenvalues(self) -> Tensor:
-        """All eigenvalues in ascending order."""
         return self.spectrum.flatten().sort().values
 
     def scaled(self, factor: float) -> "EigenvalueCorrectedProduct":
-        """The eigenvalues times ``factor``."""
         return self._with(self.weights, self.outputs, self.inputs, factor * self.spectrum)
 
     def enlarged(self, weights: LayerWeights) -> "EigenvalueCorrectedProduct":
-        """The same over a weight with more rows, the new directions with eigenvalue 0."""
         more = weights.new_outputs(self.weights), weights.new_inputs(self.weights)
         bias = self.weights.bias is not None
         outputs = one_more(self.outputs, more[0], identity=True)
@@ -181,18 +157,18 @@ class EigenvalueCorrectedProduct(LayerMatrix):
         return self._with(weights, outputs, inputs, spectrum)
 
     def seen_in(self, basis: "EigenvalueCorrectedProduct") -> Tensor:
-        r"""The eigenvalues of the nearest matrix with another's eigenvectors, ``[g, o, i]``.
+        r"""The eigenvalues of the nearest matrix with other eigenvectors, ``[g, o, i]``.
 
-        In the Frobenius norm the diagonal there,
-        :math:`S' = (Q_G'^\top Q_G)^2 \, S \, (Q_A^\top Q_A')^2` with the squares of entries,
-        which has the same trace.
+        Nearest in the Frobenius norm is the diagonal in these eigenvectors,
+        :math:`S' = (Q_G'^\top Q_G)^2 \, S \, (Q_A^\top Q_A')^2` with entry-wise squares.  It has
+        the same trace.
 
         Args:
-            basis: a matrix of the same layer.
+            basis: a matrix of the same layer, whose eigenvectors are taken.
         """
         spectrum = (basis.outputs.mT @ self.outputs).square() @ self.spectrum
         if self.inputs is None or basis.inputs is None:
-            return spectrum  # of one-hot inputs, which have the identity in every matrix
+            return spectrum  # one-hot inputs have the identity as basis in every matrix
         return spectrum @ (self.inputs.mT @ basis.inputs).square()
 
     @property
@@ -205,14 +181,12 @@ class EigenvalueCorrectedProduct(LayerMatrix):
         return self._with(self.weights, self.outputs, self.inputs, spectrum)
 
     def check_entries(self) -> None:
-        """Check that all entries are finite, and the eigenvalues."""
         self._check_finite()
-        # Rounding can leave an eigenvalue that is 0 a little below it.
+        # Rounding can leave an eigenvalue of 0 slightly negative.
         slack = ROUNDING * float(self.spectrum.abs().max())
         self._check_not_negative(self.spectrum, "eigenvalue", slack=slack)
 
     def state(self) -> State:
-        """The eigenvectors and eigenvalues; what layer they are of."""
         tensors = {"outputs": self.outputs, "spectrum": self.spectrum}
         if self.inputs is not None:
             tensors["inputs"] = self.inputs
@@ -220,7 +194,6 @@ class EigenvalueCorrectedProduct(LayerMatrix):
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
-        """The matrix of these eigenvectors and eigenvalues."""
         return cls(
             LayerWeights.from_description(about),
             tensors["outputs"],
@@ -253,7 +226,6 @@ class EigenbasisInverse(DampedInverse):
         self.inverse = 1 / matrix.damped_spectrum(damping)
 
     def __call__(self, v: Mapping[str, Tensor]) -> Parameters:
-        """The solution, in the eigenbasis."""
         weights = self.matrix.weights
         rotated = self.matrix.rotated(weights.to_matrix(self.matrix.checked(v))) * self.inverse
         return weights.to_parameters(self.matrix.rotated_back(rotated))

@@ -18,12 +18,13 @@ from ewc.parameters import Parameters, check_shape
 class KroneckerProduct(LayerMatrix):
     r"""One layer's :math:`G \otimes A`: ``kron(G, A)`` for the row-major weight ``[o, i]``.
 
-    ``g`` groups, ``o`` outputs, ``i`` inputs, the last of them 1 for the bias if there is one.
+    ``g`` groups, ``o`` outputs, ``i`` inputs; a bias counts as the last input, which is 1.
 
     Args:
         weights: the parameters.
         outputs: :math:`G`, the second moments of the output gradients, ``[g, o, o]``.
-        inputs: :math:`A`, those of the inputs, ``[g, i, i]``, or ``[g, i]`` if diagonal.
+        inputs: :math:`A`, the second moments of the inputs, ``[g, i, i]``, or ``[g, i]`` if
+            diagonal.
         num_examples: the examples behind the mean.
 
     Raises:
@@ -51,12 +52,12 @@ class KroneckerProduct(LayerMatrix):
 
     @property
     def num_inputs(self) -> int:
-        """``i``."""
+        """``i``, the size of ``A``."""
         return self.inputs.shape[1]
 
     @property
     def input_eigen(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues and -vectors of ``A``, in double precision; multiples share them."""
+        """Eigenvalues and eigenvectors of ``A`` in double precision; multiples share them."""
         if "inputs" not in self._bases:
             values, vectors = torch.linalg.eigh(self.inputs[0].double())
             self._bases["inputs"] = values, vectors
@@ -65,7 +66,7 @@ class KroneckerProduct(LayerMatrix):
     def product_along(self, v: Mapping[str, Tensor], values: Tensor, vectors: Tensor) -> Parameters:
         r"""The product with :math:`\sum_j a_j u_j u_j^\top` in the place of ``A``.
 
-        Takes ``2 o k (o + 2 i)`` operations instead of ``2 o i (o + i)``.
+        It takes ``2 o k (o + 2 i)`` operations instead of ``2 o i (o + i)``.
 
         Args:
             v: the vector.
@@ -77,7 +78,7 @@ class KroneckerProduct(LayerMatrix):
         if bias is None:
             along = self.outputs[0] @ (weight @ vectors.T) * values
             return {self.weights.weight: layout.to_parameter((along @ vectors)[None])}
-        # The bias apart: putting it beside the weight would copy that, there and back.
+        # The bias apart: joining it to the weight would copy the weight twice.
         vectors, last = vectors[:, :-1], vectors[:, -1]
         along = torch.addmm(torch.outer(v[bias], last), weight, vectors.T)
         along = self.outputs[0] @ along * values
@@ -99,7 +100,6 @@ class KroneckerProduct(LayerMatrix):
         )
 
     def to_dense(self) -> Tensor:
-        """The Kronecker products of the groups at their places, ``[p, p]``."""
         places = self.weights.places(self.device)
         size = self.num_parameters
         dense = torch.zeros(size, size, dtype=self.dtype, device=self.device)
@@ -110,17 +110,15 @@ class KroneckerProduct(LayerMatrix):
         return dense
 
     def diagonal(self) -> Parameters:
-        """The products of the factors' diagonals."""
         left = self.outputs.diagonal(dim1=1, dim2=2)
         return self.weights.to_parameters(left[:, :, None] * self._input_diagonal[:, None, :])
 
     def trace(self) -> Tensor:
-        """The product of the factors' traces, summed over groups."""
         left = self.outputs.diagonal(dim1=1, dim2=2).sum(1)
         return (left * self._input_diagonal.sum(1)).sum()
 
     def solve(self, v: Mapping[str, Tensor], damping: float) -> Parameters:
-        r"""The solution of :math:`(G \otimes A + \delta I) u = v`: the damping is exact.
+        r"""The solution of :math:`(G \otimes A + \delta I) u = v`, with exact damping.
 
         Raises:
             ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
@@ -129,19 +127,13 @@ class KroneckerProduct(LayerMatrix):
         return self.eigen.solve(v, damping)
 
     def inverse_quadratic_forms(self, v: Mapping[str, Tensor], damping: float) -> Tensor:
-        r"""The scalars :math:`v_n^\top (G \otimes A + \delta I)^{-1} v_n`, in the eigenbasis.
-
-        Raises:
-            ValueError: ``damping`` is negative or not finite, or ``v`` does not fit.
-            torch.linalg.LinAlgError: the damped matrix is singular.
-        """
         return self.eigen.inverse_quadratic_forms(v, damping)
 
     def damped_inverse(self, damping: float, tolerance: float = 0.0) -> DampedInverse:
         r"""The operator :math:`v \mapsto (F + \delta I)^{-1} v`, in the eigenbasis.
 
-        With a tolerance, by :func:`~ewc.matrices.layers.leading.leading_inverse` where that is
-        faster.
+        With a tolerance above 0 it is :func:`~ewc.matrices.layers.leading.leading_inverse` where
+        that is faster.
 
         Raises:
             ValueError: ``damping`` or ``tolerance`` is negative or not finite.
@@ -155,35 +147,21 @@ class KroneckerProduct(LayerMatrix):
         return leading or EigenbasisInverse(self.eigen, damping)
 
     def inverse_diagonal(self, damping: float) -> Parameters:
-        r"""The diagonal of :math:`(F + \delta I)^{-1}`, by parameter.
-
-        Raises:
-            ValueError: ``damping`` is negative or not finite.
-            torch.linalg.LinAlgError: the damped matrix is singular.
-        """
         return self.eigen.inverse_diagonal(damping)
 
     def logdet(self, damping: float) -> Tensor:
-        r""":math:`\log \det (G \otimes A + \delta I)`.
-
-        Raises:
-            ValueError: ``damping`` is negative or not finite.
-        """
         return self.eigen.logdet(damping)
 
     def eigenvalues(self) -> Tensor:
-        """The products of the factors' eigenvalues, in ascending order."""
         return self.eigen.eigenvalues()
 
     def scaled(self, factor: float) -> "KroneckerProduct":
-        """The first factor times ``factor``."""
         outputs = factor * self.outputs
         result = KroneckerProduct(self.weights, outputs, self.inputs, self.num_examples)
         result._bases = self._bases
         return result
 
     def enlarged(self, weights: LayerWeights) -> "KroneckerProduct":
-        """The same over a weight with more rows, of which nothing is known."""
         outputs = one_more(self.outputs, weights.new_outputs(self.weights), identity=False)
         more = weights.new_inputs(self.weights)
         if self.inputs.dim() == 2:
@@ -204,7 +182,6 @@ class KroneckerProduct(LayerMatrix):
         return KroneckerProduct(self.weights, outputs, self.inputs, self.num_examples)
 
     def check_entries(self) -> None:
-        """Check the diagonal, that all entries are finite, and the factors' eigenvalues."""
         super().check_entries()
         self._check_semidefinite(self.outputs)
         if self.inputs.dim() == 2:
@@ -213,13 +190,11 @@ class KroneckerProduct(LayerMatrix):
             self._check_semidefinite(self.inputs)
 
     def state(self) -> State:
-        """The factors; what layer they are of."""
         about = {**self.weights.description(), "num_examples": self.num_examples}
         return {"outputs": self.outputs, "inputs": self.inputs}, about
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
-        """The matrix of these factors."""
         weights = LayerWeights.from_description(about)
         return cls(weights, tensors["outputs"], tensors["inputs"], about["num_examples"])
 

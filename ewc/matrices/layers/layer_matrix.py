@@ -1,4 +1,4 @@
-"""Matrices over the weight and bias of one affine layer, seen as one ``[o, i]`` matrix."""
+"""Fisher matrices of one affine layer, whose weight and bias are read as one matrix."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ class LayerWeights:
 
     Attributes:
         weight: the weight's name.
-        bias: the bias's name, if it has a part in the matrix.
+        bias: the bias's name; ``None`` for a layer without one.
         layout: how the weight is read as matrices.
     """
 
@@ -37,11 +37,11 @@ class LayerWeights:
     layout: WeightLayout
 
     def __str__(self) -> str:
-        """The names, and what of the layout is not usual; for messages."""
-        parts = [self.weight, f"and {self.bias}" if self.bias is not None else ""]
-        parts += [f"in {self.layout.groups} groups" if self.layout.groups > 1 else ""]
-        parts += ["transposed" if self.layout.transposed else ""]
-        return " ".join(part for part in parts if part)
+        """The names, the groups and whether the weight is transposed; for messages."""
+        words = [self.weight, f"and {self.bias}" if self.bias is not None else ""]
+        words += [f"in {self.layout.groups} groups" if self.layout.groups > 1 else ""]
+        words += ["transposed" if self.layout.transposed else ""]
+        return " ".join(word for word in words if word)
 
     @property
     def shapes(self) -> Shapes:
@@ -73,21 +73,21 @@ class LayerWeights:
         return {self.weight: weight, self.bias: matrix[..., -1].flatten()}
 
     def places(self, device: torch.device) -> Tensor:
-        """Where the entries of the matrix are in the flat vector, ``[g, o, i]``."""
+        """The positions of the matrix's entries in the flat vector, ``[g, o, i]``."""
         size = sum(shape.numel() for shape in self.shapes.values())
         flat = torch.arange(size, device=device)
         return self.to_matrix(unflatten(flat, self.shapes))
 
     def new_outputs(self, old: "LayerWeights") -> int:
-        """By how many outputs this layer is larger than ``old``."""
+        """The number of outputs that ``old`` does not have."""
         return self.layout.matrix_shape[1] - old.layout.matrix_shape[1]
 
     def new_inputs(self, old: "LayerWeights") -> int:
-        """By how many inputs this layer is larger than ``old``."""
+        """The number of inputs that ``old`` does not have."""
         return self.layout.matrix_shape[2] - old.layout.matrix_shape[2]
 
     def description(self) -> dict[str, Any]:
-        """What JSON needs to know to build it again."""
+        """The layer in a form that JSON can hold."""
         return {
             "weight": self.weight,
             "bias": self.bias,
@@ -101,8 +101,8 @@ class LayerWeights:
         """The inverse of :meth:`description`.
 
         Raises:
-            ValueError: a number is not a size.
-            TypeError: something is of another type.
+            ValueError: a size is not a whole number, 0 or more.
+            TypeError: an entry has another type.
         """
         check_instance(about["weight"], str, "weight", "a name")
         check_instance(about["bias"], str | None, "bias", "a name or None")
@@ -113,7 +113,7 @@ class LayerWeights:
 
 
 class LayerMatrix(FisherMatrix):
-    """A matrix over the parameters of one layer, by its products with ``[g, o, i]`` matrices.
+    """A matrix over the parameters of one layer, defined by products with ``[g, o, i]`` matrices.
 
     Args:
         weights: the parameters.
@@ -131,33 +131,27 @@ class LayerMatrix(FisherMatrix):
 
     @abstractmethod
     def enlarged(self, weights: LayerWeights) -> FisherMatrix:
-        """The same over a weight with more rows; there is one group."""
+        """The same matrix over a weight with more rows, for layers with one group."""
 
     def checked(self, v: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """``v``, if it has the layer's parameters.
+        """``v``, after a check of its names and shapes.
 
         Raises:
-            ValueError: it has not.
+            ValueError: ``v`` does not have the layer's parameters.
         """
         check_same_shapes(shapes_of(v), self.shapes, "The vector")
         return v
 
     def matvec(self, v: Mapping[str, Tensor]) -> Parameters:
-        """The product, with the parameters read as one matrix.
-
-        Raises:
-            ValueError: ``v`` does not have the layer's parameters.
-        """
         return self.weights.to_parameters(self.times(self.weights.to_matrix(self.checked(v))))
 
     def embedded(self, shapes: Shapes) -> FisherMatrix:
-        """The same matrix over more rows of the weight and the bias."""
         if dict(shapes) == dict(self.shapes):
             return self
         weights = replace(
             self.weights, layout=replace(self.weights.layout, shape=shapes[self.weights.weight])
         )
-        # The new rows are new outputs or new inputs of the one group there is.
+        # The new rows are new outputs or new inputs of the only group.
         if self.weights.layout.groups == 1 and dict(weights.shapes) == dict(shapes):
             return self.enlarged(weights)
         return DenseFisher(self.to_dense(), self.shapes, self.num_examples).embedded(shapes)
@@ -168,9 +162,9 @@ def one_more(matrix: Tensor, count: int, *, identity: bool, keep_last: bool = Fa
 
     Args:
         matrix: ``[g, d, d]``.
-        count: how many new ones.
+        count: the number of new rows and columns.
         identity: whether the new diagonal entries are 1.
-        keep_last: whether the last row and column stay the last.
+        keep_last: whether the last row and column stay last.
     """
     if count == 0:
         return matrix

@@ -85,8 +85,8 @@ KNOWN_BY_LOGARITHMS = (
 @singledispatch
 def log_density(distribution: Any, points: Points) -> Tensor:
     r""":math:`\log p(x)` in nats, ``[n]``."""
-    found: Tensor = distribution.log_prob(points.x)
-    return found
+    log_prob: Tensor = distribution.log_prob(points.x)
+    return log_prob
 
 
 @log_density.register
@@ -103,8 +103,8 @@ def _log_gamma(distribution: Any, log_x: Tensor) -> Tensor:
     """The log-density of the logarithm of a Gamma variable, in which no large terms cancel."""
     a = distribution.concentration
     away = log_x + distribution.rate.log() - a.log()
-    found: Tensor = a.log() - stirling(a) - a * (away.expm1() - away)
-    return found
+    log_prob: Tensor = a.log() - stirling(a) - a * (away.expm1() - away)
+    return log_prob
 
 
 @log_density.register
@@ -194,9 +194,9 @@ def _(distribution: Categorical, points: Points) -> Tensor:
 
 def _log_odds(distribution: Any) -> tuple[Tensor, Tensor]:
     """The logarithms of a probability and of its complement, from whichever was given."""
-    own = vars(distribution)  # the other one may be there too, once it was looked at
-    given = own.get("_param", own.get("logits", own.get("probs")))
-    if given is own.get("probs"):
+    attributes = vars(distribution)  # reading the other one has stored it there too
+    given = attributes.get("_param", attributes.get("logits", attributes.get("probs")))
+    if given is attributes.get("probs"):
         return given.log(), (-given).log1p()
     return logsigmoid(distribution.logits), logsigmoid(-distribution.logits)
 

@@ -83,23 +83,23 @@ def expectation_at(function: Callable[[Points], Tensor], under: Distribution | D
     Arguments, result and errors are those of :func:`expectation`.
     """
     if isinstance(under, Distribution) and (under.batch_shape or under.event_shape):
-        own = [*under.batch_shape, *under.event_shape]
-        raise ValueError(f"The distribution must be of a scalar, got shape {own}.")
-    shape = torch.Size()  # of an entry, known once the function was called
+        shape = [*under.batch_shape, *under.event_shape]
+        raise ValueError(f"The distribution must be of a scalar, got shape {shape}.")
+    entry_shape = torch.Size()  # known once the function was called
 
     def weighted(points: Points, log_weights: Tensor) -> Tensor:
         """The weights and the weighted entries, ``[n, 1 + entries]``."""
-        nonlocal shape
+        nonlocal entry_shape
         weights = log_weights.exp()
         # Far out the density underflows before the function overflows.
-        there = weights > 0
-        there[:1] |= not bool(there.any())  # the shape of an entry is wanted all the same
-        values = function(points[there]).detach().double()
-        shape = values.shape[1:]
-        share, entries = weights[there, None], values.reshape(int(there.sum()), -1)
+        positive = weights > 0
+        positive[:1] |= not bool(positive.any())  # the shape of an entry is needed all the same
+        values = function(points[positive]).detach().double()
+        entry_shape = values.shape[1:]
+        share, entries = weights[positive, None], values.reshape(int(positive.sum()), -1)
         terms = torch.zeros(len(weights), 1 + entries.shape[1], dtype=torch.float64)
         terms[:, 0] = weights
-        terms[there, 1:] = torch.where(share > 0, share * entries, 0.0)
+        terms[positive, 1:] = torch.where(share > 0, share * entries, 0.0)
         return terms
 
     lower, upper, whole = _range(under)
@@ -118,7 +118,7 @@ def expectation_at(function: Callable[[Points], Tensor], under: Distribution | D
             f"The mass of {_name(under)} must be 1, got {mass:.9g}: its density is not normalised, "
             "loses digits, or underflows; a Density needs a location and a scale near its mass."
         )
-    return (total[1:] / mass).view(shape)
+    return (total[1:] / mass).view(entry_shape)
 
 
 Weighted = Callable[[Points, Tensor], Tensor]
@@ -174,10 +174,10 @@ def _sum(weighted: Weighted, under: Distribution | Density, lower: float, upper:
 
     def log_weights(x: Tensor) -> Tensor:
         x = x.round()
-        there = (x >= lower) & (x <= upper) & (x < 2**53)
-        found = torch.full_like(x, -math.inf)
-        found[there] = _log_density(under, Points.of(x[there]))
-        return found.nan_to_num(-math.inf, -math.inf, -math.inf)
+        inside = (x >= lower) & (x <= upper) & (x < 2**53)
+        log_weight = torch.full_like(x, -math.inf)
+        log_weight[inside] = _log_density(under, Points.of(x[inside]))
+        return log_weight.nan_to_num(-math.inf, -math.inf, -math.inf)
 
     location, _ = _moments(under)
     start = min(max(location, lower), upper, 2.0**52) if math.isfinite(location) else lower
@@ -194,11 +194,11 @@ def _sum(weighted: Weighted, under: Distribution | Density, lower: float, upper:
     while above - below < COUNTS:
         reach = max(lower, below - length), min(upper + 1, above + length)
         spans = [(reach[0], below), (above, reach[1])]
-        parts = [block(*span) for span in spans if span[0] < span[1]]
+        added_blocks = [block(*span) for span in spans if span[0] < span[1]]
         below, above = reach
         length *= 2
-        added = torch.stack([part.abs().sum(0) for part in parts])
-        total = total + torch.stack([part.sum(0) for part in parts]).sum(0)
+        added = torch.stack([terms.abs().sum(0) for terms in added_blocks])
+        total = total + torch.stack([terms.sum(0) for terms in added_blocks]).sum(0)
         size = size + added.sum(0)
         finished = (below == lower and above == upper + 1) or not bool(total.isfinite().all())
         if finished or (bool((added <= TOLERANCE * size).all()) and total[0] > 1 - ACCEPTED):
@@ -232,11 +232,11 @@ def _integral(
     def log_weights(u: Tensor) -> Tensor:
         points, log_slope = points_at(u)
         # Where rounding has reached an end, a density that torch has may be infinite.
-        found = torch.full_like(u, -math.inf)
-        there = (points.x > lower) & (points.x < upper) & points.x.isfinite()
-        there |= isinstance(under, KNOWN_BY_LOGARITHMS)
-        found[there] = _log_density(under, points[there]) + log_slope[there]
-        return found.nan_to_num(-math.inf, -math.inf, -math.inf)
+        log_weight = torch.full_like(u, -math.inf)
+        inside = (points.x > lower) & (points.x < upper) & points.x.isfinite()
+        inside |= isinstance(under, KNOWN_BY_LOGARITHMS)
+        log_weight[inside] = _log_density(under, points[inside]) + log_slope[inside]
+        return log_weight.nan_to_num(-math.inf, -math.inf, -math.inf)
 
     def integrand(u: Tensor) -> Tensor:
         return weighted(points_at(u)[0], log_weights(u))
@@ -248,15 +248,15 @@ def _integral(
         if reached is not None and torch.equal(breaks[[0, -1]], reached):
             raise _diverges(under)  # there are no numbers farther out
         reached = breaks[[0, -1]]
-        found = integral(integrand, breaks)
+        result = integral(integrand, breaks)
         # The last panels hold what is left in the tails.
-        if bool((found.ends <= TOLERANCE * found.size).all()):
+        if bool((result.ends <= TOLERANCE * result.size).all()):
             break
     else:
         raise _diverges(under)
-    if not bool((found.value.isfinite() & (found.error <= ACCEPTED * found.size)).all()):
+    if not bool((result.value.isfinite() & (result.error <= ACCEPTED * result.size)).all()):
         raise _diverges(under)
-    return found.value
+    return result.value
 
 
 def _diverges(under: Distribution | Density) -> ArithmeticError:
@@ -287,14 +287,14 @@ def _breaks(log_weights: Callable[[Tensor], Tensor], top: float, level: float) -
             inner = float(between[last[-1]]) if len(last) else inner
         return inner
 
-    found = [torch.tensor([top], dtype=torch.float64)]
+    breaks = [torch.tensor([top], dtype=torch.float64)]
     for side in (-1, 1):
         end, wide = reach(level, side), reach(1.0, side)
         tail = min(reach(0.6 * level, side), 0.9 * end)
         lengths = wide * 2.0 ** torch.arange(-1, 122, dtype=torch.float64)
         ends = torch.cat([lengths[lengths < tail], lengths.new_tensor([tail, end])])
-        found.append(top + side * ends)
-    return torch.cat(found).sort().values
+        breaks.append(top + side * ends)
+    return torch.cat(breaks).sort().values
 
 
 def _chart(

@@ -67,7 +67,7 @@ def geodesic(
     The straight line between them is bent until its energy is least.  Polynomials are added
     until the length no longer changes.  With a metric in closed form::
 
-        found = geodesic(
+        path = geodesic(
             lambda p: torch.diag(torch.stack([1 / p["s"] ** 2, 2 / p["s"] ** 2])),
             {"m": torch.tensor(0.0), "s": torch.tensor(1.0)},
             {"m": torch.tensor(2.0), "s": torch.tensor(1.0)},

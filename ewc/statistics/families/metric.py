@@ -53,9 +53,8 @@ def fisher_metric(family: Callable[[Parameters], Distribution]) -> Metric:
             _check_fixed(member, here, type(distribution).__name__)
             if distribution.has_enumerate_support:
                 return _by_sum(member, distribution, here)
-            matrix: Tensor = jacfwd(jacrev(lambda there: _divergence(distribution, member(there))))(
-                here
-            )
+            slope = jacrev(lambda theta: _divergence(distribution, member(theta)))
+            matrix: Tensor = jacfwd(slope)(here)
         return matrix
 
     return metric
@@ -68,11 +67,11 @@ def _by_sum(
     values = distribution.enumerate_support(expand=False)
 
     def log_prob(theta: Tensor) -> Tensor:
-        own = member(theta)
-        if own.batch_shape or own.event_shape:
-            found: Tensor = own.log_prob(values)
-            return found.flatten()
-        return log_density(own, Points.of(values))
+        at_theta = member(theta)
+        if at_theta.batch_shape or at_theta.event_shape:
+            logarithms: Tensor = at_theta.log_prob(values)
+            return logarithms.flatten()
+        return log_density(at_theta, Points.of(values))
 
     scores: Tensor = jacrev(log_prob)(here)
     return torch.einsum("x,xi,xj->ij", log_prob(here).exp(), scores, scores)
@@ -86,17 +85,18 @@ def _check_fixed(member: Callable[[Tensor], Distribution], here: Tensor, name: s
     """
 
     def features(theta: Tensor) -> Tensor:
-        own = member(theta)
-        transforms = getattr(own, "transforms", []) if type(own) in _BY_TRANSFORMS else []
-        things = [own.support, *transforms]
-        values = [vars(thing).get(key) for thing in things for key in _FEATURES]
-        found = [value.flatten() for value in values if isinstance(value, Tensor)]
-        return torch.cat([theta[:0], *(value.to(theta) for value in found)])
+        distribution = member(theta)
+        by_transforms = type(distribution) in _BY_TRANSFORMS
+        holders = [distribution.support]
+        holders += getattr(distribution, "transforms", []) if by_transforms else []
+        values = [vars(holder).get(key) for holder in holders for key in _FEATURES]
+        tensors = [value.flatten() for value in values if isinstance(value, Tensor)]
+        return torch.cat([theta[:0], *(value.to(theta) for value in tensors)])
 
     slopes = jacfwd(features)(here)
     try:
         moved = bool((slopes != 0).any())
-    except RuntimeError:  # under vmap, where nobody looks at values
+    except RuntimeError:  # under vmap, where values cannot be read
         return
     if moved:
         raise ValueError(
@@ -118,13 +118,13 @@ def _divergence(first: Distribution, second: Distribution) -> Tensor:
         apart = (first.loc - second.loc).square() / (2 * first.scale * second.scale)
         return (ratio - 1 - ratio.log() + apart).sum()
     try:
-        found: Tensor = kl_divergence(first, second).sum()
+        divergence: Tensor = kl_divergence(first, second).sum()
     except NotImplementedError as error:
         raise NotImplementedError(
             f"torch.distributions has no divergence of {type(first).__name__}: give its "
             "information to geodesic as a metric."
         ) from error
-    return found
+    return divergence
 
 
 @contextmanager

@@ -154,16 +154,15 @@ def formulations(
     log_prob = _log_prob(family, shapes)
 
     def hessian(points: Points) -> Tensor:
-        found: Tensor = torch.func.jacfwd(torch.func.jacrev(lambda own: log_prob(own, points)))(
-            theta
-        )
-        return found
+        slope = torch.func.jacrev(lambda at: log_prob(at, points))
+        derivatives: Tensor = torch.func.jacfwd(slope)(theta)
+        return derivatives
 
     def moments(points: Points) -> Tensor:
         score = _score(log_prob, theta, points)
         # A reverse pass holds a vector of all draws for each: few at once.
-        parts = [points[start : start + 256] for start in range(0, len(points.x), 256)]
-        curvature = -torch.cat([hessian(part) for part in parts])
+        chunks = [points[start : start + 256] for start in range(0, len(points.x), 256)]
+        curvature = -torch.cat([hessian(chunk) for chunk in chunks])
         return torch.cat([score[:, None], score[:, :, None] * score[:, None, :], curvature], 1)
 
     under = family(unflatten(theta, shapes)) if truth is None else truth
@@ -224,5 +223,5 @@ def _log_prob(family: Family, shapes: Shapes) -> LogProb:
 def _score(log_prob: LogProb, theta: Tensor, points: Points) -> Tensor:
     """The scores of some draws, ``[n, p]``."""
     # Forward, as there are few parameters and many draws.
-    score: Tensor = torch.func.jacfwd(lambda own: log_prob(own, points))(theta)
+    score: Tensor = torch.func.jacfwd(lambda at: log_prob(at, points))(theta)
     return score

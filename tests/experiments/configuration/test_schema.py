@@ -119,7 +119,7 @@ def test_batch_means_are_diagonal_only():
     assert isinstance(plugin.estimator, Empirical)
     assert plugin.structure == BatchMeanGradients()
     node = compose("fisher/estimator=batch_means", "fisher/structure=kronecker")["fisher"]
-    with pytest.raises(ConfigurationError, match=r"structure is Kronecker\(.*\): with BatchMeans"):
+    with pytest.raises(ConfigurationError, match=r"with BatchMeans, got Kronecker\("):
         build(node, Fisher)
 
 
@@ -154,10 +154,10 @@ def test_the_target_of_an_estimator_may_be_changed():
         ({"wandb": {"mode": "of"}}, "'wandb.mode' is 'of': .* 'offline', 'online' or 'disabled'"),
         ({"strategy": {"_targt_": 1}}, "Unknown option 'strategy._targt_'"),
         ({"optimizer": {"params": 1}}, "Unknown option 'optimizer.params'"),
-        ({"device": "tpu9"}, "device is 'tpu9'"),
-        ({"seed": -1}, "seed is -1"),
+        ({"device": "tpu9"}, "device must be .*, got 'tpu9'"),
+        ({"seed": -1}, "seed must .*, got -1"),
         ({"threads": 0}, "threads must .*, got 0"),
-        ({"model": {"hidden": [0]}}, "model: hidden is .*: every width must be 1 or more"),
+        ({"model": {"hidden": [0]}}, "model: hidden must .* 1 or more, got"),
         ({"model": {"_target_": "experiments.training.models.CNN"}}, "'model._target_' is"),
     ],
 )

@@ -270,7 +270,9 @@ def test_a_recipe_asks_for_pictures_of_sweeps_only(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     recipe = tmp_path / "given.yaml"
     recipe.write_text(f"# Given.\nhydra: {{callbacks: {{report: {{pictures: [{name}]}}}}}}\n")
-    with pytest.raises(ConfigurationError, match=f"'{name}' is no picture: allowed are over_tasks"):
+    with pytest.raises(
+        ConfigurationError, match=f"a picture must be one of over_tasks.*, got '{name}'"
+    ):
         section([job(0.5, strength=1, seed=0) | {"versions": {}}], recipe, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["given.yaml"]
 

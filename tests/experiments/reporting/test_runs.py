@@ -542,18 +542,18 @@ def test_curves_are_drawn_from_memory(tmp_path):
     [
         (["model=null"], "Option 'model' is 'null': allowed are mlp."),
         (["benchmark=3"], "Option 'benchmark' is '3': allowed are permuted_digits, "),
-        (["threads=100000"], "threads is 100000: it must be at most 1024"),
-        (["device=meta"], "device is 'meta': "),
+        (["threads=100000"], "threads must be at most 1024, got 100000"),
+        (["device=meta"], "device must be one that PyTorch can use, such as cpu, got 'meta': "),
         (["model.hidden=[100000000000]"], "model: 7500000000010 parameters and their gradients"),
         (["model.hidden=[100000000000,100000000000]"], "model: "),
         ([f"model.hidden=[{10**30}]"], "model: "),
         (
             ["optimizer._target_=torch.optim.LBFGS", "~optimizer.betas", "~optimizer.fused"],
-            "optimizer is LBFGS, which takes no step by gradients alone",
+            "such as torch.optim.SGD, got LBFGS",
         ),
         (
             ["optimizer._target_=torch.optim.SparseAdam", "~optimizer.fused"],
-            "optimizer is SparseAdam, which takes no step by gradients alone",
+            "such as torch.optim.SGD, got SparseAdam",
         ),
     ],
 )

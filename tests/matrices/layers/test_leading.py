@@ -17,7 +17,7 @@ from ewc.matrices.layers.leading import (
     WIDTH,
     LeadingInverse,
     leading_inverse,
-    leading_part,
+    leading_vectors,
 )
 from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import flatten, unflatten
@@ -39,7 +39,7 @@ def test_the_remainder_is_what_it_may_be(dtype: torch.dtype, power: float, count
     spectrum = torch.arange(1, 241, dtype=dtype) ** -power
     matrix = positive(spectrum)
     bound = float(spectrum[count - 1 : count + 1].mean())
-    vectors, values = leading_part(matrix, bound)
+    vectors, values = leading_vectors(matrix, bound)
     left = torch.linalg.eigvalsh((matrix - vectors * values @ vectors.T).double())
     rounding = 10 * torch.finfo(dtype).eps
     assert -rounding <= float(left.min())
@@ -54,7 +54,7 @@ def test_where_no_few_vectors_do_all_are_taken() -> None:
     for size in (WIDTH - 1, 2 * WIDTH):
         spectrum = torch.linspace(1.0, 2.0, size, dtype=torch.float64)
         matrix = positive(spectrum)
-        vectors, values = leading_part(matrix, 1.25)
+        vectors, values = leading_vectors(matrix, 1.25)
         torch.testing.assert_close(values, spectrum[spectrum > 1.25])
         torch.testing.assert_close(matrix @ vectors, vectors * values)
 
@@ -62,7 +62,7 @@ def test_where_no_few_vectors_do_all_are_taken() -> None:
 def test_nothing_is_kept_of_what_is_below_the_bound() -> None:
     """A matrix that is smaller than the remainder, or 0, has no part."""
     for matrix in (torch.zeros(200, 200), 1e-3 * torch.eye(200)):
-        vectors, values = leading_part(matrix, 0.01)
+        vectors, values = leading_vectors(matrix, 0.01)
         assert vectors.shape == (200, 0)
         assert values.shape == (0,)
 
