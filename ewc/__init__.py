@@ -16,7 +16,7 @@
 These names import neither Avalanche nor Hydra nor W&B.
 """
 
-from ewc.consolidation.consolidation import Online, Separate
+from ewc.consolidation.combination import Online, Separate
 from ewc.fisher import (
     BlockDiagonal,
     Dense,

@@ -115,4 +115,7 @@ def check_instance(value: object, kind: Any, name: str, allowed: str) -> None:
 def shown(value: object) -> str:
     """A value as a message shows it: a short one by its ``repr``, another by its class."""
     short = isinstance(value, str | Real | type) or value is None
-    return repr(value) if short else f"a {type(value).__name__}"
+    if short:
+        return repr(value)
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"

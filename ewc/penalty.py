@@ -26,7 +26,7 @@ from ewc.checks import (
     check_positive_share,
     check_share,
 )
-from ewc.consolidation.consolidation import Consolidation, Online, Separate, check_consolidation
+from ewc.consolidation.combination import Consolidation, Online, Separate, check_consolidation
 from ewc.consolidation.implicit_step import implicit_step
 from ewc.consolidation.matching import fitted, precision_of, with_task
 from ewc.consolidation.pacing import ScaledTerms

@@ -17,8 +17,8 @@ from avalanche.training import JointTraining
 from avalanche.training.plugins import SupervisedPlugin
 
 from ewc.checks import check_count
-from ewc.consolidation.consolidation import Consolidation, Separate
-from ewc.consolidation.update import Implicit, InLoss, Update, check_update
+from ewc.consolidation.combination import Consolidation, Separate
+from ewc.consolidation.update import ImplicitSteps, InLoss, Update, check_update
 from ewc.fisher import Estimator, Exact, fisher_information
 from ewc.fisher.estimators import check_estimator
 from ewc.fisher.evaluation import undisturbed
@@ -66,7 +66,7 @@ class EWCPlugin(SupervisedPlugin):
         shrinkage: the fraction of the information that is spread over a layer's units
             (:meth:`ewc.FisherMatrix.shrunk`); 0 leaves the Fisher matrix as it is.
         update: how the penalty moves the parameters, :class:`~ewc.consolidation.update.InLoss` or
-            :class:`~ewc.consolidation.update.Implicit`.
+            :class:`~ewc.consolidation.update.ImplicitSteps`.
         max_examples: the largest number of examples per Fisher matrix.  A larger task is sampled
             at random, and keeps its weight in the penalty.  ``None`` for all examples.
         seed: the seed of the samples; the global random number generators do not change.
@@ -151,7 +151,7 @@ class EWCPlugin(SupervisedPlugin):
 
     def after_update(self, strategy: Any, **_: Any) -> None:
         """Take the implicit step if it is due."""
-        if isinstance(self.update, Implicit) and self.penalty.terms:
+        if isinstance(self.update, ImplicitSteps) and self.penalty.terms:
             self._since += 1
             if self._since == self.update.every:
                 self._take_implicit_step(strategy)

@@ -21,8 +21,8 @@ from ewc import (
     fisher_information,
 )
 from ewc.checks import check_count, check_not_negative, check_positive, check_share
-from ewc.consolidation.consolidation import Online, Separate, check_consolidation
-from ewc.consolidation.update import Implicit, InLoss, check_update
+from ewc.consolidation.combination import Online, Separate, check_consolidation
+from ewc.consolidation.update import ImplicitSteps, InLoss, check_update
 from ewc.fisher import sampled_fisher
 from ewc.fisher.estimators import check_estimator
 from ewc.fisher.structures.structure import check_structure
@@ -71,8 +71,8 @@ def test_numbers_of_other_libraries_are_numbers():
         lambda: SmoothedCategorical(True),
         lambda: InLoss(0.0),
         lambda: InLoss(1.5),
-        lambda: Implicit(0),
-        lambda: Implicit(1.5),
+        lambda: ImplicitSteps(0),
+        lambda: ImplicitSteps(1.5),
         lambda: LowRank(rank=True),
         lambda: LowRank(oversampling=1.0),
         lambda: sampled_fisher(nn.Linear(2, 2), [], num_samples=2.5),
@@ -123,9 +123,9 @@ def test_options_that_are_no_such_numbers_are_refused(make):
         ),
         (
             check_update,
-            [InLoss(0.5), Implicit()],
-            ["implicit", None, Implicit, 10],
-            r"update must be an instance of InLoss or Implicit such as InLoss\(\), got",
+            [InLoss(0.5), ImplicitSteps()],
+            ["implicit", None, ImplicitSteps, 10],
+            r"update must be an instance of InLoss or ImplicitSteps such as InLoss\(\), got",
         ),
     ],
     ids=["structure", "estimator", "likelihood", "consolidation", "update"],

@@ -266,7 +266,7 @@ def test_implicit_updates_are_steps_beside_the_loss():
     torch.manual_seed(1)
     model, benchmark = mlp(), domain_incremental()
     other, penalty = copy.deepcopy(model), EWCPenalty(30.0, Online())
-    plugin = EWCPlugin(30.0, consolidation=Online(), update=consolidation.Implicit(every=4))
+    plugin = EWCPlugin(30.0, consolidation=Online(), update=consolidation.ImplicitSteps(every=4))
     strategy = strategy_of(Naive, model, [plugin], lr=0.1)
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
     for experience in benchmark.train_stream:
@@ -644,9 +644,9 @@ def test_a_sample_is_the_same_for_the_same_seed_and_has_an_example_once():
         ({"consolidation": "online"}, TypeError, "consolidation must be "),
         ({"consolidation": Online}, TypeError, "consolidation must be "),
         (
-            {"update": consolidation.Implicit},
+            {"update": consolidation.ImplicitSteps},
             TypeError,
-            "update must be an instance of InLoss or Implicit",
+            "update must be an instance of InLoss or ImplicitSteps",
         ),
         (
             {"max_examples": 0},

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ewc.consolidation.consolidation import Consolidation
+from ewc.consolidation.combination import Consolidation
 from ewc.consolidation.quadratic import Quadratic, type_for
 from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import (

@@ -26,7 +26,7 @@ class InLoss:
 
 
 @dataclass(frozen=True)
-class Implicit:
+class ImplicitSteps:
     """The penalty takes an implicit step every so many training steps.
 
     It is stable for any strength and learning rate.  Where a product with the matrix costs more
@@ -47,14 +47,14 @@ class Implicit:
         check_count(self.every, "every")
 
 
-Update = InLoss | Implicit
+Update = InLoss | ImplicitSteps
 
 
 def check_update(value: Update) -> None:
     """Check that an argument is an update.
 
     Raises:
-        TypeError: it is not an :class:`InLoss` or :class:`Implicit`.
+        TypeError: it is not an :class:`InLoss` or :class:`ImplicitSteps`.
     """
-    allowed = "an instance of InLoss or Implicit such as InLoss()"
-    check_instance(value, InLoss | Implicit, "update", allowed)
+    allowed = "an instance of InLoss or ImplicitSteps such as InLoss()"
+    check_instance(value, InLoss | ImplicitSteps, "update", allowed)

@@ -6,7 +6,7 @@ from avalanche.training.plugins import EWCPlugin as AvalanchePlugin
 from avalanche.training.plugins import SupervisedPlugin
 
 from ewc import Online, Separate
-from ewc.consolidation.consolidation import Consolidation
+from ewc.consolidation.combination import Consolidation
 from ewc.consolidation.update import InLoss, Update
 from ewc.plugin import EWCPlugin
 from experiments.strategies.fisher import Fisher

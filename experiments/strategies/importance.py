@@ -7,7 +7,7 @@ import torch
 from avalanche.training.plugins import SupervisedPlugin
 
 from ewc import DiagonalFisher, EWCPenalty, FisherMatrix
-from ewc.consolidation.consolidation import Consolidation
+from ewc.consolidation.combination import Consolidation
 from ewc.parameters import Parameters
 from ewc.plugin import check_finite_loss
 
