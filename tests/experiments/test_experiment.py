@@ -422,11 +422,17 @@ def test_the_choice_of_a_sweep_that_lacks_an_option_is_named(tmp_path, command_l
             "strategy: strength must be a finite number, 0 or above, got na",
         ),
         (["strategy=online_ewc", "strategy.decay=1.5"], "decay must lie in [0, 1], got 1.5"),
-        (["benchmark=split_digits", "benchmark.num_tasks=3"], "can be split into 1, 2, 5 tasks"),
+        (
+            ["benchmark=split_digits", "benchmark.num_tasks=3"],
+            "num_tasks must be 1, 2, 5 for 10 classes, got 3",
+        ),
         (["optimizer.lr=-1"], "Invalid learning rate: -1"),
         (["wandb.mode=on"], "Option 'wandb.mode' is "),
         (["benchmark=split_mnist", "data_root=/nonexistent/data"], "of MNIST is not in"),
-        (["optimizer=sgd", "optimizer.lr=1e30", "strategy=naive"], "in task 1, step 2: a smaller"),
+        (
+            ["optimizer=sgd", "optimizer.lr=1e30", "strategy=naive"],
+            "in task 1, step 2: use a smaller learning rate",
+        ),
         (["seed="], "seed"),
     ],
 )
