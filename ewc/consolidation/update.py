@@ -27,7 +27,7 @@ class InLoss:
 
 @dataclass(frozen=True)
 class ImplicitSteps:
-    """The penalty takes an implicit step every so many training steps.
+    """The penalty takes an implicit step after a fixed number of training steps.
 
     It is stable for any strength and learning rate.  Where a product with the matrix costs more
     than a training step, it is cheaper by the factor ``every``.  See

@@ -32,12 +32,12 @@ from experiments.reporting.tables import (
 INTRODUCTION = """\
 # Results
 
-Average test accuracy over all tasks after the last one, and forgetting, in per cent: mean ±
-standard error over the seeds, without an error one seed. Published figures are of other seeds,
-and where said of other settings. Seconds are what a job took on a machine that did other things
-beside it, not what a method costs. Written by `python -m experiments.results` from the
-kept jobs, `results/RECIPE.jsonl`. The command above a table runs what is missing of it
-(`EWC_DATA` names the folder of MNIST). To run all of it again, remove its file first."""
+Tables show the average test accuracy over all tasks after the last one, and forgetting, in percent.
+They are means ± standard errors over the seeds; a value without an error has one seed. Published
+figures have other seeds, and other settings where a remark says so. Seconds are of a shared
+machine: they do not compare methods. `python -m experiments.results` writes this page from the
+kept jobs, `results/RECIPE.jsonl`. The command above a table runs the jobs that are missing
+(`EWC_DATA` names the folder of MNIST). To run all jobs again, remove the file first."""
 
 
 def section(jobs: Jobs, recipe: Path, pictures: Path) -> str:
