@@ -10,7 +10,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from rich.console import Console
 
 from ewc import EWCPenalty, Online
-from ewc.consolidation.update import Implicit
+from ewc.consolidation.update import ImplicitSteps
 from ewc.parameters import flatten
 from experiments.experiment import Experiment
 from experiments.reporting.tracking import Recorder, WandB
@@ -48,7 +48,7 @@ def run(folder, training, strategy):
 
 @pytest.mark.parametrize("reset", [True, False])
 @pytest.mark.parametrize("sizes", [{"iterations": 7}, {"epochs": 2}])
-@pytest.mark.parametrize("strategy", [Naive(), EWC(1.0), EWC(1.0, update=Implicit(3))])
+@pytest.mark.parametrize("strategy", [Naive(), EWC(1.0), EWC(1.0, update=ImplicitSteps(3))])
 def test_the_learning_rate_falls_to_nothing_over_every_task(
     tmp_path, monkeypatch, strategy, sizes, reset
 ):
@@ -92,7 +92,7 @@ class Iterates(SupervisedPlugin):
 
 @pytest.mark.parametrize(("share", "last"), [(0.25, 2), (0.01, 1), (1.0, 8)])
 @pytest.mark.parametrize("sizes", [{"iterations": 8}, {"epochs": 1}])
-@pytest.mark.parametrize("strategy", [Naive(), EWC(1.0), EWC(1.0, update=Implicit(2))])
+@pytest.mark.parametrize("strategy", [Naive(), EWC(1.0), EWC(1.0, update=ImplicitSteps(2))])
 def test_the_network_takes_the_mean_of_its_last_parameters(
     tmp_path, monkeypatch, strategy, sizes, share, last
 ):
