@@ -35,7 +35,16 @@ def test_every_guide_has_an_example():
     assert topics <= {page.parent for page in WITH_EXAMPLES}
 
 
-@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow)
+        if page.is_relative_to(ROOT / "studies")
+        else page
+        for page in WITH_EXAMPLES
+    ],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_examples_run(page):
     torch.manual_seed(0)
     run_examples(page, {"__name__": "example"})

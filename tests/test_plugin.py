@@ -357,7 +357,9 @@ def test_further_attributes_of_a_mini_batch():
     close(diagonal(plugin), expected)
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, "compile", "inner"])
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, pytest.param("compile", marks=pytest.mark.slow), "inner"]
+)
 def test_wrapped_models_have_the_names_of_the_bare_one(wrap):
     model = mlp()
     if wrap == "inner":

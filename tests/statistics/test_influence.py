@@ -155,7 +155,7 @@ def test_influence_is_the_bilinear_form_of_its_definition():
 
 @pytest.mark.parametrize(
     "structure",
-    [Kronecker(), pytest.param(Implicit(), marks=pytest.mark.slow), Dense()],
+    [Kronecker(), *(pytest.param(s, marks=pytest.mark.slow) for s in (Implicit(), Dense()))],
 )
 def test_planted_label_errors_are_found(structure):
     x, y = digits(*range(10))

@@ -459,7 +459,12 @@ def run_recipe(folder, text, experiment="given", *options):
     )
 
 
-@pytest.mark.parametrize("kind", RECIPES)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "kind", [*list(RECIPES)[:3], *(pytest.param(kind, marks=SLOW) for kind in list(RECIPES)[3:])]
+)
 def test_recipes_run_no_code(tmp_path, foreign, kind):
     text, message = RECIPES[kind]
     refused(run_recipe(tmp_path, text), foreign, message)
