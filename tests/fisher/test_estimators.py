@@ -32,6 +32,7 @@ def test_monte_carlo_is_unbiased(network, likelihood):
     assert 0.3 < float(z.square().mean()) < 3
 
 
+@pytest.mark.slow
 def test_monte_carlo_error_falls_as_the_square_root():
     model = MODELS["mlp"][0]().double()
     x, y = torch.randn(10, 6, dtype=torch.float64), torch.zeros(10, dtype=torch.long)

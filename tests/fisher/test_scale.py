@@ -161,6 +161,7 @@ def test_thousands_of_outputs_are_refused_where_they_do_not_fit(likelihood, esti
     assert float(fisher.trace()) > 0
 
 
+@pytest.mark.slow
 def test_a_thousand_outputs_stay_inside_the_memory_cap():
     setup = """
 model, data = nn.Linear(8, 1000), [(torch.randn(4, 8), torch.randint(1000, (4,)))]
@@ -415,6 +416,7 @@ os._exit(0)  # the end of gloo's own threads aborts the process now and then
 """
 
 
+@pytest.mark.slow
 def test_processes_with_unequal_shards_get_the_single_process_answer(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)

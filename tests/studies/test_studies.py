@@ -77,6 +77,7 @@ def test_wrong_options_end_in_one_line_and_leave_nothing(tmp_path, arguments, me
     assert not (tmp_path / "pages").exists()
 
 
+@pytest.mark.slow
 def test_a_study_that_cannot_run_ends_with_status_1(tmp_path):
     done = run("forgetting", "--data-root", str(tmp_path), "--output", str(tmp_path / "pages"))
     assert done.returncode == 1

@@ -226,6 +226,7 @@ def test_a_line_that_was_cut_costs_no_other(tmp_path):
     assert len(damaged) == 1
 
 
+@pytest.mark.slow
 def test_processes_keep_lines_side_by_side(tmp_path):
     path = tmp_path / "recipe.jsonl"
     keeper = (

@@ -114,6 +114,7 @@ def test_it_is_symmetric_and_has_the_triangle_inequality(name):
     assert geodesic_distance(family, a, a) == 0
 
 
+@pytest.mark.slow
 def test_it_is_the_same_in_all_parameters():
     ends = ((1.0, 2.0), (5.0, 0.5))
     expected = geodesic_distance(gamma, *({"shape": t(a), "rate": t(b)} for a, b in ends))

@@ -294,6 +294,7 @@ def test_distributions_of_vectors_are_sampled():
         parametric_fisher(lambda p: Normal(p["m"], 1.0), {"m": mean})
 
 
+@pytest.mark.slow
 def test_what_does_not_converge_says_so():
     with pytest.raises(ArithmeticError, match="does not converge"):
         expectation(lambda x: x.abs(), Cauchy(t(0.0), t(1.0)))  # no mean
