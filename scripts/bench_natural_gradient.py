@@ -9,6 +9,7 @@ K-FAC update) is in the extra ``bench``; without it its row is left out.
 """
 
 import argparse
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,9 @@ from statistics import median
 
 import torch
 from torch import nn
+
+# The tree that this file is in, not another one that is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ewc import Diagonal, EigenvalueCorrected
 from experiments.tasks.images import MNIST, default_data_root

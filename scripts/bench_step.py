@@ -7,13 +7,18 @@ two and after fifty tasks.
 
 import argparse
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+# The tree that this file is in, not another one that is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ewc import EWCPenalty, Kronecker, Online, fisher_information
 
