@@ -35,6 +35,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_a_study_prints_its_claims_and_writes_its_page(tmp_path):
     source = (STUDIES / "parametric/README.md").read_text()
     done = run("parametric", "--output", str(tmp_path))
