@@ -201,8 +201,10 @@ class Tape:
 
     def _pulled_back(self, scores: Tensor, *, retain_graph: bool) -> list[Tensor]:
         """Gradients with respect to the operations' results, all vectors at once if faster."""
+        if len(scores) == 1:
+            return one_by_one(self.outputs, self.edges, scores, retain_graph=retain_graph)
         key = self._kind, len(scores)
-        if len(scores) > 1 and self.known.together.get(key, True):
+        if self.known.together.get(key, True):
             gradients = all_together(self.outputs, self.edges, scores)
             if key not in self.known.together:
                 self.known.together[key] = gradients is not None and self._right(gradients, scores)

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ewc.checks import check_instance
 from ewc.fisher.structures.kronecker import (
     KroneckerAccumulator,
+    KroneckerForm,
     layer_key,
     numbered_parts,
     weights_of,
 )
-from ewc.fisher.structures.structure import Accumulator, Structure
+from ewc.fisher.structures.structure import Accumulator
 from ewc.linalg.squares import add_outer_squares
 from ewc.matrices.block_diagonal import disjoint
 from ewc.matrices.eigenvalue_corrected import EigenvalueCorrectedFisher
@@ -28,25 +28,14 @@ from ewc.pullback.pullback import Chunk
 
 
 @dataclass(frozen=True)
-class EigenvalueCorrected(Structure[EigenvalueCorrectedFisher]):
+class EigenvalueCorrected(KroneckerForm[EigenvalueCorrectedFisher]):
     """EKFAC: the eigenvectors of K-FAC with the exact second moments along them.
 
     It needs two passes over the data; see :class:`~ewc.matrices.EigenvalueCorrectedFisher`.
 
-    Attributes:
-        reduce: whether to reduce over positions before taking second moments (K-FAC-reduce),
-            or to treat positions as separate examples (K-FAC-expand).
-
-    Raises:
-        TypeError: ``reduce`` is not True or False.
+    Its option is that of :class:`~ewc.fisher.structures.kronecker.KroneckerForm`, with the same
+    errors.
     """
-
-    reduce: bool = False
-    has_units = True
-
-    def __post_init__(self) -> None:
-        """Check the option."""
-        check_instance(self.reduce, bool, "reduce", "True or False")
 
     def accumulator(self, parameters: Parameters) -> "EigenvectorAccumulator":
         return EigenvectorAccumulator(KroneckerAccumulator(parameters, self.reduce))

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from ewc.checks import check_instance
 from ewc.fisher.structures.block_diagonal import by_layer
 from ewc.fisher.structures.blocks import OuterProductSums
-from ewc.fisher.structures.structure import Accumulator, Structure
+from ewc.fisher.structures.structure import Accumulator, Matrix, Structure
 from ewc.linalg.gram import RowBatch, RunningGram, StoredRows
 from ewc.linalg.tiles import DEFAULT_MEMORY
 from ewc.linalg.weight_layout import WeightLayout
@@ -36,8 +36,8 @@ It does not depend on the memory of the pass, so neither does the form of the ma
 
 
 @dataclass(frozen=True)
-class Kronecker(Structure[KroneckerFisher]):
-    """K-FAC: two small factors per layer; see :class:`~ewc.KroneckerFisher`.
+class KroneckerForm(Structure[Matrix]):
+    """A request that begins with the Kronecker factors of every layer.
 
     Attributes:
         reduce: whether to reduce over positions before taking second moments (K-FAC-reduce),
@@ -53,6 +53,14 @@ class Kronecker(Structure[KroneckerFisher]):
     def __post_init__(self) -> None:
         """Check the option."""
         check_instance(self.reduce, bool, "reduce", "True or False")
+
+
+@dataclass(frozen=True)
+class Kronecker(KroneckerForm[KroneckerFisher]):
+    """K-FAC: two small factors per layer; see :class:`~ewc.KroneckerFisher`.
+
+    Its option is that of :class:`KroneckerForm`, with the same errors.
+    """
 
     def accumulator(self, parameters: Parameters) -> "KroneckerAccumulator":
         return KroneckerAccumulator(parameters, self.reduce)

@@ -176,7 +176,15 @@ def extreme(case):
     return f"{name}{case[1]}"
 
 
-def check_extreme(case):
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow) if place % 3 else case
+        for place, case in enumerate(EXTREMES)
+    ],
+    ids=extreme,
+)
+def test_densities_that_are_narrow_wide_singular_or_far_away(case):
     family, values, expected = case
     names = [f"p{index}" for index in range(len(values))]
     parameters = {name: t(value) for name, value in zip(names, values, strict=True)}
@@ -188,17 +196,6 @@ def check_extreme(case):
     found = formulations(member, parameters)
     check(found.score, expected)
     check(found.curvature, expected)
-
-
-@pytest.mark.parametrize("case", EXTREMES[::3], ids=extreme)
-def test_densities_that_are_extreme(case):
-    check_extreme(case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", EXTREMES, ids=extreme)
-def test_all_densities_that_are_extreme(case):
-    check_extreme(case)
 
 
 def test_a_mixture_of_far_parts():
