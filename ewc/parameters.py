@@ -8,6 +8,7 @@ its wrappers (:mod:`ewc.wrappers`).
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +109,7 @@ def shapes_of(parameters: Mapping[str, Tensor]) -> Shapes:
     return {name: tensor.shape for name, tensor in parameters.items()}
 
 
+@cache
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type of sums over many terms: at least single precision.
 

@@ -13,6 +13,7 @@ from ewc.fisher.structures.structure import (
     Accumulator,
 )
 from ewc.likelihoods import Likelihood
+from ewc.linalg.tiles import sizes_for
 from ewc.parameters import Parameters
 from ewc.pullback.agreement import same
 from ewc.pullback.arguments import Arguments, Caller, listed_shapes
@@ -23,11 +24,8 @@ from ewc.pullback.tape import KnownGraphs, Tape
 
 Result = TypeVar("Result")
 
-EXAMPLES_AT_ONCE = 512
-"""The largest chunk: larger ones are no faster, and their results leave the cache."""
-
-CACHE = 2**24
-"""The largest size in bytes of an operation's gradients in a processor's last cache."""
+NO_BATCH = 2**31 - 1
+"""A number above that of every batch."""
 
 FEW = 8
 """The number of examples that are tested for dependence on each other."""
@@ -59,6 +57,8 @@ class DataPass:
         self.seen = KnownGraphs()
         self.independent = False
         """Whether examples were tested to have the same outputs alone as in their batch."""
+        self.wrong_batch: Tensor | None = None
+        """The first batch whose scores are not finite, or ``NO_BATCH``; read at the end."""
         self.depends = False
         """Whether any outputs depend on any of the parameters."""
         self.fitting: dict[tuple[torch.Size, ...], tuple[int, int]] = {}
@@ -75,6 +75,7 @@ class DataPass:
                 with torch.no_grad():
                     total.add(chunk)
             num_examples += targets.shape[0]
+        self.check_scores()
         return num_examples
 
     def chunks(
@@ -243,12 +244,28 @@ class DataPass:
         """The estimator's score vectors ``[k, n, c]``, for checked outputs and targets."""
         self._check(outputs, targets, index)
         scores = self.estimator.score_vectors(self.likelihood, outputs.detach(), targets, generator)
-        if bool(outputs.isnan().any()) or not bool(scores.isfinite().all()):
+        self._look_at(outputs.detach(), scores, index)
+        return scores
+
+    def _look_at(self, outputs: Tensor, scores: Tensor, index: int) -> None:
+        """Check that scores are finite: at once, or by :meth:`check_scores` on an accelerator."""
+        wrong = outputs.isnan().any() | scores.isfinite().all().logical_not()
+        first = torch.where(wrong, index, NO_BATCH)
+        self.wrong_batch = first if self.wrong_batch is None else first.minimum(self.wrong_batch)
+        if not sizes_for(outputs.device).waits:
+            self.check_scores()
+
+    def check_scores(self) -> None:
+        """Check that all scores so far were finite.
+
+        Raises:
+            FloatingPointError: some were not; the message names the first batch.
+        """
+        if self.wrong_batch is not None and (index := int(self.wrong_batch)) < NO_BATCH:
             raise FloatingPointError(
                 f"Batch {index}: the scores of the model's outputs are not finite; check the "
                 "parameters and the inputs."
             )
-        return scores
 
     def _fitting(self, one: Arguments, target: Tensor, index: int) -> tuple[int, int]:
         """The examples and the vectors that fit into memory, extrapolated from one example."""
@@ -275,9 +292,12 @@ class DataPass:
         room = self.memory // 2
         examples = room // max(1, saved + k * vector)
         vectors = k if examples else max(1, (room - saved) // vector)
-        if outputs.device.type == "cpu":
-            examples = min(examples, CACHE // max(1, k * max(gradients)))
-        return int(max(1, min(EXAMPLES_AT_ONCE, examples))), int(vectors)
+        sizes = sizes_for(outputs.device)
+        if sizes.gradients is not None:
+            examples = min(examples, sizes.gradients // max(1, k * max(gradients)))
+        if sizes.examples is not None:
+            examples = min(examples, sizes.examples)
+        return int(max(1, examples)), int(vectors)
 
 
 def is_real(outputs: Any) -> TypeGuard[Tensor]:

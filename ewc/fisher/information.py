@@ -20,7 +20,7 @@ from ewc.fisher.structures.structure import (
     check_structure,
 )
 from ewc.likelihoods import Categorical, Likelihood, check_likelihood
-from ewc.linalg.tiles import DEFAULT_MEMORY
+from ewc.linalg.tiles import default_memory
 from ewc.matrices.diagonal import DiagonalFisher
 from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import Selection, selected_parameters
@@ -93,7 +93,8 @@ def fisher_information(
         parameters: the parameters of the matrix: names, patterns such as ``"head.*"``,
             modules, or the parameters themselves.  ``None`` means all that require a gradient.
         memory: bytes that intermediate results (activations, gradients, products) may
-            take.  The batches are cut accordingly, down to one example. 512 MiB if ``None``.
+            take.  The batches are cut accordingly, down to one example.  ``None`` means
+            512 MiB on a CPU, and a quarter of the free memory on a CUDA device.
         group: processes of ``torch.distributed`` with one shard of the data each; all of
             them get the matrix of all data.  :class:`MonteCarlo` draws different targets in
             every process.
@@ -113,14 +114,15 @@ def fisher_information(
     check_likelihood(likelihood)
     check_estimator(estimator)
     check_structure(structure)
-    memory = DEFAULT_MEMORY if memory is None else memory
-    if not is_whole(memory) or memory < 1:
+    if memory is not None and (not is_whole(memory) or memory < 1):
         raise ValueError(
             f"memory must be a whole number of bytes above 0, or None, got {memory!r}."
         )
     chosen = selected_parameters(model, parameters)
     with unwrapped(model) as bare, undisturbed(bare), plain_operations(bare):
         total: Accumulator[Any] = structure.accumulator(chosen)
+        if memory is None:
+            memory = default_memory(next(iter(chosen.values())).device)
         if total.passes > 1 and iter(data) is data:
             raise ValueError(
                 f"data is a {type(data).__name__}, which can be read once: this structure needs "

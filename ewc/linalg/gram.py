@@ -8,10 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ewc.linalg.squares import TILE
-
-GRAM_WIDTH = 128
-"""The least number of columns for which a Gram matrix is computed in quarters."""
+from ewc.linalg.tiles import sizes_for
 
 
 class RowBatch(ABC):
@@ -95,9 +92,14 @@ class StoredColumns(RowBatch):
         return cls(torch.cat([block.columns for block in blocks]))
 
     def add_gram(self, total: Tensor, alpha: float) -> None:
+        tile = sizes_for(total.device).entries
+        if tile is None:
+            # One product for all matrices, after a copy.
+            add_gram(total, self.columns.permute(1, 0, 3, 2).flatten(1, 2), alpha)
+            return
         for group, target in enumerate(total):
             columns = self.columns[:, group]
-            for matrices in torch.split(columns, max(1, TILE // target.numel())):
+            for matrices in torch.split(columns, max(1, tile // target.numel())):
                 target.add_((matrices @ matrices.transpose(1, 2)).sum(0), alpha=alpha)
 
     def sum(self) -> Tensor:
@@ -161,7 +163,7 @@ def add_gram(total: Tensor, rows: Tensor, alpha: float = 1.0) -> None:
     width = rows.shape[-1]
     if rows.dim() == 3:
         total.baddbmm_(rows.transpose(1, 2), rows, alpha=alpha)
-    elif width < GRAM_WIDTH:
+    elif width < sizes_for(total.device).gram_width:
         total.addmm_(rows.T, rows, alpha=alpha)
     else:
         half = width // 2

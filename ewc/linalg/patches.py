@@ -23,8 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ewc.linalg.gram import add_gram
-from ewc.linalg.squares import TILE
-from ewc.linalg.tiles import slices
+from ewc.linalg.tiles import CACHED_ENTRIES, slices
 
 Index = tuple[int, ...]
 
@@ -142,7 +141,7 @@ def add_patch_squares(total: Tensor, x: Tensor, g: Tensor, grid: Grid) -> None:
     strides = [prod(padded[axis + 1 :]) for axis in range(dims)]
     entries = prod(grid.kernel)
     squares = total.new_zeros(entries, outputs, channels)
-    for examples in slices(n, vectors * outputs * channels, TILE):
+    for examples in slices(n, vectors * outputs * channels, CACHED_ENTRIES):
         for number, offset in enumerate(grid.offsets()):
             shift = sum(step * stride for step, stride in zip(offset, strides, strict=True))
             shifted = cells[examples, :, shift : shift + rows.shape[2]]

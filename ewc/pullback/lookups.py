@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ewc.linalg.squares import sum_of_squares
+from ewc.linalg.tiles import sizes_for, slices
 from ewc.parameters import Parameters
 from ewc.pullback.pullback import Pullback
 
@@ -50,6 +52,9 @@ class Lookups(Pullback):
         return {self.name: vectors.reshape(k, n, rows, width)}
 
     def add_squares(self, total: Parameters) -> None:
+        if sizes_for(self.indices.device).waits:
+            self._add_squares_by_pairs(total[self.name])
+            return
         rows = self.shapes[self.name][0]
         examples = torch.arange(self.num_examples, device=self.indices.device)[:, None]
         # Only the rows that an example looks up are not zero.
@@ -58,3 +63,16 @@ class Lookups(Pullback):
         summed = self.gradient.new_zeros(k, len(used), width)
         summed.index_add_(1, place.flatten(), self.gradient.flatten(1, 2))
         total[self.name].index_add_(0, used % rows, summed.square().sum(0).to(total[self.name]))
+
+    def _add_squares_by_pairs(self, total: Tensor) -> None:
+        """The same without finding the distinct rows, whose number would be read back."""
+        positions = self.indices.shape[1]
+        width = self.num_vectors * self.gradient.shape[3]
+        each = positions * (positions + 3 * width) * self.dtype.itemsize
+        for examples in slices(len(self.indices), each, self.memory):
+            indices = self.indices[examples]
+            same = (indices[:, :, None] == indices[:, None]).to(self.dtype)
+            squares = sum_of_squares(same @ self.gradient[:, examples])
+            # Every position of a row has the whole sum of the row, so it counts in part.
+            squares /= same.sum(2)[:, :, None]
+            total.index_add_(0, indices.flatten(), squares.flatten(0, 1).to(total))

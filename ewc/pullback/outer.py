@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ewc.linalg.gram import RowBatch, StoredRows
 from ewc.linalg.squares import add_outer_squares, sum_of_squares
-from ewc.linalg.tiles import slices
+from ewc.linalg.tiles import part, slices
 from ewc.linalg.weight_layout import WeightLayout
 from ewc.parameters import Parameters
 from ewc.pullback.pullback import Pullback
@@ -43,11 +43,14 @@ class Factors(ABC):
     def summed_gradients(self, examples: slice) -> Tensor:
         """The gradients, summed over positions, ``[k, n, g, o]``."""
         g = self.gradients(examples)
-        return g.sum(3) if g.shape[3] > 1 else g[:, :, :, 0]
+        return g.sum(3) if g.shape[3] > 1 else g.squeeze(3)
 
-    def add_squares(self, examples: slice, total: Tensor) -> None:
-        r"""Add :math:`\sum_{k,n} (\sum_t g_t a_t^\top)^2` to ``total``, ``[g, o, i]``."""
-        add_outer_squares(self.inputs(examples), self.gradients(examples), total)
+    def add_squares(self, examples: slice, total: Tensor, memory: int) -> None:
+        r"""Add :math:`\sum_{k,n} (\sum_t g_t a_t^\top)^2` to ``total``, ``[g, o, i]``.
+
+        Intermediate results may take ``memory`` bytes.
+        """
+        add_outer_squares(self.inputs(examples), self.gradients(examples), total, memory)
 
     def input_rows(self, examples: slice) -> RowBatch:
         """The inputs of all examples and positions, rows of ``i``.
@@ -87,10 +90,10 @@ class TensorFactors(Factors):
         return *self.gradient.shape[:2], self.gradient.dtype
 
     def inputs(self, examples: slice) -> Tensor:
-        return self.input[examples]
+        return part(self.input, examples)
 
     def gradients(self, examples: slice) -> Tensor:
-        return self.gradient[:, examples]
+        return part(self.gradient, examples, 1)
 
 
 class OuterProducts(Pullback):
@@ -165,9 +168,9 @@ class OuterProducts(Pullback):
                 summed = sum(further, start=first)
                 total[self.bias] += sum_of_squares(summed.flatten(2)).sum(0)
             if len(self.uses) == 1:
-                self.uses[0].add_squares(examples, squares)
+                self.uses[0].add_squares(examples, squares, self.memory)
             else:
-                add_outer_squares(*self.factors(examples), squares)
+                add_outer_squares(*self.factors(examples), squares, self.memory)
         if not in_place:
             weight += self.layout.to_parameter(squares)
 

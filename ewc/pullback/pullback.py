@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ewc.linalg.tiles import slices
+from ewc.linalg.squares import add_squares
+from ewc.linalg.tiles import part, slices
 from ewc.parameters import Parameters, Shapes
 from ewc.pullback.arguments import Arguments
 
@@ -54,7 +55,7 @@ class Pullback(ABC):
         r"""Add :math:`\sum_{k,n} v_{kn}^2` to ``total``, in place."""
         for examples in slices(self.num_examples, self.bytes_per_example(), self.memory):
             for name, vectors in self.per_example(examples).items():
-                total[name] += vectors.flatten(0, 1).to(total[name].dtype).square().sum(0)
+                add_squares(vectors.to(total[name].dtype), total[name])
 
     def project(self, directions: Parameters) -> Tensor:
         r"""The products :math:`v_{kn}^\top u_l` with ``l`` directions.
@@ -107,7 +108,7 @@ class Stored(Pullback):
         self.memory = memory
 
     def per_example(self, examples: slice) -> Parameters:
-        return {name: tensor[:, examples] for name, tensor in self.vectors.items()}
+        return {name: part(tensor, examples, 1) for name, tensor in self.vectors.items()}
 
 
 class Summed(Pullback):

@@ -24,10 +24,18 @@ class Rows:
     def by_example(self, tensor: Tensor, num_examples: int, dim: int = 0) -> Tensor:
         """A tensor with its rows, dimension ``dim``, split into two dimensions ``[n, t]``."""
         length = tensor.shape[dim] // num_examples
-        outer = length // self.inner if self.outer is None else self.outer  # type: ignore[operator]
         before, after = tensor.shape[:dim], tensor.shape[dim + 1 :]
+        if self.outer == 1:
+            return tensor.reshape(*before, num_examples, length, *after)
+        outer = length // self.inner if self.outer is None else self.outer  # type: ignore[operator]
         split = tensor.reshape(*before, outer, num_examples, length // outer, *after)
         return split.transpose(dim, dim + 1).flatten(dim + 1, dim + 2)
+
+    def summed(self, tensor: Tensor, num_examples: int, dim: int = 0) -> Tensor:
+        """A tensor with the rows of every example summed up, ``n`` in dimension ``dim``."""
+        if tensor.shape[dim] == num_examples:
+            return tensor
+        return self.by_example(tensor, num_examples, dim).sum(dim + 1)
 
 
 BATCH_FIRST = Rows(outer=1, inner=None)

@@ -348,13 +348,17 @@ def restricted(operations: Sequence[Operation], unknown: set[str]) -> list[Opera
 
 def merged(pullbacks: Sequence[Pullback]) -> list[Pullback]:
     """The pullbacks, with those that share a parameter merged into one."""
-    groups: list[list[Pullback]] = []
+    group_of: dict[str, list[Pullback]] = {}
     for pullback in pullbacks:
-        names = pullback.shapes.keys()
-        touching = [g for g in groups if any(names & other.shapes.keys() for other in g)]
-        groups = [g for g in groups if g not in touching]
-        groups.append([other for g in touching for other in g] + [pullback])
-    return [group[0] if len(group) == 1 else _combined(group) for group in groups]
+        found = {id(g): g for name in pullback.shapes if (g := group_of.get(name)) is not None}
+        group, *further = [*found.values()] or [[]]
+        for other in further:
+            group += other
+        group.append(pullback)
+        for member in group if further else (pullback,):
+            group_of |= dict.fromkeys(member.shapes, group)
+    groups = {id(group): group for group in group_of.values()}
+    return [group[0] if len(group) == 1 else _combined(group) for group in groups.values()]
 
 
 def _combined(group: Sequence[Pullback]) -> Pullback:

@@ -103,7 +103,8 @@ class SpectrumAccumulator(Accumulator[EigenvalueCorrectedFisher]):
             a, g = pullback.factors(examples)
             if pullback.bias is not None:
                 a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], -1)
-            add_outer_squares(a @ basis.inputs, g @ basis.outputs, basis.spectrum)
+            rotated = a @ basis.inputs, g @ basis.outputs
+            add_outer_squares(*rotated, basis.spectrum, pullback.memory)
 
     def _add_lookups(self, pullback: Lookups) -> None:
         if pullback.indices.shape[1] == 0:

@@ -135,8 +135,11 @@ class KroneckerAccumulator(Accumulator[KroneckerFisher]):
         layer.outputs.add(StoredRows(pullback.gradient.flatten(0, 2)[None]))
         if with_inputs:
             layer.examples += pullback.num_examples
-            rows = pullback.shapes[pullback.name][0]
-            counts = torch.bincount(pullback.indices.flatten(), minlength=rows)
+            indices = pullback.indices.flatten()
+            # Whole numbers, because a sum of many equal fractions drifts; and not bincount(),
+            # which reads the largest index back.
+            counts = indices.new_zeros(pullback.shapes[pullback.name][0])
+            counts.index_add_(0, indices, torch.ones_like(indices))
             if pullback.padding is not None:
                 counts[pullback.padding] = 0
             layer.sums[0] += counts.to(layer.sums) / positions

@@ -52,7 +52,7 @@ class Broadcast(Operation):
         if self.factor is not None:
             factor = self.factor.to(gradient).expand(self.sizes)
             entries = entries * (factor.flatten(0, self.row_dims - 1) if self.row_dims else factor)
-        summed = rows.by_example(entries, num_examples, 1).sum(2)
+        summed = rows.summed(entries, num_examples, 1)
         shape = self.weight.shape
         rest = shape[len(shape) - (summed.dim() - 2) :]
         for dim, size in enumerate(rest, start=2):

@@ -11,6 +11,7 @@ from torch.nn import functional
 from ewc.linalg.gram import RowBatch, StoredColumns, StoredRows
 from ewc.linalg.patches import Grid, add_patch_gram, add_patch_squares
 from ewc.linalg.squares import by_pairs
+from ewc.linalg.tiles import part, sizes_for
 from ewc.linalg.weight_layout import WeightLayout
 from ewc.pullback.graph import Graph, Uses
 from ewc.pullback.outer import Factors, OuterProducts
@@ -60,7 +61,7 @@ class Convolution(Operation):
     ) -> list[Pullback]:
         if self.weight is None:
             assert self.bias is not None
-            summed = rows.by_example(gradient.flatten(3).sum(3), num_examples, 1).sum(2)
+            summed = rows.summed(gradient.flatten(3).sum(3), num_examples, 1)
             return [Stored({self.bias.name: summed}, memory)]
         g = rows.by_example(gradient, num_examples, 1)
         a = rows.by_example(self.input.to(g.dtype), num_examples)
@@ -168,22 +169,25 @@ class ConvolutionFactors(Factors):
         return *self.gradient.shape[:2], self.gradient.dtype
 
     def inputs(self, examples: slice) -> Tensor:
-        x = self.input[examples]
+        x = part(self.input, examples)
         n, t, channels = x.shape[:3]
         patches = self.geometry.patches(x.flatten(0, 1), self.gradient.shape[4:])
-        size = channels // self.geometry.groups * self.geometry.kernel.numel()
-        flat = patches.reshape(n, t, self.geometry.groups, size, -1)
+        groups = self.geometry.groups
+        size = channels // groups * self.geometry.kernel.numel()
         if t == 1:
-            return flat[:, 0].transpose(-1, -2)
-        return flat.permute(0, 2, 1, 4, 3).flatten(2, 3)
+            return patches.reshape(n, groups, size, -1).transpose(-1, -2)
+        return patches.reshape(n, t, groups, size, -1).permute(0, 2, 1, 4, 3).flatten(2, 3)
 
-    def add_squares(self, examples: slice, total: Tensor) -> None:
-        x, g = self.input[examples].flatten(0, 1), self.gradient[:, examples]
+    def add_squares(self, examples: slice, total: Tensor, memory: int) -> None:
+        if sizes_for(total.device).whole:
+            super().add_squares(examples, total, memory)
+            return
+        x, g = part(self.input, examples).flatten(0, 1), part(self.gradient, examples, 1)
         shape = self.geometry
         wide = x.shape[1] // shape.groups >= LAG_CHANNELS
         few = len(g) <= SHIFTED_VECTORS and not by_pairs(len(g), self.positions)
         if not (shape.plain and wide and few and g.shape[2] == 1 and shape.kernel.numel() > 1):
-            super().add_squares(examples, total)
+            super().add_squares(examples, total, memory)
             return
         # Few vectors: by shifts of the inputs, without unfolding them.
         grid = shape.grid(x.shape[2:])
@@ -192,12 +196,12 @@ class ConvolutionFactors(Factors):
             add_patch_squares(target, inputs, gradients, grid)
 
     def input_rows(self, examples: slice) -> RowBatch:
-        x = self.input[examples].detach().flatten(0, 1)
+        x = part(self.input, examples).detach().flatten(0, 1)
         patches = PatchBlock(x, self.geometry, self.gradient.shape[4:])
         return patches if patches.by_lags else StoredRows(patches.rows())
 
     def gradient_rows(self, examples: slice) -> RowBatch:
-        g = self.gradient[:, examples]
+        g = part(self.gradient, examples, 1)
         groups = self.geometry.groups
         positions, width = g.shape[4:].numel(), g.shape[3] // groups
         if positions >= width:
@@ -209,11 +213,12 @@ class ConvolutionFactors(Factors):
         return StoredRows(g.reshape(groups, g.shape[0] // groups, -1).transpose(1, 2))
 
     def gradients(self, examples: slice) -> Tensor:
-        g = self.gradient[:, examples]
+        g = part(self.gradient, examples, 1)
         k, n, t, channels = g.shape[:4]
-        split = g.reshape(k, n, t, self.geometry.groups, channels // self.geometry.groups, -1)
+        groups = self.geometry.groups
         if t == 1:
-            return split[:, :, 0].transpose(-1, -2)
+            return g.reshape(k, n, groups, channels // groups, -1).transpose(-1, -2)
+        split = g.reshape(k, n, t, groups, channels // groups, -1)
         return split.permute(0, 1, 3, 2, 5, 4).flatten(3, 4)
 
 
@@ -246,6 +251,8 @@ class PatchBlock(RowBatch):
         """Whether products of lags are possible, and cheaper than those of unfolded rows."""
         shape = self.geometry
         wide = self.input.shape[1] // shape.groups >= LAG_CHANNELS
+        if sizes_for(self.input.device).whole:
+            return False
         return shape.plain and wide and shape.grid(self.input.shape[2:]).share() < LAG_SHARE
 
     @classmethod

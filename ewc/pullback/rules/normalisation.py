@@ -3,6 +3,7 @@
 from typing import Any, Self
 
 from torch import Tensor
+from torch.nn import functional
 
 from ewc.pullback.graph import Graph, Uses
 from ewc.pullback.pullback import Pullback, Stored
@@ -47,8 +48,8 @@ class Normalisation(Operation):
             vectors[self.bias.name] = gradient
         for name, entries in vectors.items():
             if not self.features_last and entries.dim() > 3:
-                entries = entries.flatten(3).sum(3)  # noqa: PLW2901
-            vectors[name] = rows.by_example(entries, num_examples, 1).sum(2)
+                entries = entries.sum(tuple(range(3, entries.dim())))  # noqa: PLW2901
+            vectors[name] = rows.summed(entries, num_examples, 1)
         return [Stored(vectors, memory)]
 
 
@@ -59,10 +60,8 @@ def _normalised(node: Any) -> Tensor:
     mean: Tensor
     scale: Tensor
     if kind == "NativeBatchNormBackward0":
-        shape = (-1,) + (1,) * (x.dim() - 2)
-        mean = node._saved_running_mean.reshape(shape)
-        scale = (node._saved_running_var + node._saved_eps).rsqrt().reshape(shape)
-        return (x - mean) * scale
+        statistics = node._saved_running_mean, node._saved_running_var
+        return functional.batch_norm(x, *statistics, eps=node._saved_eps)
     mean, scale = node._saved_result1, node._saved_result2
     if kind == "NativeGroupNormBackward0":
         grouped = x.reshape(x.shape[0], node._saved_group, -1)
