@@ -1,9 +1,10 @@
-"""The networks and batches of ``bench_fisher.py``."""
+"""The networks and batches of ``bench_fisher.py`` and ``bench_accelerator.py``."""
 
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +48,8 @@ class Block(nn.Module):
 
 def convolution(inputs: int, outputs: int, size: int, stride: int = 1) -> list[nn.Module]:
     """A convolution and its BatchNorm, whose statistics are plain means of what it has seen."""
-    layer = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
-    return [layer, nn.BatchNorm2d(outputs, momentum=None)]
+    kernel = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
+    return [kernel, nn.BatchNorm2d(outputs, momentum=None)]
 
 
 class ResNet18(nn.Module):
@@ -77,8 +78,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(1000, 64)
         self.positions = nn.Parameter(0.1 * torch.randn(16, 64))
-        layer = nn.TransformerEncoderLayer(64, 4, 256, batch_first=True, dropout=0.0)
-        self.encoder = nn.TransformerEncoder(layer, 2)
+        block = nn.TransformerEncoderLayer(64, 4, 256, batch_first=True, dropout=0.0)
+        self.encoder = nn.TransformerEncoder(block, 2)
         self.head = nn.Linear(64, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,10 +87,65 @@ class Transformer(nn.Module):
         return self.head(self.encoder(self.tokens(x) + self.positions).mean(1))
 
 
+class VisionTransformer(nn.Module):
+    """ViT-S: 12 layers of width 384 over patches of 16 x 16 pixels, the first token's output.
+
+    Args:
+        side: the side of an image in pixels.
+    """
+
+    def __init__(self, side: int = 224) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 384, 16, 16)
+        self.first = nn.Parameter(torch.zeros(1, 1, 384))
+        self.positions = nn.Parameter(0.02 * torch.randn(1, (side // 16) ** 2 + 1, 384))
+        self.blocks = nn.Sequential(*(layer(384, 6) for _ in range(12)))
+        self.norm = nn.LayerNorm(384)
+        self.head = nn.Linear(384, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits."""
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.first.expand(len(x), -1, -1), tokens], 1) + self.positions
+        return self.head(self.norm(self.blocks(tokens)[:, 0]))
+
+
+class Gpt2(nn.Module):
+    """GPT-2 small as a classifier: 12 causal layers of width 768, the last token's output.
+
+    Args:
+        words: the number of different tokens.
+    """
+
+    def __init__(self, words: int = 50257) -> None:
+        super().__init__()
+        self.words = nn.Embedding(words, 768)
+        self.positions = nn.Embedding(1024, 768)
+        self.blocks = nn.ModuleList(layer(768, 12) for _ in range(12))
+        self.norm = nn.LayerNorm(768)
+        self.head = nn.Linear(768, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits."""
+        length = x.shape[1]
+        places = torch.arange(length, device=x.device)
+        mask = nn.Transformer.generate_square_subsequent_mask(length, device=x.device)
+        tokens = self.words(x) + self.positions(places)
+        for block in self.blocks:
+            tokens = block(tokens, src_mask=mask)
+        return self.head(self.norm(tokens[:, -1]))
+
+
+def layer(width: int, heads: int) -> nn.Module:
+    """A layer of a Transformer with its norms first."""
+    options: dict[str, Any] = {"batch_first": True, "norm_first": True, "activation": "gelu"}
+    return nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, **options)
+
+
 def mlp(data_root: Path) -> Workload:
     """784-400-400-10 over 10,000 images of MNIST."""
     images = MNIST().load(data_root)[0]
-    layers = [layer for i, o in pairwise(WIDTHS) for layer in (nn.Linear(i, o), nn.ReLU())]
+    layers = [module for i, o in pairwise(WIDTHS) for module in (nn.Linear(i, o), nn.ReLU())]
     return nn.Sequential(*layers[:-1]), images.pixels[:10_000], images.labels[:10_000], 500
 
 
@@ -156,8 +212,8 @@ def by_gradients(batches: Batches, model: nn.Module) -> Batches:
 def labels_of(estimator: str, outputs: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The labels whose gradients an estimator squares, and their weights: pairs of ``[n]``."""
     if estimator == "empirical":
-        return [(y, torch.ones(len(y)))]
+        return [(y, torch.ones(len(y), device=y.device))]
     probabilities = outputs.softmax(1)
     if estimator == "Monte Carlo":
-        return [(probabilities.multinomial(1)[:, 0], torch.ones(len(y)))]
+        return [(probabilities.multinomial(1)[:, 0], torch.ones(len(y), device=y.device))]
     return [(torch.full_like(y, k), weights) for k, weights in enumerate(probabilities.T)]
