@@ -192,7 +192,7 @@ class DataPass:
                 f"Batch {index}: the model fails for the first {count} examples or for one "
                 f"alone ({reason}), but not for the whole batch. {INDEPENDENT}"
             ) from error
-        if not is_real(together) or len(together) != count:
+        if not is_real(together) or together.shape[:1] != (count,):
             return  # The check of the whole batch raises the error.
         together = together.detach()
         spread = float((together - together.mean(0)).norm()) / count**0.5
@@ -230,17 +230,17 @@ class DataPass:
     def _check(self, outputs: Any, targets: Tensor, index: int) -> None:
         """Check the outputs and the targets of a set of examples of a batch."""
         check_outputs(outputs, targets.shape[0], index)
-        if not self.estimator.uses_targets:
-            return
         try:
-            self.likelihood.check_targets(outputs, targets)
+            self.likelihood.check_outputs(outputs)
+            if self.estimator.uses_targets:
+                self.likelihood.check_targets(outputs, targets)
         except ValueError as error:
             raise ValueError(f"Batch {index}: {error}") from None
 
     def _scores(
         self, outputs: Any, targets: Tensor, generator: torch.Generator, index: int
     ) -> Tensor:
-        """The estimator's score vectors ``[k, n, c]``, for checked outputs and targets."""
+        """The estimator's score vectors ``[k, n, ...]``, for checked outputs and targets."""
         self._check(outputs, targets, index)
         scores = self.estimator.score_vectors(self.likelihood, outputs.detach(), targets, generator)
         if bool(outputs.isnan().any()) or not bool(scores.isfinite().all()):
@@ -256,8 +256,9 @@ class DataPass:
         check_outputs(outputs, 1, index)
         needed = self.estimator.bytes_per_example(outputs)
         if needed > max(self.memory, LEAST_FOR_SCORES):
+            sizes = " x ".join(map(str, outputs.shape[1:]))
             raise ValueError(
-                f"{self.estimator} of {outputs.shape[1]} outputs takes about "
+                f"{self.estimator} of {sizes} outputs takes about "
                 f"{needed / 2**20:.0f} MiB for the score vectors of one example, and memory is "
                 f"{self.memory / 2**20:.0f} MiB: take MonteCarlo(num_samples), which has fewer "
                 "vectors, or increase memory."
@@ -286,7 +287,7 @@ def is_real(outputs: Any) -> TypeGuard[Tensor]:
 
 
 def check_outputs(outputs: Any, num_examples: int, index: int) -> None:
-    """Check that the outputs of a model for the examples of a batch are ``[n, c]``.
+    """Check that the outputs of a model for the examples of a batch are ``[n, ...]``.
 
     Raises:
         ValueError: the outputs are something else.
@@ -295,19 +296,15 @@ def check_outputs(outputs: Any, num_examples: int, index: int) -> None:
         kind = outputs.dtype if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(
             f"Batch {index}: the model returned outputs of type {kind}: it must return a "
-            "floating-point tensor of shape [n, c] for n examples."
+            "floating-point tensor of shape [n, ...] for n examples."
         )
-    if outputs.dim() == 2 and len(outputs) == num_examples:
+    if outputs.dim() and len(outputs) == num_examples:
         return
-    fix = ""
-    if list(outputs.shape) == [num_examples] and num_examples > 1:
-        fix = "; for one output per example, return outputs[:, None]"
-    elif num_examples == 1:
-        fix = ", for a single example too"
+    fix = ", for a single example too" if num_examples == 1 else ""
     raise ValueError(
         f"Batch {index}: the model returned outputs of shape {list(outputs.shape)} for "
-        f"{num_examples} example{'s' * (num_examples > 1)}: it must return shape [n, c] for n "
-        f"examples{fix}."
+        f"{num_examples} example{'s' * (num_examples > 1)}: it must return shape [n, ...] "
+        f"for n examples{fix}."
     )
 
 

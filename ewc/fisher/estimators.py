@@ -33,19 +33,19 @@ class Estimator(ABC):
 
         Args:
             likelihood: the meaning of the outputs.
-            outputs: shape ``[n, c]``.
+            outputs: shape ``[n, ...]``.
             targets: the observed targets, unchecked if the estimator does not use them.
             generator: the source of randomness, seeded with :attr:`seed` once per pass.
 
         Returns:
-            Shape ``[k, n, c]``.
+            Shape ``[k, n, ...]``.
         """
 
     def bytes_per_example(self, outputs: Tensor) -> int:
         """The bytes for the vectors of one example, if they grow faster than the outputs.
 
         Args:
-            outputs: the outputs of a set of examples, ``[n, c]``.
+            outputs: the outputs of a set of examples, ``[n, ...]``.
         """
         return 0
 
@@ -66,7 +66,7 @@ class Estimator(ABC):
 
         Args:
             likelihood: the meaning of the outputs.
-            outputs: shape ``[n, c]``.
+            outputs: shape ``[n, ...]``.
 
         Returns:
             Shape ``[n]``.
@@ -118,15 +118,17 @@ class Exact(Estimator):
         factor = likelihood.fisher_factor(outputs)
         if self.tolerance == 0 or factor.shape[0] == 0:
             return factor
-        squares, order = factor.square().sum(2).sort(0, descending=True)
+        flat = _flat(factor)
+        squares, order = flat.square().sum(2).sort(0, descending=True)
         negligible = self._negligible(squares)
         kept = int((~negligible).sum(0).max())
-        index = order[:kept, :, None].expand(-1, -1, factor.shape[2])
-        return factor.gather(0, index) * ~negligible[:kept, :, None]
+        index = order[:kept, :, None].expand(-1, -1, flat.shape[2])
+        vectors = flat.gather(0, index) * ~negligible[:kept, :, None]
+        return vectors.view(kept, *outputs.shape)
 
     def bytes_per_example(self, outputs: Tensor) -> int:
         # The factor of c vectors, its intermediate results, and the vectors that are kept.
-        return 8 * outputs.shape[1] ** 2 * outputs.element_size()
+        return 8 * outputs[0].numel() ** 2 * outputs.element_size()
 
     @property
     def uses_targets(self) -> bool:
@@ -137,7 +139,8 @@ class Exact(Estimator):
         return self.tolerance > 0
 
     def vectors_needed(self, likelihood: Likelihood, outputs: Tensor) -> Tensor:
-        squares = likelihood.fisher_factor(outputs).square().sum(2).sort(0, descending=True).values
+        factor = _flat(likelihood.fisher_factor(outputs))
+        squares = factor.square().sum(2).sort(0, descending=True).values
         return (~self._negligible(squares)).sum(0)
 
     def _negligible(self, squares: Tensor) -> Tensor:
@@ -203,6 +206,11 @@ class Empirical(Estimator):
         generator: torch.Generator,
     ) -> Tensor:
         return likelihood.score(outputs, targets)[None]
+
+
+def _flat(vectors: Tensor) -> Tensor:
+    """Vectors ``[k, n, ...]`` as ``[k, n, c]``."""
+    return vectors.reshape(*vectors.shape[:2], vectors.shape[2:].numel())
 
 
 def check_estimator(value: Estimator) -> None:

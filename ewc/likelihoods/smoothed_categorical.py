@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ewc.checks import check_share
-from ewc.likelihoods import Categorical
+from ewc.likelihoods.categorical import Categorical
 
 
 @dataclass(frozen=True)
