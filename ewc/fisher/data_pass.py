@@ -78,9 +78,22 @@ class DataPass:
         return num_examples
 
     def chunks(
-        self, arguments: Arguments, targets: Tensor, generator: torch.Generator, index: int
+        self,
+        arguments: Arguments,
+        targets: Tensor,
+        generator: torch.Generator,
+        index: int,
+        weights: Tensor | None = None,
     ) -> Iterator[Chunk]:
-        """One batch in chunks that fit into memory, with their score vectors."""
+        """One batch in chunks that fit into memory, with their score vectors.
+
+        Args:
+            arguments: the arguments of the model's call.
+            targets: the observed targets.
+            generator: the source of the estimator's randomness.
+            index: the number of the batch, for messages.
+            weights: how often examples, ``[n]``, or positions, ``[n, *positions]``, count.
+        """
         if targets.shape[0] == 0:
             return
         if not self.independent and targets.shape[0] > 1:
@@ -93,15 +106,17 @@ class DataPass:
                 partial(self._fitting, one, targets[:1], index), arguments, targets, index
             )
         at_once, vectors_at_once = self.fitting[key]
-        order = self._by_effort(arguments, at_once)
+        order = self._by_effort(arguments, targets, at_once, weights)
         if order is not None:
             arguments, targets = arguments.map(lambda t: t[order]), targets[order]
+            weights = None if weights is None else weights[order]
             at_once = min(at_once, SORTED_AT_ONCE)
         for start in range(0, targets.shape[0], at_once):
             examples = slice(start, start + at_once)
             inputs = arguments[examples]
+            counts = None if weights is None else weights[examples]
             outputs, scores = self._of_batch(
-                partial(self._scored, inputs, targets[examples], generator, index),
+                partial(self._scored, inputs, targets[examples], generator, index, counts),
                 arguments,
                 targets,
                 index,
@@ -160,14 +175,19 @@ class DataPass:
             error.add_note(f"The model was called with batch {index}: {shapes}.")
             raise
 
-    def _by_effort(self, arguments: Arguments, at_once: int) -> Tensor | None:
+    def _by_effort(
+        self, arguments: Arguments, targets: Tensor, at_once: int, weights: Tensor | None
+    ) -> Tensor | None:
         """The order of the examples by the number of vectors that they need."""
         if not self.estimator.varies:
             return None
         needed = []
         for start in range(0, len(arguments), at_once):
-            outputs = arguments[start : start + at_once](self.model).detach()
-            needed.append(self.estimator.vectors_needed(self.likelihood, outputs))
+            examples = slice(start, start + at_once)
+            outputs = arguments[examples](self.model).detach()
+            counts = None if weights is None else weights[examples]
+            combined = self.likelihood.combined_weights(outputs, targets[examples], counts)
+            needed.append(self.estimator.vectors_needed(self.likelihood, outputs, combined))
         return torch.cat(needed).argsort()
 
     def _check_independence(self, arguments: Arguments, targets: Tensor, index: int) -> None:
@@ -209,9 +229,7 @@ class DataPass:
                 continue
             # Outputs may differ without an effect on the likelihood, as by a shift of logits.
             one, other = (
-                self.estimator.score_vectors(
-                    self.likelihood, outputs, targets[place : place + 1], torch.Generator()
-                )
+                self._vectors(outputs, targets[place : place + 1], torch.Generator())
                 for outputs in (alone, batched)
             )
             if not same(one, other) and reproducible(self.model, few):
@@ -221,28 +239,59 @@ class DataPass:
                 )
 
     def _scored(
-        self, arguments: Arguments, targets: Tensor, generator: torch.Generator, index: int
+        self,
+        arguments: Arguments,
+        targets: Tensor,
+        generator: torch.Generator,
+        index: int,
+        weights: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """The outputs for a set of examples and their score vectors."""
+        """The outputs for a set of examples and their score vectors.
+
+        On a CPU without the vectors that are 0 for all of these examples, as those of positions
+        that do not count.  An accelerator would wait for the answer.
+        """
         outputs = arguments(self.model)
-        return outputs, self._scores(outputs, targets, generator, index)
+        scores = self._scores(outputs, targets, generator, index, weights)
+        if scores.device.type == "cpu" and outputs.dim() > 2:
+            scores = scores[scores.flatten(1).any(1)]
+        return outputs, scores
 
     def _check(self, outputs: Any, targets: Tensor, index: int) -> None:
         """Check the outputs and the targets of a set of examples of a batch."""
         check_outputs(outputs, targets.shape[0], index)
         try:
             self.likelihood.check_outputs(outputs)
-            if self.estimator.uses_targets:
+            if self.estimator.uses_targets or self.likelihood.needs_targets(outputs):
                 self.likelihood.check_targets(outputs, targets)
         except ValueError as error:
             raise ValueError(f"Batch {index}: {error}") from None
 
+    def _vectors(
+        self,
+        outputs: Tensor,
+        targets: Tensor,
+        generator: torch.Generator,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """The estimator's score vectors, with the weights of the observations."""
+        combined = self.likelihood.combined_weights(outputs, targets, weights)
+        return self.estimator.score_vectors(self.likelihood, outputs, targets, generator, combined)
+
     def _scores(
-        self, outputs: Any, targets: Tensor, generator: torch.Generator, index: int
+        self,
+        outputs: Any,
+        targets: Tensor,
+        generator: torch.Generator,
+        index: int,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """The estimator's score vectors ``[k, n, ...]``, for checked outputs and targets."""
         self._check(outputs, targets, index)
-        scores = self.estimator.score_vectors(self.likelihood, outputs.detach(), targets, generator)
+        try:
+            scores = self._vectors(outputs.detach(), targets, generator, weights)
+        except ValueError as error:
+            raise ValueError(f"Batch {index}: {error}") from None
         if bool(outputs.isnan().any()) or not bool(scores.isfinite().all()):
             raise FloatingPointError(
                 f"Batch {index}: the scores of the model's outputs are not finite; check the "

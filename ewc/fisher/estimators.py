@@ -5,6 +5,9 @@ r"""Estimators of the expectation over targets, each a choice of score vectors.
 | :class:`Exact` | any exact factor of :math:`E_y[s s^\top]` | rank, ``c - 1`` for classes |
 | :class:`MonteCarlo` | :math:`s(y) / \sqrt{S}`, ``y`` drawn from the model | ``S`` |
 | :class:`Empirical` | :math:`s(y_n)`, the observed target | 1 |
+
+A score vector reaches all positions of its example.  With ``t`` positions the exact factor has
+``t`` times as many vectors; a sample is one vector, with a target drawn at every position.
 """
 
 import math
@@ -28,6 +31,7 @@ class Estimator(ABC):
         outputs: Tensor,
         targets: Tensor,
         generator: torch.Generator,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """The score vectors to pull back through the network.
 
@@ -36,6 +40,8 @@ class Estimator(ABC):
             outputs: shape ``[n, ...]``.
             targets: the observed targets, unchecked if the estimator does not use them.
             generator: the source of randomness, seeded with :attr:`seed` once per pass.
+            weights: how often observations count, in a shape that multiplies ``outputs``
+                (:meth:`~ewc.Likelihood.combined_weights`); once if ``None``.
 
         Returns:
             Shape ``[k, n, ...]``.
@@ -59,7 +65,9 @@ class Estimator(ABC):
         """Whether the number of vectors differs between examples."""
         return False
 
-    def vectors_needed(self, likelihood: Likelihood, outputs: Tensor) -> Tensor:
+    def vectors_needed(
+        self, likelihood: Likelihood, outputs: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
         """The number of vectors of each example, for an estimator that :attr:`varies`.
 
         Examples that need equally many vectors are processed together.
@@ -67,6 +75,7 @@ class Estimator(ABC):
         Args:
             likelihood: the meaning of the outputs.
             outputs: shape ``[n, ...]``.
+            weights: as for :meth:`score_vectors`.
 
         Returns:
             Shape ``[n]``.
@@ -114,8 +123,9 @@ class Exact(Estimator):
         outputs: Tensor,
         targets: Tensor,
         generator: torch.Generator,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        factor = likelihood.fisher_factor(outputs)
+        factor = weighted(likelihood.fisher_factor(outputs), weights)
         if self.tolerance == 0 or factor.shape[0] == 0:
             return factor
         flat = _flat(factor)
@@ -138,8 +148,10 @@ class Exact(Estimator):
     def varies(self) -> bool:
         return self.tolerance > 0
 
-    def vectors_needed(self, likelihood: Likelihood, outputs: Tensor) -> Tensor:
-        factor = _flat(likelihood.fisher_factor(outputs))
+    def vectors_needed(
+        self, likelihood: Likelihood, outputs: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        factor = _flat(weighted(likelihood.fisher_factor(outputs), weights))
         squares = factor.square().sum(2).sort(0, descending=True).values
         return (~self._negligible(squares)).sum(0)
 
@@ -178,11 +190,11 @@ class MonteCarlo(Estimator):
         outputs: Tensor,
         targets: Tensor,
         generator: torch.Generator,
+        weights: Tensor | None = None,
     ) -> Tensor:
         draws = likelihood.sample(outputs, self.num_samples, generator)
         scores = [likelihood.score(outputs, draw) for draw in draws]
-        vectors: Tensor = torch.stack(scores) / math.sqrt(self.num_samples)
-        return vectors
+        return weighted(torch.stack(scores) / math.sqrt(self.num_samples), weights)
 
     @property
     def uses_targets(self) -> bool:
@@ -204,8 +216,19 @@ class Empirical(Estimator):
         outputs: Tensor,
         targets: Tensor,
         generator: torch.Generator,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        return likelihood.score(outputs, targets)[None]
+        return weighted(likelihood.score(outputs, targets)[None], weights)
+
+
+def weighted(vectors: Tensor, weights: Tensor | None) -> Tensor:
+    r"""Score vectors times :math:`\sqrt w`, so that their outer products count :math:`w` times.
+
+    Args:
+        vectors: ``[k, n, ...]``.
+        weights: in a shape that multiplies ``[n, ...]``; 1 if ``None``.
+    """
+    return vectors if weights is None else vectors * weights.sqrt()
 
 
 def _flat(vectors: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class Bernoulli(Likelihood):
         return targets.to(outputs.dtype) - outputs.sigmoid()
 
     def fisher_factor(self, outputs: Tensor) -> Tensor:
-        r""":math:`\sqrt{\sigma(f_k) \sigma(-f_k)}\, e_k` for each of the ``c`` outputs, ``[c, n, ...]``."""
+        r""":math:`\sqrt{\sigma(f_k) \sigma(-f_k)}\, e_k` for every output, ``[c, n, ...]``."""
         return along_axes((outputs.sigmoid() * (-outputs).sigmoid()).sqrt())
 
     def sample(self, outputs: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
@@ -37,13 +37,13 @@ class Bernoulli(Likelihood):
         probability = outputs.double().sigmoid()[:, None]
         return (draws.to(outputs.device) < probability).to(outputs.dtype).transpose(0, 1)
 
-    def kl(self, outputs: Tensor, other: Tensor) -> Tensor:
+    def kl(self, outputs: Tensor, other: Tensor, weights: Tensor | None = None) -> Tensor:
         r""":math:`\sum_k p_k \log \frac{p_k}{q_k} + (1 - p_k) \log \frac{1 - p_k}{1 - q_k}`."""
         yes = outputs.sigmoid() * (functional.logsigmoid(outputs) - functional.logsigmoid(other))
         no = (-outputs).sigmoid() * (
             functional.logsigmoid(-outputs) - functional.logsigmoid(-other)
         )
-        return summed(yes + no)
+        return summed(yes + no, weights)
 
     def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
         """Check that targets are 0 or 1 and have the outputs' shape.

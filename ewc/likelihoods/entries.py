@@ -24,7 +24,7 @@ def check_shape(outputs: Tensor, targets: Tensor, name: str) -> None:
 
 
 def along_axes(lengths: Tensor) -> Tensor:
-    """One vector for each output of an example, along its axis: ``[c, n, ...]`` for ``[n, ...]``."""
+    """One vector for every output, along its axis: ``[c, n, ...]`` for lengths ``[n, ...]``."""
     shape = lengths.shape[1:]
     vectors = torch.diag_embed(lengths.reshape(len(lengths), shape.numel()))
     return vectors.transpose(0, 1).reshape(-1, len(lengths), *shape)

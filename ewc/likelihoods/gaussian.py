@@ -54,9 +54,9 @@ class Gaussian(Likelihood):
         targets: Tensor = outputs + math.sqrt(self.variance) * noise.to(outputs)
         return targets
 
-    def kl(self, outputs: Tensor, other: Tensor) -> Tensor:
+    def kl(self, outputs: Tensor, other: Tensor, weights: Tensor | None = None) -> Tensor:
         r""":math:`\|f_n - f'_n\|^2 / (2 \sigma^2)` in nats, shape ``[n]``."""
-        return summed((outputs - other).square()) / (2 * self.variance)
+        return summed((outputs - other).square() / (2 * self.variance), weights)
 
     def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
         """Check that targets are finite and have the outputs' shape.

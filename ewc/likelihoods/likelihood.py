@@ -15,7 +15,12 @@ the rest: an image, a sequence, a graph.  Its outputs may have positions:
 | ``[n, t, c]`` | ``c`` outputs at ``t`` positions (tokens) | the last dimension |
 | ``[n, c, h, w]`` | ``c`` outputs at ``h w`` positions (pixels) | dimension 1 |
 
-The log-likelihood of an example is the sum over its positions.
+The log-likelihood of an example is the sum over its positions.  An observation, the target of one
+position, may have a weight :math:`w`.  It then counts :math:`w` times:
+
+.. math:: F = \frac1N \sum_n \sum_t w_{nt} \, E_y[s_{nt} s_{nt}^\top]
+
+A weight of 0 leaves the position out.  The example still counts in ``N``.
 """
 
 from abc import ABC, abstractmethod
@@ -31,11 +36,17 @@ class Likelihood(ABC):
 
     @abstractmethod
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        r""":math:`\log p(y_n \mid f_n)` in nats, shape ``[n]``: the sum over positions."""
+        r""":math:`\sum_t w_{nt} \log p(y_{nt} \mid f_{nt})` in nats, shape ``[n]``.
+
+        The sum is over the positions of an example, with the :meth:`weights`.
+        """
 
     @abstractmethod
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        r""":math:`s_n = \partial \log p(y_n \mid f_n) / \partial f_n`, shape of ``outputs``."""
+        r""":math:`s_{nt} = \partial \log p(y_{nt} \mid f_{nt}) / \partial f_{nt}`, as ``outputs``.
+
+        Without the weights.  Where a weight is 0, the score may be any finite number.
+        """
 
     @abstractmethod
     def fisher_factor(self, outputs: Tensor) -> Tensor:
@@ -54,8 +65,16 @@ class Likelihood(ABC):
         """
 
     @abstractmethod
-    def kl(self, outputs: Tensor, other: Tensor) -> Tensor:
-        r""":math:`KL(p(\cdot \mid f_n) \| p(\cdot \mid f'_n))` in nats, shape ``[n]``."""
+    def kl(self, outputs: Tensor, other: Tensor, weights: Tensor | None = None) -> Tensor:
+        r"""The Kullback-Leibler divergences in nats, shape ``[n]``.
+
+        :math:`\sum_t w_{nt} KL(p(\cdot \mid f_{nt}) \| p(\cdot \mid f'_{nt}))`
+
+        Args:
+            outputs: :math:`f`.
+            other: :math:`f'`.
+            weights: :math:`w` as :meth:`combined_weights` returns them; 1 if ``None``.
+        """
 
     @abstractmethod
     def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
@@ -71,10 +90,76 @@ class Likelihood(ABC):
         Raises:
             ValueError: it has none.
         """
+        return
+
+    def channel_dim(self, outputs: Tensor) -> int | None:
+        """The dimension with the outputs of one position; ``None`` if there is one output."""
+        return (None, None, 1, 2)[outputs.dim()] if outputs.dim() < 4 else 1
+
+    def needs_targets(self, outputs: Tensor) -> bool:
+        """Whether the weights depend on the targets, which must then fit for every estimator."""
+        return False
+
+    def weights(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        """How often the observation of each position counts.
+
+        Returns:
+            Shape ``[n, *positions]``: that of ``outputs`` without its channels.  ``None`` if all
+            count once.
+        """
+        return None
+
+    def combined_weights(
+        self, outputs: Tensor, targets: Tensor, given: Tensor | None = None
+    ) -> Tensor | None:
+        """The product of :meth:`weights` and the weights that come with the data.
+
+        Args:
+            outputs: shape ``[n, ...]``.
+            targets: the observed targets.
+            given: the weights of examples, ``[n]``, or of positions, ``[n, *positions]``.
+
+        Returns:
+            The outputs' shape, with a size of 1 where all entries have the same weight.  ``None``
+            if all observations count once.
+
+        Raises:
+            ValueError: the given weights have another shape, or on a CPU one is negative.
+        """
+        combined: Tensor | None = None
+        for weights in (self.weights(outputs, targets), given):
+            if weights is not None:
+                spread = self._along_outputs(weights, outputs)
+                combined = spread if combined is None else combined * spread
+        # An accelerator would wait for the answer, so only a CPU is asked.
+        if combined is not None and combined.device.type == "cpu":
+            if not bool((combined >= 0).all()):
+                raise ValueError("Weights must be 0 or above.")
+            if bool((combined == 1).all()):
+                return None
+        return combined
+
+    def _along_outputs(self, weights: Tensor, outputs: Tensor) -> Tensor:
+        """Weights ``[n]`` or ``[n, *positions]`` in a shape that multiplies ``outputs``."""
+        channel = self.channel_dim(outputs)
+        spread = list(outputs.shape)
+        if channel is not None:
+            spread[channel] = 1
+        positions = [size for dim, size in enumerate(outputs.shape) if dim != channel]
+        if weights.shape == outputs.shape[:1]:
+            spread = [len(outputs)] + [1] * (outputs.dim() - 1)
+        elif list(weights.shape) != positions:
+            allowed = f"[{len(outputs)}]" + f" or {positions}" * (len(positions) > 1)
+            raise ValueError(
+                f"Weights must have shape {allowed}, one for each example or position, got "
+                f"{list(weights.shape)}."
+            )
+        return weights.to(outputs.dtype).view(spread)
 
 
-def summed(entries: Tensor) -> Tensor:
-    """The sum over all entries of an example: ``[n]`` for ``[n, ...]``."""
+def summed(entries: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The sum over all entries of an example, with their weights: ``[n]`` for ``[n, ...]``."""
+    entries = entries if weights is None else entries * weights
     return entries.flatten(1).sum(1) if entries.dim() > 1 else entries
 
 

@@ -37,9 +37,9 @@ class Poisson(Likelihood):
         rates = rates.expand(-1, num_samples, *outputs.shape[1:]).contiguous()
         return torch.poisson(rates, generator).transpose(0, 1).to(outputs)
 
-    def kl(self, outputs: Tensor, other: Tensor) -> Tensor:
+    def kl(self, outputs: Tensor, other: Tensor, weights: Tensor | None = None) -> Tensor:
         r""":math:`\sum_k e^{f_k} (f_k - f'_k) - e^{f_k} + e^{f'_k}` in nats, shape ``[n]``."""
-        return summed(outputs.exp() * (outputs - other) - outputs.exp() + other.exp())
+        return summed(outputs.exp() * (outputs - other) - outputs.exp() + other.exp(), weights)
 
     def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
         """Check that targets are counts and have the outputs' shape.

@@ -148,7 +148,7 @@ class NetworkProduct:
         return gap <= margin(moved.dtype) * abs(along) + rounding(moved.dtype) * size
 
     def _moved(self, piece: Piece, direction: Parameters) -> tuple[Any, Tensor]:
-        """The backward derivative, and the derivative of the outputs in a direction, ``[n, ...]``."""
+        """The backward derivative, and the outputs' derivative in a direction, ``[n, ...]``."""
         parameters = {name: parameter.detach() for name, parameter in self.parameters.items()}
         direction = {name: d.to(parameters[name]) for name, d in direction.items()}
 
