@@ -2,7 +2,7 @@
 
 from ewc.likelihoods.bernoulli import Bernoulli
 from ewc.likelihoods.categorical import Categorical
-from ewc.likelihoods.gaussian import Gaussian
+from ewc.likelihoods.gaussian import Gaussian, GaussianWithVariance
 from ewc.likelihoods.likelihood import Likelihood, check_likelihood
 from ewc.likelihoods.poisson import Poisson
 from ewc.likelihoods.smoothed_categorical import SmoothedCategorical
@@ -11,6 +11,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "Gaussian",
+    "GaussianWithVariance",
     "Likelihood",
     "Poisson",
     "SmoothedCategorical",

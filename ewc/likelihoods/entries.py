@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 
-def check_shape(outputs: Tensor, targets: Tensor, name: str) -> None:
+def check_shape(
+    outputs: Tensor, targets: Tensor, name: str, of: str = "the outputs' shape"
+) -> None:
     """Check for targets of the outputs' shape.
 
     Raises:
@@ -18,8 +20,8 @@ def check_shape(outputs: Tensor, targets: Tensor, name: str) -> None:
     elif list(targets.shape) == [*outputs.shape, 1]:
         fix = "; give y[..., 0]"
     raise ValueError(
-        f"Targets of the {name} likelihood must have the outputs' shape {list(outputs.shape)}, "
-        f"got {list(targets.shape)}{fix}."
+        f"Targets of the {name} likelihood must have {of} {list(outputs.shape)}, got "
+        f"{list(targets.shape)}{fix}."
     )
 
 

@@ -1,5 +1,9 @@
 """Classes at every position of an example: tokens and pixels, some of which do not count."""
 
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import reference
 import torch
@@ -335,6 +339,44 @@ def test_data_without_any_observation_have_no_information(language):
         data = [(ids, torch.full_like(labels, -100))]
         fisher = fisher_information(model, data, NEXT, estimator=estimator)
         assert float(fisher.trace()) == 0
+
+
+@pytest.mark.parametrize("memory", [1, 20_000, 100_000])
+@pytest.mark.parametrize("estimator", [Exact(), Exact(0.05), MonteCarlo(2)], ids=repr)
+def test_the_memory_cap_changes_no_number(language, memory, estimator):
+    model, ids, labels = language
+    whole = fisher_information(model, [(ids, labels)], NEXT, estimator=estimator)
+    capped = fisher_information(model, [(ids, labels)], NEXT, estimator=estimator, memory=memory)
+    torch.testing.assert_close(capped.diagonal(), whole.diagonal(), **EXACT)
+
+
+def test_the_exact_matrix_of_too_many_positions_is_refused_with_the_way_out():
+    model = nn.Sequential(nn.Linear(2, 3 * 400), nn.Unflatten(1, (3, 400)))
+    data = [(torch.randn(2, 2), torch.zeros(2, 3, dtype=torch.long))]
+    with pytest.raises(ValueError, match=r"Exact.* of 3 x 400 outputs .* 44 MiB .* MonteCarlo"):
+        fisher_information(model, data, memory=2**20)
+    fisher_information(model, data, estimator=MonteCarlo(1), memory=2**20)
+
+
+@pytest.mark.slow
+def test_the_exact_matrix_of_pixels_stays_within_memory():
+    """Measured in a process of its own: one image has 384 vectors of 576 numbers."""
+    script = textwrap.dedent("""
+        import resource
+        import torch
+        from torch import nn
+        from ewc import fisher_information
+        torch.set_num_threads(1)
+        model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 1))
+        x, y = torch.randn(16, 1, 14, 14), torch.randint(3, (16, 14, 14))
+        y[0] = -100  # the example from which the sizes are extrapolated has nothing that counts
+        fisher_information(model, [(x[:1, :, :2, :2], y[:1, :2, :2])])
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        fisher_information(model, [(x, y)], memory=20_000_000)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(run.stdout) * 1024 < 1.5 * 20_000_000
 
 
 def labels_of(*shape):
