@@ -30,11 +30,17 @@ from ewc.fisher import (
     MonteCarlo,
     fisher_information,
 )
-from ewc.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
+from ewc.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Likelihood,
+    Poisson,
+    SmoothedCategorical,
+)
 from ewc.matrices import DenseFisher, DiagonalFisher, FisherMatrix, KroneckerFisher
 from ewc.parameters import Parameters
 from ewc.penalty import EWCPenalty
-from ewc.smoothed_categorical import SmoothedCategorical
 
 __all__ = [
     "Bernoulli",

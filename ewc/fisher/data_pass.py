@@ -79,9 +79,22 @@ class DataPass:
         return num_examples
 
     def chunks(
-        self, arguments: Arguments, targets: Tensor, generator: torch.Generator, index: int
+        self,
+        arguments: Arguments,
+        targets: Tensor,
+        generator: torch.Generator,
+        index: int,
+        weights: Tensor | None = None,
     ) -> Iterator[Chunk]:
-        """One batch in chunks that fit into memory, with their score vectors."""
+        """One batch in chunks that fit into memory, with their score vectors.
+
+        Args:
+            arguments: the arguments of the model's call.
+            targets: the observed targets.
+            generator: the source of the estimator's randomness.
+            index: the number of the batch, for messages.
+            weights: how often examples, ``[n]``, or positions, ``[n, *positions]``, count.
+        """
         if targets.shape[0] == 0:
             return
         if not self.independent and targets.shape[0] > 1:
@@ -94,15 +107,17 @@ class DataPass:
                 partial(self._fitting, one, targets[:1], index), arguments, targets, index
             )
         at_once, vectors_at_once = self.fitting[key]
-        order = self._by_effort(arguments, at_once)
+        order = self._by_effort(arguments, targets, at_once, weights)
         if order is not None:
             arguments, targets = arguments.map(lambda t: t[order]), targets[order]
+            weights = None if weights is None else weights[order]
             at_once = min(at_once, SORTED_AT_ONCE)
         for start in range(0, targets.shape[0], at_once):
             examples = slice(start, start + at_once)
             inputs = arguments[examples]
+            counts = None if weights is None else weights[examples]
             outputs, scores = self._of_batch(
-                partial(self._scored, inputs, targets[examples], generator, index),
+                partial(self._scored, inputs, targets[examples], generator, index, counts),
                 arguments,
                 targets,
                 index,
@@ -161,14 +176,19 @@ class DataPass:
             error.add_note(f"The model was called with batch {index}: {shapes}.")
             raise
 
-    def _by_effort(self, arguments: Arguments, at_once: int) -> Tensor | None:
+    def _by_effort(
+        self, arguments: Arguments, targets: Tensor, at_once: int, weights: Tensor | None
+    ) -> Tensor | None:
         """The order of the examples by the number of vectors that they need."""
         if not self.estimator.varies:
             return None
         needed = []
         for start in range(0, len(arguments), at_once):
-            outputs = arguments[start : start + at_once](self.model).detach()
-            needed.append(self.estimator.vectors_needed(self.likelihood, outputs))
+            examples = slice(start, start + at_once)
+            outputs = arguments[examples](self.model).detach()
+            counts = None if weights is None else weights[examples]
+            combined = self.likelihood.combined_weights(outputs, targets[examples], counts)
+            needed.append(self.estimator.vectors_needed(self.likelihood, outputs, combined))
         return torch.cat(needed).argsort()
 
     def _check_independence(self, arguments: Arguments, targets: Tensor, index: int) -> None:
@@ -193,7 +213,7 @@ class DataPass:
                 f"Batch {index}: the model fails for the first {count} examples or for one "
                 f"alone ({reason}), but not for the whole batch. {INDEPENDENT}"
             ) from error
-        if not is_real(together) or len(together) != count:
+        if not is_real(together) or together.shape[:1] != (count,):
             return  # The check of the whole batch raises the error.
         together = together.detach()
         spread = float((together - together.mean(0)).norm()) / count**0.5
@@ -210,9 +230,7 @@ class DataPass:
                 continue
             # Outputs may differ without an effect on the likelihood, as by a shift of logits.
             one, other = (
-                self.estimator.score_vectors(
-                    self.likelihood, outputs, targets[place : place + 1], torch.Generator()
-                )
+                self._vectors(outputs, targets[place : place + 1], torch.Generator())
                 for outputs in (alone, batched)
             )
             if not same(one, other) and reproducible(self.model, few):
@@ -222,28 +240,59 @@ class DataPass:
                 )
 
     def _scored(
-        self, arguments: Arguments, targets: Tensor, generator: torch.Generator, index: int
+        self,
+        arguments: Arguments,
+        targets: Tensor,
+        generator: torch.Generator,
+        index: int,
+        weights: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """The outputs for a set of examples and their score vectors."""
+        """The outputs for a set of examples and their score vectors.
+
+        On a CPU without the vectors that are 0 for all of these examples, as those of positions
+        that do not count.  An accelerator would wait for the answer.
+        """
         outputs = arguments(self.model)
-        return outputs, self._scores(outputs, targets, generator, index)
+        scores = self._scores(outputs, targets, generator, index, weights)
+        if scores.device.type == "cpu" and outputs.dim() > 2:
+            scores = scores[scores.flatten(1).any(1)]
+        return outputs, scores
 
     def _check(self, outputs: Any, targets: Tensor, index: int) -> None:
         """Check the outputs and the targets of a set of examples of a batch."""
         check_outputs(outputs, targets.shape[0], index)
-        if not self.estimator.uses_targets:
-            return
         try:
-            self.likelihood.check_targets(outputs, targets)
+            self.likelihood.check_outputs(outputs)
+            if self.estimator.uses_targets or self.likelihood.needs_targets(outputs):
+                self.likelihood.check_targets(outputs, targets)
         except ValueError as error:
             raise ValueError(f"Batch {index}: {error}") from None
 
-    def _scores(
-        self, outputs: Any, targets: Tensor, generator: torch.Generator, index: int
+    def _vectors(
+        self,
+        outputs: Tensor,
+        targets: Tensor,
+        generator: torch.Generator,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        """The estimator's score vectors ``[k, n, c]``, for checked outputs and targets."""
+        """The estimator's score vectors, with the weights of the observations."""
+        combined = self.likelihood.combined_weights(outputs, targets, weights)
+        return self.estimator.score_vectors(self.likelihood, outputs, targets, generator, combined)
+
+    def _scores(
+        self,
+        outputs: Any,
+        targets: Tensor,
+        generator: torch.Generator,
+        index: int,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """The estimator's score vectors ``[k, n, ...]``, for checked outputs and targets."""
         self._check(outputs, targets, index)
-        scores = self.estimator.score_vectors(self.likelihood, outputs.detach(), targets, generator)
+        try:
+            scores = self._vectors(outputs.detach(), targets, generator, weights)
+        except ValueError as error:
+            raise ValueError(f"Batch {index}: {error}") from None
         self._look_at(outputs.detach(), scores, index)
         return scores
 
@@ -273,8 +322,9 @@ class DataPass:
         check_outputs(outputs, 1, index)
         needed = self.estimator.bytes_per_example(outputs)
         if needed > max(self.memory, LEAST_FOR_SCORES):
+            sizes = " x ".join(map(str, outputs.shape[1:]))
             raise ValueError(
-                f"{self.estimator} of {outputs.shape[1]} outputs takes about "
+                f"{self.estimator} of {sizes} outputs takes about "
                 f"{needed / 2**20:.0f} MiB for the score vectors of one example, and memory is "
                 f"{self.memory / 2**20:.0f} MiB: take MonteCarlo(num_samples), which has fewer "
                 "vectors, or increase memory."
@@ -306,7 +356,7 @@ def is_real(outputs: Any) -> TypeGuard[Tensor]:
 
 
 def check_outputs(outputs: Any, num_examples: int, index: int) -> None:
-    """Check that the outputs of a model for the examples of a batch are ``[n, c]``.
+    """Check that the outputs of a model for the examples of a batch are ``[n, ...]``.
 
     Raises:
         ValueError: the outputs are something else.
@@ -315,19 +365,15 @@ def check_outputs(outputs: Any, num_examples: int, index: int) -> None:
         kind = outputs.dtype if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(
             f"Batch {index}: the model returned outputs of type {kind}: it must return a "
-            "floating-point tensor of shape [n, c] for n examples."
+            "floating-point tensor of shape [n, ...] for n examples."
         )
-    if outputs.dim() == 2 and len(outputs) == num_examples:
+    if outputs.dim() and len(outputs) == num_examples:
         return
-    fix = ""
-    if list(outputs.shape) == [num_examples] and num_examples > 1:
-        fix = "; for one output per example, return outputs[:, None]"
-    elif num_examples == 1:
-        fix = ", for a single example too"
+    fix = ", for a single example too" if num_examples == 1 else ""
     raise ValueError(
         f"Batch {index}: the model returned outputs of shape {list(outputs.shape)} for "
-        f"{num_examples} example{'s' * (num_examples > 1)}: it must return shape [n, c] for n "
-        f"examples{fix}."
+        f"{num_examples} example{'s' * (num_examples > 1)}: it must return shape [n, ...] "
+        f"for n examples{fix}."
     )
 
 

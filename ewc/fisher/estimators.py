@@ -5,6 +5,9 @@ r"""Estimators of the expectation over targets, each a choice of score vectors.
 | :class:`Exact` | any exact factor of :math:`E_y[s s^\top]` | rank, ``c - 1`` for classes |
 | :class:`MonteCarlo` | :math:`s(y) / \sqrt{S}`, ``y`` drawn from the model | ``S`` |
 | :class:`Empirical` | :math:`s(y_n)`, the observed target | 1 |
+
+A score vector reaches all positions of its example.  With ``t`` positions the exact factor has
+``t`` times as many vectors; a sample is one vector, with a target drawn at every position.
 """
 
 import math
@@ -28,24 +31,27 @@ class Estimator(ABC):
         outputs: Tensor,
         targets: Tensor,
         generator: torch.Generator,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """The score vectors to pull back through the network.
 
         Args:
             likelihood: the meaning of the outputs.
-            outputs: shape ``[n, c]``.
+            outputs: shape ``[n, ...]``.
             targets: the observed targets, unchecked if the estimator does not use them.
             generator: the source of randomness, seeded with :attr:`seed` once per pass.
+            weights: how often observations count, in a shape that multiplies ``outputs``
+                (:meth:`~ewc.Likelihood.combined_weights`); once if ``None``.
 
         Returns:
-            Shape ``[k, n, c]``.
+            Shape ``[k, n, ...]``.
         """
 
     def bytes_per_example(self, outputs: Tensor) -> int:
         """The bytes for the vectors of one example, if they grow faster than the outputs.
 
         Args:
-            outputs: the outputs of a set of examples, ``[n, c]``.
+            outputs: the outputs of a set of examples, ``[n, ...]``.
         """
         return 0
 
@@ -59,14 +65,17 @@ class Estimator(ABC):
         """Whether the number of vectors differs between examples."""
         return False
 
-    def vectors_needed(self, likelihood: Likelihood, outputs: Tensor) -> Tensor:
+    def vectors_needed(
+        self, likelihood: Likelihood, outputs: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
         """The number of vectors of each example, for an estimator that :attr:`varies`.
 
         Examples that need equally many vectors are processed together.
 
         Args:
             likelihood: the meaning of the outputs.
-            outputs: shape ``[n, c]``.
+            outputs: shape ``[n, ...]``.
+            weights: as for :meth:`score_vectors`.
 
         Returns:
             Shape ``[n]``.
@@ -114,19 +123,22 @@ class Exact(Estimator):
         outputs: Tensor,
         targets: Tensor,
         generator: torch.Generator,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        factor = likelihood.fisher_factor(outputs)
+        factor = weighted(likelihood.fisher_factor(outputs), weights)
         if self.tolerance == 0 or factor.shape[0] == 0:
             return factor
-        squares, order = factor.square().sum(2).sort(0, descending=True)
+        flat = _flat(factor)
+        squares, order = flat.square().sum(2).sort(0, descending=True)
         negligible = self._negligible(squares)
         kept = int((~negligible).sum(0).max())
-        index = order[:kept, :, None].expand(-1, -1, factor.shape[2])
-        return factor.gather(0, index) * ~negligible[:kept, :, None]
+        index = order[:kept, :, None].expand(-1, -1, flat.shape[2])
+        vectors = flat.gather(0, index) * ~negligible[:kept, :, None]
+        return vectors.view(kept, *outputs.shape)
 
     def bytes_per_example(self, outputs: Tensor) -> int:
         # The factor of c vectors, its intermediate results, and the vectors that are kept.
-        return 8 * outputs.shape[1] ** 2 * outputs.element_size()
+        return 8 * outputs[0].numel() ** 2 * outputs.element_size()
 
     @property
     def uses_targets(self) -> bool:
@@ -136,8 +148,11 @@ class Exact(Estimator):
     def varies(self) -> bool:
         return self.tolerance > 0
 
-    def vectors_needed(self, likelihood: Likelihood, outputs: Tensor) -> Tensor:
-        squares = likelihood.fisher_factor(outputs).square().sum(2).sort(0, descending=True).values
+    def vectors_needed(
+        self, likelihood: Likelihood, outputs: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        factor = _flat(weighted(likelihood.fisher_factor(outputs), weights))
+        squares = factor.square().sum(2).sort(0, descending=True).values
         return (~self._negligible(squares)).sum(0)
 
     def _negligible(self, squares: Tensor) -> Tensor:
@@ -175,11 +190,11 @@ class MonteCarlo(Estimator):
         outputs: Tensor,
         targets: Tensor,
         generator: torch.Generator,
+        weights: Tensor | None = None,
     ) -> Tensor:
         draws = likelihood.sample(outputs, self.num_samples, generator)
         scores = [likelihood.score(outputs, draw) for draw in draws]
-        vectors: Tensor = torch.stack(scores) / math.sqrt(self.num_samples)
-        return vectors
+        return weighted(torch.stack(scores) / math.sqrt(self.num_samples), weights)
 
     @property
     def uses_targets(self) -> bool:
@@ -201,8 +216,24 @@ class Empirical(Estimator):
         outputs: Tensor,
         targets: Tensor,
         generator: torch.Generator,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        return likelihood.score(outputs, targets)[None]
+        return weighted(likelihood.score(outputs, targets)[None], weights)
+
+
+def weighted(vectors: Tensor, weights: Tensor | None) -> Tensor:
+    r"""Score vectors times :math:`\sqrt w`, so that their outer products count :math:`w` times.
+
+    Args:
+        vectors: ``[k, n, ...]``.
+        weights: in a shape that multiplies ``[n, ...]``; 1 if ``None``.
+    """
+    return vectors if weights is None else vectors * weights.sqrt()
+
+
+def _flat(vectors: Tensor) -> Tensor:
+    """Vectors ``[k, n, ...]`` as ``[k, n, c]``."""
+    return vectors.reshape(*vectors.shape[:2], vectors.shape[2:].numel())
 
 
 def check_estimator(value: Estimator) -> None:

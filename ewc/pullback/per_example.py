@@ -62,7 +62,7 @@ class PerExample(Pullback):
         model: the network.
         shapes: the shapes of the parameters, by name.
         arguments: the arguments of ``model``.
-        scores: the score vectors, ``[k, n, c]``.
+        scores: the score vectors, ``[k, n, ...]``.
         memory: bytes that intermediate results may take.
         vectorises: whether the network can be vectorised over examples, by the names of the
             parameters and the shapes of the inputs.  Shared by all batches, and updated here.
@@ -148,11 +148,14 @@ class PerExample(Pullback):
         weights = torch.randn(scores.shape[:2], generator=generator).to(scores)
         outputs = arguments(self.model)
         parameters = list(self.parameters.values())
-        size = scores.norm(dim=(0, 2))[:, None]
+        size = scores.transpose(0, 1).reshape(len(outputs), -1).norm(dim=1)
         like = torch.randn(outputs.shape, generator=generator).to(scores)
         plain, typical = (
             torch.autograd.grad(outputs, parameters, score, retain_graph=True, allow_unused=True)
-            for score in (torch.einsum("kn,knc->nc", weights, scores), size * like)
+            for score in (
+                torch.einsum("kn,kn...->n...", weights, scores),
+                torch.einsum("n,n...->n...", size, like),
+            )
         )
         for name, gradient, other in zip(self.shapes, plain, typical, strict=True):
             combined = torch.tensordot(weights.to(vectors[name].dtype), vectors[name], 2)

@@ -143,7 +143,7 @@ class Chunk:
     Attributes:
         model: the network, in evaluation mode.
         arguments: the arguments of the network's call.
-        scores: the score vectors, ``[k, n, c]``.
+        scores: the score vectors, ``[k, n, ...]``.
         pullbacks: pulls the vectors back, a block of score vectors at a time.  The pullbacks
             of a block have every parameter that affects the outputs once.
         alone: the same examples, each in a separate chunk with its own forward pass.

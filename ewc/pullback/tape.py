@@ -91,7 +91,7 @@ class Tape:
         model: the network.
         parameters: the parameters whose Fisher information is computed.
         arguments: the arguments of the network's call.
-        outputs: its outputs, ``[n, c]``.
+        outputs: its outputs, ``[n, ...]``.
         known: what is known from earlier passes.
     """
 
@@ -155,7 +155,7 @@ class Tape:
         return [GradientEdge(operation.output, 0) for operation in self.operations]
 
     def bytes_of_gradients(self, score: Tensor) -> list[int]:
-        """The bytes of the gradients of one score vector ``[n, c]``, by operation."""
+        """The bytes of the gradients of one score vector ``[n, ...]``, by operation."""
         if not self.operations:
             return [0]
         gradients = one_by_one(self.outputs, self.edges, score[None], retain_graph=True)
@@ -167,7 +167,7 @@ class Tape:
         """The score vectors pulled back, a block at a time.
 
         Args:
-            scores: ``[k, n, c]``.
+            scores: ``[k, n, ...]``.
             vectors_at_once: the number of vectors in a block.
             memory: bytes that intermediate results may take.
 
@@ -233,7 +233,7 @@ class Tape:
         """
         weights = torch.randn(len(scores), generator=torch.Generator().manual_seed(1))
         weights = weights.to(scores)
-        score = torch.einsum("k,knc->nc", weights, scores)[None]
+        score = torch.tensordot(weights, scores, 1)[None]
         plain = one_by_one(self.outputs, self.edges, score, retain_graph=True)
         noise = self.known.noise or 0.0
         return all(
@@ -287,7 +287,7 @@ class Tape:
         n = self.num_examples
         generator = torch.Generator().manual_seed(0)
         weights = torch.randn(scores.shape[0], n, generator=generator).to(scores)
-        score = torch.einsum("kn,knc->nc", weights, scores[:, :n])
+        score = torch.einsum("kn,kn...->n...", weights, scores[:, :n]).reshape(n, -1)
         # Every example has a score of norm 1, so none is lost in the rounding of another.
         score = torch.nn.functional.normalize(score, eps=torch.finfo(score.dtype).tiny)
         plain = self._rows_of(score)
@@ -314,8 +314,9 @@ class Tape:
         return [rows[0] if rows else None for rows in layouts], certain
 
     def _rows_of(self, score: Tensor) -> list[Tensor]:
-        """The rows of all operations' gradients for one score vector per example, ``[n, c]``."""
-        gradients = one_by_one(self.outputs, self.edges, score[None], retain_graph=True)
+        """The rows of all operations' gradients for one score vector per example, flat."""
+        score = score.view(1, *self.outputs.shape)
+        gradients = one_by_one(self.outputs, self.edges, score, retain_graph=True)
         pairs = zip(self.operations, gradients, strict=True)
         return [operation.rows_of(gradient)[0] for operation, gradient in pairs]
 

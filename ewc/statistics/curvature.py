@@ -100,8 +100,12 @@ def network_formulations(
             ).sum()
         outputs = network.outputs(network.parameters, arguments)
         # -E[log p] is the KL from the model as it is, up to a constant.
-        return lambda theta: likelihood.kl(
-            outputs, network.outputs(unflatten(theta, fisher.shapes), arguments)
+        weights = likelihood.combined_weights(outputs, targets)
+        return lambda theta: _divergences(
+            likelihood,
+            outputs,
+            network.outputs(unflatten(theta, fisher.shapes), arguments),
+            weights,
         ).sum()
 
     with network.evaluating():
@@ -190,12 +194,22 @@ def divergence_profile(
     with network.evaluating(), torch.no_grad():
         for arguments, targets in network.batches(data, use_targets=False):
             before = network.outputs(here, arguments).double()
+            weights = likelihood.combined_weights(before, targets)
             for index, step in enumerate(lengths.tolist()):
                 moved = {name: tensor + step * along[name] for name, tensor in here.items()}
                 after = network.outputs(moved, arguments).double()
-                total[index] += likelihood.kl(before, after).sum().cpu()
+                total[index] += _divergences(likelihood, before, after, weights).sum().cpu()
             count += len(targets)
     if not count:
         raise ValueError("data must hold at least one example, got none.")
     form = float(fisher.quadratic_form({name: v.to(fisher.dtype) for name, v in along.items()}))
     return DivergenceProfile(lengths, total / count, 0.5 * lengths.square() * form)
+
+
+def _divergences(
+    likelihood: Likelihood, outputs: Tensor, other: Tensor, weights: Tensor | None
+) -> Tensor:
+    """The KL divergences ``[n]``; a likelihood without weights need not know of them."""
+    if weights is None:
+        return likelihood.kl(outputs, other)
+    return likelihood.kl(outputs, other, weights)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ewc.fisher.estimators import weighted
 from ewc.linalg.tiles import DEFAULT_MEMORY, slices
 from ewc.matrices.matrix import DampedInverse, FisherMatrix
 from ewc.parameters import Parameters
@@ -73,12 +74,14 @@ def example_vectors(
         for arguments, targets in network.batches(data):
             with torch.no_grad():
                 outputs = network.outputs(network.parameters, arguments)
+            weights = likelihood.combined_weights(outputs, targets)
             losses = -likelihood.score(outputs, targets)[None]
+            losses = losses if weights is None else weights * losses
             pullback = PerExample(
                 network.model,
                 fisher.shapes,
                 arguments,
-                torch.cat([losses, likelihood.fisher_factor(outputs)]),
+                torch.cat([losses, weighted(likelihood.fisher_factor(outputs), weights)]),
                 memory=DEFAULT_MEMORY,
                 vectorises=vectorises,
             )

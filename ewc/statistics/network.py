@@ -52,17 +52,20 @@ class NetworkFunction:
         """
         for index, batch in enumerate(data):
             arguments, targets = self.caller.arguments(batch, index)
-            if use_targets and len(targets):
+            if len(targets):
                 outputs = self.outputs(self.parameters, arguments[:1])
                 check_outputs(outputs, 1, index)
+                outputs = outputs.expand(len(targets), *outputs.shape[1:])
                 try:
-                    self.likelihood.check_targets(outputs.expand(len(targets), -1), targets)
+                    self.likelihood.check_outputs(outputs)
+                    if use_targets or self.likelihood.needs_targets(outputs):
+                        self.likelihood.check_targets(outputs, targets)
                 except ValueError as error:
                     raise ValueError(f"Batch {index}: {error}") from None
             yield arguments, targets
 
     def outputs(self, parameters: Parameters, arguments: Arguments) -> Tensor:
-        """The outputs ``[n, c]``."""
+        """The outputs ``[n, ...]``."""
         # A copy: a network may write into its input.
         copies = arguments.map(torch.clone)
         outputs: Tensor = functional_call(self.model, parameters, copies.positional, copies.named)

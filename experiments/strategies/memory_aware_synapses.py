@@ -49,6 +49,7 @@ class OutputNorm(Estimator):
         outputs: Tensor,
         targets: Tensor,
         generator: torch.Generator,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """The vector :math:`2 f`, shape ``[1, n, c]``."""
         return 2 * outputs[None]

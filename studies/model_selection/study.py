@@ -106,9 +106,10 @@ def _closed_form() -> list[Claim]:
     """Of a regression of the diabetes data the evidence is that of a normal distribution."""
     inputs, outcome = (torch.from_numpy(array) for array in load_diabetes(return_X_y=True))
     x, y = inputs / inputs.std(0), ((outcome - outcome.mean()) / outcome.std())[:, None]
-    noise, prior_precision = Gaussian(0.5), 20.0
+    variance, prior_precision = 0.5, 20.0
+    noise = Gaussian(variance)
     design = functional.pad(x, (0, 1), value=1.0)
-    covariance = noise.variance * torch.eye(len(x)) + design @ design.T / prior_precision
+    covariance = variance * torch.eye(len(x)) + design @ design.T / prior_precision
     prior = MultivariateNormal(torch.zeros_like(y[:, 0]), covariance)
     exact = float(prior.log_prob(y[:, 0]))  # type: ignore[no-untyped-call]
     claims = []

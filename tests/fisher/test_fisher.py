@@ -244,7 +244,7 @@ def test_wrong_data_are_named(data, message):
     [
         (torch.tensor([0, 3]), Categorical(), "Batch 0: Label 3 is outside .* 0 to 2"),
         (torch.tensor([-1, 0]), Categorical(), "Batch 0: Label -1 is outside"),
-        (torch.zeros(2, 3), Categorical(), "Batch 0: .* must be class indices"),
+        (torch.zeros(2, 3), Categorical(), "Batch 0: Soft labels must be probabilities"),
         (torch.tensor([0, 1]), Gaussian(), r"Batch 0: .* the outputs\' shape \[2, 3\], got \[2\]"),
     ],
 )
@@ -269,7 +269,7 @@ def test_wrong_models_are_named():
     coupled = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3, track_running_stats=False))
     with pytest.raises(ValueError, match="track_running_stats=True"):
         fisher_information(coupled, [(x, y)])
-    with pytest.raises(ValueError, match=r"shape \[n, c\]"):
+    with pytest.raises(ValueError, match=r"integers of shape"):
         fisher_information(nn.Sequential(nn.Linear(6, 4), nn.Unflatten(1, (2, 2))), [(x, y)])
     squeezed = nn.Sequential(nn.Linear(6, 3))
     squeezed.register_forward_hook(lambda _module, _args, output: output.squeeze())
@@ -353,9 +353,8 @@ def test_targets_that_do_not_fit_are_those_of_the_users_batch(case, memory):
         (Returned(lambda f: (f, f)), "outputs of type tuple: it must return a floating-point"),
         (Returned(lambda f: {"logits": f}), "outputs of type dict: it must return"),
         (Returned(lambda f: f.argmax(1)), "outputs of type torch.int64: it must return"),
-        (Returned(lambda f: f[..., None]), r"shape \[7, 3, 1\] for 7 examples"),
         (Returned(lambda f: f.T), r"shape \[3, 7\] for 7 examples"),
-        (Returned(torch.Tensor.squeeze, 1), r"\[7\] for 7 examples: .* return outputs\[:, None\]"),
+        (Returned(torch.Tensor.sum), r"shape \[\] for 7 examples"),
         (Returned(torch.Tensor.squeeze), r"\[3\] for 1 example: .* for a single example too"),
     ],
 )

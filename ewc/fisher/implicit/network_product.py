@@ -52,8 +52,8 @@ class NetworkProduct:
         if (derivative := self._derivative(piece, direction)) is None:
             return self._combination(piece, direction)
         pull, moved = derivative
-        along = torch.einsum("knc,nc->kn", piece.scores, moved)
-        (pulled,) = pull(torch.einsum("kn,knc->nc", along, piece.scores))
+        along = torch.einsum("kn...,n...->kn", piece.scores, moved)
+        (pulled,) = pull(torch.einsum("kn,kn...->n...", along, piece.scores))
         result: Parameters = pulled
         return result
 
@@ -65,7 +65,7 @@ class NetworkProduct:
             direction: ``v``.
         """
         if (derivative := self._derivative(piece, direction)) is not None:
-            return torch.einsum("knc,nc->kn", piece.scores, derivative[1])
+            return torch.einsum("kn...,n...->kn", piece.scores, derivative[1])
         directions = {name: d[None].to(self.dtype) for name, d in direction.items()}
         sums = [
             sum(pullback.project(directions)[..., 0] for pullback in pullbacks)
@@ -98,7 +98,7 @@ class NetworkProduct:
     def _derivative(
         self, piece: Piece, direction: Parameters
     ) -> tuple[Callable[[Tensor], Any], Tensor] | None:
-        """The backward derivative, and the forward derivative of the outputs, ``[n, c]``.
+        """The backward derivative, and the forward derivative of the outputs, ``[n, ...]``.
 
         ``None`` if the network does not have both.  Some operations lack one, and some have
         wrong ones: a compiled module ignores the parameters that it is called with.
@@ -125,7 +125,7 @@ class NetworkProduct:
         """Whether both derivatives agree with one plain backward pass of all examples."""
         generator = torch.Generator().manual_seed(1)
         weights = torch.randn(piece.scores.shape[:2], generator=generator).to(piece.scores)
-        score = torch.einsum("kn,knc->nc", weights, piece.scores)
+        score = torch.einsum("kn,kn...->n...", weights, piece.scores)
         with torch.enable_grad():
             outputs = piece.arguments(self.model)
         if not outputs.requires_grad:
@@ -148,7 +148,7 @@ class NetworkProduct:
         return gap <= margin(moved.dtype) * abs(along) + rounding(moved.dtype) * size
 
     def _moved(self, piece: Piece, direction: Parameters) -> tuple[Any, Tensor]:
-        """The backward derivative, and the derivative of the outputs in a direction, ``[n, c]``."""
+        """The backward derivative, and the outputs' derivative in a direction, ``[n, ...]``."""
         parameters = {name: parameter.detach() for name, parameter in self.parameters.items()}
         direction = {name: d.to(parameters[name]) for name, d in direction.items()}
 

@@ -17,7 +17,7 @@ class Piece:
 
     Attributes:
         arguments: the arguments of the network's call.
-        scores: the score vectors, ``[k, n, c]``.
+        scores: the score vectors, ``[k, n, ...]``.
     """
 
     arguments: Arguments

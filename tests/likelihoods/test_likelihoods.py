@@ -8,8 +8,14 @@ from torch.distributions import Categorical as TorchCategorical
 from torch.distributions import Independent, Normal, kl_divergence
 
 from ewc import Categorical, Gaussian
+from ewc.likelihoods import GaussianWithVariance
 
-LIKELIHOODS = [Categorical(), Gaussian(0.4)]
+LIKELIHOODS = [
+    Categorical(),
+    Gaussian(0.4),
+    Gaussian((0.4, 1.0, 2.5, 0.1)),
+    GaussianWithVariance(),
+]
 N, C = 6, 4
 
 
@@ -20,13 +26,16 @@ def outputs():
 def targets_for(likelihood):
     if isinstance(likelihood, Categorical):
         return torch.randint(C, (N,))
-    return torch.randn(N, C, dtype=torch.float64)
+    targets = torch.randn(N, C, dtype=torch.float64)
+    return targets[:, : C // 2] if isinstance(likelihood, GaussianWithVariance) else targets
 
 
 def distribution(likelihood, f):
     if isinstance(likelihood, Categorical):
         return TorchCategorical(logits=f)
-    return Independent(Normal(f, math.sqrt(likelihood.variance)), 1)
+    if isinstance(likelihood, GaussianWithVariance):
+        return Independent(Normal(f[:, : C // 2], (f[:, C // 2 :] / 2).exp()), 1)
+    return Independent(Normal(f, torch.tensor(likelihood.variance).double().sqrt()), 1)
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=repr)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ewc.checks import check_share
-from ewc.likelihoods import Categorical
+from ewc.likelihoods.categorical import Categorical
 
 
 @dataclass(frozen=True)
@@ -36,26 +36,25 @@ class SmoothedCategorical(Categorical):
     smoothing: float = 0.1
 
     def __post_init__(self) -> None:
+        """Check the attributes."""
+        super().__post_init__()
         check_share(self.smoothing, "smoothing")
 
     def smoothed(self, outputs: Tensor) -> Tensor:
-        r"""Logits of :math:`\tilde p`, ``[n, c]``."""
-        uniform = torch.full_like(outputs, self.smoothing / outputs.shape[1]).log()
+        r"""Logits of :math:`\tilde p`, the outputs' shape."""
+        dim = self.channel_dim(outputs)
+        uniform = torch.full_like(outputs, self.smoothing / outputs.shape[dim]).log()
         remaining = torch.tensor(1 - self.smoothing, dtype=outputs.dtype).log()
-        return torch.logaddexp(outputs.log_softmax(1) + remaining.to(outputs.device), uniform)
+        return torch.logaddexp(outputs.log_softmax(dim) + remaining.to(outputs.device), uniform)
 
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        r""":math:`e_{y_n} - \tilde p_n`, shape ``[n, c]``."""
+        r""":math:`e_{y_n} - \tilde p_n`, the outputs' shape."""
         return super().score(self.smoothed(outputs), targets)
 
     def fisher_factor(self, outputs: Tensor) -> Tensor:
-        r"""The exact factor of :math:`\mathrm{diag}(\tilde p) - \tilde p \tilde p^\top`.
-
-        Returns:
-            Shape ``[c - 1, n, c]``.
-        """
+        r"""The exact factor of :math:`\mathrm{diag}(\tilde p) - \tilde p \tilde p^\top`."""
         return super().fisher_factor(self.smoothed(outputs))
 
     def sample(self, outputs: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
-        r"""Class indices drawn from :math:`\tilde p`, ``[num_samples, n]``."""
+        r"""Class indices drawn from :math:`\tilde p`, ``[num_samples, n, ...]``."""
         return super().sample(self.smoothed(outputs), num_samples, generator)
