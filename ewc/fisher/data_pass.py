@@ -15,9 +15,10 @@ from ewc.fisher.structures.structure import (
 from ewc.likelihoods import Likelihood
 from ewc.parameters import Parameters
 from ewc.pullback.agreement import same
-from ewc.pullback.arguments import Arguments, Caller, listed_shapes
+from ewc.pullback.arguments import Caller
+from ewc.pullback.call import Call, listed_shapes
 from ewc.pullback.graph import Graph
-from ewc.pullback.per_example import INDEPENDENT, reproducible
+from ewc.pullback.per_example import reproducible
 from ewc.pullback.pullback import Chunk
 from ewc.pullback.tape import KnownGraphs, Tape
 
@@ -78,7 +79,7 @@ class DataPass:
         return num_examples
 
     def chunks(
-        self, arguments: Arguments, targets: Tensor, generator: torch.Generator, index: int
+        self, arguments: Call, targets: Tensor, generator: torch.Generator, index: int
     ) -> Iterator[Chunk]:
         """One batch in chunks that fit into memory, with their score vectors."""
         if targets.shape[0] == 0:
@@ -109,7 +110,7 @@ class DataPass:
             yield self._chunk(inputs, outputs, scores, vectors_at_once)
 
     def _chunk(
-        self, arguments: Arguments, outputs: Tensor, scores: Tensor, vectors_at_once: int
+        self, arguments: Call, outputs: Tensor, scores: Tensor, vectors_at_once: int
     ) -> Chunk:
         """The examples of one forward pass with their score vectors."""
         alone = partial(self._alone, arguments, scores, vectors_at_once)
@@ -122,7 +123,7 @@ class DataPass:
         pullbacks = partial(tape.pullbacks, scores, vectors_at_once, self.memory // 2)
         return Chunk(self.model, arguments, scores, pullbacks, alone)
 
-    def _alone(self, arguments: Arguments, scores: Tensor, vectors_at_once: int) -> Iterator[Chunk]:
+    def _alone(self, arguments: Call, scores: Tensor, vectors_at_once: int) -> Iterator[Chunk]:
         """The examples of a chunk, each in a separate chunk."""
         for i in range(len(arguments)):
             one = arguments[i : i + 1]
@@ -131,7 +132,7 @@ class DataPass:
             yield self._chunk(one, outputs, scores[:, i : i + 1], vectors_at_once)
 
     def _of_batch(
-        self, compute: Callable[[], Result], arguments: Arguments, targets: Tensor, index: int
+        self, compute: Callable[[], Result], arguments: Call, targets: Tensor, index: int
     ) -> Result:
         """The result of a computation on a slice of a batch.
 
@@ -151,7 +152,7 @@ class DataPass:
         self._check(self._outputs_for_batch(arguments, index), targets, index)
         raise failed
 
-    def _outputs_for_batch(self, arguments: Arguments, index: int) -> Any:
+    def _outputs_for_batch(self, arguments: Call, index: int) -> Any:
         """The model's outputs for a whole batch; an error has a note with the batch."""
         try:
             return arguments(self.model)
@@ -160,7 +161,7 @@ class DataPass:
             error.add_note(f"The model was called with batch {index}: {shapes}.")
             raise
 
-    def _by_effort(self, arguments: Arguments, at_once: int) -> Tensor | None:
+    def _by_effort(self, arguments: Call, at_once: int) -> Tensor | None:
         """The order of the examples by the number of vectors that they need."""
         if not self.estimator.varies:
             return None
@@ -170,7 +171,7 @@ class DataPass:
             needed.append(self.estimator.vectors_needed(self.likelihood, outputs))
         return torch.cat(needed).argsort()
 
-    def _check_independence(self, arguments: Arguments, targets: Tensor, index: int) -> None:
+    def _check_independence(self, arguments: Call, targets: Tensor, index: int) -> None:
         """Check that examples have the same outputs alone as together with a few others.
 
         The first and the last example are tested.  A recurrence over the examples does not
@@ -190,7 +191,7 @@ class DataPass:
             reason = str(error).partition("\n")[0]
             raise ValueError(
                 f"Batch {index}: the model fails for the first {count} examples or for one "
-                f"alone ({reason}), but not for the whole batch. {INDEPENDENT}"
+                f"alone ({reason}), but not for the whole batch. {arguments.independence}"
             ) from error
         if not is_real(together) or len(together) != count:
             return  # The check of the whole batch raises the error.
@@ -203,7 +204,7 @@ class DataPass:
             if alone.shape != batched.shape:
                 raise ValueError(
                     f"Batch {index}: example {place} has outputs of shape {list(alone.shape)} "
-                    f"alone and {list(batched.shape)} in its batch. {INDEPENDENT}"
+                    f"alone and {list(batched.shape)} in its batch. {arguments.independence}"
                 )
             if same(alone, batched, spread):
                 continue
@@ -217,11 +218,11 @@ class DataPass:
             if not same(one, other) and reproducible(self.model, few):
                 raise ValueError(
                     f"Batch {index}: example {place} has other outputs alone than in its "
-                    f"batch. {INDEPENDENT}"
+                    f"batch. {arguments.independence}"
                 )
 
     def _scored(
-        self, arguments: Arguments, targets: Tensor, generator: torch.Generator, index: int
+        self, arguments: Call, targets: Tensor, generator: torch.Generator, index: int
     ) -> tuple[Tensor, Tensor]:
         """The outputs for a set of examples and their score vectors."""
         outputs = arguments(self.model)
@@ -250,7 +251,7 @@ class DataPass:
             )
         return scores
 
-    def _fitting(self, one: Arguments, target: Tensor, index: int) -> tuple[int, int]:
+    def _fitting(self, one: Call, target: Tensor, index: int) -> tuple[int, int]:
         """The examples and the vectors that fit into memory, extrapolated from one example."""
         saved, outputs = saved_bytes(lambda: one(self.model), self.parameters)
         check_outputs(outputs, 1, index)

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from ewc.parameters import Parameters
+from ewc.pullback.call import Call, listed_shapes, outputs_of
 from ewc.wrappers import bare
 
 NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
@@ -15,8 +18,8 @@ NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """The arguments of one call, for a set of examples.
+class Arguments(Call):
+    """The arguments of one call of the model, for a set of examples.
 
     As the ``x`` of a batch ``(x, y)`` they define how the model is called, whatever its
     signature.
@@ -29,13 +32,13 @@ class Arguments:
     positional: tuple[Tensor | dict[str, Tensor], ...]
     named: dict[str, Tensor] = field(default_factory=dict)
 
-    def __call__(self, model: nn.Module) -> Any:
-        """The model's result for a copy of the arguments, since it may write into them."""
-        copies = self.map(torch.clone)
-        return model(*copies.positional, **copies.named)
+    def result(self, model: nn.Module) -> Tensor:
+        return outputs_of(model(*self.positional, **self.named))
+
+    def substituted(self, model: nn.Module, parameters: Parameters) -> Tensor:
+        return outputs_of(functional_call(model, parameters, self.positional, self.named))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Arguments":
-        """The same arguments with ``function`` applied to every tensor."""
         positional = tuple(
             function(value)
             if isinstance(value, Tensor)
@@ -44,25 +47,18 @@ class Arguments:
         )
         return Arguments(positional, {key: function(t) for key, t in self.named.items()})
 
-    def __getitem__(self, examples: slice) -> "Arguments":
-        """The arguments of a slice of the examples, as views."""
+    def __getitem__(self, examples: slice | Tensor) -> "Arguments":
         return self.map(lambda tensor: tensor[examples])
 
     def __len__(self) -> int:
-        """The number of examples."""
-        return len(next(self._walk()))
+        return len(next(self.walk()))
 
-    def tensors(self) -> list[Tensor]:
-        """All tensors, in a fixed order."""
-        return list(self._walk())
-
-    def with_tensors(self, tensors: list[Tensor] | tuple[Tensor, ...]) -> "Arguments":
-        """The same arguments with other tensors, in the order of :meth:`tensors`."""
-        following = iter(tensors)
-        return self.map(lambda _: next(following))
+    def walk(self) -> Iterator[Tensor]:
+        for value in self.positional:
+            yield from (value,) if isinstance(value, Tensor) else value.values()
+        yield from self.named.values()
 
     def labelled(self) -> dict[str, Tensor]:
-        """All tensors, by their names in messages."""
         several = len(self.positional) + len(self.named) > 1
         tensors: dict[str, Tensor] = {}
         for place, value in enumerate(self.positional):
@@ -72,16 +68,6 @@ class Arguments:
             else:
                 tensors[label] = value
         return tensors | {f"x[{name!r}]": tensor for name, tensor in self.named.items()}
-
-    def _walk(self) -> Iterator[Tensor]:
-        for value in self.positional:
-            yield from (value,) if isinstance(value, Tensor) else value.values()
-        yield from self.named.values()
-
-
-def listed_shapes(tensors: Mapping[str, Tensor]) -> str:
-    """Names and shapes as a message lists them."""
-    return ", ".join(f"{name} of shape {list(t.shape)}" for name, t in tensors.items())
 
 
 class Caller:

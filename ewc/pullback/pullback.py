@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ewc.linalg.tiles import slices
 from ewc.parameters import Parameters, Shapes
-from ewc.pullback.arguments import Arguments
+from ewc.pullback.call import Call
 
 
 class Pullback(ABC):
@@ -141,7 +141,7 @@ class Chunk:
 
     Attributes:
         model: the network, in evaluation mode.
-        arguments: the arguments of the network's call.
+        arguments: the network's call.
         scores: the score vectors, ``[k, n, c]``.
         pullbacks: pulls the vectors back, a block of score vectors at a time.  The pullbacks
             of a block have every parameter that affects the outputs once.
@@ -149,7 +149,7 @@ class Chunk:
     """
 
     model: nn.Module
-    arguments: Arguments
+    arguments: Call
     scores: Tensor
     pullbacks: Callable[[], Iterator[Sequence[Pullback]]]
     alone: Callable[[], Iterator["Chunk"]]

@@ -3,9 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
 from ewc.fisher.data_pass import check_outputs
 from ewc.fisher.evaluation import plain_operations, undisturbed
@@ -63,10 +62,7 @@ class NetworkFunction:
 
     def outputs(self, parameters: Parameters, arguments: Arguments) -> Tensor:
         """The outputs ``[n, c]``."""
-        # A copy: a network may write into its input.
-        copies = arguments.map(torch.clone)
-        outputs: Tensor = functional_call(self.model, parameters, copies.positional, copies.named)
-        return outputs
+        return arguments.called(self.model, parameters)
 
     def losses(self, parameters: Parameters, arguments: Arguments, targets: Tensor) -> Tensor:
         """The negative log-likelihoods ``[n]``."""

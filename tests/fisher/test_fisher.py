@@ -350,8 +350,6 @@ def test_targets_that_do_not_fit_are_those_of_the_users_batch(case, memory):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Returned(lambda f: (f, f)), "outputs of type tuple: it must return a floating-point"),
-        (Returned(lambda f: {"logits": f}), "outputs of type dict: it must return"),
         (Returned(lambda f: f.argmax(1)), "outputs of type torch.int64: it must return"),
         (Returned(lambda f: f[..., None]), r"shape \[7, 3, 1\] for 7 examples"),
         (Returned(lambda f: f.T), r"shape \[3, 7\] for 7 examples"),
