@@ -15,7 +15,7 @@ from ewc.fisher.structures.structure import (
 from ewc.likelihoods import Likelihood
 from ewc.parameters import Parameters
 from ewc.pullback.agreement import same
-from ewc.pullback.arguments import Caller
+from ewc.pullback.batches import LABELS, Caller, Examples
 from ewc.pullback.call import Call, listed_shapes
 from ewc.pullback.graph import Graph
 from ewc.pullback.per_example import reproducible
@@ -71,43 +71,40 @@ class DataPass:
         generator = torch.Generator().manual_seed(self.estimator.seed + 1_000_003 * rank)
         num_examples = 0
         for index, batch in enumerate(data):
-            arguments, targets = self.caller.arguments(batch, index)
-            for chunk in self.chunks(arguments, targets, generator, index):
+            examples = self.caller.examples(batch, index)
+            for chunk in self.chunks(examples, generator, index):
                 with torch.no_grad():
                     total.add(chunk)
-            num_examples += targets.shape[0]
+            num_examples += len(examples)
         return num_examples
 
-    def chunks(
-        self, arguments: Call, targets: Tensor, generator: torch.Generator, index: int
-    ) -> Iterator[Chunk]:
+    def chunks(self, batch: Examples, generator: torch.Generator, index: int) -> Iterator[Chunk]:
         """One batch in chunks that fit into memory, with their score vectors."""
-        if targets.shape[0] == 0:
+        if len(batch) == 0:
             return
-        if not self.independent and targets.shape[0] > 1:
-            self._check_independence(arguments, targets, index)
+        if self.estimator.uses_targets and batch.targets is None:
+            raise ValueError(
+                f"Batch {index} has no targets, which {self.estimator} needs: a dict must have "
+                f"them under {LABELS!r}."
+            )
+        if not self.independent and len(batch) > 1:
+            self._check_independence(batch, index)
             self.independent = True
-        one = arguments[:1]
-        key = tuple(tensor.shape for tensor in one.tensors())
+        one = batch[:1]
+        key = tuple(tensor.shape for tensor in one.arguments.tensors())
         if key not in self.fitting:
-            self.fitting[key] = self._of_batch(
-                partial(self._fitting, one, targets[:1], index), arguments, targets, index
-            )
+            self.fitting[key] = self._of_batch(partial(self._fitting, one, index), batch, index)
         at_once, vectors_at_once = self.fitting[key]
-        order = self._by_effort(arguments, at_once)
+        order = self._by_effort(batch.arguments, at_once)
         if order is not None:
-            arguments, targets = arguments.map(lambda t: t[order]), targets[order]
+            batch = batch[order]
             at_once = min(at_once, SORTED_AT_ONCE)
-        for start in range(0, targets.shape[0], at_once):
-            examples = slice(start, start + at_once)
-            inputs = arguments[examples]
+        for start in range(0, len(batch), at_once):
+            examples = batch[start : start + at_once]
             outputs, scores = self._of_batch(
-                partial(self._scored, inputs, targets[examples], generator, index),
-                arguments,
-                targets,
-                index,
+                partial(self._scored, examples, generator, index), batch, index
             )
-            yield self._chunk(inputs, outputs, scores, vectors_at_once)
+            yield self._chunk(examples.arguments, outputs, scores, vectors_at_once)
 
     def _chunk(
         self, arguments: Call, outputs: Tensor, scores: Tensor, vectors_at_once: int
@@ -131,9 +128,7 @@ class DataPass:
                 outputs = one(self.model)
             yield self._chunk(one, outputs, scores[:, i : i + 1], vectors_at_once)
 
-    def _of_batch(
-        self, compute: Callable[[], Result], arguments: Call, targets: Tensor, index: int
-    ) -> Result:
+    def _of_batch(self, compute: Callable[[], Result], batch: Examples, index: int) -> Result:
         """The result of a computation on a slice of a batch.
 
         Its errors give the sizes of the whole batch, which the user knows.
@@ -149,7 +144,7 @@ class DataPass:
         except Exception as error:
             failed = error
         # Outside the handler, so that the traceback has one error.
-        self._check(self._outputs_for_batch(arguments, index), targets, index)
+        self._check(self._outputs_for_batch(batch.arguments, index), batch, index)
         raise failed
 
     def _outputs_for_batch(self, arguments: Call, index: int) -> Any:
@@ -171,7 +166,7 @@ class DataPass:
             needed.append(self.estimator.vectors_needed(self.likelihood, outputs))
         return torch.cat(needed).argsort()
 
-    def _check_independence(self, arguments: Call, targets: Tensor, index: int) -> None:
+    def _check_independence(self, batch: Examples, index: int) -> None:
         """Check that examples have the same outputs alone as together with a few others.
 
         The first and the last example are tested.  A recurrence over the examples does not
@@ -180,18 +175,18 @@ class DataPass:
         Raises:
             ValueError: an example has other outputs alone.
         """
-        few, count = arguments[:FEW], min(FEW, len(targets))
+        few, count = batch.arguments[:FEW], min(FEW, len(batch))
         try:
             together, first, last = (
                 examples(self.model) for examples in (few, few[:1], few[count - 1 : count])
             )
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
             # Raises the error if it is due to the network itself, or to the batch.
-            self._outputs_for_batch(arguments, index)
+            self._outputs_for_batch(batch.arguments, index)
             reason = str(error).partition("\n")[0]
             raise ValueError(
                 f"Batch {index}: the model fails for the first {count} examples or for one "
-                f"alone ({reason}), but not for the whole batch. {arguments.independence}"
+                f"alone ({reason}), but not for the whole batch. {few.independence}"
             ) from error
         if not is_real(together) or len(together) != count:
             return  # The check of the whole batch raises the error.
@@ -204,46 +199,47 @@ class DataPass:
             if alone.shape != batched.shape:
                 raise ValueError(
                     f"Batch {index}: example {place} has outputs of shape {list(alone.shape)} "
-                    f"alone and {list(batched.shape)} in its batch. {arguments.independence}"
+                    f"alone and {list(batched.shape)} in its batch. {few.independence}"
                 )
             if same(alone, batched, spread):
                 continue
             # Outputs may differ without an effect on the likelihood, as by a shift of logits.
+            targets = batch[place : place + 1].targets
             one, other = (
-                self.estimator.score_vectors(
-                    self.likelihood, outputs, targets[place : place + 1], torch.Generator()
-                )
+                self.estimator.score_vectors(self.likelihood, outputs, targets, torch.Generator())
                 for outputs in (alone, batched)
             )
             if not same(one, other) and reproducible(self.model, few):
                 raise ValueError(
                     f"Batch {index}: example {place} has other outputs alone than in its "
-                    f"batch. {arguments.independence}"
+                    f"batch. {few.independence}"
                 )
 
     def _scored(
-        self, arguments: Call, targets: Tensor, generator: torch.Generator, index: int
+        self, examples: Examples, generator: torch.Generator, index: int
     ) -> tuple[Tensor, Tensor]:
         """The outputs for a set of examples and their score vectors."""
-        outputs = arguments(self.model)
-        return outputs, self._scores(outputs, targets, generator, index)
+        outputs = examples.arguments(self.model)
+        return outputs, self._scores(outputs, examples, generator, index)
 
-    def _check(self, outputs: Any, targets: Tensor, index: int) -> None:
+    def _check(self, outputs: Any, examples: Examples, index: int) -> None:
         """Check the outputs and the targets of a set of examples of a batch."""
-        check_outputs(outputs, targets.shape[0], index)
-        if not self.estimator.uses_targets:
-            return
+        check_outputs(outputs, len(examples), index)
         try:
-            self.likelihood.check_targets(outputs, targets)
+            if examples.targets is not None and self.estimator.uses_targets:
+                self.likelihood.check_targets(outputs, examples.targets)
         except ValueError as error:
             raise ValueError(f"Batch {index}: {error}") from None
 
     def _scores(
-        self, outputs: Any, targets: Tensor, generator: torch.Generator, index: int
+        self, outputs: Any, examples: Examples, generator: torch.Generator, index: int
     ) -> Tensor:
         """The estimator's score vectors ``[k, n, c]``, for checked outputs and targets."""
-        self._check(outputs, targets, index)
-        scores = self.estimator.score_vectors(self.likelihood, outputs.detach(), targets, generator)
+        self._check(outputs, examples, index)
+        scores = self.estimator.score_vectors(
+            self.likelihood, outputs.detach(), examples.targets, generator
+        )
+        scores = weighted(scores, examples.weights)
         if bool(outputs.isnan().any()) or not bool(scores.isfinite().all()):
             raise FloatingPointError(
                 f"Batch {index}: the scores of the model's outputs are not finite; check the "
@@ -251,9 +247,9 @@ class DataPass:
             )
         return scores
 
-    def _fitting(self, one: Call, target: Tensor, index: int) -> tuple[int, int]:
+    def _fitting(self, one: Examples, index: int) -> tuple[int, int]:
         """The examples and the vectors that fit into memory, extrapolated from one example."""
-        saved, outputs = saved_bytes(lambda: one(self.model), self.parameters)
+        saved, outputs = saved_bytes(lambda: one.arguments(self.model), self.parameters)
         check_outputs(outputs, 1, index)
         needed = self.estimator.bytes_per_example(outputs)
         if needed > max(self.memory, LEAST_FOR_SCORES):
@@ -263,10 +259,10 @@ class DataPass:
                 f"{self.memory / 2**20:.0f} MiB: take MonteCarlo(num_samples), which has fewer "
                 "vectors, or increase memory."
             )
-        scores = self._scores(outputs, target, torch.Generator(), index)
+        scores = self._scores(outputs, one, torch.Generator(), index)
         gradients = [0]
         if scores.shape[0] and outputs.requires_grad:
-            tape = Tape(self.model, self.parameters, one, outputs, self.seen)
+            tape = Tape(self.model, self.parameters, one.arguments, outputs, self.seen)
             gradients = tape.bytes_of_gradients(scores[0])
         k, c = scores.shape[0], outputs.numel()
         # Per vector and example: the gradients, the same again for intermediate results, and
@@ -279,6 +275,27 @@ class DataPass:
         if outputs.device.type == "cpu":
             examples = min(examples, CACHE // max(1, k * max(gradients)))
         return int(max(1, min(EXAMPLES_AT_ONCE, examples))), int(vectors)
+
+
+def weighted(scores: Tensor, weights: Tensor | None) -> Tensor:
+    """Score vectors of examples of which each counts as often as its weight says.
+
+    The information of an example grows in proportion to its weight, so its vectors grow by
+    the root.
+
+    Args:
+        scores: ``[k, n, ...]``.
+        weights: ``[n]``; ``None`` if all are 1.
+
+    Raises:
+        ValueError: the weights have another shape.
+    """
+    if weights is None:
+        return scores
+    if weights.dim() != 1:
+        raise ValueError(f"weights must have shape [n], got {list(weights.shape)}.")
+    roots = weights.to(scores.dtype).sqrt()
+    return scores * roots.reshape(1, -1, *[1] * (scores.dim() - 2))
 
 
 def is_real(outputs: Any) -> TypeGuard[Tensor]:

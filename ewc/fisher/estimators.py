@@ -26,7 +26,7 @@ class Estimator(ABC):
         self,
         likelihood: Likelihood,
         outputs: Tensor,
-        targets: Tensor,
+        targets: Tensor | None,
         generator: torch.Generator,
     ) -> Tensor:
         """The score vectors to pull back through the network.
@@ -34,7 +34,8 @@ class Estimator(ABC):
         Args:
             likelihood: the meaning of the outputs.
             outputs: shape ``[n, c]``.
-            targets: the observed targets, unchecked if the estimator does not use them.
+            targets: the observed targets, unchecked if the estimator does not use them; then
+                ``None`` if there are none.
             generator: the source of randomness, seeded with :attr:`seed` once per pass.
 
         Returns:
@@ -112,7 +113,7 @@ class Exact(Estimator):
         self,
         likelihood: Likelihood,
         outputs: Tensor,
-        targets: Tensor,
+        targets: Tensor | None,
         generator: torch.Generator,
     ) -> Tensor:
         factor = likelihood.fisher_factor(outputs)
@@ -173,7 +174,7 @@ class MonteCarlo(Estimator):
         self,
         likelihood: Likelihood,
         outputs: Tensor,
-        targets: Tensor,
+        targets: Tensor | None,
         generator: torch.Generator,
     ) -> Tensor:
         draws = likelihood.sample(outputs, self.num_samples, generator)
@@ -199,9 +200,10 @@ class Empirical(Estimator):
         self,
         likelihood: Likelihood,
         outputs: Tensor,
-        targets: Tensor,
+        targets: Tensor | None,
         generator: torch.Generator,
     ) -> Tensor:
+        assert targets is not None
         return likelihood.score(outputs, targets)[None]
 
 

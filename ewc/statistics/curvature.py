@@ -34,7 +34,7 @@ from ewc.parameters import (
     shapes_of,
     unflatten,
 )
-from ewc.pullback.arguments import Arguments
+from ewc.pullback.call import Call
 from ewc.statistics.families.parametric import Formulations
 from ewc.statistics.network import NetworkFunction
 
@@ -92,7 +92,7 @@ def network_formulations(
     flat = flatten(network.parameters)
     curvature = torch.zeros_like(fisher.to_dense())
 
-    def loss_of(arguments: Arguments, targets: Tensor) -> Callable[[Tensor], Tensor]:
+    def loss_of(arguments: Call, targets: Tensor) -> Callable[[Tensor], Tensor]:
         """The function to be differentiated twice, summed over some examples."""
         if isinstance(estimator, Empirical):
             return lambda theta: network.losses(

@@ -47,7 +47,7 @@ class OutputNorm(Estimator):
         self,
         likelihood: Likelihood,
         outputs: Tensor,
-        targets: Tensor,
+        targets: Tensor | None,
         generator: torch.Generator,
     ) -> Tensor:
         """The vector :math:`2 f`, shape ``[1, n, c]``."""

@@ -382,7 +382,7 @@ def test_an_error_of_the_model_is_that_of_the_users_batch():
         ({"tokens": X, "mask": X[:4]}, r".* x\['mask'\] of shape \[4, 6\], y of shape \[7\]"),
         ({}, r"is a tuple \(dict, Tensor\): data must be batches"),
         (X, r"is \(x, y\), but Named.forward also needs 'mask'"),
-        ([X, X], r"is a tuple \(list, Tensor\): data must be batches"),
+        ([X, 1], r"is a tuple \(list, Tensor\): data must be batches"),
     ],
 )
 def test_inputs_that_do_not_fit_are_named(x, message):
@@ -395,7 +395,7 @@ def test_inputs_that_do_not_fit_are_named(x, message):
     ("data", "message"),
     [
         ((X, LABELS), r"Batch 0 is a Tensor: .*; a single batch goes into a list, \[\(x, y\)\]"),
-        ([{"x": X, "y": LABELS}], "Batch 0 is a dict: .*; take the targets out of the dict"),
+        ([{"x": X, "labels": LABELS}], "Batch 0 has the unknown input 'x': .* takes 'input'\\.$"),
         (list(zip(X, LABELS, strict=True)), r"x of shape \[6\], y of shape \[\]: .* a DataLoader"),
     ],
 )
