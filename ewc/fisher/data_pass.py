@@ -18,6 +18,7 @@ from ewc.pullback.agreement import same
 from ewc.pullback.batches import LABELS, Caller, Examples
 from ewc.pullback.call import Call, listed_shapes
 from ewc.pullback.graph import Graph
+from ewc.pullback.losses import LossCaller
 from ewc.pullback.per_example import reproducible
 from ewc.pullback.pullback import Chunk
 from ewc.pullback.tape import KnownGraphs, Tape
@@ -56,7 +57,10 @@ class DataPass:
         self.likelihood = likelihood
         self.estimator = estimator
         self.memory = memory
-        self.caller = Caller(model, next(iter(parameters.values())).device)
+        device = next(iter(parameters.values())).device
+        self.caller: Caller | LossCaller = (
+            Caller(model, device) if estimator.loss is None else LossCaller(estimator.loss, device)
+        )
         self.seen = KnownGraphs()
         self.independent = False
         """Whether examples were tested to have the same outputs alone as in their batch."""
@@ -209,7 +213,9 @@ class DataPass:
                 self.estimator.score_vectors(self.likelihood, outputs, targets, torch.Generator())
                 for outputs in (alone, batched)
             )
-            if not same(one, other) and reproducible(self.model, few):
+            # A loss has no such outputs, and its score vectors are all the same.
+            differs = self.estimator.loss is not None or not same(one, other)
+            if differs and reproducible(self.model, few):
                 raise ValueError(
                     f"Batch {index}: example {place} has other outputs alone than in its "
                     f"batch. {few.independence}"

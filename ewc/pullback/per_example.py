@@ -88,7 +88,7 @@ class PerExample(Pullback):
 
     def bytes_per_example(self) -> int:
         # The vectors, and twice the inputs for what the network computes on the way.
-        inputs = sum(tensor[0].numel() for tensor in self.arguments.tensors())
+        inputs = sum(tensor.numel() for tensor in self.arguments.tensors()) // self.num_examples
         return super().bytes_per_example() + 2 * self.num_vectors * inputs * self.dtype.itemsize
 
     def per_example(self, examples: slice) -> Parameters:
@@ -103,7 +103,7 @@ class PerExample(Pullback):
         known = self.vectorises.get(key)
         if known is None and self._counts_words(arguments):
             known = self.vectorises[key] = False
-        if known is not False:
+        if known is not False and arguments.in_rows:
             try:
                 with quiet_about_speed():
                     gradients = self._vectorised(arguments, scores)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jacrev
 
-from ewc.fisher.estimators import Empirical, Exact
+from ewc.fisher.estimators import Empirical, Exact, check_no_loss
 from ewc.fisher.information import fisher_information
 from ewc.fisher.structures.dense import Dense
 from ewc.likelihoods import Categorical, Likelihood
@@ -79,6 +79,7 @@ def network_formulations(
     """
     if not isinstance(estimator, Exact | Empirical):
         raise TypeError(f"estimator must be Exact() or Empirical(), got {estimator!r}.")
+    check_no_loss(estimator, "network_formulations")
     batches = list(data)
     fisher = fisher_information(
         model,
