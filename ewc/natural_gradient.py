@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ewc.checks import check_instance, check_not_negative, check_positive, check_share, is_number
-from ewc.fisher.estimators import Estimator, Exact, check_estimator
+from ewc.fisher.estimators import Estimator, Exact, check_estimator, check_no_loss
 from ewc.fisher.implicit.implicit import Implicit
 from ewc.fisher.information import fisher_information
 from ewc.fisher.structures.kronecker import Kronecker
@@ -253,8 +253,11 @@ class NaturalGradient(Optimizer):
 
         Raises:
             RuntimeError: :meth:`update_fisher` was not called before.
+            ValueError: there is a batch, but the estimator has a loss in place of the likelihood.
             torch.linalg.LinAlgError: the damped matrix is not positive definite.
         """
+        if batch is not None:
+            check_no_loss(self.estimator, "step(batch=...)")
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -20,7 +20,7 @@ from ewc.checks import check_count
 from ewc.consolidation.combination import Consolidation, Separate
 from ewc.consolidation.update import ImplicitSteps, InLoss, Update, check_update
 from ewc.fisher import Estimator, Exact, fisher_information
-from ewc.fisher.estimators import check_estimator
+from ewc.fisher.estimators import check_estimator, check_no_loss
 from ewc.fisher.evaluation import undisturbed
 from ewc.fisher.structures.diagonal import Diagonal
 from ewc.fisher.structures.structure import Structure, check_structure
@@ -81,7 +81,8 @@ class EWCPlugin(SupervisedPlugin):
 
     Raises:
         ValueError: the strength is negative or not finite, ``shrinkage`` is not in [0, 1] or the
-            structure cannot be shrunk, or ``max_examples`` is not a whole number above 0.
+            structure cannot be shrunk, ``max_examples`` is not a whole number above 0, or the
+            estimator has a loss in place of the likelihood.
         TypeError: the likelihood, the estimator, the structure, the consolidation or the update
             has another type.
     """
@@ -102,6 +103,7 @@ class EWCPlugin(SupervisedPlugin):
         super().__init__()
         check_likelihood(likelihood)
         check_estimator(estimator)
+        check_no_loss(estimator, "EWCPlugin")
         check_structure(structure)
         check_update(update)
         check_count(max_examples, "max_examples", optional=True)

@@ -16,9 +16,11 @@ from ewc.likelihoods import Likelihood
 from ewc.linalg.tiles import sizes_for
 from ewc.parameters import Parameters
 from ewc.pullback.agreement import same
-from ewc.pullback.arguments import Arguments, Caller, listed_shapes
+from ewc.pullback.batches import LABELS, Caller, Examples
+from ewc.pullback.call import Call, listed_shapes
 from ewc.pullback.graph import Graph
-from ewc.pullback.per_example import INDEPENDENT, reproducible
+from ewc.pullback.losses import LossCaller
+from ewc.pullback.per_example import reproducible
 from ewc.pullback.pullback import Chunk
 from ewc.pullback.tape import KnownGraphs, Tape
 
@@ -53,7 +55,10 @@ class DataPass:
         self.likelihood = likelihood
         self.estimator = estimator
         self.memory = memory
-        self.caller = Caller(model, next(iter(parameters.values())).device)
+        device = next(iter(parameters.values())).device
+        self.caller: Caller | LossCaller = (
+            Caller(model, device) if estimator.loss is None else LossCaller(estimator.loss, device)
+        )
         self.seen = KnownGraphs()
         self.independent = False
         """Whether examples were tested to have the same outputs alone as in their batch."""
@@ -70,62 +75,44 @@ class DataPass:
         generator = torch.Generator().manual_seed(self.estimator.seed + 1_000_003 * rank)
         num_examples = 0
         for index, batch in enumerate(data):
-            arguments, targets = self.caller.arguments(batch, index)
-            for chunk in self.chunks(arguments, targets, generator, index):
+            examples = self.caller.examples(batch, index)
+            for chunk in self.chunks(examples, generator, index):
                 with torch.no_grad():
                     total.add(chunk)
-            num_examples += targets.shape[0]
+            num_examples += len(examples)
         self.check_scores()
         return num_examples
 
-    def chunks(
-        self,
-        arguments: Arguments,
-        targets: Tensor,
-        generator: torch.Generator,
-        index: int,
-        weights: Tensor | None = None,
-    ) -> Iterator[Chunk]:
-        """One batch in chunks that fit into memory, with their score vectors.
-
-        Args:
-            arguments: the arguments of the model's call.
-            targets: the observed targets.
-            generator: the source of the estimator's randomness.
-            index: the number of the batch, for messages.
-            weights: how often examples, ``[n]``, or positions, ``[n, *positions]``, count.
-        """
-        if targets.shape[0] == 0:
+    def chunks(self, batch: Examples, generator: torch.Generator, index: int) -> Iterator[Chunk]:
+        """One batch in chunks that fit into memory, with their score vectors."""
+        if len(batch) == 0:
             return
-        if not self.independent and targets.shape[0] > 1:
-            self._check_independence(arguments, targets, index)
+        if self.estimator.uses_targets and batch.targets is None:
+            raise ValueError(
+                f"Batch {index} has no targets, which {self.estimator} needs: a dict must have "
+                f"them under {LABELS!r}."
+            )
+        if not self.independent and len(batch) > 1:
+            self._check_independence(batch, index)
             self.independent = True
-        one = arguments[:1]
-        key = tuple(tensor.shape for tensor in one.tensors())
+        one = batch[:1]
+        key = tuple(tensor.shape for tensor in one.arguments.tensors())
         if key not in self.fitting:
-            self.fitting[key] = self._of_batch(
-                partial(self._fitting, one, targets[:1], index), arguments, targets, index
-            )
+            self.fitting[key] = self._of_batch(partial(self._fitting, one, index), batch, index)
         at_once, vectors_at_once = self.fitting[key]
-        order = self._by_effort(arguments, targets, at_once, weights)
+        order = self._by_effort(batch, at_once)
         if order is not None:
-            arguments, targets = arguments.map(lambda t: t[order]), targets[order]
-            weights = None if weights is None else weights[order]
+            batch = batch[order]
             at_once = min(at_once, SORTED_AT_ONCE)
-        for start in range(0, targets.shape[0], at_once):
-            examples = slice(start, start + at_once)
-            inputs = arguments[examples]
-            counts = None if weights is None else weights[examples]
+        for start in range(0, len(batch), at_once):
+            examples = batch[start : start + at_once]
             outputs, scores = self._of_batch(
-                partial(self._scored, inputs, targets[examples], generator, index, counts),
-                arguments,
-                targets,
-                index,
+                partial(self._scored, examples, generator, index), batch, index
             )
-            yield self._chunk(inputs, outputs, scores, vectors_at_once)
+            yield self._chunk(examples.arguments, outputs, scores, vectors_at_once)
 
     def _chunk(
-        self, arguments: Arguments, outputs: Tensor, scores: Tensor, vectors_at_once: int
+        self, arguments: Call, outputs: Tensor, scores: Tensor, vectors_at_once: int
     ) -> Chunk:
         """The examples of one forward pass with their score vectors."""
         alone = partial(self._alone, arguments, scores, vectors_at_once)
@@ -138,7 +125,7 @@ class DataPass:
         pullbacks = partial(tape.pullbacks, scores, vectors_at_once, self.memory // 2)
         return Chunk(self.model, arguments, scores, pullbacks, alone)
 
-    def _alone(self, arguments: Arguments, scores: Tensor, vectors_at_once: int) -> Iterator[Chunk]:
+    def _alone(self, arguments: Call, scores: Tensor, vectors_at_once: int) -> Iterator[Chunk]:
         """The examples of a chunk, each in a separate chunk."""
         for i in range(len(arguments)):
             one = arguments[i : i + 1]
@@ -146,9 +133,7 @@ class DataPass:
                 outputs = one(self.model)
             yield self._chunk(one, outputs, scores[:, i : i + 1], vectors_at_once)
 
-    def _of_batch(
-        self, compute: Callable[[], Result], arguments: Arguments, targets: Tensor, index: int
-    ) -> Result:
+    def _of_batch(self, compute: Callable[[], Result], batch: Examples, index: int) -> Result:
         """The result of a computation on a slice of a batch.
 
         Its errors give the sizes of the whole batch, which the user knows.
@@ -164,10 +149,10 @@ class DataPass:
         except Exception as error:
             failed = error
         # Outside the handler, so that the traceback has one error.
-        self._check(self._outputs_for_batch(arguments, index), targets, index)
+        self._check(self._outputs_for_batch(batch.arguments, index), batch, index)
         raise failed
 
-    def _outputs_for_batch(self, arguments: Arguments, index: int) -> Any:
+    def _outputs_for_batch(self, arguments: Call, index: int) -> Any:
         """The model's outputs for a whole batch; an error has a note with the batch."""
         try:
             return arguments(self.model)
@@ -176,22 +161,19 @@ class DataPass:
             error.add_note(f"The model was called with batch {index}: {shapes}.")
             raise
 
-    def _by_effort(
-        self, arguments: Arguments, targets: Tensor, at_once: int, weights: Tensor | None
-    ) -> Tensor | None:
+    def _by_effort(self, batch: Examples, at_once: int) -> Tensor | None:
         """The order of the examples by the number of vectors that they need."""
         if not self.estimator.varies:
             return None
         needed = []
-        for start in range(0, len(arguments), at_once):
-            examples = slice(start, start + at_once)
-            outputs = arguments[examples](self.model).detach()
-            counts = None if weights is None else weights[examples]
-            combined = self.likelihood.combined_weights(outputs, targets[examples], counts)
-            needed.append(self.estimator.vectors_needed(self.likelihood, outputs, combined))
+        for start in range(0, len(batch), at_once):
+            examples = batch[start : start + at_once]
+            outputs = examples.arguments(self.model).detach()
+            weights = self._weights(outputs, examples)
+            needed.append(self.estimator.vectors_needed(self.likelihood, outputs, weights))
         return torch.cat(needed).argsort()
 
-    def _check_independence(self, arguments: Arguments, targets: Tensor, index: int) -> None:
+    def _check_independence(self, batch: Examples, index: int) -> None:
         """Check that examples have the same outputs alone as together with a few others.
 
         The first and the last example are tested.  A recurrence over the examples does not
@@ -200,18 +182,18 @@ class DataPass:
         Raises:
             ValueError: an example has other outputs alone.
         """
-        few, count = arguments[:FEW], min(FEW, len(targets))
+        few, count = batch.arguments[:FEW], min(FEW, len(batch))
         try:
             together, first, last = (
                 examples(self.model) for examples in (few, few[:1], few[count - 1 : count])
             )
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
             # Raises the error if it is due to the network itself, or to the batch.
-            self._outputs_for_batch(arguments, index)
+            self._outputs_for_batch(batch.arguments, index)
             reason = str(error).partition("\n")[0]
             raise ValueError(
                 f"Batch {index}: the model fails for the first {count} examples or for one "
-                f"alone ({reason}), but not for the whole batch. {INDEPENDENT}"
+                f"alone ({reason}), but not for the whole batch. {few.independence}"
             ) from error
         if not is_real(together) or together.shape[:1] != (count,):
             return  # The check of the whole batch raises the error.
@@ -224,73 +206,82 @@ class DataPass:
             if alone.shape != batched.shape:
                 raise ValueError(
                     f"Batch {index}: example {place} has outputs of shape {list(alone.shape)} "
-                    f"alone and {list(batched.shape)} in its batch. {INDEPENDENT}"
+                    f"alone and {list(batched.shape)} in its batch. {few.independence}"
                 )
             if same(alone, batched, spread):
                 continue
             # Outputs may differ without an effect on the likelihood, as by a shift of logits.
             one, other = (
-                self._vectors(outputs, targets[place : place + 1], torch.Generator())
+                self._vectors(outputs, batch[place : place + 1], torch.Generator())
                 for outputs in (alone, batched)
             )
-            if not same(one, other) and reproducible(self.model, few):
+            # A loss has no such outputs, and its score vectors are all the same.
+            differs = self.estimator.loss is not None or not same(one, other)
+            if differs and reproducible(self.model, few):
                 raise ValueError(
                     f"Batch {index}: example {place} has other outputs alone than in its "
-                    f"batch. {INDEPENDENT}"
+                    f"batch. {few.independence}"
                 )
 
     def _scored(
-        self,
-        arguments: Arguments,
-        targets: Tensor,
-        generator: torch.Generator,
-        index: int,
-        weights: Tensor | None,
+        self, examples: Examples, generator: torch.Generator, index: int
     ) -> tuple[Tensor, Tensor]:
         """The outputs for a set of examples and their score vectors.
 
         On a CPU without the vectors that are 0 for all of these examples, as those of positions
         that do not count.  An accelerator would wait for the answer.
         """
-        outputs = arguments(self.model)
-        scores = self._scores(outputs, targets, generator, index, weights)
-        if scores.device.type == "cpu" and outputs.dim() > 2:
+        outputs = examples.arguments(self.model)
+        scores = self._scores(outputs, examples, generator, index)
+        if outputs.dim() > 2 and not sizes_for(scores.device).waits:
             scores = scores[scores.flatten(1).any(1)]
         return outputs, scores
 
-    def _check(self, outputs: Any, targets: Tensor, index: int) -> None:
+    def _check(self, outputs: Any, examples: Examples, index: int) -> None:
         """Check the outputs and the targets of a set of examples of a batch."""
-        check_outputs(outputs, targets.shape[0], index)
+        check_outputs(outputs, len(examples), index)
+        if self.estimator.loss is not None:
+            return
         try:
             self.likelihood.check_outputs(outputs)
             if self.estimator.uses_targets or self.likelihood.needs_targets(outputs):
-                self.likelihood.check_targets(outputs, targets)
+                self.likelihood.check_targets(outputs, self._targets(examples))
         except ValueError as error:
             raise ValueError(f"Batch {index}: {error}") from None
 
-    def _vectors(
-        self,
-        outputs: Tensor,
-        targets: Tensor,
-        generator: torch.Generator,
-        weights: Tensor | None = None,
-    ) -> Tensor:
+    def _targets(self, examples: Examples) -> Tensor:
+        """The targets of a set of examples that need them.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if examples.targets is None:
+            raise ValueError(
+                f"{self.likelihood} needs targets for these outputs: a dict must have them "
+                f"under {LABELS!r}."
+            )
+        return examples.targets
+
+    def _vectors(self, outputs: Tensor, examples: Examples, generator: torch.Generator) -> Tensor:
         """The estimator's score vectors, with the weights of the observations."""
-        combined = self.likelihood.combined_weights(outputs, targets, weights)
-        return self.estimator.score_vectors(self.likelihood, outputs, targets, generator, combined)
+        weights = self._weights(outputs, examples)
+        return self.estimator.score_vectors(
+            self.likelihood, outputs, examples.targets, generator, weights
+        )
+
+    def _weights(self, outputs: Tensor, examples: Examples) -> Tensor | None:
+        """How often the observations count, in a shape that multiplies the outputs."""
+        if self.estimator.loss is not None:
+            return None if examples.weights is None else examples.weights[:, None]
+        return self.likelihood.combined_weights(outputs, examples.targets, examples.weights)
 
     def _scores(
-        self,
-        outputs: Any,
-        targets: Tensor,
-        generator: torch.Generator,
-        index: int,
-        weights: Tensor | None = None,
+        self, outputs: Any, examples: Examples, generator: torch.Generator, index: int
     ) -> Tensor:
         """The estimator's score vectors ``[k, n, ...]``, for checked outputs and targets."""
-        self._check(outputs, targets, index)
+        self._check(outputs, examples, index)
         try:
-            scores = self._vectors(outputs.detach(), targets, generator, weights)
+            scores = self._vectors(outputs.detach(), examples, generator)
         except ValueError as error:
             raise ValueError(f"Batch {index}: {error}") from None
         self._look_at(outputs.detach(), scores, index)
@@ -316,9 +307,9 @@ class DataPass:
                 "parameters and the inputs."
             )
 
-    def _fitting(self, one: Arguments, target: Tensor, index: int) -> tuple[int, int]:
+    def _fitting(self, one: Examples, index: int) -> tuple[int, int]:
         """The examples and the vectors that fit into memory, extrapolated from one example."""
-        saved, outputs = saved_bytes(lambda: one(self.model), self.parameters)
+        saved, outputs = saved_bytes(lambda: one.arguments(self.model), self.parameters)
         check_outputs(outputs, 1, index)
         needed = self.estimator.bytes_per_example(outputs)
         if needed > max(self.memory, LEAST_FOR_SCORES):
@@ -329,10 +320,10 @@ class DataPass:
                 f"{self.memory / 2**20:.0f} MiB: take MonteCarlo(num_samples), which has fewer "
                 "vectors, or increase memory."
             )
-        scores = self._scores(outputs, target, torch.Generator(), index)
+        scores = self._scores(outputs, one, torch.Generator(), index)
         gradients = [0]
         if scores.shape[0] and outputs.requires_grad:
-            tape = Tape(self.model, self.parameters, one, outputs, self.seen)
+            tape = Tape(self.model, self.parameters, one.arguments, outputs, self.seen)
             gradients = tape.bytes_of_gradients(scores[0])
         k, c = scores.shape[0], outputs.numel()
         # Per vector and example: the gradients, the same again for intermediate results, and
@@ -342,11 +333,11 @@ class DataPass:
         room = self.memory // 2
         examples = room // max(1, saved + k * vector)
         vectors = k if examples else max(1, (room - saved) // vector)
-        sizes = sizes_for(outputs.device)
-        if sizes.gradients is not None:
-            examples = min(examples, sizes.gradients // max(1, k * max(gradients)))
-        if sizes.examples is not None:
-            examples = min(examples, sizes.examples)
+        largest = sizes_for(outputs.device)
+        if largest.gradients is not None:
+            examples = min(examples, largest.gradients // max(1, k * max(gradients)))
+        if largest.examples is not None:
+            examples = min(examples, largest.examples)
         return int(max(1, examples)), int(vectors)
 
 

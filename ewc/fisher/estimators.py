@@ -12,13 +12,14 @@ A score vector reaches all positions of its example.  With ``t`` positions the e
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ewc.checks import check_count, check_instance, check_whole, is_number
 from ewc.likelihoods import Likelihood
+from ewc.pullback.losses import Loss
 
 
 class Estimator(ABC):
@@ -29,7 +30,7 @@ class Estimator(ABC):
         self,
         likelihood: Likelihood,
         outputs: Tensor,
-        targets: Tensor,
+        targets: Tensor | None,
         generator: torch.Generator,
         weights: Tensor | None = None,
     ) -> Tensor:
@@ -38,7 +39,8 @@ class Estimator(ABC):
         Args:
             likelihood: the meaning of the outputs.
             outputs: shape ``[n, ...]``.
-            targets: the observed targets, unchecked if the estimator does not use them.
+            targets: the observed targets, unchecked if the estimator does not use them; then
+                ``None`` if there are none.
             generator: the source of randomness, seeded with :attr:`seed` once per pass.
             weights: how often observations count, in a shape that multiplies ``outputs``
                 (:meth:`~ewc.Likelihood.combined_weights`); once if ``None``.
@@ -59,6 +61,11 @@ class Estimator(ABC):
     def uses_targets(self) -> bool:
         """Whether the estimator uses the observed targets; they must then fit the likelihood."""
         return True
+
+    @property
+    def loss(self) -> Loss | None:
+        """The loss in place of the likelihood; the outputs are then its values ``[n, 1]``."""
+        return None
 
     @property
     def varies(self) -> bool:
@@ -121,7 +128,7 @@ class Exact(Estimator):
         self,
         likelihood: Likelihood,
         outputs: Tensor,
-        targets: Tensor,
+        targets: Tensor | None,
         generator: torch.Generator,
         weights: Tensor | None = None,
     ) -> Tensor:
@@ -188,7 +195,7 @@ class MonteCarlo(Estimator):
         self,
         likelihood: Likelihood,
         outputs: Tensor,
-        targets: Tensor,
+        targets: Tensor | None,
         generator: torch.Generator,
         weights: Tensor | None = None,
     ) -> Tensor:
@@ -208,17 +215,46 @@ class Empirical(Estimator):
     :math:`\frac1N \sum_n J_n^\top s(y_n) s(y_n)^\top J_n`: the uncentred covariance of the
     per-example gradients.  It vanishes where the network fits its data.  Kunstner et al.
     2019, arXiv:1905.12558, describe when that misleads.
+
+    With a loss the matrix is :math:`\frac1N \sum_n \nabla \ell_n \nabla \ell_n^\top`, and the
+    likelihood is not used.
+
+    Attributes:
+        loss: ``loss(model, batch)`` returns the negative log-likelihoods :math:`\ell_n` of the
+            examples of a batch, ``[n]``, in nats.  It calls ``model`` in any way and as often
+            as it likes.  ``batch`` is a batch of the data, or some of its examples: tensors are
+            cut along their first dimension, and lists of items by items, in dicts, lists and
+            tuples.
+
+    Raises:
+        TypeError: the loss is not a function.
     """
+
+    loss: Loss | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the loss."""
+        if not (self.loss is None or callable(self.loss)):
+            raise TypeError(
+                f"loss must be a function (model, batch) -> losses [n], or None, got {self.loss!r}."
+            )
 
     def score_vectors(
         self,
         likelihood: Likelihood,
         outputs: Tensor,
-        targets: Tensor,
+        targets: Tensor | None,
         generator: torch.Generator,
         weights: Tensor | None = None,
     ) -> Tensor:
+        if self.loss is not None:
+            return weighted(-torch.ones_like(outputs)[None], weights)
+        assert targets is not None
         return weighted(likelihood.score(outputs, targets)[None], weights)
+
+    @property
+    def uses_targets(self) -> bool:
+        return self.loss is None
 
 
 def weighted(vectors: Tensor, weights: Tensor | None) -> Tensor:
@@ -234,6 +270,16 @@ def weighted(vectors: Tensor, weights: Tensor | None) -> Tensor:
 def _flat(vectors: Tensor) -> Tensor:
     """Vectors ``[k, n, ...]`` as ``[k, n, c]``."""
     return vectors.reshape(*vectors.shape[:2], vectors.shape[2:].numel())
+
+
+def check_no_loss(estimator: Estimator, place: str) -> None:
+    """Check that an estimator rests on the likelihood.
+
+    Raises:
+        ValueError: it has a loss of its own.
+    """
+    if estimator.loss is not None:
+        raise ValueError(f"{place} needs a likelihood: estimator must have no loss.")
 
 
 def check_estimator(value: Estimator) -> None:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ewc.checks import check_instance
+from ewc.linalg.tiles import sizes_for
 
 
 class Likelihood(ABC):
@@ -110,13 +111,13 @@ class Likelihood(ABC):
         return None
 
     def combined_weights(
-        self, outputs: Tensor, targets: Tensor, given: Tensor | None = None
+        self, outputs: Tensor, targets: Tensor | None, given: Tensor | None = None
     ) -> Tensor | None:
         """The product of :meth:`weights` and the weights that come with the data.
 
         Args:
             outputs: shape ``[n, ...]``.
-            targets: the observed targets.
+            targets: the observed targets; ``None`` if there are none.
             given: the weights of examples, ``[n]``, or of positions, ``[n, *positions]``.
 
         Returns:
@@ -124,20 +125,15 @@ class Likelihood(ABC):
             if all observations count once.
 
         Raises:
-            ValueError: the given weights have another shape, or on a CPU one is negative.
+            ValueError: the given weights have another shape.
         """
         combined: Tensor | None = None
-        for weights in (self.weights(outputs, targets), given):
+        for weights in (None if targets is None else self.weights(outputs, targets), given):
             if weights is not None:
                 spread = self._along_outputs(weights, outputs)
                 combined = spread if combined is None else combined * spread
-        # An accelerator would wait for the answer, so only a CPU is asked.
-        if combined is not None and combined.device.type == "cpu":
-            if not bool((combined >= 0).all()):
-                raise ValueError("Weights must be 0 or above.")
-            if bool((combined == 1).all()):
-                return None
-        return combined
+        waits = combined is None or sizes_for(combined.device).waits
+        return None if not waits and bool((combined == 1).all()) else combined
 
     def _along_outputs(self, weights: Tensor, outputs: Tensor) -> Tensor:
         """Weights ``[n]`` or ``[n, *positions]`` in a shape that multiplies ``outputs``."""

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
+from torch.func import vjp, vmap
 
 from ewc.parameters import Parameters, Shapes, accumulation_dtype
 from ewc.pullback.agreement import agree, same
-from ewc.pullback.arguments import Arguments
+from ewc.pullback.call import Call
 from ewc.pullback.graph import Graph
 from ewc.pullback.pullback import Pullback
 from ewc.wrappers import named_parameters
@@ -27,12 +27,6 @@ _log = logging.getLogger(__name__)
 UNSUPPORTED = (NotImplementedError, RuntimeError, AttributeError)
 """What torch.func raises for operations without support, and for compiled modules."""
 
-INDEPENDENT = (
-    "The Fisher information is a sum over examples: the outputs of an example must depend on "
-    "that example alone, not on the rest of its batch (through batch statistics, a missing "
-    "batch_first=True or a graph)."
-)
-
 
 def chosen_parameters(model: nn.Module, names: Iterable[str]) -> Parameters:
     """The named parameters of a network; tied ones have several names."""
@@ -41,7 +35,7 @@ def chosen_parameters(model: nn.Module, names: Iterable[str]) -> Parameters:
 
 
 @torch.enable_grad()
-def reproducible(model: nn.Module, arguments: Arguments) -> bool:
+def reproducible(model: nn.Module, arguments: Call) -> bool:
     """Whether the network returns the same outputs twice, that is, draws no random numbers."""
     once, again = (arguments(model).detach() for _ in range(2))
     return same(once, again)
@@ -61,7 +55,7 @@ class PerExample(Pullback):
     Args:
         model: the network.
         shapes: the shapes of the parameters, by name.
-        arguments: the arguments of ``model``.
+        arguments: the call of ``model``.
         scores: the score vectors, ``[k, n, ...]``.
         memory: bytes that intermediate results may take.
         vectorises: whether the network can be vectorised over examples, by the names of the
@@ -74,7 +68,7 @@ class PerExample(Pullback):
         self,
         model: nn.Module,
         shapes: Shapes,
-        arguments: Arguments,
+        arguments: Call,
         scores: Tensor,
         *,
         memory: int,
@@ -94,7 +88,7 @@ class PerExample(Pullback):
 
     def bytes_per_example(self) -> int:
         # The vectors, and twice the inputs for what the network computes on the way.
-        inputs = sum(tensor[0].numel() for tensor in self.arguments.tensors())
+        inputs = sum(tensor.numel() for tensor in self.arguments.tensors()) // self.num_examples
         return super().bytes_per_example() + 2 * self.num_vectors * inputs * self.dtype.itemsize
 
     def per_example(self, examples: slice) -> Parameters:
@@ -109,7 +103,7 @@ class PerExample(Pullback):
         known = self.vectorises.get(key)
         if known is None and self._counts_words(arguments):
             known = self.vectorises[key] = False
-        if known is not False:
+        if known is not False and arguments.in_rows:
             try:
                 with quiet_about_speed():
                     gradients = self._vectorised(arguments, scores)
@@ -127,18 +121,19 @@ class PerExample(Pullback):
             ):
                 raise ValueError(
                     f"Examples depend on each other through {', '.join(self.shapes)}: the "
-                    "gradients of an example alone differ from those in its batch. " + INDEPENDENT
+                    "gradients of an example alone differ from those in its batch. "
+                    + arguments.independence
                 )
             self.vectorises[key] = False
         return gradients
 
     @torch.enable_grad()
-    def _counts_words(self, arguments: Arguments) -> bool:
+    def _counts_words(self, arguments: Call) -> bool:
         """Whether the gradient of the batch is not the sum over its examples."""
         return Graph(arguments(self.model)).counts_words()
 
     @torch.enable_grad()
-    def _confirmed(self, vectors: Parameters, arguments: Arguments, scores: Tensor) -> bool:
+    def _confirmed(self, vectors: Parameters, arguments: Call, scores: Tensor) -> bool:
         """Whether one backward pass of the batch gives a random combination of ``vectors``.
 
         Some operations have a wrong rule for vmap: torch 2.15 returns another example's
@@ -170,30 +165,28 @@ class PerExample(Pullback):
                 return False
         return True
 
-    def _vectorised(self, arguments: Arguments, scores: Tensor) -> Parameters:
+    def _vectorised(self, arguments: Call, scores: Tensor) -> Parameters:
         parameters = {name: value.detach() for name, value in self.parameters.items()}
 
         def vectors(scores_n: Tensor, *tensors: Tensor) -> Parameters:
             one = arguments.with_tensors([tensor[None] for tensor in tensors])
 
             def outputs(values: Parameters) -> Tensor:
-                row: Tensor = functional_call(self.model, values, one.positional, one.named)[0]
-                return row
+                return one.called(self.model, values)[0]
 
             _, pull, *_ = vjp(outputs, parameters)
             (gradients,) = vmap(pull)(scores_n)
             result: Parameters = gradients
             return result
 
-        # Copies, because a network may write into its input.
-        tensors = arguments.map(torch.clone).tensors()
+        tensors = arguments.tensors()
         out_dims: Any = dict.fromkeys(self.shapes, 1)
         in_dims = (1,) + (0,) * len(tensors)
         result: Parameters = vmap(vectors, in_dims=in_dims, out_dims=out_dims)(scores, *tensors)
         return result
 
     @torch.enable_grad()
-    def _one_by_one(self, arguments: Arguments, scores: Tensor) -> Parameters:
+    def _one_by_one(self, arguments: Call, scores: Tensor) -> Parameters:
         parameters = list(self.parameters.values())
         k, n = scores.shape[:2]
         result = [parameter.new_zeros(k, n, *parameter.shape) for parameter in parameters]

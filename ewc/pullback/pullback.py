@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ewc.linalg.squares import add_squares
 from ewc.linalg.tiles import part, slices
 from ewc.parameters import Parameters, Shapes
-from ewc.pullback.arguments import Arguments
+from ewc.pullback.call import Call
 
 
 class Pullback(ABC):
@@ -142,7 +142,7 @@ class Chunk:
 
     Attributes:
         model: the network, in evaluation mode.
-        arguments: the arguments of the network's call.
+        arguments: the network's call.
         scores: the score vectors, ``[k, n, ...]``.
         pullbacks: pulls the vectors back, a block of score vectors at a time.  The pullbacks
             of a block have every parameter that affects the outputs once.
@@ -150,7 +150,7 @@ class Chunk:
     """
 
     model: nn.Module
-    arguments: Arguments
+    arguments: Call
     scores: Tensor
     pullbacks: Callable[[], Iterator[Sequence[Pullback]]]
     alone: Callable[[], Iterator["Chunk"]]

@@ -24,8 +24,8 @@ from torch.autograd.graph import GradientEdge
 
 from ewc.parameters import Parameters, Shapes, accumulation_dtype
 from ewc.pullback.agreement import agree
-from ewc.pullback.arguments import Arguments
 from ewc.pullback.backward import all_together, one_by_one
+from ewc.pullback.call import Call
 from ewc.pullback.graph import Graph, GraphStructure, Uses, alike, place_in_memory
 from ewc.pullback.outer import OuterProducts
 from ewc.pullback.per_example import PerExample
@@ -90,7 +90,7 @@ class Tape:
     Args:
         model: the network.
         parameters: the parameters whose Fisher information is computed.
-        arguments: the arguments of the network's call.
+        arguments: the network's call.
         outputs: its outputs, ``[n, ...]``.
         known: what is known from earlier passes.
     """
@@ -99,7 +99,7 @@ class Tape:
         self,
         model: nn.Module,
         parameters: Parameters,
-        arguments: Arguments,
+        arguments: Call,
         outputs: Tensor,
         known: KnownGraphs,
     ) -> None:
@@ -251,7 +251,7 @@ class Tape:
         arguments = self.arguments[:FEW]
         with torch.enable_grad():
             outputs = arguments(self.model)
-        if not isinstance(outputs, Tensor) or outputs.shape != self.outputs[:FEW].shape:
+        if outputs.shape != self.outputs[:FEW].shape:
             return self
         tape = Tape(self.model, self.parameters, arguments, outputs, self.known)
         same = alike(tape.structure, self.structure, FEW, self.num_examples)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jacrev
 
-from ewc.fisher.estimators import Empirical, Exact
+from ewc.fisher.estimators import Empirical, Exact, check_no_loss
 from ewc.fisher.information import fisher_information
 from ewc.fisher.structures.dense import Dense
 from ewc.likelihoods import Categorical, Likelihood
@@ -34,7 +34,7 @@ from ewc.parameters import (
     shapes_of,
     unflatten,
 )
-from ewc.pullback.arguments import Arguments
+from ewc.pullback.call import Call
 from ewc.statistics.families.parametric import Formulations
 from ewc.statistics.network import NetworkFunction
 
@@ -79,6 +79,7 @@ def network_formulations(
     """
     if not isinstance(estimator, Exact | Empirical):
         raise TypeError(f"estimator must be Exact() or Empirical(), got {estimator!r}.")
+    check_no_loss(estimator, "network_formulations")
     batches = list(data)
     fisher = fisher_information(
         model,
@@ -92,7 +93,7 @@ def network_formulations(
     flat = flatten(network.parameters)
     curvature = torch.zeros_like(fisher.to_dense())
 
-    def loss_of(arguments: Arguments, targets: Tensor) -> Callable[[Tensor], Tensor]:
+    def loss_of(arguments: Call, targets: Tensor) -> Callable[[Tensor], Tensor]:
         """The function to be differentiated twice, summed over some examples."""
         if isinstance(estimator, Empirical):
             return lambda theta: network.losses(

@@ -59,6 +59,14 @@ def loss_gradient(
     Raises:
         ValueError: the data are empty or not batches.
     """
+    total, count = _summed_gradient(model, data, fisher, likelihood)
+    return {name: tensor / count for name, tensor in total.items()}
+
+
+def _summed_gradient(
+    model: nn.Module, data: Iterable[Any], fisher: FisherMatrix, likelihood: Likelihood
+) -> tuple[Parameters, int]:
+    """The gradient of the sum of all losses, and the number of examples."""
     network = NetworkFunction(model, fisher.shapes, likelihood)
     total = {name: torch.zeros_like(tensor) for name, tensor in network.parameters.items()}
     count = 0
@@ -71,7 +79,7 @@ def loss_gradient(
             count += len(targets)
     if not count:
         raise ValueError("data must hold at least one example, got none.")
-    return {name: tensor / count for name, tensor in total.items()}
+    return total, count
 
 
 def influence(
@@ -223,7 +231,7 @@ def parameters_without(
         (move,) = ExampleVectors(gradient, vectors).moves(fisher.damped_inverse(damping), fisher)
         moved = unflatten(move / fisher.num_examples, fisher.shapes)
         return {n: parameters[n].detach() + t.to(parameters[n]) for n, t in moved.items()}
-    mean = loss_gradient(model, batches, fisher, likelihood)
-    share = sum(len(batch[1]) for batch in batches) / fisher.num_examples
-    moved = fisher.solve({n: t.to(fisher.dtype) for n, t in mean.items()}, damping)
-    return {n: parameters[n].detach() + share * t.to(parameters[n]) for n, t in moved.items()}
+    total, _ = _summed_gradient(model, batches, fisher, likelihood)
+    right = {n: t.to(fisher.dtype) / fisher.num_examples for n, t in total.items()}
+    moved = fisher.solve(right, damping)
+    return {n: parameters[n].detach() + t.to(parameters[n]) for n, t in moved.items()}

@@ -5,13 +5,14 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
 from ewc.fisher.data_pass import check_outputs
 from ewc.fisher.evaluation import plain_operations, undisturbed
 from ewc.likelihoods import Likelihood
 from ewc.parameters import Parameters
-from ewc.pullback.arguments import Arguments, Caller
+from ewc.pullback.batches import Caller
+from ewc.pullback.call import Call
 from ewc.wrappers import bare, named_parameters, unwrapped
 
 
@@ -39,19 +40,31 @@ class NetworkFunction:
 
     def batches(
         self, data: Iterable[object], *, use_targets: bool = True
-    ) -> Iterator[tuple[Arguments, Tensor]]:
+    ) -> Iterator[tuple[Call, Tensor]]:
         """The arguments and targets of each batch.
 
         Args:
             data: the batches.
-            use_targets: whether the targets must fit the outputs.
+            use_targets: whether the targets must be there and fit the outputs.  Otherwise they
+                are empty if a batch has none.
 
         Raises:
-            ValueError: an item is not a batch, or its targets do not fit the outputs.  Targets
-                ``[n]`` beside outputs ``[n, 1]`` would broadcast to ``[n, n]``.
+            ValueError: an item is not a batch, it has sample weights, or its targets are missing
+                or do not fit the outputs.  Targets ``[n]`` beside outputs ``[n, 1]`` would
+                broadcast to ``[n, n]``.
         """
         for index, batch in enumerate(data):
-            arguments, targets = self.caller.arguments(batch, index)
+            examples = self.caller.examples(batch, index)
+            arguments, targets = examples.arguments, examples.targets
+            if examples.weights is not None:
+                raise ValueError(
+                    f"Batch {index} has sample weights, which only fisher_information takes: "
+                    "leave them out."
+                )
+            if targets is None:
+                if use_targets:
+                    raise ValueError(f"Batch {index} has no targets: the loss needs them.")
+                targets = torch.empty(len(arguments), 0)
             if len(targets):
                 outputs = self.outputs(self.parameters, arguments[:1])
                 check_outputs(outputs, 1, index)
@@ -64,18 +77,15 @@ class NetworkFunction:
                     raise ValueError(f"Batch {index}: {error}") from None
             yield arguments, targets
 
-    def outputs(self, parameters: Parameters, arguments: Arguments) -> Tensor:
+    def outputs(self, parameters: Parameters, arguments: Call) -> Tensor:
         """The outputs ``[n, ...]``."""
-        # A copy: a network may write into its input.
-        copies = arguments.map(torch.clone)
-        outputs: Tensor = functional_call(self.model, parameters, copies.positional, copies.named)
-        return outputs
+        return arguments.called(self.model, parameters)
 
-    def losses(self, parameters: Parameters, arguments: Arguments, targets: Tensor) -> Tensor:
+    def losses(self, parameters: Parameters, arguments: Call, targets: Tensor) -> Tensor:
         """The negative log-likelihoods ``[n]``."""
         return -self.likelihood.log_prob(self.outputs(parameters, arguments), targets)
 
-    def gradients(self, arguments: Arguments, targets: Tensor) -> Parameters:
+    def gradients(self, arguments: Call, targets: Tensor) -> Parameters:
         """The gradient of every single loss, ``[n, ...]`` by name."""
 
         def example_loss(parameters: Parameters, target: Tensor, *tensors: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class OutputNorm(Estimator):
         self,
         likelihood: Likelihood,
         outputs: Tensor,
-        targets: Tensor,
+        targets: Tensor | None,
         generator: torch.Generator,
         weights: Tensor | None = None,
     ) -> Tensor:

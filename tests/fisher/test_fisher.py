@@ -350,8 +350,6 @@ def test_targets_that_do_not_fit_are_those_of_the_users_batch(case, memory):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Returned(lambda f: (f, f)), "outputs of type tuple: it must return a floating-point"),
-        (Returned(lambda f: {"logits": f}), "outputs of type dict: it must return"),
         (Returned(lambda f: f.argmax(1)), "outputs of type torch.int64: it must return"),
         (Returned(lambda f: f.T), r"shape \[3, 7\] for 7 examples"),
         (Returned(torch.Tensor.sum), r"shape \[\] for 7 examples"),
@@ -383,7 +381,7 @@ def test_an_error_of_the_model_is_that_of_the_users_batch():
         ({"tokens": X, "mask": X[:4]}, r".* x\['mask'\] of shape \[4, 6\], y of shape \[7\]"),
         ({}, r"is a tuple \(dict, Tensor\): data must be batches"),
         (X, r"is \(x, y\), but Named.forward also needs 'mask'"),
-        ([X, X], r"is a tuple \(list, Tensor\): data must be batches"),
+        ([X, 1], r"is a tuple \(list, Tensor\): data must be batches"),
     ],
 )
 def test_inputs_that_do_not_fit_are_named(x, message):
@@ -396,7 +394,7 @@ def test_inputs_that_do_not_fit_are_named(x, message):
     ("data", "message"),
     [
         ((X, LABELS), r"Batch 0 is a Tensor: .*; a single batch goes into a list, \[\(x, y\)\]"),
-        ([{"x": X, "y": LABELS}], "Batch 0 is a dict: .*; take the targets out of the dict"),
+        ([{"x": X, "labels": LABELS}], "Batch 0 has the unknown input 'x': .* takes 'input'\\.$"),
         (list(zip(X, LABELS, strict=True)), r"x of shape \[6\], y of shape \[\]: .* a DataLoader"),
     ],
 )

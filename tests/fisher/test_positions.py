@@ -24,9 +24,7 @@ from ewc import (
     MonteCarlo,
     fisher_information,
 )
-from ewc.fisher.data_pass import DataPass
-from ewc.parameters import flatten, trainable_parameters
-from ewc.pullback.arguments import Arguments
+from ewc.parameters import flatten
 
 N, T, WORDS = 5, 4, 6
 
@@ -282,19 +280,13 @@ def test_classes_have_weights(estimator):
     torch.testing.assert_close(found.to_dense(), expected, **EXACT)
 
 
-def summed_chunks(model, x, y, likelihood, estimator, weights):
-    """The sum over all examples of v v', from the chunks of a pass with these weights."""
-    data_pass = DataPass(model, trainable_parameters(model), likelihood, estimator, 2**29)
-    total = 0
-    generator = torch.Generator().manual_seed(0)
-    for chunk in data_pass.chunks(Arguments((x,)), y, generator, 0, weights):
-        for pullbacks in chunk.pullbacks():
-            vectors = {}
-            for pullback in pullbacks:
-                vectors |= pullback.per_example(slice(None))
-            rows = torch.cat([vectors[n].flatten(2) for n in data_pass.parameters], 2).flatten(0, 1)
-            total = total + rows.T @ rows
-    return total / len(x)
+def weighted_fisher(model, x, y, likelihood, estimator, weights):
+    """The dense matrix of a batch with sample weights, cut into two."""
+    cuts = slice(0, 2), slice(2, None)
+    data = [{"ids": x[cut], "labels": y[cut], "weights": weights[cut]} for cut in cuts]
+    return fisher_information(
+        model, data, likelihood, estimator=estimator, structure=Dense()
+    ).to_dense()
 
 
 @pytest.mark.parametrize("estimator", [Exact(), Empirical()], ids=repr)
@@ -305,18 +297,18 @@ def test_observations_have_weights(language, estimator, of_examples):
     spread = weights[:, None].expand(N, T) if of_examples else weights
     oracle = by_position if estimator == Exact() else observed
     expected = oracle(model, ids, predicted(labels), spread.double())
-    found = summed_chunks(model, ids, labels, NEXT, estimator, weights)
+    found = weighted_fisher(model, ids, labels, NEXT, estimator, weights)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
 def test_weights_that_do_not_fit_are_refused(language):
     model, ids, labels = language
     for weights, message in (
-        (torch.ones(N, T + 1), r"shape \[\d\] or \[\d, 4\], .* got \[\d, 5\]"),
-        (-torch.ones(N), "must be 0 or above"),
+        (torch.ones(N, T + 1), r"Weights .*shape \[\d\] or \[\d, 4\], .* got \[\d, 5\]"),
+        (-torch.ones(N), "weights must be finite numbers, 0 or above"),
     ):
-        with pytest.raises(ValueError, match=f"^Batch 0: Weights .*{message}"):
-            summed_chunks(model, ids, labels, NEXT, Exact(), weights)
+        with pytest.raises(ValueError, match=f"^Batch 0: {message}"):
+            weighted_fisher(model, ids, labels, NEXT, Exact(), weights)
 
 
 @pytest.mark.parametrize("size", [1, 2, 7])

@@ -228,6 +228,10 @@ class ImplicitFisher(FisherMatrix):
         """The floating-point type of the products: single precision at least."""
         return accumulation_dtype(self.weights[next(iter(self.network_shapes))].dtype)
 
+    @property
+    def device(self) -> torch.device:
+        return self.weights[next(iter(self.network_shapes))].device
+
     def attached(self, model: nn.Module) -> "ImplicitFisher":
         """The matrix with a copy of a network, which gets the stored parameters.
 
@@ -262,9 +266,14 @@ class ImplicitFisher(FisherMatrix):
 
     def mapped(self, function: Any) -> "ImplicitFisher":
         """The matrix with ``function`` applied to its parameters and data."""
-        tensors, about = self.state()
-        changed = {key: function(value) for key, value in tensors.items()}
-        result = ImplicitFisher.from_state(changed, about)._with(group=self.group)
+        result = self._with(
+            products=None,
+            weights={name: function(tensor) for name, tensor in self.weights.items()},
+            pieces=[
+                Piece(piece.arguments.map(function), function(piece.scores))
+                for piece in self.pieces
+            ],
+        )
         return result if self._products is None else result.attached(self._products.model)
 
     def _with(self, **changes: Any) -> "ImplicitFisher":
@@ -289,6 +298,7 @@ class ImplicitFisher(FisherMatrix):
 
         Raises:
             ValueError: the data are distributed over several processes.
+            TypeError: the matrix is that of a loss function, which a file cannot hold.
         """
         if self.group is not None:
             raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp
+from torch.func import jvp, vjp
 
 from ewc.fisher.implicit.pieces import Piece
 from ewc.linalg.tiles import DEFAULT_MEMORY
@@ -153,12 +153,7 @@ class NetworkProduct:
         direction = {name: d.to(parameters[name]) for name, d in direction.items()}
 
         def outputs(values: Parameters) -> Tensor:
-            # A copy, because a network may write into its input.
-            arguments = piece.arguments.map(torch.clone)
-            result: Tensor = functional_call(
-                self.model, values, arguments.positional, arguments.named
-            )
-            return result
+            return piece.arguments.called(self.model, values)
 
         _, pull, *_ = vjp(outputs, parameters)
         try:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ewc.checks import check_instance
 from ewc.pullback.arguments import Arguments
+from ewc.pullback.call import Call
 
 
 @dataclass(frozen=True)
@@ -16,18 +17,27 @@ class Piece:
     """A set of examples.
 
     Attributes:
-        arguments: the arguments of the network's call.
+        arguments: the network's call.
         scores: the score vectors, ``[k, n, ...]``.
     """
 
-    arguments: Arguments
+    arguments: Call
     scores: Tensor
 
 
 def described(pieces: Sequence[Piece]) -> tuple[dict[str, Tensor], list[Any]]:
-    """The tensors of all pieces by name, and a JSON description of the calls."""
+    """The tensors of all pieces by name, and a JSON description of the calls.
+
+    Raises:
+        TypeError: a call is not one of the model, but of a function of it.
+    """
     tensors, calls = {}, []
     for index, piece in enumerate(pieces):
+        if not isinstance(piece.arguments, Arguments):
+            raise TypeError(
+                "A matrix-free Fisher of Empirical(loss=...) cannot be saved, because a file "
+                "cannot hold the function: take another structure, such as LowRank()."
+            )
         tensors[f"scores/{index}"] = piece.scores
         inputs = piece.arguments.tensors()
         tensors |= {f"arguments/{index}/{place}": t for place, t in enumerate(inputs)}
