@@ -132,8 +132,9 @@ class Likelihood(ABC):
             if weights is not None:
                 spread = self._along_outputs(weights, outputs)
                 combined = spread if combined is None else combined * spread
-        waits = combined is None or sizes_for(combined.device).waits
-        return None if not waits and bool((combined == 1).all()) else combined
+        if combined is None or sizes_for(combined.device).waits:
+            return combined
+        return None if bool((combined == 1).all()) else combined
 
     def _along_outputs(self, weights: Tensor, outputs: Tensor) -> Tensor:
         """Weights ``[n]`` or ``[n, *positions]`` in a shape that multiplies ``outputs``."""
