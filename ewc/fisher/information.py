@@ -77,15 +77,17 @@ def fisher_information(
     an error.
 
     Args:
-        model: maps a batch ``x`` (or ``x`` and task labels) to outputs ``[n, c]``.  The
-            outputs of an example must depend on that example alone.
+        model: maps a batch ``x`` (or ``x`` and task labels) to outputs ``[n, ...]``, such as
+            ``[n, c]``, tokens ``[n, t, c]`` or pixels ``[n, c, h, w]``.  The outputs of an
+            example must depend on that example alone.
         data: batches ``(x, y)`` or ``(x, y, task)``.  The task labels are passed to a model
             whose ``forward`` takes a second argument, as Avalanche's multi-head models do.
             ``x`` may be a dict of tensors.  It is passed by name if the model has arguments
             of these names, else as one argument.  ``x`` may also be
             :class:`~ewc.pullback.arguments.Arguments`, the arguments of the model's call.
-            :class:`Exact` and :class:`MonteCarlo` do not use the observed targets.  With them
-            ``y`` may be any tensor with one row per example.
+            :class:`Exact` and :class:`MonteCarlo` use the observed targets only to see which
+            observations count (:meth:`Likelihood.weights`).  With them ``y`` may be any tensor
+            with one row per example, unless classes have positions or weights.
         likelihood: the meaning of the outputs.
         estimator: the estimator of the expectation over targets.
         structure: the part of the matrix to keep, such as ``Kronecker()`` or

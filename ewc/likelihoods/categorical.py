@@ -80,7 +80,7 @@ class Categorical(Likelihood):
         if self.class_weights is None:
             return counted.to(outputs.dtype)
         by_class = torch.tensor(self.class_weights, dtype=outputs.dtype, device=outputs.device)
-        return by_class[labels.where(counted, 0).long()] * counted
+        return by_class[labels.where(counted, 0)] * counted
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         r""":math:`\sum_t w_t (f_{t y_t} - \log \sum_k e^{f_{tk}})` in nats, shape ``[n]``."""
@@ -90,7 +90,7 @@ class Categorical(Likelihood):
             return summed(torch.where(targets == 0, 0, targets * log_p))
         labels = self._observed(targets)
         counted = labels != self.ignore_index
-        index = labels.where(counted, 0).long()
+        index = labels.where(counted, 0)
         observed = log_p.gather(dim, index.unsqueeze(dim)).squeeze(dim)
         weights = self.weights(outputs, targets)
         return summed(observed.where(counted, 0), weights)
@@ -101,7 +101,7 @@ class Categorical(Likelihood):
         if targets.is_floating_point():
             return targets.to(outputs.dtype) - outputs.softmax(dim)
         labels = self._observed(targets)
-        index = labels.where(labels != self.ignore_index, 0).long().unsqueeze(dim)
+        index = labels.where(labels != self.ignore_index, 0).unsqueeze(dim)
         score = outputs.softmax(dim).neg()
         return score.scatter_add_(dim, index, score.new_ones(()).expand(index.shape))
 
@@ -191,7 +191,7 @@ class Categorical(Likelihood):
                 f"Targets of the categorical likelihood must be class indices, integers of shape "
                 f"{expected}, got {targets.dtype} of shape {list(targets.shape)}{fix}."
             )
-        classes = outputs.shape[self.channel_dim(outputs)]
+        classes, targets = outputs.shape[self.channel_dim(outputs)], targets.long()
         outside = targets[((targets < 0) | (targets >= classes)) & (targets != self.ignore_index)]
         if outside.numel():
             fix = "; for one output with labels 0 and 1, take Bernoulli() and y[:, None]"
@@ -240,6 +240,7 @@ class Categorical(Likelihood):
 
     def _observed(self, targets: Tensor) -> Tensor:
         """The label that each position predicts, ``[n, *positions]``."""
+        targets = targets.long()  # bytes have no -100
         if not self.next_token:
             return targets
         last = torch.full_like(targets[:, :1], self.ignore_index)

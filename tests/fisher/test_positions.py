@@ -155,8 +155,9 @@ def test_drawn_words_are_unbiased(language):
         ]
     )
     error = draws.std(0) / len(draws) ** 0.5
-    z = (draws.mean(0) - expected)[error > 0] / error[error > 0]
-    assert bool((expected[error == 0] < 1e-12).all())
+    moved = error > 1e-12  # the keys' biases move nothing, but for rounding
+    assert float(expected[~moved].max()) < 1e-12
+    z = (draws.mean(0) - expected)[moved] / error[moved]
     assert float(z.abs().max()) < 5
     assert 0.3 < float(z.square().mean()) < 3
 
@@ -301,6 +302,32 @@ def test_observations_have_weights(language, estimator, of_examples):
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
+def test_a_tolerance_is_of_the_weighted_information():
+    """Of the long vectors of a position that hardly counts, all are dropped."""
+    f = torch.zeros(2, 2, 3, dtype=torch.float64)
+    f[:, 1, 0] = 3
+    y, weights = torch.zeros(2, 2, dtype=torch.long), torch.tensor([[1e-4, 1.0], [1.0, 1.0]])
+    spread = Categorical().combined_weights(f, y, weights.double())
+    whole, most = (
+        estimator.score_vectors(Categorical(), f, y, torch.Generator(), spread).square()
+        for estimator in (Exact(), Exact(0.3))
+    )
+    kept = most.sum((0, 2, 3)) / whole.sum((0, 2, 3))
+    assert float(kept.min()) >= 0.7
+    assert float(kept.max()) < 1
+    assert float(most[:, 0, 0].max()) == 0
+
+
+def test_positions_that_do_not_count_take_no_pass(language):
+    """On a CPU; sentences of one batch may count at different positions."""
+    model, ids, labels = language
+    labels = torch.full_like(labels, -100)
+    labels[0, 1], labels[2, 3] = 1, 2
+    data_pass = DataPass(model, trainable_parameters(model), NEXT, Exact(), 2**29)
+    data = Arguments((ids,)), labels, torch.Generator(), 0
+    assert [len(chunk.scores) for chunk in data_pass.chunks(*data)] == [2 * (WORDS - 1)]
+
+
 def test_weights_that_do_not_fit_are_refused(language):
     model, ids, labels = language
     for weights, message in (
@@ -360,7 +387,7 @@ def test_the_exact_matrix_of_pixels_stays_within_memory():
         from ewc import fisher_information
         torch.set_num_threads(1)
         model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 1))
-        x, y = torch.randn(16, 1, 14, 14), torch.randint(3, (16, 14, 14))
+        x, y = torch.randn(8, 1, 14, 14), torch.randint(3, (8, 14, 14))
         y[0] = -100  # the example from which the sizes are extrapolated has nothing that counts
         fisher_information(model, [(x[:1, :, :2, :2], y[:1, :2, :2])])
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

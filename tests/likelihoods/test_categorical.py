@@ -70,6 +70,21 @@ def test_the_next_token_is_the_label_of_the_token_before():
     torch.testing.assert_close(draws[..., 1:], same[..., :-1])
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_labels_may_be_integers_of_any_type(dtype):
+    f, y = torch.randn(N, 5, C, dtype=torch.float64), torch.randint(C, (N, 5))
+    y[0, 1] = 156  # as a byte, this is -100
+    for likelihood in (
+        Categorical(ignore_index=156),
+        Categorical(ignore_index=156, next_token=True),
+    ):
+        likelihood.check_targets(f, y.to(dtype))
+        for method in (likelihood.log_prob, likelihood.score, likelihood.weights):
+            torch.testing.assert_close(method(f, y.to(dtype)), method(f, y))
+    with pytest.raises(ValueError, match="Label 156 is outside"):
+        Categorical().check_targets(f, y.to(dtype))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
