@@ -78,16 +78,21 @@ def fisher_information(
 
     Args:
         model: maps a batch ``x`` (or ``x`` and task labels) to outputs ``[n, ...]``, such as
-            ``[n, c]``, tokens ``[n, t, c]`` or pixels ``[n, c, h, w]``.  The outputs of an
-            example must depend on that example alone.
-        data: batches ``(x, y)`` or ``(x, y, task)``.  The task labels are passed to a model
-            whose ``forward`` takes a second argument, as Avalanche's multi-head models do.
-            ``x`` may be a dict of tensors.  It is passed by name if the model has arguments
-            of these names, else as one argument.  ``x`` may also be
+            ``[n, c]``, tokens ``[n, t, c]`` or pixels ``[n, c, h, w]``.  It may return them as
+            ``.logits``, under ``"logits"`` or first in a tuple.  The outputs of an example must
+            depend on that example alone.
+        data: batches ``(x, y)`` or ``(x, y, ..., task)``; fields in between are ignored.  The
+            task labels are passed to a model whose ``forward`` takes another argument, as
+            Avalanche's multi-head models do.  ``x`` may be a list of tensors, the model's
+            arguments.  It may be a dict of tensors, which is passed by name if the model has
+            arguments of these names, else as one argument.  ``x`` may also be
             :class:`~ewc.pullback.arguments.Arguments`, the arguments of the model's call.
-            :class:`Exact` and :class:`MonteCarlo` use the observed targets only to see which
-            observations count (:meth:`Likelihood.weights`).  With them ``y`` may be any tensor
-            with one row per example, unless classes have positions or weights.
+            A batch may also be a dict.  Its ``"labels"`` are the targets, its ``"weights"``
+            multiply the information of every example or position, and all else is passed by
+            name.  :class:`Exact` and :class:`MonteCarlo` use the observed targets only to see
+            which observations count (:meth:`Likelihood.weights`).  With them ``y`` may be any
+            tensor with one row per example, unless classes have positions or weights.
+            With ``Empirical(loss=...)`` batches are what the loss takes.
         likelihood: the meaning of the outputs.
         estimator: the estimator of the expectation over targets.
         structure: the part of the matrix to keep, such as ``Kronecker()`` or

@@ -208,6 +208,5 @@ def _not_a_batch(batch: Any, index: int) -> str:
     hint = "; a single batch goes into a list, [(x, y)]" if isinstance(batch, Tensor) else ""
     return (
         f"Batch {index} is a {kind}: data must be batches of tensors (x, y) or "
-        "(x, y, ..., task), where x may be a dict or a list of tensors, or dicts of tensors with "
-        f"the targets under 'labels'{hint}."
+        f"(x, y, ..., task), x also a dict or list of tensors, or dicts with 'labels'{hint}."
     )

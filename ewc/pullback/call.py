@@ -95,8 +95,8 @@ def outputs_of(result: Any) -> Tensor:
     if isinstance(outputs, Tensor):
         return outputs
     raise ValueError(
-        f"The model returned {_described(result)}: it must return a tensor, an object with a "
-        "tensor .logits, a dict with a tensor 'logits', or a tuple whose first entry is a tensor."
+        f"The model returned {_described(result)}: it must return a tensor, an object with "
+        ".logits, a dict with 'logits', or a tuple that begins with a tensor."
     )
 
 

@@ -202,8 +202,8 @@ class Columns:
         in_rows = all(tensor.dim() and len(tensor) == self.count for tensor in tensors)
         if in_rows and self.count > 1:
             raise ValueError(
-                f"{name} holds {self.count} tensors of {self.count} rows, which may be items or "
-                "columns (another batch size tells them apart)"
+                f"{name} holds {self.count} tensors of {self.count} rows, items or columns (take "
+                "another batch size)"
             )
         return not in_rows
 

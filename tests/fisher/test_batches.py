@@ -86,7 +86,7 @@ def test_statistics_find_the_outputs_too():
         (lambda _: (), "type tuple that is empty: it must return"),
         (
             lambda f: SimpleNamespace(last=f),
-            "type SimpleNamespace: it must .* with a tensor .logits",
+            "type SimpleNamespace: it must .* an object with .logits",
         ),
         (lambda _: None, "a result of type NoneType: it must return a tensor"),
     ],
@@ -302,6 +302,7 @@ def test_weights_of_regression_scale_the_normal_equations():
     torch.testing.assert_close(found, X.T @ (WEIGHTS[:, None] * X) / 7 / 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["GPT2", "Bert"])
 def test_models_of_hugging_face_with_their_batches(name):
     transformers = pytest.importorskip("transformers")

@@ -343,3 +343,29 @@ def test_a_loss_has_its_places():
     optimizer.step()
     with pytest.raises(ValueError, match=r"step\(batch=...\) needs a likelihood: estimator must"):
         optimizer.step(batch=(X, Y))
+
+
+@pytest.mark.slow
+def test_a_language_model_of_hugging_face_with_its_batches():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=50)
+    model = transformers.GPT2LMHeadModel(config).double().eval()
+    ids = torch.randint(0, 50, (N, 6))
+    labels = ids.clone()
+    labels[2, 4:] = labels[5, 2:] = -100
+    batch = transformers.BatchEncoding({"input_ids": ids, "labels": labels})
+
+    def loss(network, batch):
+        assert isinstance(batch, transformers.BatchEncoding)
+        return causal(lambda ids: network(input_ids=ids), batch)
+
+    total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for i in range(N):
+        counted = int((labels[i, 1:] != -100).sum())
+        model.zero_grad()  # Hugging Face's loss is the mean over the positions that count
+        (counted * model(input_ids=ids[i : i + 1], labels=labels[i : i + 1]).loss).backward()
+        for name, p in model.named_parameters():
+            total[name] += p.grad.square() / N
+    found = fisher_information(model, [batch], estimator=Empirical(loss=loss))
+    torch.testing.assert_close(found.diagonal(), total)

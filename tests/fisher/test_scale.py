@@ -327,7 +327,7 @@ def test_dicts_of_unequal_lengths_are_named():
     data = [({"tokens": torch.zeros(3, 2), "mask": torch.zeros(2, 2)}, torch.zeros(3))]
     with pytest.raises(ValueError, match=r"Batch 0 has x\['tokens'\] of shape .* must be equal"):
         fisher_information(ByName(), data)
-    with pytest.raises(ValueError, match="where x may be a dict of tensors"):
+    with pytest.raises(ValueError, match="x also a dict or list of tensors"):
         fisher_information(ByName(), [({"tokens": "words"}, torch.zeros(3))])
 
 
