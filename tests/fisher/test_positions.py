@@ -24,7 +24,10 @@ from ewc import (
     MonteCarlo,
     fisher_information,
 )
-from ewc.parameters import flatten
+from ewc.fisher.data_pass import DataPass
+from ewc.parameters import flatten, trainable_parameters
+from ewc.pullback.arguments import Arguments
+from ewc.pullback.batches import Examples
 
 N, T, WORDS = 5, 4, 6
 
@@ -324,7 +327,7 @@ def test_positions_that_do_not_count_take_no_pass(language):
     labels = torch.full_like(labels, -100)
     labels[0, 1], labels[2, 3] = 1, 2
     data_pass = DataPass(model, trainable_parameters(model), NEXT, Exact(), 2**29)
-    data = Arguments((ids,)), labels, torch.Generator(), 0
+    data = Examples(Arguments((ids,)), labels), torch.Generator(), 0
     assert [len(chunk.scores) for chunk in data_pass.chunks(*data)] == [2 * (WORDS - 1)]
 
 
