@@ -135,10 +135,29 @@ def unflatten(vector: Tensor, shapes: Mapping[str, torch.Size]) -> Parameters:
 def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
     r"""The inner product :math:`\sum_p u_p v_p` of two ``Parameters``, a scalar tensor."""
     products = [torch.dot(u.reshape(-1), right[name].reshape(-1)) for name, u in left.items()]
-    total = products[0]
-    for product in products[1:]:
-        total = total + product
-    return total
+    return torch.stack(products).sum()
+
+
+def difference(here: Parameters, anchor: Parameters, dtype: torch.dtype) -> Parameters:
+    """The difference of some parameters from an anchor, in a type for all.
+
+    It is taken in the wider type of the two, so that no difference is lost.
+    """
+    points, anchors = list(here.values()), [anchor[name] for name in here]
+    if all(p.dtype == a.dtype for p, a in zip(points, anchors, strict=True)):
+        steps = list(torch._foreach_sub(points, anchors))
+    else:
+        # On accelerators only copies take lists of mixed types in one launch.
+        steps = [
+            torch.empty_like(a, dtype=_wider(p, a)) for p, a in zip(points, anchors, strict=True)
+        ]
+        torch._foreach_copy_(steps, points)
+        torch._foreach_sub_(steps, anchors)
+    return {name: step.to(dtype) for name, step in zip(here, steps, strict=True)}
+
+
+def _wider(left: Tensor, right: Tensor) -> torch.dtype:
+    return torch.promote_types(left.dtype, right.dtype)
 
 
 def check_same_shapes(

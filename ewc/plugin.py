@@ -3,7 +3,6 @@ r"""Elastic Weight Consolidation as an Avalanche plugin.
 The only file of the library that imports Avalanche.
 """
 
-import math
 import random
 import sys
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from ewc.checks import check_count
 from ewc.consolidation.combination import Consolidation, Separate
 from ewc.consolidation.update import ImplicitSteps, InLoss, Update, check_update
+from ewc.finite_loss import FiniteLoss, task_number
 from ewc.fisher import Estimator, Exact, fisher_information
 from ewc.fisher.estimators import check_estimator, check_no_loss
 from ewc.fisher.evaluation import undisturbed
@@ -114,6 +114,7 @@ class EWCPlugin(SupervisedPlugin):
             )
         self.update = update
         self._since = self._taken = 0
+        self._finite_loss = FiniteLoss()
         self.penalty = EWCPenalty(
             strength,
             consolidation,
@@ -135,6 +136,7 @@ class EWCPlugin(SupervisedPlugin):
             ValueError: as in :meth:`check_task`.
         """
         self.penalty.num_examples = _num_examples(strategy)
+        self._finite_loss = FiniteLoss()
         if not self.penalty.terms:
             self.check_task(strategy, **options)
 
@@ -143,13 +145,13 @@ class EWCPlugin(SupervisedPlugin):
 
         Raises:
             FloatingPointError: the loss is not finite; the message names the task and
-                the step.
+                the step.  On an accelerator it may come later (:mod:`ewc.finite_loss`).
         """
         if self.penalty.terms and isinstance(self.update, InLoss):
             value = self.penalty(strategy.model)
             self.last_penalty = value.detach()
             strategy.loss = strategy.loss + value
-        check_finite_loss(strategy)
+        self._finite_loss.check(strategy)
 
     def after_update(self, strategy: Any, **_: Any) -> None:
         """Take the implicit step if it is due."""
@@ -174,16 +176,17 @@ class EWCPlugin(SupervisedPlugin):
 
         Raises:
             ValueError: a target does not fit the outputs.
-            FloatingPointError: the outputs or the Fisher information are not finite; the message
-                names the task.
+            FloatingPointError: a loss, the outputs or the Fisher information are not finite; the
+                message names the task.
         """
+        self._finite_loss.look(strategy)
         self._take_implicit_step(strategy)
         try:
             fisher = self._information(strategy, self._sample(strategy), options)
             self.penalty.consolidate(fisher, strategy.model, num_examples=_num_examples(strategy))
         except FloatingPointError as error:
             raise FloatingPointError(
-                f"Training diverged in task {_number(strategy)}, as its Fisher information "
+                f"Training diverged in task {task_number(strategy)}, as its Fisher information "
                 f"shows: {error}"
             ) from error
         self.fisher = fisher
@@ -203,8 +206,8 @@ class EWCPlugin(SupervisedPlugin):
             self._information(strategy, dataset.subset(places), options, most=len(places))
         except ValueError as error:
             raise ValueError(
-                f"The Fisher information of task {_number(strategy)} cannot be computed, as a try "
-                f"with {len(places)} of its examples shows: {error}"
+                f"The Fisher information of task {task_number(strategy)} cannot be computed, as a "
+                f"try with {len(places)} of its examples shows: {error}"
             ) from error
 
     def _sample(self, strategy: Any) -> Any:
@@ -212,7 +215,7 @@ class EWCPlugin(SupervisedPlugin):
         dataset = _dataset(strategy)
         if self.max_examples is None or len(dataset) <= self.max_examples:
             return dataset
-        generator = torch.Generator().manual_seed(self.seed + _number(strategy))
+        generator = torch.Generator().manual_seed(self.seed + task_number(strategy))
         places = torch.randperm(len(dataset), generator=generator)[: self.max_examples]
         return dataset.subset(places.sort().values.tolist())
 
@@ -240,28 +243,6 @@ class EWCPlugin(SupervisedPlugin):
                 structure=self.structure,
             )
             return fisher
-
-
-def check_finite_loss(strategy: Any) -> None:
-    """Stop training if the loss is not finite, before the optimizer steps.
-
-    Raises:
-        FloatingPointError: the loss is not finite; the message names the task and the
-            step, both counted from 1.
-    """
-    loss = strategy.loss.item()
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"The loss became {loss} in task {_number(strategy)}, step "
-            f"{strategy.clock.train_exp_iterations + 1}: use a smaller learning rate or a smaller "
-            "strength (plain gradient descent diverges once the largest "
-            "strength * Fisher * learning rate exceeds 2)."
-        )
-
-
-def _number(strategy: Any) -> int:
-    """The number of the task in training, from 1."""
-    return int(strategy.experience.current_experience) + 1
 
 
 def _experiences(strategy: Any) -> list[Any]:

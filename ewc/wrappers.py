@@ -7,27 +7,30 @@ called ``module`` keeps its name.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 from torch import nn
 
 
 def bare(module: nn.Module) -> nn.Module:
     """The module inside all wrappers; the module itself if it has none."""
-    while (inner := _wrapped(module)) is not None:
-        module = inner
+    # mypy takes a class for unhashable.
+    while (name := _inner_name(type(module))) is not None:  # type: ignore[arg-type]
+        module = getattr(module, name)
     return module
 
 
-def _wrapped(module: nn.Module) -> nn.Module | None:
-    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        return module.module  # type: ignore[no-any-return]
-    # Importing it takes seconds; before it is imported nothing can be compiled.
+@lru_cache(maxsize=1024)
+def _inner_name(kind: type[nn.Module]) -> str | None:
+    """The attribute of a class of wrappers that holds the module inside."""
+    if issubclass(kind, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return "module"
+    # Importing it takes seconds; before it is imported no class can be derived from it.
     compiler = sys.modules.get("torch._dynamo.eval_frame")
-    if compiler is not None and isinstance(module, compiler.OptimizedModule):
-        inner: nn.Module = module._orig_mod
-        return inner
+    if compiler is not None and issubclass(kind, compiler.OptimizedModule):
+        return "_orig_mod"
     return None
 
 
@@ -57,17 +60,53 @@ def _walked(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Parameter]
             yield from _walked(child, f"{prefix}{name}.")
 
 
-def parameter_of(model: nn.Module, name: str) -> nn.Parameter | None:
-    """The parameter with this full name in the bare model, or ``None``."""
-    module = bare(model)
-    *path, leaf = name.split(".")
-    for part in path:
-        # A scripted module's children are no dict and have no get().
-        child = module._modules[part] if part in module._modules else None  # noqa: SIM401
-        if child is None:
-            return None
-        module = bare(child)
-    return module._parameters[leaf] if leaf in module._parameters else None  # noqa: SIM401
+class ParameterNames:
+    """Full names of parameters as a tree, to look all of them up in one walk.
+
+    Nothing of a model is kept, so a parameter or module that was replaced is found at once.
+
+    Args:
+        names: names in the bare model.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = list(names)
+        self._root = _Branch()
+        for name in self.names:
+            *path, leaf = name.split(".")
+            branch = self._root
+            for part in path:
+                branch = branch.children.setdefault(part, _Branch())
+            branch.leaves.append((leaf, name))
+
+    def parameters_of(self, model: nn.Module) -> dict[str, nn.Parameter | None]:
+        """The parameters of a model with these names, in their order; ``None`` without one."""
+        found: dict[str, nn.Parameter | None] = dict.fromkeys(self.names)
+        _look_up(self._root, model, found)
+        return found
+
+
+class _Branch:
+    """The names below one module: those of its own parameters, and its children's."""
+
+    def __init__(self) -> None:
+        self.leaves: list[tuple[str, str]] = []
+        self.children: dict[str, _Branch] = {}
+
+
+def _look_up(branch: _Branch, module: nn.Module, found: dict[str, nn.Parameter | None]) -> None:
+    module = bare(module)
+    parameters = module._parameters
+    for leaf, name in branch.leaves:
+        # In a scripted module this is no dict and has no get().
+        if leaf in parameters:
+            found[name] = parameters[leaf]
+    if branch.children:
+        modules = module._modules
+        for part, below in branch.children.items():
+            child = modules[part] if part in modules else None  # noqa: SIM401
+            if child is not None:
+                _look_up(below, child, found)
 
 
 @contextmanager

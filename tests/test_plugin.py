@@ -1,7 +1,9 @@
 """The Avalanche plugin in real strategies, against a loop written by hand."""
 
 import copy
+import math
 import random
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +16,8 @@ from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
 from avalanche.models import IncrementalClassifier, MTSimpleMLP, SimpleMLP, as_multitask
 from avalanche.training import Cumulative, JointTraining, Naive, Replay
 from avalanche.training.determinism.rng_manager import RNGManager
-from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin
+from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin, SupervisedPlugin
+from counting import Operations
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -34,9 +37,11 @@ from ewc import (
     MonteCarlo,
     Online,
     consolidation,
+    finite_loss,
     fisher_information,
 )
 from ewc.fisher import ImplicitFisher
+from ewc.linalg import devices
 from ewc.parameters import flatten
 from ewc.plugin import EWCPlugin
 
@@ -259,6 +264,68 @@ def test_a_diverging_run_stops_and_says_where():
     stream = domain_incremental().train_stream
     with pytest.raises(FloatingPointError, match=r"became (nan|inf) in task 2, step \d+:"):
         strategy.train(stream)
+
+
+def step_of_divergence():
+    """Where training with far too large a penalty stops, and the network after it."""
+    torch.manual_seed(0)
+    model = mlp()
+    strategy = strategy_of(Naive, model, [EWCPlugin(1e12)], lr=1e-3)
+    with pytest.raises(FloatingPointError, match=r"became (nan|inf) in task 2, step") as caught:
+        strategy.train(domain_incremental().train_stream)
+    step = int(re.search(r"step (\d+):", str(caught.value)).group(1))
+    return step, strategy.clock.train_exp_iterations + 1, model
+
+
+@pytest.mark.parametrize("every", [1, 3, 100])
+def test_on_an_accelerator_a_late_stop_names_the_first_step_all_the_same(monkeypatch, every):
+    expected, stopped, model = step_of_divergence()
+    assert stopped == expected
+    assert weights(model).isfinite().all()
+    monkeypatch.setattr(devices, "HOST", "no such device")
+    monkeypatch.setattr(finite_loss, "LOOK_EVERY", every)
+    step, stopped, model = step_of_divergence()
+    assert step == expected
+    # Looked at after every third step, and at the end of the task.
+    assert stopped == {1: step, 3: -(-step // 3) * 3}.get(every, stopped)
+    if every == 100:
+        assert stopped > step
+        assert not weights(model).isfinite().all()
+
+
+def test_a_task_that_was_broken_off_leaves_no_losses(monkeypatch):
+    monkeypatch.setattr(devices, "HOST", "no such device")
+
+    class BreaksOff(SupervisedPlugin):
+        def before_backward(self, strategy, **_):
+            if not strategy.loss.isfinite():
+                raise KeyboardInterrupt
+
+    model, stream = mlp(), domain_incremental().train_stream
+    strategy = strategy_of(Naive, model, [EWCPlugin(1.0), BreaksOff()], lr=math.inf)
+    with pytest.raises(KeyboardInterrupt):
+        strategy.train(stream[0])
+    fresh = mlp()
+    strategy.model.load_state_dict(fresh.state_dict())
+    strategy.optimizer.param_groups[0]["lr"] = 0.1
+    strategy.train(stream[1])
+    assert weights(model).isfinite().all()
+
+
+@pytest.mark.parametrize("structure", [Diagonal(), Kronecker()])
+def test_on_an_accelerator_a_step_reads_nothing(monkeypatch, structure):
+    monkeypatch.setattr(devices, "HOST", "no such device")
+    operations = Operations()
+
+    class Counted(EWCPlugin):
+        def before_backward(self, strategy, **options):
+            with operations:
+                super().before_backward(strategy, **options)
+
+    strategy = strategy_of(Naive, mlp(), [Counted(30.0, structure=structure)])
+    strategy.train(domain_incremental().train_stream)
+    assert sum(operations.counts.values()) > 0
+    assert operations.host_reads == 0
 
 
 def test_implicit_updates_are_steps_beside_the_loss():

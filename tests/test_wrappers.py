@@ -18,7 +18,7 @@ from ewc import (
 from ewc.natural_gradient import NaturalGradient
 from ewc.parameters import selected_parameters
 from ewc.statistics.influence import loss_gradient
-from ewc.wrappers import bare, named_parameters, parameter_of, unwrapped
+from ewc.wrappers import ParameterNames, bare, named_parameters, unwrapped
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,12 @@ def wrapping(request, _process_group):
 def model_and_data():
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
     return model, [(torch.randn(9, 4), torch.randint(3, (9,)))]
+
+
+def looked_up(model, name):
+    """The parameter with this name, looked up beside others."""
+    names = ["0.weight", name, "absent", f"{name}.below"]
+    return ParameterNames(names).parameters_of(model)[name]
 
 
 def move(model):
@@ -168,9 +174,9 @@ def test_submodules_that_are_called_as_in_wrappers_keep_their_names():
         every = dict(named_parameters(wrapped, remove_duplicate=False))
         assert list(every) == [n for n, _ in model.named_parameters(remove_duplicate=False)]
         for name, parameter in every.items():
-            assert parameter_of(wrapped, name) is parameter
+            assert looked_up(wrapped, name) is parameter
         for name in ("weight", "module", "tied.weights", "module.module.weight"):
-            assert parameter_of(wrapped, name) is None
+            assert looked_up(wrapped, name) is None
 
 
 def test_parameters_of_scripted_modules_are_found():
@@ -180,5 +186,5 @@ def test_parameters_of_scripted_modules_are_found():
         warnings.simplefilter("ignore")
         model = nn.Sequential(torch.jit.script(plain), nn.Linear(3, 3))
     for name, parameter in model.named_parameters():
-        assert parameter_of(model, name) is parameter
-    assert parameter_of(model, "0.0.other") is None
+        assert looked_up(model, name) is parameter
+    assert looked_up(model, "0.0.other") is None

@@ -18,7 +18,7 @@ from ewc.parameters import (
     grown_shapes,
     shapes_of,
 )
-from ewc.wrappers import bare, named_parameters, parameter_of
+from ewc.wrappers import bare, named_parameters
 
 
 def precision_of(fisher: FisherMatrix, model: nn.Module) -> FisherMatrix:
@@ -93,19 +93,15 @@ def fitted(terms: Sequence[Quadratic], model: nn.Module) -> tuple[list[Quadratic
             another way than by new rows.
     """
     now: Parameters = {}
-    fits = True
-    for name, tensor in terms[-1].anchor.items():
-        # This runs in every step, and named_parameters() would walk the whole network.
-        parameter = parameter_of(model, name)
+    for name, parameter in terms[-1].names.parameters_of(model).items():
         if parameter is None:
             raise ValueError(
                 f"{type(bare(model)).__name__} has no parameter {name!r}, which is in the "
                 "penalty: a model may gain parameters between tasks, not lose them."
             )
-        fits = fits and parameter.shape == tensor.shape
         now[name] = parameter
-    if not fits:
-        terms = [
-            term.embedded(grown_shapes(shapes_of(term.anchor), shapes_of(now))) for term in terms
-        ]
+    # A parameter that is cast or resized in place is still the same object.
+    shapes = shapes_of(now)
+    if shapes != terms[-1].shapes:
+        terms = [term.embedded(grown_shapes(term.shapes, shapes)) for term in terms]
     return [term.beside(now) for term in terms], now

@@ -18,6 +18,8 @@ the stiffest vector is used in every step.  This has the least variance for a gi
 gradient along :math:`u_j` has variance :math:`a_j`, as in a layer whose inputs have second moments
 ``A``.  As :math:`2^l a_j` never exceeds the largest eigenvalue, gradient descent is stable where it
 is stable with the whole matrix.
+
+On an accelerator the whole product is faster (:func:`pays`), and every step there is exact.
 """
 
 import math
@@ -29,14 +31,24 @@ import torch
 from torch import Tensor
 
 from ewc.consolidation.quadratic import Quadratic
+from ewc.linalg.devices import on_accelerator
 from ewc.matrices.matrix import FisherMatrix, InputFactor
-from ewc.parameters import Parameters
+from ewc.parameters import Parameters, dot
 
 SLOWEST = 6
 """The slowest pace: one of ``2**SLOWEST`` steps."""
 
 PERIOD = 2**SLOWEST
 """The steps in which every eigenvector is used; layers of at most as many inputs are not paced."""
+
+
+def pays(device: torch.device) -> bool:
+    """Whether a step with some eigenvectors takes less time than one with the whole product.
+
+    It has fewer operations but more launches.  On an H200 a twentieth of the eigenvectors of
+    784-1000-1000-10 took 2.6 naive steps and the whole product 2.0.
+    """
+    return not on_accelerator(device)
 
 
 class Paced:
@@ -136,6 +148,11 @@ class _PacedQuadratic(Quadratic):
 
     def product(self, v: Parameters) -> Parameters:
         return self.precision.matvec_with(v, partial(self.paced.layer_product, self.turn))
+
+    def form_and_product(self, here: Parameters) -> tuple[Tensor, Parameters]:
+        step = self.step_to(here)
+        product = self.product(step)
+        return dot(step, product), product
 
 
 def paces(values: Tensor, budget: float) -> Tensor:

@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 from ewc.checks import check_not_negative
+from ewc.linalg.devices import on_accelerator
 from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import (
     Parameters,
     Shapes,
     accumulation_dtype,
     check_same_shapes,
-    dot,
+    difference,
     padded,
     shapes_of,
 )
+from ewc.wrappers import ParameterNames
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +41,16 @@ class Quadratic:
         """The same function over more parameters, flat in the new ones."""
         anchor = padded(self.anchor, shapes)
         return Quadratic(self.precision.embedded(shapes), anchor, self.constant)
+
+    @cached_property
+    def names(self) -> ParameterNames:
+        """The names of the parameters, to find them in a model."""
+        return ParameterNames(self.anchor)
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """The shapes of the parameters, in the order of the anchor."""
+        return shapes_of(self.anchor)
 
     @cached_property
     def place(self) -> tuple[torch.device, torch.dtype]:
@@ -71,13 +83,15 @@ class Quadratic:
 
     def step_to(self, here: Parameters) -> Parameters:
         """The difference of some parameters from the anchor, in the type of the precision."""
-        differences = torch._foreach_sub(list(here.values()), [self.anchor[n] for n in here])
-        dtype = self.place[1]
-        return {name: d.to(dtype) for name, d in zip(here, differences, strict=True)}
+        return difference(here, self.anchor, self.place[1])
 
     def product(self, v: Parameters) -> Parameters:
         """The product of the precision with a vector."""
         return self.precision.matvec(v)
+
+    def form_and_product(self, here: Parameters) -> tuple[Tensor, Parameters]:
+        r"""The numbers :math:`d^\top P d` and :math:`P d` at :math:`d = \theta - a`."""
+        return self.precision.form_and_product(here, self.anchor)
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values, for a ``state_dict``."""
@@ -134,13 +148,12 @@ class QuadraticForm(torch.autograd.Function):
         if torch.is_grad_enabled() or ctx.gradient is None:
             # For a second derivative, or a second backward pass of the same value.
             here = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-            _, gradient = value_and_gradient(ctx.terms, here)
-            gradient = [factor * tensor for tensor in gradient]
+            gradient = [factor * tensor for tensor in gradient_at(ctx.terms, here)]
         else:
             gradient, ctx.gradient = ctx.gradient, None
-            # The factor is 1 where a loss just adds the penalty.  On a CPU reading it is cheaper
-            # than a sweep over the parameters; on a device it is the other way round.
-            if factor.device.type != "cpu" or factor.item() != 1.0:
+            # The factor is 1 where a loss just adds the penalty.  On a host reading it is cheaper
+            # than a sweep over the parameters; on an accelerator it is the other way round.
+            if on_accelerator(factor.device) or factor.item() != 1.0:
                 torch._foreach_mul_(gradient, factor)
         cast = (g.to(p.dtype) for g, p in zip(gradient, ctx.saved_tensors, strict=True))
         return (None, None, *cast)
@@ -149,15 +162,30 @@ class QuadraticForm(torch.autograd.Function):
 def value_and_gradient(terms: list[Quadratic], here: Parameters) -> tuple[Tensor, list[Tensor]]:
     """The sum of the quadratics at ``here``, and its gradient in the order of ``here``."""
     value: Tensor | float = 0.0
-    gradient: Parameters = {}
-    for term in terms:
-        step = term.step_to(here)
-        # Autocast would take products in half precision, which cannot hold N F.
-        with torch.autocast(term.place[0].type, enabled=False):
-            product = term.product(step)
-        value = value + 0.5 * dot(step, product) + term.constant
-        if gradient:
-            product = {name: gradient[name] + tensor for name, tensor in product.items()}
-        gradient = product
+    gradient: list[Tensor] = []
+    with _full_precision(terms):
+        for term in terms:
+            form, product = term.form_and_product(here)
+            value = value + 0.5 * form + term.constant
+            gradient = _plus(gradient, [product[name] for name in here])
     assert isinstance(value, Tensor)
-    return value, [gradient[name] for name in here]
+    return value, gradient
+
+
+def gradient_at(terms: list[Quadratic], here: Parameters) -> list[Tensor]:
+    """The gradient by itself, by operations that autograd follows."""
+    gradient: list[Tensor] = []
+    with _full_precision(terms):
+        for term in terms:
+            product = term.product(term.step_to(here))
+            gradient = _plus(gradient, [product[name] for name in here])
+    return gradient
+
+
+def _full_precision(terms: list[Quadratic]) -> torch.autocast:
+    """Autocast would take products in half precision, which cannot hold ``N F``."""
+    return torch.autocast(terms[0].place[0].type, enabled=False)
+
+
+def _plus(total: list[Tensor], summands: list[Tensor]) -> list[Tensor]:
+    return list(torch._foreach_add(total, summands)) if total else summands

@@ -12,7 +12,7 @@ class InLoss:
     Attributes:
         eigenvector_share: average fraction of the eigenvectors of Kronecker matrices used per
             step; stiff ones are used more often (:mod:`ewc.consolidation.pacing`).  1 uses all,
-            for several times the cost of a training step.
+            for several times the cost of a training step.  Accelerators always use all.
 
     Raises:
         ValueError: the share is not above 0 and at most 1.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ewc.checks import check_not_negative
+from ewc.linalg.weighted_square import weighted_square
 from ewc.matrices.matrix import FisherMatrix, State
 from ewc.parameters import (
     Parameters,
@@ -38,6 +39,9 @@ class DiagonalFisher(FisherMatrix):
         vectors = [v[name] for name in self._diagonal]
         products = torch._foreach_mul(list(self._diagonal.values()), vectors)
         return dict(zip(self._diagonal, products, strict=True))
+
+    def form_and_product(self, here: Parameters, anchor: Parameters) -> tuple[Tensor, Parameters]:
+        return weighted_square(here, anchor, self._diagonal)
 
     def diagonal(self) -> Parameters:
         return {name: entries.clone() for name, entries in self._diagonal.items()}

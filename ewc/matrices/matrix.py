@@ -22,6 +22,7 @@ from ewc.parameters import (
     Shapes,
     accumulation_dtype,
     check_same_shapes,
+    difference,
     dot,
     flatten,
     shapes_of,
@@ -125,6 +126,17 @@ class FisherMatrix(ABC):
     def quadratic_form(self, v: Mapping[str, Tensor]) -> Tensor:
         r"""The scalar :math:`v^\top F v`: for a small step ``v``, twice the KL in nats."""
         return dot(v, self.matvec(v))
+
+    def form_and_product(self, here: Parameters, anchor: Parameters) -> tuple[Tensor, Parameters]:
+        r"""The form :math:`d^\top F d` and the product :math:`F d` at :math:`d = \theta - a`.
+
+        Args:
+            here: :math:`\theta`, with the names and shapes of the matrix, in any types.
+            anchor: :math:`a`.
+        """
+        step = difference(here, anchor, self.dtype)
+        product = self.matvec(step)
+        return dot(step, product), product
 
     def to_dense(self) -> Tensor:
         """The matrix itself, shape ``[p, p]``, in the flat order."""

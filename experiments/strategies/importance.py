@@ -8,8 +8,8 @@ from avalanche.training.plugins import SupervisedPlugin
 
 from ewc import DiagonalFisher, EWCPenalty, FisherMatrix
 from ewc.consolidation.combination import Consolidation
+from ewc.finite_loss import FiniteLoss
 from ewc.parameters import Parameters
-from ewc.plugin import check_finite_loss
 
 
 class ImportancePlugin(SupervisedPlugin, ABC):
@@ -34,6 +34,7 @@ class ImportancePlugin(SupervisedPlugin, ABC):
         self.penalty = EWCPenalty(strength, consolidation)
         self.fisher: FisherMatrix | None = None
         self.last_penalty = torch.zeros(())
+        self._finite_loss = FiniteLoss()
 
     @abstractmethod
     def importance(self, strategy: Any) -> Parameters:
@@ -46,6 +47,7 @@ class ImportancePlugin(SupervisedPlugin, ABC):
     def before_training_exp(self, strategy: Any, **_: Any) -> None:
         """Set the weight of the task in training."""
         self.penalty.num_examples = self.num_examples(strategy)
+        self._finite_loss = FiniteLoss()
 
     def before_backward(self, strategy: Any, **_: Any) -> None:
         """Add the penalty to the loss of the current mini-batch.
@@ -57,14 +59,15 @@ class ImportancePlugin(SupervisedPlugin, ABC):
             value = self.penalty(strategy.model)
             self.last_penalty = value.detach()
             strategy.loss = strategy.loss + value
-        check_finite_loss(strategy)
+        self._finite_loss.check(strategy)
 
     def after_training_exp(self, strategy: Any, **_: Any) -> None:
         """Measure the importance and add the task to the penalty.
 
         Raises:
-            FloatingPointError: the importance is not finite.
+            FloatingPointError: a loss or the importance is not finite.
         """
+        self._finite_loss.look(strategy)
         matrix = DiagonalFisher(self.importance(strategy), self.num_examples(strategy))
         self.penalty.consolidate(matrix, strategy.model)
         self.fisher = matrix

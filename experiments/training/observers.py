@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from ewc import EWCPenalty, FisherMatrix
-from ewc.plugin import check_finite_loss
+from ewc.finite_loss import FiniteLoss
 from experiments.reporting.tracking import Recorder
 
 _log = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class TrainingObserver(SupervisedPlugin):
         self.train_seconds = 0.0
         self.trained_at = 0.0
         self._started = 0.0
+        self._finite_loss = FiniteLoss()
         self._losses: list[Tensor] = []
         self._initial_norm = math.nan
         self._warned = False
@@ -92,6 +93,7 @@ class TrainingObserver(SupervisedPlugin):
                 f"task {number}/{self.num_tasks}", total=len(strategy.dataloader), loss=0.0
             )
             self._progress.start()
+        self._finite_loss = FiniteLoss()
         self._losses = []
         if math.isnan(self._initial_norm):
             self._initial_norm = _norm(strategy.model)
@@ -103,7 +105,7 @@ class TrainingObserver(SupervisedPlugin):
         Raises:
             FloatingPointError: the loss is not finite.
         """
-        check_finite_loss(strategy)
+        self._finite_loss.check(strategy)
         # The task's own loss: the observer comes before the plugins that add to it.
         self._losses = [*self._losses[:1], strategy.loss.detach()]
 
@@ -126,11 +128,13 @@ class TrainingObserver(SupervisedPlugin):
         """Stop the clock and the progress bar.
 
         Raises:
-            FloatingPointError: the last step made the parameters infinite or NaN.
+            FloatingPointError: a loss is not finite, or the last step made the parameters infinite
+                or NaN.
         """
         self.trained_at = time.perf_counter()
         self.train_seconds += self.trained_at - self._started
         self.close()
+        self._finite_loss.look(strategy)
         number = strategy.experience.current_experience + 1
         if not all(bool(p.isfinite().all()) for p in strategy.model.parameters()):
             raise FloatingPointError(
