@@ -101,6 +101,10 @@ def fisher_information(
     Returns:
         The matrix over the chosen parameters with ``requires_grad``, on their device.
 
+    Warns:
+        UserWarning: parameters are differentiated one example at a time, which is slow.  The
+            warning names them, with the reason, once.
+
     Raises:
         ValueError: ``data`` is empty, or an iterator where the structure needs two passes.  A
             batch, its outputs or a target that the estimator uses do not fit.  Examples depend
@@ -126,9 +130,9 @@ def fisher_information(
                 f"data is a {type(data).__name__}, which can be read once: this structure needs "
                 f"{total.passes} passes, so data must be a list of batches or a DataLoader."
             )
+        data_pass = DataPass(bare, chosen, likelihood, estimator, memory)
         while True:
             with torch.enable_grad():
-                data_pass = DataPass(bare, chosen, likelihood, estimator, memory)
                 num_examples = data_pass.summed_up(data, total, rank_in(group))
             if group is not None:
                 num_examples = summed_over(total, num_examples, group)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ewc.linalg.tiles import slices
 from ewc.parameters import Parameters, Shapes
 from ewc.pullback.arguments import Arguments
+from ewc.pullback.recognition import Use
 
 
 class Pullback(ABC):
@@ -146,6 +147,7 @@ class Chunk:
         pullbacks: pulls the vectors back, a block of score vectors at a time.  The pullbacks
             of a block have every parameter that affects the outputs once.
         alone: the same examples, each in a separate chunk with its own forward pass.
+        recognised: lists the uses of the parameters.
     """
 
     model: nn.Module
@@ -153,3 +155,4 @@ class Chunk:
     scores: Tensor
     pullbacks: Callable[[], Iterator[Sequence[Pullback]]]
     alone: Callable[[], Iterator["Chunk"]]
+    recognised: Callable[[], list[Use]] = list
