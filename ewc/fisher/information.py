@@ -38,6 +38,7 @@ def fisher_information(
     parameters: Sequence[Selection] | None = ...,
     memory: int | None = ...,
     group: ProcessGroup | None = ...,
+    full_precision: bool = ...,
 ) -> DiagonalFisher: ...
 
 
@@ -52,6 +53,7 @@ def fisher_information(
     parameters: Sequence[Selection] | None = ...,
     memory: int | None = ...,
     group: ProcessGroup | None = ...,
+    full_precision: bool = ...,
 ) -> Matrix: ...
 
 
@@ -65,6 +67,7 @@ def fisher_information(
     parameters: Sequence[Selection] | None = None,
     memory: int | None = None,
     group: ProcessGroup | None = None,
+    full_precision: bool = False,
 ) -> FisherMatrix:
     r"""The Fisher information of ``model`` at its present parameters, a mean over examples.
 
@@ -97,6 +100,9 @@ def fisher_information(
         group: processes of ``torch.distributed`` with one shard of the data each; all of
             them get the matrix of all data.  :class:`MonteCarlo` draws different targets in
             every process.
+        full_precision: whether products and convolutions of single-precision numbers may not
+            be rounded to TF32 (or to bfloat16 on a CPU) during the pass.  ``False`` leaves
+            torch's settings as they are.  Autocast in the network's own ``forward`` remains.
 
     Returns:
         The matrix over the chosen parameters with ``requires_grad``, on their device.
@@ -123,7 +129,11 @@ def fisher_information(
             f"memory must be a whole number of bytes above 0, or None, got {memory!r}."
         )
     chosen = selected_parameters(model, parameters)
-    with unwrapped(model) as bare, undisturbed(bare), plain_operations(bare):
+    with (
+        unwrapped(model) as bare,
+        undisturbed(bare),
+        plain_operations(bare, full_precision=full_precision),
+    ):
         total: Accumulator[Any] = structure.accumulator(chosen)
         if total.passes > 1 and iter(data) is data:
             raise ValueError(
