@@ -1,7 +1,11 @@
 """Networks that use their layers in every way, for the Fisher pass to get right."""
 
+import pytest
 import torch
 from torch import nn
+
+slow_way = pytest.mark.filterwarnings("ignore:The Fisher pass differentiates the network one ex")
+"""For tests of networks that no rule covers: the warning about them is expected."""
 
 
 class Sequential2d(nn.Module):

@@ -25,6 +25,7 @@ example is stored.  With ``C`` classes the exact matrix needs :math:`C - 1` vect
 **Modules.**
 
 - :mod:`~ewc.fisher.information`: the loop over the data.
+- :mod:`~ewc.fisher.recognition`: a list of what the pass recognises in a network.
 - :mod:`~ewc.fisher.data_pass`: the data in chunks, with their score vectors.
 - :mod:`~ewc.pullback.tape`: one forward pass, and vectors pulled back through it.
 - :mod:`~ewc.pullback.graph`: the uses of the parameters in the autograd graph.
@@ -37,6 +38,7 @@ from ewc.fisher.estimators import Empirical, Estimator, Exact, MonteCarlo
 from ewc.fisher.implicit.implicit import Implicit
 from ewc.fisher.implicit.implicit_fisher import ImplicitFisher
 from ewc.fisher.information import fisher_information
+from ewc.fisher.recognition import recognised
 from ewc.fisher.sampling import sampled_fisher
 from ewc.fisher.structures.block_diagonal import BlockDiagonal
 from ewc.fisher.structures.dense import Dense
@@ -61,5 +63,6 @@ __all__ = [
     "MonteCarlo",
     "Structure",
     "fisher_information",
+    "recognised",
     "sampled_fisher",
 ]

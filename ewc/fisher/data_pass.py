@@ -123,7 +123,9 @@ class DataPass:
             tape = Tape(self.model, self.parameters, arguments, outputs, self.seen)
         self.depends = self.depends or bool(tape.present)
         pullbacks = partial(tape.pullbacks, scores, vectors_at_once, self.memory // 2)
-        return Chunk(self.model, arguments, scores, pullbacks, alone)
+        return Chunk(
+            self.model, arguments, scores, pullbacks, alone, partial(tape.recognised, scores)
+        )
 
     def _alone(self, arguments: Call, scores: Tensor, vectors_at_once: int) -> Iterator[Chunk]:
         """The examples of a chunk, each in a separate chunk."""

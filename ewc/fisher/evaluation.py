@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,12 +121,17 @@ def copied(model: nn.Module, weights: Parameters | None = None) -> nn.Module:
 
 
 @contextmanager
-def plain_operations(model: nn.Module) -> Iterator[None]:
+def plain_operations(model: nn.Module, *, full_precision: bool = False) -> Iterator[None]:
     """Attention and recurrence without fused kernels, in the precision of the parameters.
 
     A fused kernel hides the uses of weights, or has no derivative for several vectors at
     once.  Autocast around the caller is disabled, because it would round the sums.  Autocast
     inside the network's ``forward`` remains.
+
+    Args:
+        model: the network.
+        full_precision: whether products and convolutions in single precision are not rounded
+            to TF32 or bfloat16.
     """
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     torch.empty(KEPT, dtype=torch.uint8)
@@ -140,4 +146,33 @@ def plain_operations(model: nn.Module) -> Iterator[None]:
                 # torch warns about Intel GPUs whenever this flag is set.
                 warnings.simplefilter("ignore")
                 stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        if full_precision:
+            # After the flags of cuDNN, which allow TF32.
+            stack.enter_context(single_precision())
         yield
+
+
+@contextmanager
+def single_precision() -> Iterator[None]:
+    """Products and convolutions of float32 in float32; afterwards every setting is as before."""
+    backends: Any = torch.backends
+    if not hasattr(backends.cuda.matmul, "fp32_precision"):  # torch before 2.9
+        before = backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32
+        backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = False
+        try:
+            yield
+        finally:
+            backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32 = before
+        return
+    places = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    places += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+    settings = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "ieee"
+        yield
+    finally:
+        for place, setting in zip(places, settings, strict=True):
+            place.fp32_precision = "none"  # follows the setting for all operations
+            if place.fp32_precision != setting:
+                place.fp32_precision = setting

@@ -38,6 +38,7 @@ def fisher_information(
     parameters: Sequence[Selection] | None = ...,
     memory: int | None = ...,
     group: ProcessGroup | None = ...,
+    full_precision: bool = ...,
 ) -> DiagonalFisher: ...
 
 
@@ -52,6 +53,7 @@ def fisher_information(
     parameters: Sequence[Selection] | None = ...,
     memory: int | None = ...,
     group: ProcessGroup | None = ...,
+    full_precision: bool = ...,
 ) -> Matrix: ...
 
 
@@ -65,6 +67,7 @@ def fisher_information(
     parameters: Sequence[Selection] | None = None,
     memory: int | None = None,
     group: ProcessGroup | None = None,
+    full_precision: bool = False,
 ) -> FisherMatrix:
     r"""The Fisher information of ``model`` at its present parameters, a mean over examples.
 
@@ -105,9 +108,16 @@ def fisher_information(
         group: processes of ``torch.distributed`` with one shard of the data each; all of
             them get the matrix of all data.  :class:`MonteCarlo` draws different targets in
             every process.
+        full_precision: whether products and convolutions of single-precision numbers may not
+            be rounded to TF32 (or to bfloat16 on a CPU) during the pass.  ``False`` leaves
+            torch's settings as they are.  Autocast in the network's own ``forward`` remains.
 
     Returns:
         The matrix over the chosen parameters with ``requires_grad``, on their device.
+
+    Warns:
+        UserWarning: parameters are differentiated one example at a time, which is slow.  The
+            warning names them, with the reason, once.
 
     Raises:
         ValueError: ``data`` is empty, or an iterator where the structure needs two passes.  A
@@ -126,7 +136,11 @@ def fisher_information(
             f"memory must be a whole number of bytes above 0, or None, got {memory!r}."
         )
     chosen = selected_parameters(model, parameters)
-    with unwrapped(model) as bare, undisturbed(bare), plain_operations(bare):
+    with (
+        unwrapped(model) as bare,
+        undisturbed(bare),
+        plain_operations(bare, full_precision=full_precision),
+    ):
         total: Accumulator[Any] = structure.accumulator(chosen)
         if memory is None:
             memory = default_memory(next(iter(chosen.values())).device)
@@ -135,9 +149,9 @@ def fisher_information(
                 f"data is a {type(data).__name__}, which can be read once: this structure needs "
                 f"{total.passes} passes, so data must be a list of batches or a DataLoader."
             )
+        data_pass = DataPass(bare, chosen, likelihood, estimator, memory)
         while True:
             with torch.enable_grad():
-                data_pass = DataPass(bare, chosen, likelihood, estimator, memory)
                 num_examples = data_pass.summed_up(data, total, rank_in(group))
             if group is not None:
                 num_examples = summed_over(total, num_examples, group)

@@ -3,7 +3,8 @@
 Every use of a parameter is an edge into a node of the graph, whatever Python code made it.
 That covers modules called several times, shared weights, functional calls and recurrences.
 Views of a parameter (transposes, casts, blocks of rows) are followed to the nodes that
-compute with them.
+compute with them.  So are tensors that the network computes from parameters alone, such as a
+normalised weight.
 """
 
 import re
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from ewc.parameters import Parameters
 
@@ -26,8 +27,8 @@ class View:
     """The view of a parameter that a node uses.
 
     Attributes:
-        name: the parameter's name.
-        shape: the parameter's shape.
+        name: the parameter's name, or that of a tensor derived from parameters.
+        shape: its shape.
         transposed: whether the two dimensions of a matrix are exchanged.
         first: the first of the parameter's rows in the view.
         count: the number of rows in the view.
@@ -38,6 +39,16 @@ class View:
     transposed: bool
     first: int
     count: int
+
+    @property
+    def narrowed(self) -> torch.Size:
+        """The shape with the rows of the view only; not transposed."""
+        return torch.Size([self.count, *self.shape[1:]]) if self.shape else self.shape
+
+    @property
+    def size(self) -> int:
+        """The number of entries."""
+        return self.narrowed.numel()
 
     @property
     def whole(self) -> bool:
@@ -58,6 +69,30 @@ class View:
         wide = gradient.new_zeros(shape)
         wide.narrow(dim, self.first, self.count).copy_(gradient)
         return wide
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A tensor that the network computes from parameters, without examples.
+
+    Attributes:
+        edge: the tensor's place in the graph.
+        parameters: the names of the parameters.
+    """
+
+    edge: GradientEdge
+    parameters: tuple[str, ...]
+
+    @property
+    def shape(self) -> torch.Size:
+        """The tensor's shape."""
+        return torch.Size(self.edge.node._input_metadata[0].shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The tensor's type."""
+        dtype: torch.dtype = self.edge.node._input_metadata[0].dtype
+        return dtype
 
 
 Uses = dict[Node, dict[int, View]]
@@ -93,6 +128,8 @@ class Graph:
         self.consumers: dict[Node, list[tuple[Node, int, int]]] = defaultdict(list)
         """The nodes that use a node's results: the node, its input, the result's number."""
         self.leaves: dict[int, Node] = {}
+        self.deriving: set[Node] = set()
+        """The nodes that compute with parameters alone, as far as :meth:`uses` found them."""
         self.nodes: dict[Node, int] = {}
         """All nodes except the leaves, numbered in an order that the graph determines."""
         self.inputs: list[tuple[tuple[Node | None, int], ...]] = []
@@ -156,28 +193,109 @@ class Graph:
         return any(
             _may_move_rows(node, uses.get(node, {}), num_examples, constants, turned)
             for node in self.nodes
-            if _moves_sometimes(type(node))
+            if _moves_sometimes(type(node)) and node not in self.deriving
         )
 
-    def uses(self, parameters: Parameters) -> Uses:
-        """The nodes that compute with parameters; for each node, the view at each input."""
-        uses: dict[Node, dict[int, View]] = defaultdict(dict)
+    def uses(
+        self, parameters: Parameters, num_examples: int, constants: Container[int]
+    ) -> tuple[Uses, dict[str, Derived]]:
+        """The nodes that compute with parameters and activations.
+
+        Args:
+            parameters: the parameters by name.
+            num_examples: the number of examples in the batch.
+            constants: the addresses of tensors that are the same in every batch.
+
+        Returns:
+            For each node, the view at each of its inputs; and the tensors that are derived from
+            parameters, by the names that the views have for them.
+        """
+        uses: Uses = defaultdict(dict)
+        derived: dict[str, Derived] = {}
         for name, parameter in parameters.items():
-            leaf = self.leaves.get(id(parameter))
-            if leaf is None:
-                continue
-            rows = parameter.shape[0] if parameter.dim() else 1
-            stack = [(leaf, View(name, parameter.shape, False, 0, rows))]
-            while stack:
-                node, view = stack.pop()
-                for consumer, place, number in self.consumers[node]:
-                    result = _result_view(node, number, view)
-                    further = _passed_on(consumer, result)
-                    if further is not None and self.consumers.get(consumer):
-                        stack.append((consumer, further))
-                    else:
-                        uses[consumer][place] = result
-        return uses
+            if id(parameter) in self.leaves:
+                self._follow(self.leaves[id(parameter)], whole_view(name, parameter.shape), uses)
+        waiting = True
+        while waiting:
+            waiting = False
+            for node, views in list(uses.items()):
+                if not self._derives(node, views, num_examples, constants):
+                    continue
+                waiting = True
+                self.deriving.add(node)
+                del uses[node]
+                names: dict[str, None] = {}
+                for view in views.values():
+                    behind = derived.get(view.name)
+                    names |= dict.fromkeys(behind.parameters if behind else [view.name])
+                name = f"derived tensor {len(derived)}"
+                derived[name] = Derived(GradientEdge(node, 0), tuple(names))
+                self._follow(node, whole_view(name, derived[name].shape), uses)
+        return uses, derived
+
+    def _follow(self, node: Node, view: View, uses: Uses) -> None:
+        """Add the uses of a tensor, through the views that are made of it."""
+        stack = [(node, view)]
+        while stack:
+            node, view = stack.pop()
+            for consumer, place, number in self.consumers[node]:
+                result = _result_view(node, number, view)
+                further = _passed_on(consumer, result)
+                if further is not None and self.consumers.get(consumer):
+                    stack.append((consumer, further))
+                else:
+                    uses[consumer][place] = result
+
+    def _derives(
+        self, node: Node, views: Mapping[int, View], num_examples: int, constants: Container[int]
+    ) -> bool:
+        """Whether a node computes with parameters alone, and its result has no examples.
+
+        It is a choice of the fast way only.  Whatever the result depends on, its gradient for
+        one example can be pulled back to the parameters.
+        """
+        consumers = self.consumers.get(node, [])
+        inputs = [source for source, _ in node.next_functions]
+        if (
+            not consumers
+            or any(number for *_, number in consumers)
+            or node._input_metadata[0].dtype.is_complex
+            or any(source is not None and place not in views for place, source in enumerate(inputs))
+        ):
+            return False
+        kind = type(node).__name__
+        if kind in LOOKUPS:
+            alone = num_examples == 1 and kind != "EmbeddingBackward0"
+            return alone or self._repeated(node, num_examples)
+        if _tiles(node):
+            return True
+        if None in inputs and kind in PRODUCTS:
+            return _by_constant(node, inputs.index(None), constants)
+        if None in inputs or kind in REPEATING:
+            size = max(view.size for view in views.values())
+            entrywise = kind in ENTRYWISE or kind in REPEATING
+            return entrywise and not _repeats(node, size, num_examples)
+        return True
+
+    def _repeated(self, node: Node, num_examples: int) -> bool:
+        """Whether a result is the same for all examples: it is repeated for them later."""
+        if getattr(node, "_saved_scale_grad_by_freq", False):
+            return False
+        size = prod(node._input_metadata[0].shape)
+        stack = [node]
+        repeated = False
+        while stack:
+            for consumer, _, _ in self.consumers.get(stack.pop(), []):
+                kind = type(consumer).__name__
+                if kind in RESHAPING:
+                    stack.append(consumer)
+                elif kind in ENTRYWISE or kind in REPEATING:
+                    if num_examples == 1 or not _repeats(consumer, size, num_examples):
+                        return False
+                    repeated = True
+                else:
+                    return False
+        return repeated
 
     def counts_words(self) -> bool:
         """Whether an embedding's gradient is divided by the count of a word in the batch.
@@ -196,6 +314,50 @@ class Graph:
             if type(following).__name__ not in ("ViewBackward0", "UnsafeViewBackward0"):
                 return following, place
             node = following
+
+
+ENTRYWISE = {f"{kind}Backward0" for kind in ("Add", "Sub", "Mul", "Div", "Rsub")}
+"""Nodes that compute entry by entry with two tensors, and repeat the smaller one."""
+
+REPEATING = {"ExpandBackward0", "RepeatBackward0"}
+"""Nodes that repeat one tensor."""
+
+LOOKUPS = {"EmbeddingBackward0", "IndexBackward0", "IndexSelectBackward0"}
+"""Nodes that look up rows, which may be those of all examples or the same for each."""
+
+RESHAPING = {
+    f"{kind}Backward0"
+    for kind in ("View", "UnsafeView", "Unsqueeze", "Squeeze", "Permute", "Transpose", "T")
+} | {"ToCopyBackward0", "CloneBackward0", "SqueezeBackward1"}
+"""Nodes that keep all entries."""
+
+
+def whole_view(name: str, shape: torch.Size) -> View:
+    """The view of a tensor that is the tensor itself."""
+    return View(name, shape, transposed=False, first=0, count=shape[0] if shape else 1)
+
+
+def _by_constant(node: Node, place: int, constants: Container[int]) -> bool:
+    """Whether a product's factor at this place is the same in every batch."""
+    kind = type(node).__name__
+    if len(node.next_functions) > 2:
+        return False
+    factor: Tensor = getattr(node, f"_saved_{PRODUCTS[kind][place]}")
+    return place_in_memory(factor) in constants
+
+
+def _tiles(node: Any) -> bool:
+    """Whether a node repeats a dimension that has more than one entry."""
+    if type(node).__name__ != "RepeatBackward0":
+        return False
+    sizes = node._saved_self_sym_sizes
+    pairs = zip(node._saved_repeats[-len(sizes) :], sizes, strict=True) if sizes else ()
+    return any(times > 1 and size > 1 for times, size in pairs)
+
+
+def _repeats(node: Node, size: int, num_examples: int) -> bool:
+    """Whether a node's result may have its input of this size once for every example."""
+    return size > 0 and prod(node._input_metadata[0].shape) % (num_examples * size) == 0
 
 
 def alike(one: GraphStructure, other: GraphStructure, n: int, m: int) -> bool:
@@ -313,21 +475,33 @@ def place_in_memory(tensor: Tensor) -> int:
 
 def _passed_on(node: Node, view: View) -> View | None:
     """The view that a node makes of its input; ``None`` if the node computes with it."""
-    kind, matrix = type(node).__name__, len(view.shape) == 2
-    if kind == "TBackward0" and matrix:
-        return replace(view, transposed=not view.transposed)
-    if kind == "TransposeBackward0" and matrix:
-        saved: Mapping[str, int] = {d: getattr(node, f"_saved_{d}") for d in ("dim0", "dim1")}
-        swapped = saved["dim0"] % 2 != saved["dim1"] % 2  # -1 is saved as 2^64 - 1
-        return replace(view, transposed=view.transposed != swapped)
-    if kind == "PermuteBackward0" and matrix:
-        exchanged = node._saved_dims[0] != 0  # type: ignore[attr-defined]
-        return replace(view, transposed=view.transposed != exchanged)
-    if kind == "ToCopyBackward0":
-        return view
+    kind = type(node).__name__
+    if kind in ("TBackward0", "TransposeBackward0", "PermuteBackward0"):
+        turned = len(view.shape) == 2
+        return replace(view, transposed=view.transposed != _exchanges(node)) if turned else None
     if kind in ("SplitBackward0", "SplitWithSizesBackward0") and view.whole:
         return view if getattr(node, "_saved_dim", None) == 0 else None
-    return None
+    if kind == "SliceBackward0" and view.whole and view.shape:
+        return _slice_of(node, view)
+    return view if kind == "ToCopyBackward0" else None
+
+
+def _exchanges(node: Any) -> bool:
+    """Whether a transpose or a permutation exchanges the two dimensions of a matrix."""
+    if type(node).__name__ == "TransposeBackward0":
+        return bool(node._saved_dim0 % 2 != node._saved_dim1 % 2)  # -1 is saved as 2^64 - 1
+    return type(node).__name__ == "TBackward0" or node._saved_dims[0] % 2 != 0
+
+
+def _slice_of(node: Any, view: View) -> View | None:
+    """The rows that a slice has; ``None`` if it is one of another dimension."""
+    if node._saved_dim % 2**64 != 0 or node._saved_step != 1:
+        return None
+    bounds = [
+        bound - 2**64 if bound >= 2**63 else bound for bound in (node._saved_start, node._saved_end)
+    ]
+    first, last, _ = slice(*bounds).indices(view.shape[0])
+    return replace(view, first=first, count=max(0, last - first))
 
 
 def _result_view(node: Node, number: int, view: View) -> View:

@@ -23,6 +23,7 @@ from ewc.linalg.squares import add_squares
 from ewc.linalg.tiles import part, slices
 from ewc.parameters import Parameters, Shapes
 from ewc.pullback.call import Call
+from ewc.pullback.recognition import Use
 
 
 class Pullback(ABC):
@@ -147,6 +148,7 @@ class Chunk:
         pullbacks: pulls the vectors back, a block of score vectors at a time.  The pullbacks
             of a block have every parameter that affects the outputs once.
         alone: the same examples, each in a separate chunk with its own forward pass.
+        recognised: lists the uses of the parameters.
     """
 
     model: nn.Module
@@ -154,3 +156,4 @@ class Chunk:
     scores: Tensor
     pullbacks: Callable[[], Iterator[Sequence[Pullback]]]
     alone: Callable[[], Iterator["Chunk"]]
+    recognised: Callable[[], list[Use]] = list

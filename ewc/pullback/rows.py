@@ -21,6 +21,11 @@ class Rows:
     outer: int | None
     inner: int | None
 
+    def __str__(self) -> str:
+        if self.outer == 1:
+            return "examples first"
+        return "positions first" if self.inner == 1 else f"examples between {self.outer} and rest"
+
     def by_example(self, tensor: Tensor, num_examples: int, dim: int = 0) -> Tensor:
         """A tensor with its rows, dimension ``dim``, split into two dimensions ``[n, t]``."""
         length = tensor.shape[dim] // num_examples

@@ -11,8 +11,9 @@ the structure does not determine the order of the rows.  All other parameters go
 :class:`~ewc.pullback.per_example.PerExample`.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
 from math import prod
@@ -20,16 +21,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from ewc.parameters import Parameters, Shapes, accumulation_dtype
 from ewc.pullback.agreement import agree
 from ewc.pullback.backward import all_together, one_by_one
 from ewc.pullback.call import Call
+from ewc.pullback.derived import Behind
 from ewc.pullback.graph import Graph, GraphStructure, Uses, alike, place_in_memory
 from ewc.pullback.outer import OuterProducts
 from ewc.pullback.per_example import PerExample
 from ewc.pullback.pullback import Pullback, Summed
+from ewc.pullback.recognition import Use, counted, one_at_a_time, warn_of
 from ewc.pullback.rows import BATCH_FIRST, Rows, matching_rows, possible_rows, row_noise
 from ewc.pullback.rules.broadcast import Broadcast
 from ewc.pullback.rules.convolution import Convolution
@@ -37,10 +40,11 @@ from ewc.pullback.rules.embedding import Embedding
 from ewc.pullback.rules.matrix_product import MatrixProduct
 from ewc.pullback.rules.normalisation import Normalisation
 from ewc.pullback.rules.operation import Operation
+from ewc.pullback.rules.stacked_product import StackedProduct
 
 RULES: dict[str, type[Operation]] = {
     kind: rule
-    for rule in (MatrixProduct, Convolution, Normalisation, Broadcast, Embedding)
+    for rule in (MatrixProduct, StackedProduct, Convolution, Normalisation, Broadcast, Embedding)
     for kind in rule.kinds
 }
 """The rule of each kind of node."""
@@ -74,6 +78,7 @@ class KnownGraphs:
             ``None`` before it was measured.
         constants: the addresses of the network's parameters and buffers, which are the same
             in every batch.
+        slow: the parameters of which the user was warned.
     """
 
     rows: dict[Signature, list[Rows | None]] = field(default_factory=dict)
@@ -82,6 +87,7 @@ class KnownGraphs:
     vectorises: dict[tuple[Any, ...], bool] = field(default_factory=dict)
     noise: float | None = None
     constants: set[int] | None = None
+    slow: set[str] = field(default_factory=set)
 
 
 class Tape:
@@ -110,14 +116,17 @@ class Tape:
         self.known = known
         self.num_examples = outputs.shape[0]
         self.graph = graph = Graph(outputs)
-        uses = graph.uses(parameters)
-        operations = operations_of(graph, uses)
+        uses, self.derived = graph.uses(parameters, self.num_examples, self.constants)
+        operations, reasons = operations_of(graph, uses)
         self.uses = uses  # without the additions that became a product's bias: they move no rows
         # A layer that is called on no rows does not affect the outputs.
         self.operations = [o for o in operations if prod(o.output._input_metadata[0].shape)]
-        idle = {view.name for o in operations if o not in self.operations for view in o.views}
-        idle -= {view.name for o in self.operations for view in o.views}
+        idle = self._behind(o for o in operations if o not in self.operations)
+        idle -= self._behind(self.operations)
         self.present = [n for n, p in parameters.items() if id(p) in graph.leaves and n not in idle]
+        self.reasons: dict[str, str] = {}  # why parameters have no rule
+        self._leave_out(reasons)
+        self.misplaced = False  # whether rows of an operation are not the examples in order
 
     @cached_property
     def structure(self) -> GraphStructure:
@@ -144,10 +153,15 @@ class Tape:
     @property
     def lasting(self) -> bool:
         """Whether the rows are the same in every batch whose graph has this structure."""
+        return not self.graph.moves_rows(self.uses, self.num_examples, self.constants)
+
+    @property
+    def constants(self) -> set[int]:
+        """The addresses of tensors that are the same in every batch."""
         if self.known.constants is None:
             constants = (*self.model.parameters(), *self.model.buffers())
             self.known.constants = {place_in_memory(tensor) for tensor in constants} - {0}
-        return not self.graph.moves_rows(self.uses, self.num_examples, self.known.constants)
+        return self.known.constants
 
     @property
     def edges(self) -> list[GradientEdge]:
@@ -175,29 +189,88 @@ class Tape:
             The pullbacks of each block.  They have every parameter that affects the outputs
             once.
         """
-        layouts = dict(zip(map(id, self.operations), self._rows(scores), strict=True))
-        irregular = [operation for operation in self.operations if layouts[id(operation)] is None]
-        unknown = {view.name for operation in irregular for view in operation.views}
-        self.operations = restricted(self.operations, unknown)
-        covered = {view.name for operation in self.operations for view in operation.views}
-        uncovered = {n: self.parameters[n].shape for n in self.present if n not in covered}
+        layouts = self._regular(scores)
+        uncovered = self._uncovered()
+        fresh = {n: self.reasons[n] for n in uncovered if n not in self.known.slow}
+        self.known.slow |= fresh.keys()
+        warn_of(one_at_a_time(fresh))
         for start in range(0, scores.shape[0], vectors_at_once):
             block = scores[start : start + vectors_at_once]
             last = start + vectors_at_once >= scores.shape[0]
             pullbacks: list[Pullback] = []
             if self.operations:
                 gradients = self._pulled_back(block, retain_graph=not last)
-                for operation, gradient in zip(self.operations, gradients, strict=True):
-                    dtype = self.parameters[operation.views[0].name].dtype
-                    g = operation.rows_of(gradient.to(accumulation_dtype(dtype)))
-                    rows = layouts[id(operation)]
-                    assert rows is not None
+                for operation, gradient, rows in zip(
+                    self.operations, gradients, layouts, strict=True
+                ):
+                    g = operation.rows_of(gradient.to(self._dtype(operation)))
                     pullbacks += operation.pullbacks(g, rows, self.num_examples, memory)
             if uncovered:
-                pullbacks.append(
-                    self._one_at_a_time(uncovered, block, memory, misplaced=bool(irregular))
-                )
-            yield merged(pullbacks)
+                pullbacks.append(self._one_at_a_time(uncovered, block, memory))
+            whole = [
+                Behind(pullback, self.derived, self.parameters)
+                if self.derived.keys() & pullback.shapes.keys()
+                else pullback
+                for pullback in merged(pullbacks)
+            ]
+            yield merged(whole)
+
+    def recognised(self, scores: Tensor) -> list[Use]:
+        """The uses of the parameters, for score vectors ``[k, n, c]``; the slow ones last."""
+        uses = [
+            Use(
+                tuple(n for view in operation.views for n in self._parameters_of(view.name)),
+                operation.label,
+                operation.positions(self.num_examples),
+                str(rows),
+            )
+            for rows, operation in zip(self._regular(scores), self.operations, strict=True)
+        ]
+        return counted(uses) + one_at_a_time(
+            {name: self.reasons[name] for name in self._uncovered()}
+        )
+
+    def _regular(self, scores: Tensor) -> list[Rows]:
+        """The rows of the operations, after those without rows of the examples are left out."""
+        layouts = dict(zip(map(id, self.operations), self._rows(scores), strict=True))
+        reasons: dict[str, str] = {}
+        for operation in self.operations:
+            if layouts[id(operation)] is None:
+                kind = kind_of(operation.output)
+                why = f"the rows of {kind} are not the examples in order"
+                reasons |= {view.name: why for view in operation.views}
+                self.misplaced = True
+        self._leave_out(reasons)
+        regular = [layouts[id(operation)] for operation in self.operations]
+        return [rows for rows in regular if rows is not None]
+
+    def _behind(self, operations: Iterable[Operation]) -> set[str]:
+        """The parameters of operations, also behind derived tensors."""
+        return {n for o in operations for view in o.views for n in self._parameters_of(view.name)}
+
+    def _parameters_of(self, name: str) -> tuple[str, ...]:
+        """The parameters behind a name in a view."""
+        return self.derived[name].parameters if name in self.derived else (name,)
+
+    def _leave_out(self, reasons: Mapping[str, str]) -> None:
+        """Leave out parameters and derived tensors without a rule, for these reasons."""
+        for name, why in reasons.items():
+            self.reasons |= dict.fromkeys(self._parameters_of(name), why)
+        # A derived tensor is of use as long as one of its parameters is covered.
+        for name, tensor in self.derived.items():
+            rest = tuple(n for n in tensor.parameters if n not in self.reasons)
+            self.derived[name] = replace(tensor, parameters=rest)
+        idle = {name for name, tensor in self.derived.items() if not tensor.parameters}
+        self.operations = restricted(self.operations, self.reasons.keys() | idle)
+
+    def _dtype(self, operation: Operation) -> torch.dtype:
+        """The type of the vectors of an operation's parameters."""
+        name, *_ = self._parameters_of(operation.views[0].name)
+        return accumulation_dtype(self.parameters[name].dtype)
+
+    def _uncovered(self) -> Shapes:
+        """The parameters without a rule for all their uses."""
+        return {n: self.parameters[n].shape for n in self.present if n in self.reasons}
 
     def _pulled_back(self, scores: Tensor, *, retain_graph: bool) -> list[Tensor]:
         """Gradients with respect to the operations' results, all vectors at once if faster."""
@@ -212,9 +285,7 @@ class Tape:
                 return gradients
         return one_by_one(self.outputs, self.edges, scores, retain_graph=retain_graph)
 
-    def _one_at_a_time(
-        self, shapes: Shapes, scores: Tensor, memory: int, *, misplaced: bool
-    ) -> PerExample:
+    def _one_at_a_time(self, shapes: Shapes, scores: Tensor, memory: int) -> PerExample:
         return PerExample(
             self.model,
             shapes,
@@ -222,7 +293,7 @@ class Tape:
             scores,
             memory=memory,
             vectorises=self.known.vectorises,
-            misplaced=misplaced,
+            misplaced=self.misplaced,
         )
 
     def _right(self, gradients: list[Tensor], scores: Tensor) -> bool:
@@ -321,29 +392,42 @@ class Tape:
         return [operation.rows_of(gradient)[0] for operation, gradient in pairs]
 
 
-def operations_of(graph: Graph, uses: Uses) -> list[Operation]:
-    """The operations that use parameters, for the parameters whose uses all have a rule."""
+def operations_of(graph: Graph, uses: Uses) -> tuple[list[Operation], dict[str, str]]:
+    """The operations that use parameters.
+
+    Returns:
+        The operations; and for each parameter with another use why that has no rule.
+    """
     operations: list[Operation] = []
-    unknown: set[str] = set()
+    reasons: dict[str, str] = {}
     # Products come first, because the bias added to a product becomes part of it.
     for node in sorted(uses, key=lambda node: type(node).__name__ not in MatrixProduct.kinds):
         views = uses.get(node)
         if views is None:
             continue
-        rule = RULES.get(type(node).__name__)
-        complex_ = node._input_metadata[0].dtype.is_complex
-        operation = None if rule is None or complex_ else rule.of(node, uses, graph)
-        if operation is None:
-            unknown |= {view.name for view in views.values()}
+        rule, reason = RULES.get(type(node).__name__), ""
+        if node._input_metadata[0].dtype.is_complex:
+            reason = f"{kind_of(node)} has complex numbers"
+        elif rule is None:
+            reason = f"no rule for {kind_of(node)}"
+        elif (operation := rule.of(node, uses, graph)) is None:
+            reason = f"no rule for this use in {kind_of(node)}"
         else:
             operations.append(operation)
-    return restricted(operations, unknown)
+        if reason:
+            reasons |= {view.name: reason for view in views.values()}
+    return operations, reasons
 
 
-def restricted(operations: Sequence[Operation], unknown: set[str]) -> list[Operation]:
+def kind_of(node: Node) -> str:
+    """The kind of a node as a message has it."""
+    return re.sub(r"Backward\d*$", "", type(node).__name__)
+
+
+def restricted(operations: Sequence[Operation], unknown: Container[str]) -> list[Operation]:
     """The operations without the parameters in ``unknown``."""
     for operation in operations:
-        operation.keep({view.name for view in operation.views} - unknown)
+        operation.drop(unknown)
     return [operation for operation in operations if operation.views]
 
 

@@ -5,7 +5,7 @@ import logging
 import pytest
 import reference
 import torch
-from networks import Derivative, LiesToVmap, Opaque, TiedWeights, TwoHeads
+from networks import Derivative, LiesToVmap, Opaque, TiedWeights, TwoHeads, slow_way
 from torch import nn
 from torch.nn import functional
 
@@ -23,6 +23,8 @@ from ewc import (
 )
 from ewc.fisher import data_pass, sampled_fisher, sampling
 from ewc.parameters import flatten
+
+pytestmark = slow_way
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 STRUCTURES = [

@@ -26,6 +26,7 @@ from networks import (
     WritesIntoItsInput,
     frozen_weight,
     normed,
+    slow_way,
 )
 from torch import nn
 from torch.nn import functional
@@ -98,6 +99,7 @@ def test_small_chunks_change_nothing(network):
     torch.testing.assert_close(found.diagonal(), diagonal.diagonal(), **EXACT)
 
 
+@slow_way
 @pytest.mark.parametrize(
     "build",
     [
@@ -168,6 +170,7 @@ def test_unused_parameters_have_zero_information():
     assert list(fisher.diagonal()) == [name for name, _ in model.named_parameters()]
 
 
+@slow_way
 @pytest.mark.parametrize("tasks", [[1, 1, 1, 1], [0, 1, 1, 0]])
 def test_task_labels_pick_the_head(tasks):
     model = TwoHeads().double()

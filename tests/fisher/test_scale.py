@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 from conftest import EXACT
-from networks import LAYERS, Head
+from networks import LAYERS, Head, slow_way
 from torch import nn
 
 from ewc import (
@@ -69,6 +69,7 @@ def test_choices_that_choose_nothing_are_named():
         fisher_information(model, [(x, y)], parameters=[3])
 
 
+@slow_way
 @pytest.mark.parametrize(
     "layer", ["linear", "conv2d", "embedding", "transformer", "lstm", "no_rule"]
 )
@@ -291,6 +292,7 @@ class DictWithoutRule(WholeDict):
         return self.head(hidden)
 
 
+@slow_way
 @pytest.mark.parametrize("build", [ByName, WholeDict, DictWithoutRule])
 @pytest.mark.parametrize("structure", [Dense(), Implicit()])
 def test_dicts_of_inputs(build, structure, tmp_path):

@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import reference
 import torch
-from networks import LAYERS, Sequential2d
+from networks import LAYERS, Sequential2d, slow_way
 from torch import nn
 from torch.nn import functional
 
@@ -156,6 +156,7 @@ STRUCTURES = {
 }
 
 
+@slow_way
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from conftest import EXACT
-from networks import TwoHeads
+from networks import TwoHeads, slow_way
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -24,6 +24,9 @@ from ewc.matrices.layers.kronecker import KroneckerProduct
 from ewc.matrices.matrix import SumFisher
 
 NUM_EXAMPLES = 9
+
+
+pytestmark = slow_way
 
 
 class Packed(nn.Module):

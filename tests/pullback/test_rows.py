@@ -5,6 +5,7 @@ import itertools
 import pytest
 import reference
 import torch
+from networks import slow_way
 from torch import nn
 from torch.nn import functional
 
@@ -17,6 +18,8 @@ from ewc import (
     fisher_information,
 )
 from ewc.pullback import tape
+
+pytestmark = slow_way
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 

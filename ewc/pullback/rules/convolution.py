@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, Self
 
 import torch
@@ -33,6 +34,7 @@ class Convolution(Operation):
     """Convolutions and transposed convolutions in any number of dimensions."""
 
     kinds = ("ConvolutionBackward0",)
+    label = "convolution"
     input: Tensor
     geometry: "Geometry"
 
@@ -55,6 +57,10 @@ class Convolution(Operation):
                 transposed=node._saved_transposed,
             )
         return convolution
+
+    def positions(self, num_examples: int) -> int:
+        shape: torch.Size = self.output._input_metadata[0].shape
+        return super().positions(num_examples) * prod(shape[2:])
 
     def pullbacks(
         self, gradient: Tensor, rows: Rows, num_examples: int, memory: int

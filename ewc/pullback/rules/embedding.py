@@ -15,6 +15,7 @@ class Embedding(Operation):
     """An embedding: rows of the weight, by index."""
 
     kinds = ("EmbeddingBackward0",)
+    label = "embedding"
     indices: Tensor
     padding: int
 

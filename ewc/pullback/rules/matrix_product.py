@@ -1,7 +1,9 @@
 """Matrix products: linear layers, projections of attention, recurrence."""
 
+from dataclasses import replace
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -14,10 +16,17 @@ from ewc.pullback.rules.operation import Operation
 
 
 class MatrixProduct(Operation):
-    """``a @ W.T + b`` and ``a @ W``: linear layers, projections of attention, recurrence."""
+    """``a @ W.T + b``, ``a @ W`` and ``W @ a``: linear layers, attention, recurrence.
+
+    Attributes:
+        input: ``[r, i]``.
+        columns: whether the examples are in the columns of the result, as in ``W @ a``.
+    """
 
     kinds = ("AddmmBackward0", "MmBackward0")
+    label = "matrix product"
     input: Tensor
+    columns: bool = False
 
     @classmethod
     def of(cls, node: Any, uses: Uses, graph: Graph) -> Self | None:
@@ -27,6 +36,11 @@ class MatrixProduct(Operation):
         added = type(node).__name__ == "AddmmBackward0"
         if added and (node._saved_alpha != 1 or node._saved_beta != 1):
             return None
+        if not added and views.keys() == {0}:
+            product.columns = True
+            product.weight = replace(views[0], transposed=not views[0].transposed)
+            product.input = node._saved_mat2.mT
+            return product if len(views[0].shape) == 2 else None
         weight_place = 2 if added else 1
         if not views.keys() <= ({0, 2} if added else {1}):
             return None
@@ -35,12 +49,19 @@ class MatrixProduct(Operation):
         if bias is not None and len(bias.shape) != 1:
             return None
         if weight is not None:
-            if len(weight.shape) != 2 or not (weight.transposed or weight.all_rows):
+            if len(weight.shape) != 2:
                 return None
             product.input = node._saved_mat1 if added else node._saved_self
             if not added:
                 product.bias = _bias_added_to(node, weight, uses, graph)
         return product
+
+    def rows_of(self, gradient: Tensor) -> Tensor:
+        return gradient.mT if self.columns else gradient
+
+    def positions(self, num_examples: int) -> int:
+        shape: torch.Size = self.output._input_metadata[0].shape
+        return shape[self.columns] // num_examples
 
     def pullbacks(
         self, gradient: Tensor, rows: Rows, num_examples: int, memory: int
@@ -55,6 +76,8 @@ class MatrixProduct(Operation):
             if weight.transposed:
                 g = weight.widened(g, 3)
             a = rows.by_example(self.input.to(g.dtype), num_examples)
+            if not weight.transposed:
+                a = weight.widened(a, 2)
             factors = TensorFactors(a[:, None], g[:, :, None])
             # If the view is transposed, the parameter is [o, i], as in a linear layer.
             layout = WeightLayout(weight.shape, transposed=not weight.transposed)

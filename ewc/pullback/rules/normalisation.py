@@ -10,11 +10,24 @@ from ewc.pullback.pullback import Pullback, Stored
 from ewc.pullback.rows import Rows
 from ewc.pullback.rules.operation import Operation
 
+OVER_FEATURES = ("NativeLayerNormBackward0", "FusedRmsNormBackward0")
+"""Normalisations over the last dimensions."""
+
+BY_STATISTICS = (
+    "NativeBatchNormBackward0",
+    "NativeBatchNormLegitNoTrainingBackward0",
+    "BatchNormNoUpdateBackward0",
+    "CudnnBatchNormBackward0",
+    "MiopenBatchNormBackward0",
+)
+"""Normalisations by running statistics; accelerators have their own."""
+
 
 class Normalisation(Operation):
     r"""The scale and shift after a normalisation: :math:`\sum g \hat x` and :math:`\sum g`."""
 
-    kinds = ("NativeLayerNormBackward0", "NativeGroupNormBackward0", "NativeBatchNormBackward0")
+    kinds = (*OVER_FEATURES, "NativeGroupNormBackward0", *BY_STATISTICS)
+    label = "normalisation"
     features_last: bool
     normalised: Tensor
 
@@ -25,7 +38,7 @@ class Normalisation(Operation):
             return None
         norm = cls()
         norm.output, norm.weight, norm.bias = node, views.get(1), views.get(2)
-        norm.features_last = type(node).__name__ == "NativeLayerNormBackward0"
+        norm.features_last = type(node).__name__ in OVER_FEATURES
         if norm.features_last:
             sizes = node._saved_normalized_shape
             norm.row_dims = node._saved_input.dim() - len(sizes)
@@ -59,9 +72,13 @@ def _normalised(node: Any) -> Tensor:
     kind = type(node).__name__
     mean: Tensor
     scale: Tensor
-    if kind == "NativeBatchNormBackward0":
+    if kind in BY_STATISTICS:
         statistics = node._saved_running_mean, node._saved_running_var
-        return functional.batch_norm(x, *statistics, eps=node._saved_eps)
+        eps: float = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
+        return functional.batch_norm(x, *statistics, eps=eps)
+    if kind == "FusedRmsNormBackward0":
+        scale = node._saved_result1
+        return x * scale
     mean, scale = node._saved_result1, node._saved_result2
     if kind == "NativeGroupNormBackward0":
         grouped = x.reshape(x.shape[0], node._saved_group, -1)

@@ -11,8 +11,11 @@ example, which :class:`~ewc.pullback.rows.Rows` gives and :mod:`ewc.pullback.tap
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Container
+from math import prod
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -26,6 +29,7 @@ class Operation(ABC):
 
     Attributes:
         kinds: the types of nodes that the rule covers.
+        label: the rule's name for the user.
         output: the node.
         weight: one parameter among its inputs.
         bias: a second parameter among its inputs.
@@ -33,6 +37,7 @@ class Operation(ABC):
     """
 
     kinds: ClassVar[tuple[str, ...]]
+    label: ClassVar[str]
     output: Node
     weight: View | None = None
     bias: View | None = None
@@ -68,12 +73,17 @@ class Operation(ABC):
         """The views of the parameters that the operation uses."""
         return [view for view in (self.weight, self.bias) if view is not None]
 
-    def keep(self, names: set[str]) -> None:
-        """Drop the parameters that are not among ``names``."""
-        if self.weight is not None and self.weight.name not in names:
+    def drop(self, names: Container[str]) -> None:
+        """Drop the parameters that are among ``names``."""
+        if self.weight is not None and self.weight.name in names:
             self.weight = None
-        if self.bias is not None and self.bias.name not in names:
+        if self.bias is not None and self.bias.name in names:
             self.bias = None
+
+    def positions(self, num_examples: int) -> int:
+        """The number of positions per example at which the parameters are used."""
+        shape: torch.Size = self.output._input_metadata[0].shape
+        return prod(shape[: self.row_dims]) // num_examples
 
     def rows_of(self, gradient: Tensor) -> Tensor:
         """A gradient ``[k, *rows, ...]`` as ``[k, rows, ...]``."""
