@@ -1,6 +1,7 @@
 """A pass of the data through the network, in chunks that fit into memory."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeGuard, TypeVar
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from ewc.fisher.estimators import Estimator
 from ewc.fisher.evaluation import dense_parts
+from ewc.fisher.faults import Faults
 from ewc.fisher.structures.structure import (
     Accumulator,
 )
@@ -26,8 +28,9 @@ from ewc.pullback.tape import KnownGraphs, Tape
 
 Result = TypeVar("Result")
 
-NO_BATCH = 2**31 - 1
-"""A number above that of every batch."""
+NOT_FINITE = FloatingPointError(
+    "the scores of the model's outputs are not finite; check the parameters and the inputs."
+)
 
 FEW = 8
 """The number of examples that are tested for dependence on each other."""
@@ -62,8 +65,7 @@ class DataPass:
         self.seen = KnownGraphs()
         self.independent = False
         """Whether examples were tested to have the same outputs alone as in their batch."""
-        self.wrong_batch: Tensor | None = None
-        """The first batch whose scores are not finite, or ``NO_BATCH``; read at the end."""
+        self.faults = Faults()
         self.depends = False
         """Whether any outputs depend on any of the parameters."""
         self.fitting: dict[tuple[torch.Size, ...], tuple[int, int]] = {}
@@ -80,7 +82,7 @@ class DataPass:
                 with torch.no_grad():
                     total.add(chunk)
             num_examples += len(examples)
-        self.check_scores()
+        self.faults.check()
         return num_examples
 
     def chunks(self, batch: Examples, generator: torch.Generator, index: int) -> Iterator[Chunk]:
@@ -239,17 +241,38 @@ class DataPass:
             scores = scores[scores.flatten(1).any(1)]
         return outputs, scores
 
-    def _check(self, outputs: Any, examples: Examples, index: int) -> None:
-        """Check the outputs and the targets of a set of examples of a batch."""
+    def _check(self, outputs: Any, examples: Examples, index: int) -> Examples:
+        """Check the outputs and the targets of a set of examples of a batch.
+
+        Returns:
+            The examples.  On an accelerator impossible targets are replaced, because a wrong
+            index would end the process before the error is read.
+        """
         check_outputs(outputs, len(examples), index)
         if self.estimator.loss is not None:
-            return
+            return examples
         try:
             self.likelihood.check_outputs(outputs)
             if self.estimator.uses_targets or self.likelihood.needs_targets(outputs):
-                self.likelihood.check_targets(outputs, self._targets(examples))
+                return self._with_possible_targets(outputs, examples, index)
         except ValueError as error:
             raise ValueError(f"Batch {index}: {error}") from None
+        return examples
+
+    def _with_possible_targets(self, outputs: Tensor, examples: Examples, index: int) -> Examples:
+        """The examples with targets that can belong to the outputs; others are faults."""
+        targets, likelihood = self._targets(examples), self.likelihood
+        if not sizes_for(targets.device).waits:
+            likelihood.check_targets(outputs, targets)
+            return examples
+        likelihood.check_target_shape(outputs, targets)
+        wrong = likelihood.impossible(outputs.detach(), targets)
+        if wrong is None:
+            likelihood.check_targets(outputs, targets)
+            return examples
+        unfit = ValueError(f"a target does not fit {likelihood}, as its check_targets() says.")
+        self.faults.add(wrong.any(), index, unfit)
+        return replace(examples, targets=targets.masked_fill(wrong, 0))
 
     def _targets(self, examples: Examples) -> Tensor:
         """The targets of a set of examples that need them.
@@ -281,33 +304,14 @@ class DataPass:
         self, outputs: Any, examples: Examples, generator: torch.Generator, index: int
     ) -> Tensor:
         """The estimator's score vectors ``[k, n, ...]``, for checked outputs and targets."""
-        self._check(outputs, examples, index)
+        examples = self._check(outputs, examples, index)
         try:
             scores = self._vectors(outputs.detach(), examples, generator)
         except ValueError as error:
             raise ValueError(f"Batch {index}: {error}") from None
-        self._look_at(outputs.detach(), scores, index)
+        wrong = outputs.detach().isnan().any() | scores.isfinite().all().logical_not()
+        self.faults.add(wrong, index, NOT_FINITE)
         return scores
-
-    def _look_at(self, outputs: Tensor, scores: Tensor, index: int) -> None:
-        """Check that scores are finite: at once, or by :meth:`check_scores` on an accelerator."""
-        wrong = outputs.isnan().any() | scores.isfinite().all().logical_not()
-        first = torch.where(wrong, index, NO_BATCH)
-        self.wrong_batch = first if self.wrong_batch is None else first.minimum(self.wrong_batch)
-        if not sizes_for(outputs.device).waits:
-            self.check_scores()
-
-    def check_scores(self) -> None:
-        """Check that all scores so far were finite.
-
-        Raises:
-            FloatingPointError: some were not; the message names the first batch.
-        """
-        if self.wrong_batch is not None and (index := int(self.wrong_batch)) < NO_BATCH:
-            raise FloatingPointError(
-                f"Batch {index}: the scores of the model's outputs are not finite; check the "
-                "parameters and the inputs."
-            )
 
     def _fitting(self, one: Examples, index: int) -> tuple[int, int]:
         """The examples and the vectors that fit into memory, extrapolated from one example."""

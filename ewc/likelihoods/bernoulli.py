@@ -45,12 +45,11 @@ class Bernoulli(Likelihood):
         )
         return summed(yes + no, weights)
 
-    def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
-        """Check that targets are 0 or 1 and have the outputs' shape.
-
-        Raises:
-            ValueError: the targets have another shape, or one is neither 0 nor 1.
-        """
+    def check_target_shape(self, outputs: Tensor, targets: Tensor) -> None:
         check_shape(outputs, targets, "Bernoulli")
-        if (odd := targets[(targets != 0) & (targets != 1)]).numel():
-            raise ValueError(f"Targets of the Bernoulli likelihood must be 0 or 1, got {odd[0]}.")
+
+    def impossible(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (targets != 0) & (targets != 1)
+
+    def _refusal(self, outputs: Tensor, value: Tensor) -> str:
+        return f"Targets of the Bernoulli likelihood must be 0 or 1, got {value}."

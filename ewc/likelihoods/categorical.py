@@ -175,14 +175,13 @@ class Categorical(Likelihood):
                 f"{len(self.class_weights)}."
             )
 
-    def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
-        """Check that targets are class indices or soft labels.
-
-        Raises:
-            ValueError: the targets have another shape, or a label lies outside the outputs.
-        """
+    def check_target_shape(self, outputs: Tensor, targets: Tensor) -> None:
         if targets.is_floating_point() and targets.shape == outputs.shape and outputs.dim():
-            self._check_soft_labels(outputs, targets)
+            if self.class_weights is not None or self.next_token:
+                name = "next_token" if self.next_token else "class_weights"
+                raise ValueError(
+                    f"{name} needs class indices as targets, got soft labels {list(targets.shape)}."
+                )
             return
         expected = list(self._positions(outputs))
         if list(targets.shape) != expected or targets.is_floating_point():
@@ -191,29 +190,29 @@ class Categorical(Likelihood):
                 f"Targets of the categorical likelihood must be class indices, integers of shape "
                 f"{expected}, got {targets.dtype} of shape {list(targets.shape)}{fix}."
             )
-        classes, targets = outputs.shape[self.channel_dim(outputs)], targets.long()
-        outside = targets[((targets < 0) | (targets >= classes)) & (targets != self.ignore_index)]
-        if outside.numel():
-            fix = "; for one output with labels 0 and 1, take Bernoulli() and y[:, None]"
-            raise ValueError(
-                f"Label {int(outside[0])} is outside the model's {classes} "
-                f"output{'s' * (classes > 1)}: allowed are "
-                + (f"0 to {classes - 1}" if classes > 1 else f"labels of 0{fix}")
-                + f", and ignore_index={self.ignore_index} for what does not count."
-            )
 
-    def _check_soft_labels(self, outputs: Tensor, targets: Tensor) -> None:
-        if self.class_weights is not None or self.next_token:
-            name = "next_token" if self.next_token else "class_weights"
-            raise ValueError(
-                f"{name} needs class indices as targets, got soft labels {list(targets.shape)}."
-            )
-        sums = targets.sum(self.channel_dim(outputs))
-        if not bool((targets >= 0).all()) or not bool(((sums - 1).abs() <= SUM_MARGIN).all()):
-            raise ValueError(
+    def impossible(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        dim = self.channel_dim(outputs)
+        if targets.is_floating_point():
+            sums = targets.sum(dim, keepdim=True)
+            return ((targets >= 0) & ((sums - 1).abs() <= SUM_MARGIN)).logical_not()
+        targets = targets.long()  # bytes have no -100
+        outside = (targets < 0) | (targets >= outputs.shape[dim])
+        return outside & (targets != self.ignore_index)
+
+    def _refusal(self, outputs: Tensor, value: Tensor) -> str:
+        if value.is_floating_point():
+            return (
                 "Soft labels must be probabilities, 0 or above with a sum of 1 over the classes; "
                 "for independent labels of yes or no, take Bernoulli()."
             )
+        classes = outputs.shape[self.channel_dim(outputs)]
+        fix = "; for one output with labels 0 and 1, take Bernoulli() and y[:, None]"
+        allowed = f"0 to {classes - 1}" if classes > 1 else f"labels of 0{fix}"
+        return (
+            f"Label {int(value)} is outside the model's {classes} output{'s' * (classes > 1)}: "
+            f"allowed are {allowed}, and ignore_index={self.ignore_index} for what does not count."
+        )
 
     def _way_out(self, outputs: Tensor, targets: Tensor) -> str:
         """How targets of the wrong shape become class indices, as part of a message."""

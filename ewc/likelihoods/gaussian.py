@@ -12,6 +12,8 @@ from ewc.likelihoods.likelihood import Likelihood, summed
 
 LOG_TWO_PI = math.log(2 * math.pi)
 
+NOT_FINITE = "Targets of the Gaussian likelihood must be finite."
+
 
 @dataclass(frozen=True)
 class Gaussian(Likelihood):
@@ -76,14 +78,14 @@ class Gaussian(Likelihood):
                 f"{len(self.variance)} for outputs of shape {list(outputs.shape)}."
             )
 
-    def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
-        """Check that targets are finite and have the outputs' shape.
-
-        Raises:
-            ValueError: the targets have another shape, or one is not finite.
-        """
+    def check_target_shape(self, outputs: Tensor, targets: Tensor) -> None:
         check_shape(outputs, targets, "Gaussian")
-        _check_finite(targets)
+
+    def impossible(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return targets.isfinite().logical_not()
+
+    def _refusal(self, outputs: Tensor, value: Tensor) -> str:
+        return NOT_FINITE
 
     def _variance(self, outputs: Tensor) -> Tensor:
         """The variances in a shape that broadcasts to the outputs."""
@@ -166,14 +168,14 @@ class GaussianWithVariance(Likelihood):
                 f"of shape {list(outputs.shape)}."
             )
 
-    def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
-        """Check that targets are finite and have the shape of the means.
-
-        Raises:
-            ValueError: the targets have another shape, or one is not finite.
-        """
+    def check_target_shape(self, outputs: Tensor, targets: Tensor) -> None:
         check_shape(self._halves(outputs)[0], targets, "Gaussian", "the means' shape")
-        _check_finite(targets)
+
+    def impossible(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return targets.isfinite().logical_not()
+
+    def _refusal(self, outputs: Tensor, value: Tensor) -> str:
+        return NOT_FINITE
 
     def _halves(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """The means and the log variances."""
@@ -195,13 +197,3 @@ def _standard_normal(outputs: Tensor, num_samples: int, generator: torch.Generat
     draws = uniform(outputs, num_samples, generator).clamp_min(2.0**-54)
     noise: Tensor = torch.special.ndtri(draws).transpose(0, 1).to(outputs)
     return noise
-
-
-def _check_finite(targets: Tensor) -> None:
-    """Check that all targets are finite.
-
-    Raises:
-        ValueError: one is not.
-    """
-    if not bool(targets.isfinite().all()):
-        raise ValueError("Targets of the Gaussian likelihood must be finite.")

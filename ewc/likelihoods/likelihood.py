@@ -77,13 +77,36 @@ class Likelihood(ABC):
             weights: :math:`w` as :meth:`combined_weights` returns them; 1 if ``None``.
         """
 
-    @abstractmethod
     def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
         """Check that ``targets`` can belong to ``outputs``.
 
         Raises:
             ValueError: the targets have the wrong shape, or an impossible value.
         """
+        self.check_target_shape(outputs, targets)
+        wrong = self.impossible(outputs, targets)
+        if wrong is not None and (odd := targets[wrong]).numel():
+            raise ValueError(self._refusal(outputs, odd[0]))
+
+    def check_target_shape(self, outputs: Tensor, targets: Tensor) -> None:
+        """Check the shape and the type of ``targets``, without reading their values.
+
+        Raises:
+            ValueError: the targets have another shape or type.
+        """
+        return
+
+    def impossible(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        """The targets with an impossible value, as a mask of their shape.
+
+        ``None`` if only :meth:`check_targets` knows.  It is then called for every batch, which
+        waits for an accelerator.
+        """
+        return None
+
+    def _refusal(self, outputs: Tensor, value: Tensor) -> str:
+        """What to say of an impossible value."""
+        return f"A target of {self} has the impossible value {value.item()}."
 
     def check_outputs(self, outputs: Tensor) -> None:
         """Check that the likelihood has a meaning for outputs of this shape.

@@ -41,17 +41,14 @@ class Poisson(Likelihood):
         r""":math:`\sum_k e^{f_k} (f_k - f'_k) - e^{f_k} + e^{f'_k}` in nats, shape ``[n]``."""
         return summed(outputs.exp() * (outputs - other) - outputs.exp() + other.exp(), weights)
 
-    def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
-        """Check that targets are counts and have the outputs' shape.
-
-        Raises:
-            ValueError: the targets have another shape, or one is not a whole number from 0 on.
-        """
+    def check_target_shape(self, outputs: Tensor, targets: Tensor) -> None:
         check_shape(outputs, targets, "Poisson")
+
+    def impossible(self, outputs: Tensor, targets: Tensor) -> Tensor:
         fits = (targets >= 0) & targets.isfinite()
         if targets.is_floating_point():
             fits &= targets == targets.floor()
-        if (odd := targets[~fits]).numel():
-            raise ValueError(
-                f"Targets of the Poisson likelihood must be whole numbers from 0 on, got {odd[0]}."
-            )
+        return fits.logical_not()
+
+    def _refusal(self, outputs: Tensor, value: Tensor) -> str:
+        return f"Targets of the Poisson likelihood must be whole numbers from 0 on, got {value}."

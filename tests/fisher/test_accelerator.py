@@ -11,6 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ewc import (
+    Bernoulli,
+    Categorical,
     Dense,
     Diagonal,
     EigenvalueCorrected,
@@ -151,7 +153,7 @@ class Transformer(nn.Module):
     def forward(self, tokens):
         length = tokens.shape[1]
         mask = nn.Transformer.generate_square_subsequent_mask(length)
-        x = self.tokens(tokens) + self.places(torch.arange(length).expand_as(tokens))
+        x = self.tokens(tokens) + self.places(torch.arange(length))
         for block in self.blocks:
             x = block(x, src_mask=mask)
         return self.head(x[:, -1])
@@ -219,3 +221,31 @@ def test_operations_do_not_grow_with_examples_and_kernels(estimator, structure, 
     assert many <= 1.02 * few
     # The 1x1 shortcuts become no larger, and the algorithms follow the sizes of the maps.
     assert wide <= 1.05 * few
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "impossible", "message"),
+    [
+        (Categorical(), torch.tensor([0, 7, 1]), "Batch 1: a target does not fit Categorical"),
+        (Bernoulli(), torch.full((3, 3), 0.5), "Batch 1: a target does not fit Bernoulli"),
+    ],
+)
+def test_impossible_targets_are_found_at_the_end(likelihood, impossible, message, accelerator):
+    model, x = nn.Linear(4, 3), torch.randn(3, 4)
+    possible = torch.ones_like(impossible)
+    read = []
+
+    def batches():
+        for y in (possible, impossible, possible):
+            read.append(y)
+            yield x, y
+
+    with pytest.raises(ValueError, match=message):
+        fisher_information(model, batches(), likelihood, estimator=Empirical())
+    assert len(read) == 3
+
+
+def test_scores_that_are_not_finite_are_found_at_the_end(accelerator):
+    x, y = torch.randn(3, 4), torch.zeros(3, dtype=torch.long)
+    with pytest.raises(FloatingPointError, match=r"Batch 1: the scores .* are not finite"):
+        fisher_information(nn.Linear(4, 3), [(x, y), (x * torch.nan, y), (x / 0, y)])
