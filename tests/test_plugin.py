@@ -708,6 +708,7 @@ def test_a_sample_is_the_same_for_the_same_seed_and_has_an_example_once():
         ({"likelihood": Gaussian}, TypeError, "likelihood must be a Likelihood instance"),
         ({"estimator": "exact"}, TypeError, "estimator must be .* such as Exact.., got 'exact'"),
         ({"estimator": MonteCarlo}, TypeError, "estimator must be an Estimator instance"),
+        ({"estimator": Empirical(loss=len)}, ValueError, "EWCPlugin needs a likelihood"),
         ({"structure": "diagonal"}, TypeError, "structure must be a Structure instance"),
         ({"structure": Exact()}, TypeError, "structure must be a Structure instance"),
         ({"consolidation": "online"}, TypeError, "consolidation must be "),
