@@ -4,12 +4,16 @@ import pytest
 import reference
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.nn.utils import prune
 
 from ewc import Dense, fisher_information
 from ewc.fisher import recognised
+from ewc.fisher.evaluation import plain_operations
 from ewc.parameters import flatten
+from ewc.pullback.graph import Graph
+from ewc.pullback.tape import operations_of
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -142,17 +146,20 @@ class PositionsFirst(VisionTransformer):
 
 
 class RelativePositions(VisionTransformer):
-    """Swin: the bias of a pair of positions is looked up by their distance."""
+    """Swin: the bias of a pair is looked up by its distance; in Swin V2 by a curve."""
 
     def __init__(self):
         super().__init__()
         self.table = nn.Parameter(torch.randn(9, 2))
         places = torch.arange(5)
         self.register_buffer("index", places[:, None] - places + 4)
+        self.register_buffer("distances", torch.linspace(-1, 1, 9)[:, None])
+        self.curve = nn.Sequential(nn.Linear(1, 3), nn.ReLU(), nn.Linear(3, 2, bias=False))
 
     def forward(self, x):
         x = self.embedded(x)
-        bias = self.table[self.index.view(-1)].view(5, 5, -1).permute(2, 0, 1).unsqueeze(0)
+        table = self.table + 2 * self.curve(self.distances).sigmoid()
+        bias = table[self.index.view(-1)].view(5, 5, -1).permute(2, 0, 1).unsqueeze(0)
         q, k, v = (z.unflatten(2, (2, 2)).transpose(1, 2) for z in self.qkv(x).chunk(3, 2))
         scores = (q @ k.transpose(-2, -1) + bias).softmax(-1)
         return self.head((scores @ v).transpose(1, 2).flatten(2).mean(1))
@@ -494,3 +501,18 @@ def test_no_ordinary_layer_goes_the_slow_way(name, around):
     assert [use for use in recognised(model, batch) if use.reason] == []
     found = flatten(fisher_information(model, [batch]).diagonal())
     assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "gru"])  # asks the driver
+def test_no_ordinary_layer_goes_the_slow_way_by_the_operations_of_a_gpu(name):
+    """Tensors without entries show the graph that a GPU would have: other kernels."""
+    with FakeTensorMode(), torch.device("cuda"):
+        model = NETWORKS[name]().eval()
+        x = torch.randn(7, 12)
+        with plain_operations(model):
+            graph = Graph(model(x))
+        uses, _ = graph.uses(dict(model.named_parameters()), 7, set())
+        operations, reasons = operations_of(graph, uses)
+    assert operations
+    assert reasons == {}
