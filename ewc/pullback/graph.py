@@ -269,8 +269,8 @@ class Graph:
             return alone or self._repeated(node, num_examples)
         if _tiles(node):
             return True
-        if None in inputs and kind in PRODUCTS:
-            return _by_constant(node, inputs.index(None), num_examples, constants)
+        if inputs.count(None) == 1 and kind in PRODUCTS:
+            return _by_constant(node, inputs.index(None), constants)
         if None in inputs or kind in REPEATING:
             size = max(view.size for view in views.values())
             entrywise = kind in ENTRYWISE or kind in REPEATING
@@ -337,15 +337,14 @@ def whole_view(name: str, shape: torch.Size) -> View:
     return View(name, shape, transposed=False, first=0, count=shape[0] if shape else 1)
 
 
-def _by_constant(node: Node, place: int, num_examples: int, constants: Container[int]) -> bool:
-    """Whether a product's factor at this place has no rows of examples."""
+def _by_constant(node: Node, place: int, constants: Container[int]) -> bool:
+    """Whether a product's factor at this place is the same in every batch."""
     names = PRODUCTS[type(node).__name__]
     place -= len(node.next_functions) - len(names)  # a bias comes first
     if place < 0:
         return False
     factor: Tensor = getattr(node, f"_saved_{names[place]}")
-    rows = factor.shape[(-2, -1)[place]]
-    return rows % num_examples != 0 or place_in_memory(factor) in constants
+    return place_in_memory(factor) in constants
 
 
 def _tiles(node: Any) -> bool:
