@@ -269,7 +269,7 @@ class Graph:
             return alone or self._repeated(node, num_examples)
         if _tiles(node):
             return True
-        if None in inputs and kind in PRODUCTS:
+        if inputs.count(None) == 1 and kind in PRODUCTS:
             return _by_constant(node, inputs.index(None), constants)
         if None in inputs or kind in REPEATING:
             size = max(view.size for view in views.values())
@@ -339,10 +339,11 @@ def whole_view(name: str, shape: torch.Size) -> View:
 
 def _by_constant(node: Node, place: int, constants: Container[int]) -> bool:
     """Whether a product's factor at this place is the same in every batch."""
-    kind = type(node).__name__
-    if len(node.next_functions) > 2:
+    names = PRODUCTS[type(node).__name__]
+    place -= len(node.next_functions) - len(names)  # a bias comes first
+    if place < 0:
         return False
-    factor: Tensor = getattr(node, f"_saved_{PRODUCTS[kind][place]}")
+    factor: Tensor = getattr(node, f"_saved_{names[place]}")
     return place_in_memory(factor) in constants
 
 

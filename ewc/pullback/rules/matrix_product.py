@@ -14,6 +14,14 @@ from ewc.pullback.pullback import Pullback, Stored
 from ewc.pullback.rows import Rows
 from ewc.pullback.rules.operation import Operation
 
+BIASES = {
+    "AddBackward0": {0: 1, 1: 0},
+    # A recurrent layer's step on an accelerator adds each bias to its product itself.
+    "ThnnFusedLstmCellBackward0": {0: 3, 1: 4},
+    "ThnnFusedGruCellBackward0": {0: 3, 1: 4},
+}
+"""Nodes that add a bias to a product: the place of the bias, by that of the product."""
+
 
 class MatrixProduct(Operation):
     """``a @ W.T + b``, ``a @ W`` and ``W @ a``: linear layers, attention, recurrence.
@@ -101,12 +109,15 @@ def _side_by_side(weight: View, bias: View) -> bool:
 def _bias_added_to(node: Node, weight: View, uses: Uses, graph: Graph) -> View | None:
     """The bias that is added to a product and to nothing else; its use is removed."""
     following, place = graph.only_consumer(node) or (None, 0)
-    if following is None or type(following).__name__ != "AddBackward0":
+    places = BIASES.get(type(following).__name__, {})
+    if following is None or place not in places:
         return None
-    bias = uses.get(following, {}).get(1 - place)
+    bias = uses.get(following, {}).get(places[place])
     outputs = weight.count if weight.transposed else weight.shape[1]
     fits = bias is not None and len(bias.shape) == 1 and bias.count == outputs
-    if not fits or following._saved_alpha != 1:  # type: ignore[attr-defined]
+    if not fits or getattr(following, "_saved_alpha", 1) != 1:
         return None
-    del uses[following]
+    del uses[following][places[place]]
+    if not uses[following]:
+        del uses[following]
     return bias
