@@ -1,13 +1,61 @@
 """Vectors of parameters, from those of tensors that the network makes of them."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ewc.parameters import Parameters, Shapes
 from ewc.pullback.graph import Derived
-from ewc.pullback.pullback import Pullback
+from ewc.pullback.lookups import Lookups, padding_of
+from ewc.pullback.pullback import Pullback, Stored
+
+KEEPING = {
+    f"{kind}Backward0" for kind in ("View", "UnsafeView", "Unsqueeze", "Squeeze", "Clone", "ToCopy")
+}
+"""Nodes that keep all entries in their order."""
+
+
+def behind(inner: Pullback, tensors: Mapping[str, Derived], parameters: Parameters) -> Pullback:
+    """The vectors of the parameters behind derived tensors, in the form that suits them.
+
+    Args:
+        inner: the vectors of parameters and of derived tensors.
+        tensors: the derived tensors, by name.
+        parameters: the parameters to pull back to.
+    """
+    return _lookups(inner, tensors, parameters) or Behind(inner, tensors, parameters)
+
+
+def _lookups(
+    inner: Pullback, tensors: Mapping[str, Derived], parameters: Parameters
+) -> Lookups | None:
+    """The vectors of an embedding whose indices are the same for all examples, as of places."""
+    if not isinstance(inner, Stored) or len(inner.vectors) != 1:
+        return None
+    ((name, vectors),) = inner.vectors.items()
+    if len(tensors[name].parameters) != 1:
+        return None
+    node: Any = tensors[name].edge.node
+    while type(node).__name__ in KEEPING:
+        node = node.next_functions[0][0]
+    (parameter,) = tensors[name].parameters
+    weight = parameters[parameter]
+    if type(node).__name__ != "EmbeddingBackward0":
+        return None
+    if getattr(node.next_functions[0][0], "variable", None) is not weight:
+        return None
+    k, n = vectors.shape[:2]
+    indices = node._saved_indices.flatten().long()
+    return Lookups(
+        parameter,
+        weight.shape,
+        indices.expand(n, -1),
+        vectors.reshape(k, n, len(indices), weight.shape[1]),
+        memory=inner.memory,
+        padding=padding_of(node, weight.shape[0]),
+    )
 
 
 class Behind(Pullback):

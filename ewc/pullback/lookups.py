@@ -1,5 +1,7 @@
 """The weights of embeddings: vectors with few nonzero rows."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,13 @@ from ewc.linalg.squares import sum_of_squares
 from ewc.linalg.tiles import sizes_for, slices
 from ewc.parameters import Parameters
 from ewc.pullback.pullback import Pullback
+
+
+def padding_of(node: Any, rows: int) -> int | None:
+    """The padding row of an embedding's node in the graph."""
+    # "None" is -1, saved as 2^64 - 1.
+    padding: int = node._saved_padding_idx
+    return padding if padding < rows else None
 
 
 class Lookups(Pullback):

@@ -27,7 +27,7 @@ from ewc.parameters import Parameters, Shapes, accumulation_dtype
 from ewc.pullback.agreement import agree
 from ewc.pullback.backward import all_together, one_by_one
 from ewc.pullback.call import Call
-from ewc.pullback.derived import Behind
+from ewc.pullback.derived import behind
 from ewc.pullback.graph import Graph, GraphStructure, Uses, alike, place_in_memory
 from ewc.pullback.outer import OuterProducts
 from ewc.pullback.per_example import PerExample
@@ -208,7 +208,7 @@ class Tape:
             if uncovered:
                 pullbacks.append(self._one_at_a_time(uncovered, block, memory))
             whole = [
-                Behind(pullback, self.derived, self.parameters)
+                behind(pullback, self.derived, self.parameters)
                 if self.derived.keys() & pullback.shapes.keys()
                 else pullback
                 for pullback in merged(pullbacks)

@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 from conftest import EXACT
-from networks import LAYERS
+from networks import LAYERS, slow_way
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,6 +25,8 @@ from ewc import (
 from ewc.linalg import tiles
 from ewc.linalg.gram import StoredColumns, StoredRows
 from ewc.linalg.squares import add_outer_squares
+
+pytestmark = slow_way
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import reference
 import torch
+from networks import slow_way
 from torch import nn
 
 from ewc import (
@@ -20,6 +21,8 @@ from ewc import (
 )
 from ewc.parameters import flatten
 from ewc.statistics import influence, loss_gradient
+
+pytestmark = slow_way
 
 X = torch.linspace(-1, 1, 42, dtype=torch.float64).reshape(7, 6).sin()
 LABELS = torch.arange(7) % 3

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from networks import slow_way
 from torch import nn
 from torch.nn import functional
 
@@ -22,6 +23,8 @@ from ewc import (
 from ewc.natural_gradient import NaturalGradient
 from ewc.parameters import flatten
 from ewc.statistics.curvature import network_formulations
+
+pytestmark = slow_way
 
 N = 7
 

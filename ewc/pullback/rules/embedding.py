@@ -5,7 +5,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from ewc.pullback.graph import Graph, Uses
-from ewc.pullback.lookups import Lookups
+from ewc.pullback.lookups import Lookups, padding_of
 from ewc.pullback.pullback import Pullback
 from ewc.pullback.rows import Rows
 from ewc.pullback.rules.operation import Operation
@@ -17,7 +17,7 @@ class Embedding(Operation):
     kinds = ("EmbeddingBackward0",)
     label = "embedding"
     indices: Tensor
-    padding: int
+    padding: int | None
 
     @classmethod
     def of(cls, node: Any, uses: Uses, graph: Graph) -> Self | None:
@@ -27,8 +27,7 @@ class Embedding(Operation):
         lookup = cls()
         lookup.output, lookup.weight = node, weight
         lookup.indices = node._saved_indices
-        # "None" is -1, saved as 2^64 - 1.
-        lookup.padding = node._saved_padding_idx
+        lookup.padding = padding_of(node, weight.shape[0])
         lookup.row_dims = lookup.indices.dim()
         return lookup if lookup.row_dims else None
 
@@ -43,6 +42,6 @@ class Embedding(Operation):
             rows.by_example(indices, num_examples),
             rows.by_example(gradient, num_examples, 1),
             memory=memory,
-            padding=self.padding if self.padding < self.weight.shape[0] else None,
+            padding=self.padding,
         )
         return [lookups]
