@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ewc.linalg.devices import on_accelerator
+from ewc.linalg.devices import sizes_for
 
 LOOK_EVERY = 100
 """Steps on an accelerator from one look at the losses to the next."""
@@ -33,7 +33,7 @@ class FiniteLoss:
         """
         loss = strategy.loss.detach().reshape(())  # Avalanche has a list of one number
         self._unread.append((strategy.clock.train_exp_iterations + 1, loss))
-        if not on_accelerator(loss.device) or len(self._unread) >= LOOK_EVERY:
+        if not sizes_for(loss.device).waits or len(self._unread) >= LOOK_EVERY:
             self.look(strategy)
 
     def look(self, strategy: Any) -> None:

@@ -35,7 +35,7 @@ from bench_networks import CLASSES, Batches, Gpt2, ResNet18, VisionTransformer  
 from bench_peers import BackPACK, Curvlinops, Peer, PerSample  # noqa: E402
 
 import ewc  # noqa: E402
-from ewc.linalg import tiles  # noqa: E402
+from ewc.linalg import devices  # noqa: E402
 
 ESTIMATORS = {"exact": ewc.Exact(), "Monte Carlo": ewc.MonteCarlo(), "empirical": ewc.Empirical()}
 STRUCTURES = {"diagonal": ewc.Diagonal(), "Kronecker": ewc.Kronecker()}
@@ -200,7 +200,7 @@ def main() -> None:
     options = parser.parse_args()
     names = options.networks.split(",")
     if options.operations:
-        tiles.BY_DEVICE["cpu"] = tiles.ACCELERATOR
+        devices.BY_DEVICE["cpu"] = devices.ACCELERATOR
         print("| network | matrix | forward + backward | a batch | ratio | values read back |")
         print("|---|---|---|---|---|---|")
         for name in names:

@@ -4,7 +4,14 @@ from collections import Counter
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-HOST_READS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.equal")
+HOST_READS = tuple(
+    f"aten.{name}"
+    for name in (
+        *("_local_scalar_dense", "is_nonzero", "equal"),
+        # Their results have sizes that depend on values.
+        *("nonzero", "_unique2", "unique_dim", "bincount", "masked_select"),
+    )
+)
 
 
 class Operations(TorchDispatchMode):

@@ -282,7 +282,7 @@ def test_on_an_accelerator_a_late_stop_names_the_first_step_all_the_same(monkeyp
     expected, stopped, model = step_of_divergence()
     assert stopped == expected
     assert weights(model).isfinite().all()
-    monkeypatch.setattr(devices, "HOST", "no such device")
+    monkeypatch.setitem(devices.BY_DEVICE, "cpu", devices.ACCELERATOR)
     monkeypatch.setattr(finite_loss, "LOOK_EVERY", every)
     step, stopped, model = step_of_divergence()
     assert step == expected
@@ -294,7 +294,7 @@ def test_on_an_accelerator_a_late_stop_names_the_first_step_all_the_same(monkeyp
 
 
 def test_a_task_that_was_broken_off_leaves_no_losses(monkeypatch):
-    monkeypatch.setattr(devices, "HOST", "no such device")
+    monkeypatch.setitem(devices.BY_DEVICE, "cpu", devices.ACCELERATOR)
 
     class BreaksOff(SupervisedPlugin):
         def before_backward(self, strategy, **_):
@@ -314,7 +314,7 @@ def test_a_task_that_was_broken_off_leaves_no_losses(monkeypatch):
 
 @pytest.mark.parametrize("structure", [Diagonal(), Kronecker()])
 def test_on_an_accelerator_a_step_reads_nothing(monkeypatch, structure):
-    monkeypatch.setattr(devices, "HOST", "no such device")
+    monkeypatch.setitem(devices.BY_DEVICE, "cpu", devices.ACCELERATOR)
     operations = Operations()
 
     class Counted(EWCPlugin):

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ewc.consolidation.quadratic import Quadratic
-from ewc.linalg.devices import on_accelerator
+from ewc.linalg.devices import sizes_for
 from ewc.matrices.matrix import FisherMatrix, InputFactor
 from ewc.parameters import Parameters, dot
 
@@ -48,7 +48,7 @@ def pays(device: torch.device) -> bool:
     It has fewer operations but more launches.  On an H200 a twentieth of the eigenvectors of
     784-1000-1000-10 took 2.6 naive steps and the whole product 2.0.
     """
-    return not on_accelerator(device)
+    return not sizes_for(device).whole
 
 
 class Paced:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ewc.checks import check_not_negative
-from ewc.linalg.devices import on_accelerator
+from ewc.linalg.devices import sizes_for
 from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import (
     Parameters,
@@ -153,7 +153,7 @@ class QuadraticForm(torch.autograd.Function):
             gradient, ctx.gradient = ctx.gradient, None
             # The factor is 1 where a loss just adds the penalty.  On a host reading it is cheaper
             # than a sweep over the parameters; on an accelerator it is the other way round.
-            if on_accelerator(factor.device) or factor.item() != 1.0:
+            if sizes_for(factor.device).waits or factor.item() != 1.0:
                 torch._foreach_mul_(gradient, factor)
         cast = (g.to(p.dtype) for g, p in zip(gradient, ctx.saved_tensors, strict=True))
         return (None, None, *cast)

@@ -15,7 +15,7 @@ from ewc.fisher.structures.structure import (
     Accumulator,
 )
 from ewc.likelihoods import Likelihood
-from ewc.linalg.tiles import sizes_for
+from ewc.linalg.devices import sizes_for
 from ewc.parameters import Parameters
 from ewc.pullback.agreement import same
 from ewc.pullback.batches import LABELS, Caller, Examples

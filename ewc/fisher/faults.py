@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ewc.linalg.tiles import sizes_for
+from ewc.linalg.devices import sizes_for
 
 NO_BATCH = 2**31 - 1
 """A number above that of every batch."""

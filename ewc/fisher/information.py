@@ -20,7 +20,7 @@ from ewc.fisher.structures.structure import (
     check_structure,
 )
 from ewc.likelihoods import Categorical, Likelihood, check_likelihood
-from ewc.linalg.tiles import default_memory
+from ewc.linalg.devices import default_memory
 from ewc.matrices.diagonal import DiagonalFisher
 from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import Selection, selected_parameters

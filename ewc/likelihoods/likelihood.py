@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ewc.checks import check_instance
-from ewc.linalg.tiles import sizes_for
+from ewc.linalg.devices import sizes_for
 
 
 class Likelihood(ABC):

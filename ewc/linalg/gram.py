@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ewc.linalg.tiles import sizes_for
+from ewc.linalg.devices import sizes_for
 
 
 class RowBatch(ABC):

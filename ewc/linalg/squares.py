@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ewc.linalg.tiles import DEFAULT_MEMORY, part, sizes_for
+from ewc.linalg.devices import sizes_for
+from ewc.linalg.tiles import DEFAULT_MEMORY, part
 
 SQUARE_COST = 40
 """The cost of squaring and adding one entry, in multiplications of a matrix product."""

@@ -7,11 +7,8 @@ On an accelerator the number of launches decides, so every operation there takes
 import torch
 from torch import Tensor
 
-from ewc.linalg.devices import on_accelerator
+from ewc.linalg.devices import sizes_for
 from ewc.parameters import Parameters, difference
-
-TILE = 2**17
-"""Entries per thread of a tile: its differences and products stay in a core's cache."""
 
 
 def weighted_square(
@@ -27,8 +24,11 @@ def weighted_square(
         weights: :math:`w`, 0 or above, all of one type; their names are used.
     """
     device = next(iter(weights.values())).device
-    sweep = _in_lists if on_accelerator(device) else _in_tiles
-    return sweep({n: here[n] for n in weights}, {n: anchor[n] for n in weights}, weights)
+    here, anchor = ({n: tensors[n] for n in weights} for tensors in (here, anchor))
+    swept = sizes_for(device).swept
+    if swept is None:
+        return _in_lists(here, anchor, weights)
+    return _in_tiles(here, anchor, weights, swept * torch.get_num_threads())
 
 
 def _in_lists(
@@ -44,10 +44,9 @@ def _in_lists(
 
 
 def _in_tiles(
-    here: Parameters, anchor: Parameters, weights: Parameters
+    here: Parameters, anchor: Parameters, weights: Parameters, tile: int
 ) -> tuple[Tensor, Parameters]:
     like = next(iter(weights.values()))
-    tile = TILE * torch.get_num_threads()
     longest = max(tensor.numel() for tensor in weights.values())
     step = like.new_empty(min(tile, longest))
     products = {name: like.new_empty(tensor.shape) for name, tensor in weights.items()}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ewc.linalg.tiles import sizes_for
+from ewc.linalg.devices import sizes_for
 from ewc.pullback.arguments import Arguments
 from ewc.pullback.call import Call, listed_shapes
 from ewc.wrappers import bare

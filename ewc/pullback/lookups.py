@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ewc.linalg.devices import sizes_for
 from ewc.linalg.squares import sum_of_squares
-from ewc.linalg.tiles import sizes_for, slices
+from ewc.linalg.tiles import slices
 from ewc.parameters import Parameters
 from ewc.pullback.pullback import Pullback
 

@@ -1,12 +1,14 @@
 """A training step of the penalty: exact after every change of the model, and few operations."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from counting import Operations
 from torch import nn
 
 from ewc import DiagonalFisher, EWCPenalty, Kronecker, Separate, fisher_information
-from ewc.linalg import devices, weighted_square
+from ewc.linalg import devices
 from ewc.wrappers import named_parameters
 
 
@@ -14,13 +16,13 @@ from ewc.wrappers import named_parameters
 def machine(request, monkeypatch):
     """The way of each machine, on the host."""
     if request.param == "accelerator":
-        monkeypatch.setattr(devices, "HOST", "no such device")
+        monkeypatch.setitem(devices.BY_DEVICE, "cpu", devices.ACCELERATOR)
     return request.param
 
 
 @pytest.fixture
 def _accelerator(monkeypatch):
-    monkeypatch.setattr(devices, "HOST", "no such device")
+    monkeypatch.setitem(devices.BY_DEVICE, "cpu", devices.ACCELERATOR)
 
 
 class Tied(nn.Module):
@@ -182,7 +184,8 @@ def test_in_double_precision_the_step_is_exact_to_rounding():
 
 def test_tiles_change_nothing(monkeypatch):
     model = network().double()
-    monkeypatch.setattr(weighted_square, "TILE", 5)
+    narrow = replace(devices.PROCESSOR, swept=5)
+    monkeypatch.setitem(devices.BY_DEVICE, "cpu", narrow)
     penalty, history = remembered(model, tasks=1)
     assert_exact(penalty, model, history, 1e-13)
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ewc.linalg.devices import sizes_for
 from ewc.linalg.gram import RowBatch, StoredColumns, StoredRows
 from ewc.linalg.patches import Grid, add_patch_gram, add_patch_squares
 from ewc.linalg.squares import by_pairs
-from ewc.linalg.tiles import part, sizes_for
+from ewc.linalg.tiles import part
 from ewc.linalg.weight_layout import WeightLayout
 from ewc.pullback.graph import Graph, Uses
 from ewc.pullback.outer import Factors, OuterProducts
