@@ -317,15 +317,21 @@ class Tape:
     @cached_property
     def _few(self) -> "Tape":
         """The tape of the first examples, if its graph is the same; else this one."""
-        if self.num_examples <= FEW:
-            return self
-        arguments = self.arguments[:FEW]
+        return self._resized(FEW) if self.num_examples > FEW else self
+
+    def _resized(self, count: int) -> "Tape":
+        """The tape of so many examples, if its graph is the same; else this one.
+
+        If the batch has fewer, they are repeated.
+        """
+        places = torch.arange(count) % self.num_examples
+        arguments = self.arguments[places]
         with torch.enable_grad():
             outputs = arguments(self.model)
-        if outputs.shape != self.outputs[:FEW].shape:
+        if outputs.shape != (count, *self.outputs.shape[1:]):
             return self
         tape = Tape(self.model, self.parameters, arguments, outputs, self.known)
-        same = alike(tape.structure, self.structure, FEW, self.num_examples)
+        same = alike(tape.structure, self.structure, count, self.num_examples)
         return tape if same else self
 
     def _rows(self, scores: Tensor) -> list[Rows | None]:
@@ -339,12 +345,15 @@ class Tape:
         rows = self.known.rows.get(self._kind)
         if rows is None:
             rows, certain = self._few.probed(scores)
+            if not certain:
+                # As many positions as examples, plus one, look the same in two orders.
+                rows, certain = self._resized(FEW + 1).probed(scores)
             if certain:
                 self.known.rows[self._kind] = rows
-            elif self._few is not self:
+            else:
                 rows, certain = self.probed(scores)
-            if not certain:
-                return rows
+                if not certain:
+                    return rows
         self.known.rows[self.signature] = rows
         return rows
 
@@ -358,7 +367,8 @@ class Tape:
         n = self.num_examples
         generator = torch.Generator().manual_seed(0)
         weights = torch.randn(scores.shape[0], n, generator=generator).to(scores)
-        score = torch.einsum("kn,kn...->n...", weights, scores[:, :n]).reshape(n, -1)
+        places = torch.arange(n) % scores.shape[1]  # more examples than there are are repeated
+        score = torch.einsum("kn,kn...->n...", weights, scores[:, places]).reshape(n, -1)
         # Every example has a score of norm 1, so none is lost in the rounding of another.
         score = torch.nn.functional.normalize(score, eps=torch.finfo(score.dtype).tiny)
         plain = self._rows_of(score)

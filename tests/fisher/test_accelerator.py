@@ -135,11 +135,36 @@ class Transformer(nn.Module):
         return self.head(x[:, -1])
 
 
+class VisionTransformer(nn.Module):
+    """A transformer over patches and a first token of its own, from which the classes come."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 8, 8)
+        self.first = nn.Parameter(torch.randn(1, 1, 16))
+        self.places = nn.Parameter(torch.randn(1, 17, 16))
+        self.blocks = nn.Sequential(
+            *(
+                nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
+                for _ in range(layers)
+            )
+        )
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        patches = self.patches(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.first.expand(len(x), -1, -1), patches], 1) + self.places
+        return self.head(self.blocks(tokens)[:, 0])
+
+
 def networks(name, count):
     """A network and a batch for it."""
     torch.manual_seed(0)
     if name == "transformer":
         return Transformer(4).eval(), torch.randint(50, (count, 12)), torch.randint(5, (count,))
+    if name == "vit":
+        x = torch.randn(count, 3, 32, 32)
+        return VisionTransformer(4).eval(), x, torch.randint(5, (count,))
     kernel = {"resnet": 3, "resnet_5x5": 5}[name]
     return residual_network(kernel), torch.randn(count, 3, 32, 32), torch.randint(10, (count,))
 
@@ -168,7 +193,7 @@ def operations_a_batch(name, count, estimator, structure):
 
 @pytest.mark.parametrize("structure", [Diagonal(), Kronecker()])
 @pytest.mark.parametrize("estimator", [MonteCarlo(1), Empirical()])
-@pytest.mark.parametrize("name", ["resnet", "transformer"])
+@pytest.mark.parametrize("name", ["resnet", "transformer", "vit"])
 def test_a_batch_takes_at_most_four_times_the_operations_of_training(
     name, estimator, structure, accelerator
 ):
@@ -178,11 +203,11 @@ def test_a_batch_takes_at_most_four_times_the_operations_of_training(
 
 
 @pytest.mark.parametrize("structure", [Diagonal(), Kronecker()])
-@pytest.mark.parametrize("name", ["resnet", "transformer"])
+@pytest.mark.parametrize("name", ["resnet", "transformer", "vit"])
 def test_an_exact_batch_takes_at_most_four_times_a_pass_a_vector(name, structure, accelerator):
     counts = operations_a_batch(name, 4, Exact(), structure)
     assert not {name: n for name, n in counts.items() if n and name.startswith(HOST_READS)}
-    vectors = {"resnet": 9, "transformer": 4}[name]
+    vectors = {"resnet": 9, "transformer": 4, "vit": 4}[name]
     assert counts.total() <= 4 * vectors * training_operations(name, 4)
 
 
