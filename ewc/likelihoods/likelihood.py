@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from ewc.checks import check_instance
-from ewc.linalg.devices import sizes_for
 
 
 class Likelihood(ABC):
@@ -155,9 +154,7 @@ class Likelihood(ABC):
             if weights is not None:
                 spread = self._along_outputs(weights, outputs)
                 combined = spread if combined is None else combined * spread
-        if combined is None or sizes_for(combined.device).waits:
-            return combined
-        return None if bool((combined == 1).all()) else combined
+        return combined
 
     def _along_outputs(self, weights: Tensor, outputs: Tensor) -> Tensor:
         """Weights ``[n]`` or ``[n, *positions]`` in a shape that multiplies ``outputs``."""

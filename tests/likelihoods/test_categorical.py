@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ewc import Categorical, Empirical, Exact, MonteCarlo
 from ewc.likelihoods import categorical
+from ewc.linalg import devices
 
 N, C = 3, 4
 
@@ -156,7 +157,8 @@ def test_draws_of_many_classes_make_no_copy_in_double_precision():
 
 
 @pytest.mark.parametrize("classes", [C, 600])
-def test_scores_of_positions_are_made_without_waiting(classes):
+def test_scores_of_positions_are_made_without_waiting(classes, monkeypatch):
+    monkeypatch.setitem(devices.BY_DEVICE, "cpu", devices.ACCELERATOR)
     f = torch.randn(N, 5, classes)
     y = torch.randint(classes, (N, 5))
     y[0, 2] = -100
