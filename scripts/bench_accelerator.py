@@ -178,7 +178,7 @@ def further(model: nn.Module, batches: Batches, **request: Any) -> Counter[str]:
 
 def print_operations(name: str) -> None:
     """The rows of one network."""
-    model, batches = workload(name, "cpu", 12, 4)
+    model, batches = workload(name, "cpu", 6, 2)
     with Operations() as operations:
         training(model, batches[:1])
     plain = operations.counts.total()

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ewc.checks import check_not_negative, check_whole
 from ewc.likelihoods.likelihood import Likelihood, summed
-from ewc.linalg.devices import sizes_for
 
 SUM_MARGIN = 1e-2
 """The largest deviation from 1 of the sum of soft labels, which may be in half precision."""
@@ -77,12 +76,7 @@ class Categorical(Likelihood):
         if targets.is_floating_point() or targets.shape != self._positions(outputs):
             return None
         labels = self._observed(targets)
-        ignored = labels == self.ignore_index
-        # An accelerator would wait for the answer.
-        waits = sizes_for(ignored.device).waits
-        if self.class_weights is None and not waits and not bool(ignored.any()):
-            return None
-        counted = ignored.logical_not()
+        counted = labels != self.ignore_index
         if self.class_weights is None:
             return counted.to(outputs.dtype)
         by_class = torch.tensor(self.class_weights, dtype=outputs.dtype, device=outputs.device)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ewc.checks import check_instance
+from ewc.linalg.devices import sizes_for
 
 
 class Likelihood(ABC):
@@ -150,7 +151,11 @@ class Likelihood(ABC):
             ValueError: the given weights have another shape.
         """
         combined: Tensor | None = None
-        for weights in (None if targets is None else self.weights(outputs, targets), given):
+        of_targets = None if targets is None else self.weights(outputs, targets)
+        # Mostly all labels count.  An accelerator would wait for the answer.
+        if of_targets is not None and not sizes_for(of_targets.device).waits:
+            of_targets = None if bool((of_targets == 1).all()) else of_targets
+        for weights in (of_targets, given):
             if weights is not None:
                 spread = self._along_outputs(weights, outputs)
                 combined = spread if combined is None else combined * spread
