@@ -202,6 +202,7 @@ def test_a_batch_takes_at_most_four_times_the_operations_of_training(
     assert counts.total() <= 4 * training_operations(name, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", [Diagonal(), Kronecker()])
 @pytest.mark.parametrize("name", ["resnet", "transformer", "vit"])
 def test_an_exact_batch_takes_at_most_four_times_a_pass_a_vector(name, structure, accelerator):
@@ -212,7 +213,9 @@ def test_an_exact_batch_takes_at_most_four_times_a_pass_a_vector(name, structure
 
 
 @pytest.mark.parametrize("structure", [Diagonal(), Kronecker()])
-@pytest.mark.parametrize("estimator", [MonteCarlo(1), Exact()])
+@pytest.mark.parametrize(
+    "estimator", [MonteCarlo(1), pytest.param(Exact(), marks=pytest.mark.slow)]
+)
 def test_operations_do_not_grow_with_examples_and_kernels(estimator, structure, accelerator):
     few, many, wide = (
         operations_a_batch(name, count, estimator, structure).total()
