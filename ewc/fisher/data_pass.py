@@ -32,6 +32,11 @@ NOT_FINITE = FloatingPointError(
     "the scores of the model's outputs are not finite; check the parameters and the inputs."
 )
 
+NOT_FINITE_LOSS = FloatingPointError(
+    "the loss of an example is not finite; check the parameters, the inputs and the loss (of CTC, "
+    "the lengths)."
+)
+
 FEW = 8
 """The number of examples that are tested for dependence on each other."""
 
@@ -309,6 +314,10 @@ class DataPass:
             scores = self._vectors(outputs.detach(), examples, generator)
         except ValueError as error:
             raise ValueError(f"Batch {index}: {error}") from None
+        if self.estimator.loss is not None:
+            wrong = outputs.detach().isfinite().all().logical_not()
+            self.faults.add(wrong, index, NOT_FINITE_LOSS)
+            return scores
         wrong = outputs.detach().isnan().any() | scores.isfinite().all().logical_not()
         self.faults.add(wrong, index, NOT_FINITE)
         return scores

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ewc.checks import check_count, check_instance, check_whole, is_number
 from ewc.likelihoods import Likelihood
@@ -234,7 +234,7 @@ class Empirical(Estimator):
 
     def __post_init__(self) -> None:
         """Check the loss."""
-        if not (self.loss is None or callable(self.loss)):
+        if isinstance(self.loss, nn.Module) or not (self.loss is None or callable(self.loss)):
             raise TypeError(
                 f"loss must be a function (model, batch) -> losses [n], or None, got {self.loss!r}."
             )

@@ -158,11 +158,14 @@ def fisher_information(
             if num_examples == 0:
                 raise ValueError("data is empty: it must have at least one example.")
             if not anywhere(data_pass.depends, group):
+                what = f"outputs of {type(model).__name__}", "its forward"
+                if estimator.loss is not None:
+                    what = "values of the loss", "the loss"
                 raise ValueError(
-                    f"The outputs of {type(model).__name__} depend on none of the parameters "
-                    f"({', '.join(list(chosen)[:3])}{', ...' if len(chosen) > 3 else ''}): its "
-                    "forward must use a chosen parameter, without torch.no_grad(), "
-                    "inference_mode() or detach()."
+                    f"The {what[0]} depend on none of the parameters "
+                    f"({', '.join(list(chosen)[:3])}{', ...' if len(chosen) > 3 else ''}): "
+                    f"{what[1]} must use a chosen parameter, without torch.no_grad(), "
+                    "inference_mode(), item() or detach()."
                 )
             with torch.no_grad():
                 check_finite(total.sums())

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ewc.fisher.data_pass import DataPass
 from ewc.fisher.estimators import MonteCarlo
@@ -41,9 +41,15 @@ def recognised(
 
     Raises:
         ValueError: see :func:`~ewc.fisher.information.fisher_information`.
-        TypeError: the likelihood is of another type.
+        TypeError: the likelihood or the batch is of another type.
     """
     check_likelihood(likelihood)
+    of_batches = isinstance(batch, list) and batch and isinstance(batch[0], list | tuple | dict)
+    if isinstance(batch, Tensor) or of_batches:
+        raise TypeError(
+            "batch must be one batch of the data, such as (x, y) or a dict, got a "
+            f"{'list of batches' if of_batches else type(batch).__name__}."
+        )
     chosen = selected_parameters(model, parameters)
     estimator = MonteCarlo(1)
     with unwrapped(model) as bare, undisturbed(bare), plain_operations(bare), torch.enable_grad():

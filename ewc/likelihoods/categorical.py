@@ -1,5 +1,6 @@
 """One class of several: the softmax likelihood."""
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,7 @@ class Categorical(Likelihood):
         class_weights: how often an observation counts, by its observed class; ``None`` for once.
         next_token: whether the logits of a position predict the label of the next one, as for a
             causal language model whose labels are its input.  The last position does not count.
+            Weights that come with the data belong to the labels, and move with them.
 
     Raises:
         ValueError: an attribute has an impossible value.
@@ -55,7 +57,7 @@ class Categorical(Likelihood):
             if not isinstance(self.class_weights, tuple):
                 raise ValueError(
                     "class_weights must be a tuple of numbers, or None, got "
-                    f"{self.class_weights!r}."
+                    f"{self.class_weights!r}; for a tensor w, give tuple(w.tolist())."
                 )
             for weight in self.class_weights:
                 check_not_negative(weight, "a class weight")
@@ -67,6 +69,10 @@ class Categorical(Likelihood):
 
     def needs_targets(self, outputs: Tensor) -> bool:
         return outputs.dim() > 2 or self.class_weights is not None
+
+    def moved_weights(self, weights: Tensor) -> Tensor:
+        # The last position has no label, so its weight does not matter.
+        return weights.roll(-1, 1) if self.next_token and weights.dim() > 1 else weights
 
     def weights(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
         """1, or the weight of the observed class; 0 where the target is ``ignore_index``.
@@ -152,6 +158,9 @@ class Categorical(Likelihood):
 
         Raises:
             ValueError: there is no dimension of classes, or it does not fit the attributes.
+
+        Warns:
+            UserWarning: there is one class.
         """
         shape = list(outputs.shape)
         if outputs.dim() < 2:
@@ -169,6 +178,12 @@ class Categorical(Likelihood):
                 f"next_token=True needs outputs of tokens, of shape [n, t, c], got {shape}."
             )
         classes = outputs.shape[self.channel_dim(outputs)]
+        if classes == 1:
+            warnings.warn(
+                f"Outputs of shape {shape} have one class, which is certain: the Fisher "
+                "information is 0. For one output of another kind take Gaussian() or Bernoulli().",
+                stacklevel=2,
+            )
         if self.class_weights is not None and len(self.class_weights) != classes:
             raise ValueError(
                 f"class_weights must have one weight for each of the {classes} classes, got "

@@ -133,6 +133,10 @@ class Likelihood(ABC):
         """
         return None
 
+    def moved_weights(self, weights: Tensor) -> Tensor:
+        """Weights that belong to targets ``[n, *positions]``, as those of the outputs."""
+        return weights
+
     def combined_weights(
         self, outputs: Tensor, targets: Tensor | None, given: Tensor | None = None
     ) -> Tensor | None:
@@ -155,6 +159,7 @@ class Likelihood(ABC):
         # Mostly all labels count.  An accelerator would wait for the answer.
         if of_targets is not None and not sizes_for(of_targets.device).waits:
             of_targets = None if bool((of_targets == 1).all()) else of_targets
+        given = None if given is None else self.moved_weights(given)
         for weights in (of_targets, given):
             if weights is not None:
                 spread = self._along_outputs(weights, outputs)

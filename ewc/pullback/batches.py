@@ -1,5 +1,6 @@
 """From the batches of a data set to calls of a model."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from inspect import Parameter, signature
@@ -66,7 +67,8 @@ class Caller:
         self.device = device
         parameters = list(signature(inner.forward).parameters.values())
         self.names = [p.name for p in parameters if p.kind in NAMED]
-        self.any_name = any(p.kind is Parameter.VAR_KEYWORD for p in parameters)
+        self.rest = next((p.name for p in parameters if p.kind is Parameter.VAR_KEYWORD), "")
+        self.any_name = bool(self.rest)
         self.required = [p.name for p in parameters if p.kind in NAMED and p.default is p.empty]
         self.positional = [
             p
@@ -120,6 +122,12 @@ class Caller:
         if fault:
             names = [name for name in self.names if name != LABELS]
             raise ValueError(f"Batch {index} {fault}: {self.name} takes {_quoted(names)}.")
+        if self.names and (unnamed := [key for key in inputs if key not in self.names]):
+            warnings.warn(
+                f"Batch {index}: {self.name} has no argument {_quoted(unnamed)}, which goes to its "
+                f"**{self.rest}; labels are under {LABELS!r} and sample weights under {WEIGHTS!r}.",
+                stacklevel=2,
+            )
         return Examples(Arguments((), inputs), targets, weights), tensors
 
     def _of_fields(self, batch: Any, index: int) -> tuple[Examples, dict[str, Tensor]]:
@@ -208,5 +216,6 @@ def _not_a_batch(batch: Any, index: int) -> str:
     hint = "; a single batch goes into a list, [(x, y)]" if isinstance(batch, Tensor) else ""
     return (
         f"Batch {index} is a {kind}: data must be batches of tensors (x, y) or "
-        f"(x, y, ..., task), x also a dict or list of tensors, or dicts with 'labels'{hint}."
+        f"(x, y, ..., task), x also a dict or list of tensors, or dicts with 'labels'{hint}; "
+        "for anything else take Empirical(loss=...)."
     )

@@ -79,8 +79,8 @@ def outputs_of(result: Any) -> Tensor:
 
     Args:
         result: a tensor, an object with the tensor ``.logits`` (as the models of Hugging Face
-            return), a dict with the tensor ``"logits"``, or a tuple or list whose first entry
-            is a tensor.
+            return), a dict with the tensor ``"logits"`` or ``"out"`` (torchvision's
+            segmentation), or a tuple or list whose first entry is a tensor.
 
     Raises:
         ValueError: the result is something else.
@@ -89,14 +89,14 @@ def outputs_of(result: Any) -> Tensor:
         return result
     outputs = getattr(result, "logits", None)
     if outputs is None and isinstance(result, Mapping):
-        outputs = result.get("logits")
+        outputs = result.get("logits", result.get("out"))
     if outputs is None and isinstance(result, tuple | list) and result:
         outputs = result[0]
     if isinstance(outputs, Tensor):
         return outputs
     raise ValueError(
         f"The model returned {_described(result)}: it must return a tensor, an object with "
-        ".logits, a dict with 'logits', or a tuple that begins with a tensor."
+        ".logits, a dict with 'logits' or 'out', or a tuple that begins with a tensor."
     )
 
 

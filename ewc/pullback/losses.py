@@ -149,7 +149,8 @@ class LossCaller:
                 reason = faults[0]
             raise ValueError(
                 f"Batch {index} cannot be cut into examples, because {reason}: every tensor must "
-                "have a row and every list an item per example; a loss may transpose them."
+                "have a row and every list an item per example; a loss may transpose them, and a "
+                "list of whole examples goes into a dict, {'examples': [...]}."
             )
         (found,) = columns
         call = LossCall(self.loss, found.form, tuple(found.columns), tuple(found.names))

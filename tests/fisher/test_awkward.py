@@ -258,6 +258,7 @@ def test_matrix_free_copies_keep_ties_factors_and_hooks(tmp_path):
             torch.testing.assert_close(copy.to_dense(), expected, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:Outputs of shape .* have one class")
 @every_structure
 def test_nothing_to_learn_is_a_matrix_of_zeros(structure):
     data = [(torch.randn(5, 4), torch.zeros(5, dtype=torch.long))]

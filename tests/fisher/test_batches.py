@@ -342,3 +342,28 @@ def test_models_of_hugging_face_with_their_batches(name):
                 total[n] += p.grad.square() / 7
     for matrix in (fisher, found):
         torch.testing.assert_close(matrix.diagonal(), total)
+
+
+class WithRest(nn.Module):
+    """Takes names that it does not know, as the models of Hugging Face do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x, **kwargs):
+        return {"out": self.layer(x)}
+
+
+def test_inputs_without_an_argument_are_named():
+    batch = {"x": torch.randn(5, 4), "sample_weights": torch.rand(5)}
+    message = r"forward has no argument 'sample_weights', which goes to its \*\*kwargs"
+    with pytest.warns(UserWarning, match=message):
+        fisher_information(WithRest(), [batch])
+
+
+def test_outputs_may_be_under_out():
+    model, x = WithRest(), torch.randn(5, 4)
+    found = fisher_information(model, [{"x": x}])
+    expected = fisher_information(model.layer, [(x, torch.zeros(5))])
+    torch.testing.assert_close(found.trace(), expected.trace())

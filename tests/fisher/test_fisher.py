@@ -337,6 +337,7 @@ TARGETS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Outputs of shape .* have one class")
 @pytest.mark.parametrize("memory", [10, 2**30])
 @pytest.mark.parametrize("case", TARGETS)
 def test_targets_that_do_not_fit_are_those_of_the_users_batch(case, memory):
@@ -460,6 +461,7 @@ def test_many_outputs_take_bounded_memory():
     assert grown < 1.5e6  # kilobytes
 
 
+@pytest.mark.filterwarnings("ignore:Outputs of shape .* have one class")
 def test_one_output_has_no_class_to_learn_about():
     model = nn.Linear(3, 1)
     fisher = fisher_information(model, [(torch.randn(4, 3), torch.zeros(4, dtype=torch.long))])

@@ -372,3 +372,26 @@ def test_a_language_model_of_hugging_face_with_its_batches():
             total[name] += p.grad.square() / N
     found = fisher_information(model, [batch], estimator=Empirical(loss=loss))
     torch.testing.assert_close(found.diagonal(), total)
+
+
+def rows(model, batch):
+    x, y = batch
+    return functional.cross_entropy(model(x), y, reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        (lambda m, b: rows(m, b).detach(), ValueError, "values of the loss depend on none"),
+        (lambda m, b: rows(m, b) / 0, FloatingPointError, "Batch 0: the loss of an example is not"),
+    ],
+)
+def test_faults_of_a_loss_name_the_loss(loss, error, message):
+    data = [(torch.randn(5, 4), torch.randint(3, (5,)))]
+    with pytest.raises(error, match=message):
+        fisher_information(nn.Linear(4, 3), data, estimator=Empirical(loss=loss))
+
+
+def test_a_module_is_no_loss_of_a_model():
+    with pytest.raises(TypeError, match=r"loss must be a function \(model, batch\)"):
+        Empirical(loss=nn.CrossEntropyLoss(reduction="none"))

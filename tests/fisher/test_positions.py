@@ -298,7 +298,8 @@ def weighted_fisher(model, x, y, likelihood, estimator, weights):
 def test_observations_have_weights(language, estimator, of_examples):
     model, ids, labels = language
     weights = torch.rand(N) if of_examples else torch.rand(N, T)
-    spread = weights[:, None].expand(N, T) if of_examples else weights
+    # Weights belong to labels: with next_token a position has that of the next one.
+    spread = weights[:, None].expand(N, T) if of_examples else weights.roll(-1, 1)
     oracle = by_position if estimator == Exact() else observed
     expected = oracle(model, ids, predicted(labels), spread.double())
     found = weighted_fisher(model, ids, labels, NEXT, estimator, weights)

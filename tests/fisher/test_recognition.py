@@ -91,3 +91,11 @@ def test_listing_leaves_the_network_as_it_was():
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["Tensor", "list of batches"])
+def test_one_batch_is_wanted(kind):
+    x = torch.randn(3, 4)
+    batch = x if kind == "Tensor" else [(x, torch.zeros(3))]
+    with pytest.raises(TypeError, match=f"must be one batch .* got a {kind}"):
+        recognised(nn.Linear(4, 3), batch)

@@ -171,3 +171,13 @@ def test_scores_of_positions_are_made_without_waiting(classes, monkeypatch):
         if classes == C:
             Exact().score_vectors(likelihood, f, y, torch.Generator(), weights)
     assert watched.waits == []
+
+
+def test_one_class_is_pointed_out():
+    with pytest.warns(UserWarning, match="one class, which is certain"):
+        Categorical().check_outputs(torch.zeros(4, 1))
+
+
+def test_class_weights_in_a_tensor_are_refused_with_the_way_out():
+    with pytest.raises(ValueError, match=r"give tuple\(w.tolist\(\)\)"):
+        Categorical(class_weights=torch.ones(3))
