@@ -146,6 +146,9 @@ def difference(here: Parameters, anchor: Parameters, dtype: torch.dtype) -> Para
     points, anchors = list(here.values()), [anchor[name] for name in here]
     if all(p.dtype == a.dtype for p, a in zip(points, anchors, strict=True)):
         steps = list(torch._foreach_sub(points, anchors))
+    elif torch.is_grad_enabled():
+        # Copies of lists have no derivative.
+        steps = [p.to(_wider(p, a)) - a for p, a in zip(points, anchors, strict=True)]
     else:
         # On accelerators only copies take lists of mixed types in one launch.
         steps = [

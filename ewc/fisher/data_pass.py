@@ -107,40 +107,46 @@ class DataPass:
         if key not in self.fitting:
             self.fitting[key] = self._of_batch(partial(self._fitting, one, index), batch, index)
         at_once, vectors_at_once = self.fitting[key]
-        order = self._by_effort(batch, at_once)
+        order = self._of_batch(partial(self._by_effort, batch, at_once, index), batch, index)
         if order is not None:
             batch = batch[order]
             at_once = min(at_once, SORTED_AT_ONCE)
         for start in range(0, len(batch), at_once):
             examples = batch[start : start + at_once]
-            outputs, scores = self._of_batch(
+            outputs, scores, weights = self._of_batch(
                 partial(self._scored, examples, generator, index), batch, index
             )
-            yield self._chunk(examples.arguments, outputs, scores, vectors_at_once)
+            yield self._chunk(examples.arguments, outputs, scores, weights, vectors_at_once)
 
     def _chunk(
-        self, arguments: Call, outputs: Tensor, scores: Tensor, vectors_at_once: int
+        self,
+        arguments: Call,
+        outputs: Tensor,
+        scores: Tensor,
+        weights: Tensor | None,
+        vectors_at_once: int,
     ) -> Chunk:
-        """The examples of one forward pass with their score vectors."""
-        alone = partial(self._alone, arguments, scores, vectors_at_once)
+        """The examples of one forward pass with their score vectors and weights."""
+        alone = partial(self._alone, arguments, scores, weights, vectors_at_once)
         if not (scores.shape[0] and outputs.requires_grad):
             self.depends = self.depends or outputs.requires_grad
-            return Chunk(self.model, arguments, scores, lambda: iter(()), alone)
+            return Chunk(self.model, arguments, scores, weights, lambda: iter(()), alone)
         with torch.no_grad():
             tape = Tape(self.model, self.parameters, arguments, outputs, self.seen)
         self.depends = self.depends or bool(tape.present)
         pullbacks = partial(tape.pullbacks, scores, vectors_at_once, self.memory // 2)
-        return Chunk(
-            self.model, arguments, scores, pullbacks, alone, partial(tape.recognised, scores)
-        )
+        recognised = partial(tape.recognised, scores)
+        return Chunk(self.model, arguments, scores, weights, pullbacks, alone, recognised)
 
-    def _alone(self, arguments: Call, scores: Tensor, vectors_at_once: int) -> Iterator[Chunk]:
+    def _alone(
+        self, arguments: Call, scores: Tensor, weights: Tensor | None, vectors_at_once: int
+    ) -> Iterator[Chunk]:
         """The examples of a chunk, each in a separate chunk."""
         for i in range(len(arguments)):
-            one = arguments[i : i + 1]
+            one, weight = arguments[i : i + 1], None if weights is None else weights[i : i + 1]
             with torch.enable_grad():
                 outputs = one(self.model)
-            yield self._chunk(one, outputs, scores[:, i : i + 1], vectors_at_once)
+            yield self._chunk(one, outputs, scores[:, i : i + 1], weight, vectors_at_once)
 
     def _of_batch(self, compute: Callable[[], Result], batch: Examples, index: int) -> Result:
         """The result of a computation on a slice of a batch.
@@ -158,7 +164,12 @@ class DataPass:
         except Exception as error:
             failed = error
         # Outside the handler, so that the traceback has one error.
-        self._check(self._outputs_for_batch(batch.arguments, index), batch, index)
+        outputs = self._outputs_for_batch(batch.arguments, index)
+        examples = self._check(outputs, batch, index)
+        try:
+            self._weights(outputs.detach(), examples)
+        except ValueError as error:
+            raise ValueError(f"Batch {index}: {error}") from None
         raise failed
 
     def _outputs_for_batch(self, arguments: Call, index: int) -> Any:
@@ -170,14 +181,15 @@ class DataPass:
             error.add_note(f"The model was called with batch {index}: {shapes}.")
             raise
 
-    def _by_effort(self, batch: Examples, at_once: int) -> Tensor | None:
+    def _by_effort(self, batch: Examples, at_once: int, index: int) -> Tensor | None:
         """The order of the examples by the number of vectors that they need."""
         if not self.estimator.varies:
             return None
         needed = []
         for start in range(0, len(batch), at_once):
             examples = batch[start : start + at_once]
-            outputs = examples.arguments(self.model).detach()
+            outputs = examples.arguments(self.model)
+            examples, outputs = self._check(outputs, examples, index), outputs.detach()
             weights = self._weights(outputs, examples)
             needed.append(self.estimator.vectors_needed(self.likelihood, outputs, weights))
         return torch.cat(needed).argsort()
@@ -221,7 +233,11 @@ class DataPass:
                 continue
             # Outputs may differ without an effect on the likelihood, as by a shift of logits.
             one, other = (
-                self._vectors(outputs, batch[place : place + 1], torch.Generator())
+                self._vectors(
+                    outputs,
+                    self._check(outputs, batch[place : place + 1], index),
+                    torch.Generator(),
+                )[0]
                 for outputs in (alone, batched)
             )
             # A loss has no such outputs, and its score vectors are all the same.
@@ -234,17 +250,21 @@ class DataPass:
 
     def _scored(
         self, examples: Examples, generator: torch.Generator, index: int
-    ) -> tuple[Tensor, Tensor]:
-        """The outputs for a set of examples and their score vectors.
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The outputs for a set of examples, their score vectors and their weights ``[n]``.
 
         On a CPU without the vectors that are 0 for all of these examples, as those of positions
         that do not count.  An accelerator would wait for the answer.
         """
         outputs = examples.arguments(self.model)
-        scores = self._scores(outputs, examples, generator, index)
+        scores, weights = self._scores(outputs, examples, generator, index)
         if outputs.dim() > 2 and not sizes_for(scores.device).waits:
-            scores = scores[scores.flatten(1).any(1)]
-        return outputs, scores
+            kept = scores.flatten(1).any(1)
+            # One at least: K-FAC's input factor has the examples without vectors too.
+            kept[:1] = True
+            scores = scores[kept]
+        # An example counts as often as the one of its observations that counts most.
+        return outputs, scores, None if weights is None else weights.flatten(1).amax(1)
 
     def _check(self, outputs: Any, examples: Examples, index: int) -> Examples:
         """Check the outputs and the targets of a set of examples of a batch.
@@ -292,12 +312,15 @@ class DataPass:
             )
         return examples.targets
 
-    def _vectors(self, outputs: Tensor, examples: Examples, generator: torch.Generator) -> Tensor:
-        """The estimator's score vectors, with the weights of the observations."""
+    def _vectors(
+        self, outputs: Tensor, examples: Examples, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor | None]:
+        """The estimator's score vectors, and the weights of the observations in them."""
         weights = self._weights(outputs, examples)
-        return self.estimator.score_vectors(
+        scores = self.estimator.score_vectors(
             self.likelihood, outputs, examples.targets, generator, weights
         )
+        return scores, weights
 
     def _weights(self, outputs: Tensor, examples: Examples) -> Tensor | None:
         """How often the observations count, in a shape that multiplies the outputs."""
@@ -307,20 +330,20 @@ class DataPass:
 
     def _scores(
         self, outputs: Any, examples: Examples, generator: torch.Generator, index: int
-    ) -> Tensor:
-        """The estimator's score vectors ``[k, n, ...]``, for checked outputs and targets."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """The estimator's score vectors ``[k, n, ...]`` and weights, for checked targets."""
         examples = self._check(outputs, examples, index)
         try:
-            scores = self._vectors(outputs.detach(), examples, generator)
+            scores, weights = self._vectors(outputs.detach(), examples, generator)
         except ValueError as error:
             raise ValueError(f"Batch {index}: {error}") from None
         if self.estimator.loss is not None:
             wrong = outputs.detach().isfinite().all().logical_not()
             self.faults.add(wrong, index, NOT_FINITE_LOSS)
-            return scores
+            return scores, weights
         wrong = outputs.detach().isnan().any() | scores.isfinite().all().logical_not()
         self.faults.add(wrong, index, NOT_FINITE)
-        return scores
+        return scores, weights
 
     def _fitting(self, one: Examples, index: int) -> tuple[int, int]:
         """The examples and the vectors that fit into memory, extrapolated from one example."""
@@ -335,7 +358,7 @@ class DataPass:
                 f"{self.memory / 2**20:.0f} MiB: take MonteCarlo(num_samples), which has fewer "
                 "vectors, or increase memory."
             )
-        scores = self._scores(outputs, one, torch.Generator(), index)
+        scores, _ = self._scores(outputs, one, torch.Generator(), index)
         gradients = [0]
         if scores.shape[0] and outputs.requires_grad:
             tape = Tape(self.model, self.parameters, one.arguments, outputs, self.seen)

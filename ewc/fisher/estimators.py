@@ -138,7 +138,8 @@ class Exact(Estimator):
         flat = _flat(factor)
         squares, order = flat.square().sum(2).sort(0, descending=True)
         negligible = self._negligible(squares)
-        kept = int((~negligible).sum(0).max())
+        # One at least: K-FAC's input factor has the examples without vectors too.
+        kept = max(1, int((~negligible).sum(0).max()))
         index = order[:kept, :, None].expand(-1, -1, flat.shape[2])
         vectors = flat.gather(0, index) * ~negligible[:kept, :, None]
         return vectors.view(kept, *outputs.shape)

@@ -12,7 +12,8 @@ from ewc.pullback.lookups import Lookups, padding_of
 from ewc.pullback.pullback import Pullback, Stored
 
 KEEPING = {
-    f"{kind}Backward0" for kind in ("View", "UnsafeView", "Unsqueeze", "Squeeze", "Clone", "ToCopy")
+    *("ViewBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0", "CloneBackward0"),
+    *("SqueezeBackward0", "SqueezeBackward1", "ToCopyBackward0"),
 }
 """Nodes that keep all entries in their order."""
 

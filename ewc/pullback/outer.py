@@ -21,6 +21,13 @@ from ewc.parameters import Parameters
 from ewc.pullback.pullback import Pullback
 
 
+def scaled_rows(tensor: Tensor, scale: Tensor | None) -> Tensor:
+    """A tensor ``[n, ...]`` times one number ``[n]`` an example; unchanged if ``None``."""
+    if scale is None:
+        return tensor
+    return tensor * scale.to(tensor.dtype).reshape(-1, *[1] * (tensor.dim() - 1))
+
+
 class Factors(ABC):
     """The two factors of one use of a weight.
 
@@ -52,12 +59,17 @@ class Factors(ABC):
         """
         add_outer_squares(self.inputs(examples), self.gradients(examples), total, memory)
 
-    def input_rows(self, examples: slice) -> RowBatch:
+    def input_rows(self, examples: slice, scale: Tensor | None = None) -> RowBatch:
         """The inputs of all examples and positions, rows of ``i``.
 
         They are detached, because the rows may outlive the graph that they come from.
+
+        Args:
+            examples: the examples.
+            scale: a factor of each example, ``[n]``; 1 if ``None``.
         """
-        return StoredRows(self.inputs(examples).detach().transpose(0, 1).flatten(1, 2))
+        inputs = scaled_rows(self.inputs(examples).detach(), scale)
+        return StoredRows(inputs.transpose(0, 1).flatten(1, 2))
 
     def gradient_rows(self, examples: slice) -> RowBatch:
         """The gradients of all vectors, examples and positions, rows of ``o``."""

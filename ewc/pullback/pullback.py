@@ -145,6 +145,7 @@ class Chunk:
         model: the network, in evaluation mode.
         arguments: the network's call.
         scores: the score vectors, ``[k, n, ...]``.
+        weights: how often each example counts, ``[n]``; once if ``None``.
         pullbacks: pulls the vectors back, a block of score vectors at a time.  The pullbacks
             of a block have every parameter that affects the outputs once.
         alone: the same examples, each in a separate chunk with its own forward pass.
@@ -154,6 +155,7 @@ class Chunk:
     model: nn.Module
     arguments: Call
     scores: Tensor
+    weights: Tensor | None
     pullbacks: Callable[[], Iterator[Sequence[Pullback]]]
     alone: Callable[[], Iterator["Chunk"]]
     recognised: Callable[[], list[Use]] = list

@@ -52,6 +52,9 @@ RULES: dict[str, type[Operation]] = {
 FEW = 4
 """Examples on which a graph is tested."""
 
+ODD = 7
+"""A number of examples that few widths are a multiple of."""
+
 MANY_FACTORS, FEW_FACTORS = 16, 4
 """The number of powers of 2 that distinguish examples in one pass; few if there is noise."""
 
@@ -78,6 +81,8 @@ class KnownGraphs:
             ``None`` before it was measured.
         constants: the addresses of the network's parameters and buffers, which are the same
             in every batch.
+        lasting: whether the rows are lasting, by kind of graph, where one number of examples
+            does not tell.
         slow: the parameters of which the user was warned.
     """
 
@@ -87,6 +92,7 @@ class KnownGraphs:
     vectorises: dict[tuple[Any, ...], bool] = field(default_factory=dict)
     noise: float | None = None
     constants: set[int] | None = None
+    lasting: dict[Signature, bool] = field(default_factory=dict)
     slow: set[str] = field(default_factory=set)
 
 
@@ -152,8 +158,21 @@ class Tape:
 
     @property
     def lasting(self) -> bool:
-        """Whether the rows are the same in every batch whose graph has this structure."""
-        return not self.graph.moves_rows(self.uses, self.num_examples, self.constants)
+        """Whether the rows are the same in every batch whose graph has this structure.
+
+        A width that is a multiple of the number of examples looks like rows.  So a graph that
+        seems to move rows is looked at with another number of examples.
+        """
+        if not self._moves_rows:
+            return True
+        if self._kind not in self.known.lasting:
+            other = self._resized(ODD)
+            self.known.lasting[self._kind] = other is not self and not other._moves_rows
+        return self.known.lasting[self._kind]
+
+    @property
+    def _moves_rows(self) -> bool:
+        return self.graph.moves_rows(self.uses, self.num_examples, self.constants)
 
     @property
     def constants(self) -> set[int]:

@@ -236,3 +236,17 @@ def test_on_an_accelerator_a_kronecker_step_reads_nothing_and_is_whole(share):
     with torch.no_grad():
         whole = penalty(model)
     torch.testing.assert_close(penalty(model).detach(), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_second_derivative_is_the_precision_in_other_types_too(dtype):
+    model = nn.Linear(3, 2)
+    penalty = EWCPenalty(2.0)
+    fisher = fisher_information(model, [(torch.randn(9, 3), torch.randint(2, (9,)))])
+    penalty.consolidate(fisher, model)
+    model.to(dtype)
+    (gradient,) = torch.autograd.grad(penalty(model), [model.weight], create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), [model.weight])
+    expected = 2.0 * fisher.diagonal()["weight"]
+    rtol = 2e-2 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(second.float(), expected, rtol=rtol, atol=0)

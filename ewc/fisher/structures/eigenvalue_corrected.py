@@ -87,7 +87,7 @@ class SpectrumAccumulator(Accumulator[EigenvalueCorrectedFisher]):
         self.shapes = shapes
 
     def add(self, chunk: Chunk) -> None:
-        for _, pullbacks in numbered_parts(chunk):
+        for _, pullbacks, _ in numbered_parts(chunk):
             for pullback in pullbacks:
                 if isinstance(pullback, OuterProducts):
                     self._add_outer(pullback)

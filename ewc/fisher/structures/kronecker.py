@@ -14,7 +14,7 @@ from ewc.fisher.structures.block_diagonal import by_layer
 from ewc.fisher.structures.blocks import OuterProductSums
 from ewc.fisher.structures.structure import Accumulator, Matrix, Structure
 from ewc.linalg.gram import RowBatch, RunningGram, StoredRows
-from ewc.linalg.tiles import DEFAULT_MEMORY
+from ewc.linalg.tiles import DEFAULT_MEMORY, part
 from ewc.linalg.weight_layout import WeightLayout
 from ewc.matrices.block_diagonal import disjoint
 from ewc.matrices.diagonal import DiagonalFisher
@@ -24,7 +24,7 @@ from ewc.matrices.layers.layer_matrix import LayerWeights
 from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import Parameters, accumulation_dtype, shapes_of
 from ewc.pullback.lookups import Lookups
-from ewc.pullback.outer import OuterProducts
+from ewc.pullback.outer import OuterProducts, scaled_rows
 from ewc.pullback.per_example import PerExample
 from ewc.pullback.pullback import Chunk, Pullback
 
@@ -85,48 +85,64 @@ class KroneckerAccumulator(Accumulator[KroneckerFisher]):
         self.rest = OuterProductSums({}, next(iter(parameters.values())))
 
     def add(self, chunk: Chunk) -> None:
-        for number, pullbacks in numbered_parts(chunk):
+        for number, pullbacks, weights in numbered_parts(chunk):
             rest: list[Pullback] = []
             for pullback in pullbacks:
                 # The inputs are the same for every block of score vectors.
                 if isinstance(pullback, OuterProducts):
-                    self._add_outer(pullback, with_inputs=number == 0)
+                    self._add_outer(pullback, weights, with_inputs=number == 0)
                 elif isinstance(pullback, Lookups):
-                    self._add_lookups(pullback, with_inputs=number == 0)
+                    self._add_lookups(pullback, weights, with_inputs=number == 0)
                 else:
                     rest.append(pullback)
             if rest:
                 self._add_rest(rest)
 
-    def _add_outer(self, pullback: OuterProducts, *, with_inputs: bool) -> None:
+    def _add_outer(
+        self, pullback: OuterProducts, weights: Tensor | None, *, with_inputs: bool
+    ) -> None:
         if pullback.positions == 0:
             return
         layer = self._layer(weights_of(pullback), pullback.memory)
         assert isinstance(layer.inputs, RunningGram)
         if with_inputs:
-            layer.examples += pullback.num_examples
+            layer.count_examples(pullback.num_examples, weights)
+        share = 1.0 if self.reduce else 1 / pullback.positions
         for examples in pullback.slices():
-            inputs: list[RowBatch]
-            outputs: list[RowBatch]
-            if self.reduce:
-                a, g = pullback.factors(examples)
-                mean = StoredRows(a.detach().mean(2).transpose(0, 1))
-                inputs = [mean] if with_inputs else []
-                outputs = [StoredRows(g.sum(3).flatten(0, 1).transpose(0, 1))]
-                share = 1.0
-            else:
-                inputs = [use.input_rows(examples) for use in pullback.uses] if with_inputs else []
-                outputs = [use.gradient_rows(examples) for use in pullback.uses]
-                share = 1 / pullback.positions
-            for block in outputs:
+            for block in self._output_rows(pullback, examples):
                 layer.outputs.add(block)
+            if not with_inputs:
+                continue
+            chosen = None if weights is None else part(weights, examples)
+            # An example of weight w counts w times in the second moments, and so in the sums.
+            roots = None if chosen is None else chosen.sqrt()
+            inputs = self._input_rows(pullback, examples, roots)
             for block in inputs:
                 layer.inputs.add(block, share)
-                if pullback.bias is not None:
+            if pullback.bias is not None:
+                if chosen is not None:
+                    inputs = self._input_rows(pullback, examples, chosen)
+                for block in inputs:
                     layer.sums += share * block.sum()
-                    layer.count += share * block.count
+                    count = block.count / (examples.stop - examples.start)
+                    layer.count += share * count * _number(examples, chosen)
 
-    def _add_lookups(self, pullback: Lookups, *, with_inputs: bool) -> None:
+    def _output_rows(self, pullback: OuterProducts, examples: slice) -> list[RowBatch]:
+        if not self.reduce:
+            return [use.gradient_rows(examples) for use in pullback.uses]
+        g = pullback.factors(examples)[1]
+        return [StoredRows(g.sum(3).flatten(0, 1).transpose(0, 1))]
+
+    def _input_rows(
+        self, pullback: OuterProducts, examples: slice, scale: Tensor | None
+    ) -> list[RowBatch]:
+        """The inputs of a layer, times one number ``[n]`` an example if there is one."""
+        if not self.reduce:
+            return [use.input_rows(examples, scale) for use in pullback.uses]
+        mean = pullback.factors(examples)[0].detach().mean(2)
+        return [StoredRows(scaled_rows(mean, scale).transpose(0, 1))]
+
+    def _add_lookups(self, pullback: Lookups, weights: Tensor | None, *, with_inputs: bool) -> None:
         """Add an embedding: linear in one-hot inputs, whose second moments are diagonal."""
         positions = pullback.indices.shape[1]
         if positions == 0:
@@ -134,8 +150,14 @@ class KroneckerAccumulator(Accumulator[KroneckerFisher]):
         layer = self._layer(weights_of(pullback), pullback.memory, lookups=True)
         layer.outputs.add(StoredRows(pullback.gradient.flatten(0, 2)[None]))
         if with_inputs:
-            layer.examples += pullback.num_examples
+            layer.count_examples(pullback.num_examples, weights)
             indices = pullback.indices.flatten()
+            if weights is not None:
+                times = weights.to(layer.sums)[:, None].expand(pullback.indices.shape).flatten()
+                if pullback.padding is not None:
+                    times = times * (indices != pullback.padding)
+                layer.sums[0].index_add_(0, indices, times, alpha=1 / positions)
+                return
             # Whole numbers, because a sum of many equal fractions drifts; and not bincount(),
             # which reads the largest index back.
             counts = indices.new_zeros(pullback.shapes[pullback.name][0])
@@ -217,8 +239,8 @@ class KroneckerAccumulator(Accumulator[KroneckerFisher]):
         return KroneckerFisher(blocks, shapes_of(self.parameters), num_examples)
 
 
-def numbered_parts(chunk: Chunk) -> Iterator[tuple[int, Sequence[Pullback]]]:
-    """The pullbacks of a chunk, with the number of their block of score vectors.
+def numbered_parts(chunk: Chunk) -> Iterator[tuple[int, Sequence[Pullback], Tensor | None]]:
+    """The pullbacks of a chunk, with the number of their block and the examples' weights.
 
     If the rows of a layer are not the examples in order (packed sequences, experts, several
     heads), every example is processed alone.  All rows then belong to it.
@@ -226,9 +248,15 @@ def numbered_parts(chunk: Chunk) -> Iterator[tuple[int, Sequence[Pullback]]]:
     for number, pullbacks in enumerate(chunk.pullbacks()):
         if any(isinstance(pullback, PerExample) and pullback.misplaced for pullback in pullbacks):
             for one in chunk.alone():
-                yield from enumerate(one.pullbacks())
+                for place, alone in enumerate(one.pullbacks()):
+                    yield place, alone, one.weights
             return
-        yield number, pullbacks
+        yield number, pullbacks, chunk.weights
+
+
+def _number(examples: slice, weights: Tensor | None) -> Tensor | int:
+    """The number of examples, each as often as it counts."""
+    return examples.stop - examples.start if weights is None else weights.sum()
 
 
 def weights_of(pullback: OuterProducts | Lookups) -> LayerWeights:
@@ -265,7 +293,11 @@ class LayerMoments:
         """The sums of the inputs; for one-hot inputs these are the second moments."""
         self.count = like.new_zeros(())
         self.examples = like.new_zeros(())
-        """The number of examples that use the layer."""
+        """The number of examples that use the layer, each as often as it counts."""
+
+    def count_examples(self, number: int, weights: Tensor | None) -> None:
+        """Count examples that use the layer."""
+        self.examples += number if weights is None else weights.sum()
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """All sums, by names that contain the layer's name."""
@@ -281,7 +313,7 @@ class LayerMoments:
 
         The fraction of examples that use the layer scales the block, so only one factor has it.
         """
-        outputs = self.outputs.flush().div_(self.examples.clamp_min(1))
+        outputs = self.outputs.flush().div_(self.examples.where(self.examples > 0, 1))
         if self.inputs is None:
             inputs = self.sums.div_(num_examples)
         else:

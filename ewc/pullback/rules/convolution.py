@@ -16,7 +16,7 @@ from ewc.linalg.squares import by_pairs
 from ewc.linalg.tiles import part
 from ewc.linalg.weight_layout import WeightLayout
 from ewc.pullback.graph import Graph, Uses
-from ewc.pullback.outer import Factors, OuterProducts
+from ewc.pullback.outer import Factors, OuterProducts, scaled_rows
 from ewc.pullback.pullback import Pullback, Stored
 from ewc.pullback.rows import Rows
 from ewc.pullback.rules.operation import Operation
@@ -202,8 +202,8 @@ class ConvolutionFactors(Factors):
         for target, inputs, gradients in zip(total, *parts, strict=True):
             add_patch_squares(target, inputs, gradients, grid)
 
-    def input_rows(self, examples: slice) -> RowBatch:
-        x = part(self.input, examples).detach().flatten(0, 1)
+    def input_rows(self, examples: slice, scale: Tensor | None = None) -> RowBatch:
+        x = scaled_rows(part(self.input, examples).detach(), scale).flatten(0, 1)
         patches = PatchBlock(x, self.geometry, self.gradient.shape[4:])
         return patches if patches.by_lags else StoredRows(patches.rows())
 
