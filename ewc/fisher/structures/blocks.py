@@ -92,13 +92,22 @@ class OuterProductSums:
         present = [name for name in shapes if name in vectors]
         # A parameter that does not affect the outputs has a zero gradient.
         count = vectors[present[0]].shape[:2].numel()
+        if len(present) == len(shapes):
+            whole = torch.cat([vectors[name].reshape(count, -1) for name in present], 1)
+            self._add_outer(whole.to(total.dtype), total)
+            return
         rows = total.new_zeros(count, total.shape[0])
         pieces = torch.split(rows, [shape.numel() for shape in shapes.values()], dim=1)
         columns = dict(zip(shapes, pieces, strict=True))
         for name in present:
             columns[name].copy_(vectors[name].reshape(columns[name].shape))
+        self._add_outer(rows, total)
+
+    @staticmethod
+    def _add_outer(rows: Tensor, total: Tensor) -> None:
+        """Add the outer products of rows, or their squares."""
         if total.dim() == 1:
-            total += rows.square_().sum(0)
+            total += rows.square().sum(0)
         else:
             add_gram(total, rows)
 

@@ -85,47 +85,52 @@ class KroneckerAccumulator(Accumulator[KroneckerFisher]):
         self.rest = OuterProductSums({}, next(iter(parameters.values())))
 
     def add(self, chunk: Chunk) -> None:
+        counted: Counted | None = None
         for number, pullbacks, weights in numbered_parts(chunk):
+            if weights is None:
+                counted = None
+            elif counted is None or counted.weights is not weights:
+                counted = Counted(weights, weights.sqrt(), weights.sum())
             rest: list[Pullback] = []
             for pullback in pullbacks:
                 # The inputs are the same for every block of score vectors.
                 if isinstance(pullback, OuterProducts):
-                    self._add_outer(pullback, weights, with_inputs=number == 0)
+                    self._add_outer(pullback, counted, with_inputs=number == 0)
                 elif isinstance(pullback, Lookups):
-                    self._add_lookups(pullback, weights, with_inputs=number == 0)
+                    self._add_lookups(pullback, counted, with_inputs=number == 0)
                 else:
                     rest.append(pullback)
             if rest:
                 self._add_rest(rest)
 
     def _add_outer(
-        self, pullback: OuterProducts, weights: Tensor | None, *, with_inputs: bool
+        self, pullback: OuterProducts, counted: "Counted | None", *, with_inputs: bool
     ) -> None:
         if pullback.positions == 0:
             return
         layer = self._layer(weights_of(pullback), pullback.memory)
         assert isinstance(layer.inputs, RunningGram)
         if with_inputs:
-            layer.count_examples(pullback.num_examples, weights)
+            layer.examples += pullback.num_examples if counted is None else counted.total
         share = 1.0 if self.reduce else 1 / pullback.positions
         for examples in pullback.slices():
             for block in self._output_rows(pullback, examples):
                 layer.outputs.add(block)
             if not with_inputs:
                 continue
-            chosen = None if weights is None else part(weights, examples)
             # An example of weight w counts w times in the second moments, and so in the sums.
-            roots = None if chosen is None else chosen.sqrt()
+            weights = None if counted is None else part(counted.weights, examples)
+            roots = None if counted is None else part(counted.roots, examples)
             inputs = self._input_rows(pullback, examples, roots)
             for block in inputs:
                 layer.inputs.add(block, share)
             if pullback.bias is not None:
-                if chosen is not None:
-                    inputs = self._input_rows(pullback, examples, chosen)
+                if weights is not None:
+                    inputs = self._input_rows(pullback, examples, weights)
                 for block in inputs:
                     layer.sums += share * block.sum()
-                    count = block.count / (examples.stop - examples.start)
-                    layer.count += share * count * _number(examples, chosen)
+                    times = 1.0 if weights is None else weights.mean()
+                    layer.count += share * block.count * times
 
     def _output_rows(self, pullback: OuterProducts, examples: slice) -> list[RowBatch]:
         if not self.reduce:
@@ -142,7 +147,9 @@ class KroneckerAccumulator(Accumulator[KroneckerFisher]):
         mean = pullback.factors(examples)[0].detach().mean(2)
         return [StoredRows(scaled_rows(mean, scale).transpose(0, 1))]
 
-    def _add_lookups(self, pullback: Lookups, weights: Tensor | None, *, with_inputs: bool) -> None:
+    def _add_lookups(
+        self, pullback: Lookups, counted: "Counted | None", *, with_inputs: bool
+    ) -> None:
         """Add an embedding: linear in one-hot inputs, whose second moments are diagonal."""
         positions = pullback.indices.shape[1]
         if positions == 0:
@@ -150,10 +157,12 @@ class KroneckerAccumulator(Accumulator[KroneckerFisher]):
         layer = self._layer(weights_of(pullback), pullback.memory, lookups=True)
         layer.outputs.add(StoredRows(pullback.gradient.flatten(0, 2)[None]))
         if with_inputs:
-            layer.count_examples(pullback.num_examples, weights)
+            layer.examples += pullback.num_examples if counted is None else counted.total
             indices = pullback.indices.flatten()
-            if weights is not None:
-                times = weights.to(layer.sums)[:, None].expand(pullback.indices.shape).flatten()
+            if counted is not None:
+                times = (
+                    counted.weights.to(layer.sums)[:, None].expand(pullback.indices.shape).flatten()
+                )
                 if pullback.padding is not None:
                     times = times * (indices != pullback.padding)
                 layer.sums[0].index_add_(0, indices, times, alpha=1 / positions)
@@ -254,9 +263,19 @@ def numbered_parts(chunk: Chunk) -> Iterator[tuple[int, Sequence[Pullback], Tens
         yield number, pullbacks, chunk.weights
 
 
-def _number(examples: slice, weights: Tensor | None) -> Tensor | int:
-    """The number of examples, each as often as it counts."""
-    return examples.stop - examples.start if weights is None else weights.sum()
+@dataclass(frozen=True)
+class Counted:
+    """How often the examples of a chunk count.
+
+    Attributes:
+        weights: the numbers, ``[n]``.
+        roots: their square roots.
+        total: their sum.
+    """
+
+    weights: Tensor
+    roots: Tensor
+    total: Tensor
 
 
 def weights_of(pullback: OuterProducts | Lookups) -> LayerWeights:
@@ -294,10 +313,6 @@ class LayerMoments:
         self.count = like.new_zeros(())
         self.examples = like.new_zeros(())
         """The number of examples that use the layer, each as often as it counts."""
-
-    def count_examples(self, number: int, weights: Tensor | None) -> None:
-        """Count examples that use the layer."""
-        self.examples += number if weights is None else weights.sum()
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """All sums, by names that contain the layer's name."""
