@@ -163,6 +163,8 @@ def test_a_line_has_what_decides_the_outcome_and_what_the_page_shows(tmp_path):
     path = tmp_path / "results" / "recipe.jsonl"
     apart = {"wandb": {"mode": "offline"}, "data_root": "somewhere", "threads": 1, "trusted": []}
     where = ["experiment=recipe", "wandb.mode=offline", "+data_root=somewhere", "threads=1"]
+    where += ["training.checkpoint_minutes=null"]
+    apart["training"] = TRAINING | {"checkpoint_minutes": None}
     overlap = [{"2": 1.0, "10": 1.0}, {"2": 0.5, "10": 0.25}]
     keep(
         path,
