@@ -11,6 +11,7 @@ example of that task is the loss plus
 Then :math:`\lambda = 1` is the Bayes value, whatever the sizes of tasks and batches.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any, Self
@@ -34,6 +35,9 @@ from ewc.consolidation.pacing import ScaledTerms
 from ewc.consolidation.quadratic import Quadratic, QuadraticForm, value_and_gradient
 from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import Parameters
+from ewc.tensor_file import Content, joined, read, separated, write
+
+_CONTENT = Content("EWC penalty", "EWCPenalty.save", "Save the penalty again.")
 
 
 class EWCPenalty(nn.Module):
@@ -247,6 +251,33 @@ class EWCPenalty(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)}" for name in options)
 
     # --- moving and saving ------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the whole state to ``path`` in the safetensors format (no pickle).
+
+        The file has a checksum.  It is written completely or not at all.
+
+        Raises:
+            OSError: the file cannot be written; an existing file is then unchanged.
+        """
+        tensors, outline = separated(self.get_extra_state())
+        write(path, tensors, {"penalty": outline})
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "EWCPenalty":
+        """The penalty that :meth:`save` wrote, on the CPU until it meets its model.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: the file holds no penalty, or is damaged.
+        """
+        tensors, about = read(path, _CONTENT)
+        penalty = EWCPenalty()
+        try:
+            penalty.set_extra_state(joined(tensors, about["penalty"]))
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{os.fspath(path)!r} holds no EWC penalty: {error}") from error
+        return penalty
 
     def get_extra_state(self) -> dict[str, Any]:
         """The whole state as tensors and plain values, for ``state_dict()``."""

@@ -5,7 +5,7 @@ The only file of the library that imports Avalanche.
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -190,6 +190,25 @@ class EWCPlugin(SupervisedPlugin):
                 f"shows: {error}"
             ) from error
         self.fisher = fisher
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`restore` needs to go on with training: tensors and plain values."""
+        return {
+            "penalty": self.penalty.get_extra_state(),
+            "last_penalty": self.last_penalty,
+            "since": self._since,
+            "taken": self._taken,
+        }
+
+    def restore(self, state: Mapping[str, Any], strategy: Any) -> None:
+        """Go on from a :meth:`state`; ``fisher`` stays ``None`` until the end of the task.
+
+        Raises:
+            ValueError: it is not the state of a penalty; nothing is restored.
+        """
+        self.penalty.set_extra_state(state["penalty"])
+        self.last_penalty = state["last_penalty"].to(strategy.device)
+        self._since, self._taken = state["since"], state["taken"]
 
     def check_task(self, strategy: Any, **options: Any) -> None:
         """Check before training that the Fisher information of a task can be computed.

@@ -14,26 +14,23 @@ import numpy as np
 import torch
 from avalanche.training.plugins import EvaluationPlugin
 from rich.console import Console
-from safetensors.torch import save_file
 from torch import nn
 
-from ewc import FisherMatrix
 from ewc import __version__ as ewc_version
 from ewc.checks import check_count
-from ewc.parameters import flatten, trainable_parameters
-from ewc.statistics import fisher_overlap_by_layer
+from ewc.parameters import trainable_parameters
 from experiments.configuration.command_line import sentence
-from experiments.reporting.files import only_warned, part_of
-from experiments.reporting.folder import NETWORK, PENALTY
 from experiments.reporting.metrics import average_accuracy, backward_transfer, forgetting
 from experiments.reporting.tracking import Recorder, WandB
 from experiments.strategies.fisher import Fisher
 from experiments.strategies.strategy import Strategy
 from experiments.tasks.benchmarks import Benchmark, Tasks
 from experiments.tasks.images import default_data_root
+from experiments.training.course import Course
 from experiments.training.models import MLP
 from experiments.training.observers import AccuracyObserver, PenaltyPlugin, TrainingObserver
 from experiments.training.protocol import Training
+from experiments.training.resume import Boundary, Continuation
 from experiments.training.schedule import CosineAnnealing, TailAverage
 
 MOST_THREADS = 1024
@@ -179,13 +176,27 @@ class Prepared:
     optimizer: torch.optim.Optimizer
     versions: dict[str, str]
 
-    def run(self, recorder: Recorder, console: Console, log: Any) -> dict[str, Any]:
+    @property
+    def deciding_versions(self) -> dict[str, str]:
+        """What besides the configuration decides the numbers of a run that goes on."""
+        versions = {name: self.versions[name] for name in ("ewc", "torch")}
+        return {**versions, "device": self.experiment.torch_device.type}
+
+    def run(
+        self,
+        recorder: Recorder,
+        console: Console,
+        log: Any,
+        continuation: Continuation | None = None,
+    ) -> dict[str, Any]:
         """Train on every task, evaluate on all after each, and keep checkpoints.
 
         Args:
-            recorder: the writer of the records; checkpoints are in the same folder.
+            recorder: the writer of the records.
             console: the console for the progress bar.
             log: a logger for one line per task.
+            continuation: the checkpoint to go on from, where new ones are written, and the signal
+                that ends the run; ``None`` for a run without checkpoints.
 
         Returns:
             The content of ``results.json`` without the configuration.  Besides the accuracies it
@@ -194,8 +205,9 @@ class Prepared:
 
         Raises:
             FloatingPointError: the loss became infinite or NaN.
+            SystemExit: a signal asks for the end; there is a checkpoint.
         """
-        start = time.perf_counter()
+        continuation = continuation or Continuation()
         experiment, training = self.experiment, self.experiment.training
         plugins = experiment.strategy.plugins(experiment.fisher)
         penalised = next((p for p in plugins if isinstance(p, PenaltyPlugin)), None)
@@ -207,6 +219,18 @@ class Prepared:
         meter = AccuracyObserver()
         annealing = [CosineAnnealing()] if training.anneal else []
         average = [TailAverage(training.tail_average)] if training.tail_average else []
+        course, begin = Course(), 0
+        if state := continuation.state:
+            course, begin = Course.from_state(state["course"], self.model), state["task"]
+            self.model.load_state_dict(state["training"]["model"])
+            log.info("continued in task %d after step %d", begin + 1, state["step"])
+        all_plugins = [observer, *average, *plugins, *annealing, meter]
+        boundary = Boundary(
+            continuation,
+            all_plugins,
+            training.checkpoint_minutes,
+            lambda: {"course": course.state(), "recorder": recorder.state()},
+        )
         strategy = experiment.strategy.template()(
             model=self.model,
             optimizer=self.optimizer,
@@ -217,67 +241,52 @@ class Prepared:
             epochs=training.epochs,
             seed=experiment.seed,
             device=experiment.torch_device,
-            plugins=[observer, *average, *plugins, *annealing, meter],
+            plugins=all_plugins,
             evaluator=EvaluationPlugin(loggers=[]),
+            boundary=boundary,
         )
-        matrix: list[list[float]] = []
-        first: FisherMatrix | None = None
-        overlaps: list[dict[str, float]] = []
-        seconds = {"train": 0.0, "fisher": 0.0, "eval": 0.0}
         try:
             for number, experience in enumerate(train_stream):
-                before = flatten(dict(self.model.named_parameters())).detach()
+                if number < begin:
+                    continue
+                course.begin(self.model, goes_on=state is not None and number == begin)
                 strategy.train(experience, reset_optimizer_state=training.reset_optimizer)
                 trained = time.perf_counter()
                 strategy.eval(test_stream)
-                seconds["eval"] += time.perf_counter() - trained
+                course.eval_seconds += time.perf_counter() - trained
                 # The time after the last step is that of the Fisher pass, if there is one.
-                seconds["fisher"] += trained - observer.trained_at if penalised else 0.0
-                matrix.append(meter.accuracies)
-                after = flatten(dict(self.model.named_parameters())).detach()
-                record = _task_record(number, matrix, penalised, float((after - before).norm()))
+                course.fisher_seconds += trained - observer.trained_at if penalised else 0.0
+                course.matrix.append(meter.accuracies)
+                drift = course.drift(self.model)
+                record = _task_record(number, course.matrix, penalised, drift)
                 if penalised and penalised.fisher is not None:
-                    first = first or penalised.fisher
-                    overlaps.append(fisher_overlap_by_layer(first, penalised.fisher))
-                    record |= {f"fisher/overlap/{k}": v for k, v in overlaps[-1].items()}
+                    overlap = course.overlap(penalised.fisher)
+                    record |= {f"fisher/overlap/{k}": v for k, v in overlap.items()}
                 recorder.log(record)
                 log.info(
                     "task %d/%d: accuracy on it %.2f %%, on all tasks so far %.2f %%",
                     number + 1,
                     len(train_stream),
-                    100 * matrix[-1][number],
+                    100 * course.matrix[-1][number],
                     100 * record["eval/average_accuracy"],
                 )
-                self._save(recorder.directory, penalised)
+                course.train_seconds = observer.train_seconds
+            if begin < len(train_stream):
+                boundary.ended(strategy, len(train_stream))
         finally:
             observer.close()
-        seconds["train"] = observer.train_seconds
-        seconds["total"] = time.perf_counter() - start
         return {
-            "average_accuracy": average_accuracy(matrix),
-            "forgetting": forgetting(matrix),
-            "backward_transfer": backward_transfer(matrix),
-            "accuracy_matrix": matrix,
-            "fisher_overlap": overlaps,
-            "seconds": {key: round(value, 3) for key, value in seconds.items()},
+            "average_accuracy": average_accuracy(course.matrix),
+            "forgetting": forgetting(course.matrix),
+            "backward_transfer": backward_transfer(course.matrix),
+            "accuracy_matrix": course.matrix,
+            "fisher_overlap": course.overlaps,
+            "seconds": course.seconds,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "seed": experiment.seed,
             "versions": self.versions,
             "device": str(experiment.torch_device),
         }
-
-    def _save(self, folder: Path, penalised: PenaltyPlugin | None) -> None:
-        """Save the network and the penalty after a task."""
-        state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
-        network, penalty = folder / NETWORK, folder / PENALTY
-        with only_warned(NETWORK):
-            network.parent.mkdir(exist_ok=True)
-            save_file(state, part_of(network))
-            part_of(network).replace(network)
-        if penalised:
-            with only_warned(PENALTY):
-                torch.save(penalised.penalty.state_dict(), part_of(penalty))
-                part_of(penalty).replace(penalty)
 
 
 def _task_record(

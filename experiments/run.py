@@ -81,7 +81,7 @@ def _run(config: dict[str, Any], directory: Path, single: bool) -> float:
         raise ConfigurationError(str(error)) from error
     with folder.owned(directory, config), _logged(directory / "run.log"):
         try:
-            return _train(prepared, config, directory)
+            return _trained(prepared, config, directory)
         except FloatingPointError as error:
             # The records of a diverged run stay, as they show how it diverged.
             if single:
@@ -94,8 +94,22 @@ def _run(config: dict[str, Any], directory: Path, single: bool) -> float:
             return math.nan
 
 
-def _train(prepared: Any, config: dict[str, Any], directory: Path) -> float:
-    """Run an experiment, save its results, then the pictures and tables made from them."""
+def _trained(prepared: Any, config: dict[str, Any], directory: Path) -> float:
+    """Run an experiment from its newest checkpoint, or from the start."""
+    from experiments.reporting.checkpoints import Checkpoints
+    from experiments.training.resume import Continuation
+    from experiments.training.stop import Stop
+
+    checkpoints = Checkpoints(directory, config, prepared.deciding_versions)
+    state = checkpoints.newest()
+    with Stop() as stop:
+        average = _train(prepared, config, directory, Continuation(checkpoints, state, stop))
+        stop.check()  # a signal that came after the last step
+    return average
+
+
+def _train(prepared: Any, config: dict[str, Any], directory: Path, continuation: Any) -> float:
+    """Train, save its results, then the pictures and tables made from them."""
     from rich.console import Console
 
     from experiments.reporting import run_pictures, run_report
@@ -108,8 +122,9 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path) -> float:
     title = f"{choices['benchmark']} ({scenario}), {choices['strategy']}"
     name = f"{choices['benchmark']}-{choices['strategy']}-seed{experiment.seed}"
     group = Path(job.sweep.dir).name if job.mode == RunMode.MULTIRUN else None
-    with Recorder(directory, experiment.wandb, config, name, group) as recorder:
-        results = prepared.run(recorder, Console(stderr=True), _log)
+    recorded = continuation.state["recorder"] if continuation.state else None
+    with Recorder(directory, experiment.wandb, config, name, group, state=recorded) as recorder:
+        results = prepared.run(recorder, Console(stderr=True), _log, continuation)
         results |= {"config": config, "overrides": list(job.overrides.task)}
         _keep(directory, results)
         matrix = results["accuracy_matrix"]

@@ -326,6 +326,45 @@ def test_before_any_task_the_penalty_is_zero():
     assert EWCPenalty().fisher_trace == 0.0
 
 
+SAVED = [Diagonal(), Kronecker(), EigenvalueCorrected(), LowRank(3), Dense(), Implicit()]
+
+
+@pytest.mark.parametrize("structure", SAVED, ids=repr)
+@pytest.mark.parametrize("consolidation", [Separate(), Online(0.25)], ids=repr)
+def test_a_file_carries_everything_bit_by_bit(tmp_path, consolidation, structure):
+    model, penalty = small_model(), EWCPenalty(3.0, consolidation, eigenvector_share=0.5)
+    penalty.num_examples = 5
+    for _ in range(2):
+        x, y = torch.randn(6, 3, dtype=torch.double), torch.randint(2, (6,))
+        fisher = fisher_information(model, [(x, y)], structure=structure)
+        penalty.consolidate(fisher, model)
+        move(model)
+    penalty(model)
+    penalty.save(tmp_path / "penalty")
+    other = EWCPenalty.load(tmp_path / "penalty")
+    assert repr(other) == repr(penalty)
+    for _ in range(2):
+        here, there = other(model), penalty(model)
+        torch.testing.assert_close(here, there, rtol=0, atol=0)
+        torch.testing.assert_close(gradients(here, model), gradients(there, model), rtol=0, atol=0)
+
+
+def test_a_file_that_holds_no_penalty_is_refused(tmp_path):
+    path, model = tmp_path / "file", small_model()
+    random_fisher(model, 5).save(path)
+    with pytest.raises(ValueError, match="holds no EWC penalty"):
+        EWCPenalty.load(path)
+    penalty = EWCPenalty()
+    consolidated(penalty, model, 1)
+    penalty.save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match="is damaged"):
+        EWCPenalty.load(path)
+    with pytest.raises(FileNotFoundError):
+        EWCPenalty.load(tmp_path / "missing")
+
+
 @pytest.mark.parametrize("consolidation", [Separate(), Online(0.25)], ids=repr)
 def test_state_dict_carries_everything(consolidation):
     model, penalty = small_model(), EWCPenalty(3.0, consolidation)

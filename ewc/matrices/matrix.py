@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ewc.checks import check_count, check_not_negative, check_share
 from ewc.linalg.krylov import conjugate_gradients
-from ewc.matrices.matrix_file import read, write
 from ewc.parameters import (
     Parameters,
     Shapes,
@@ -28,12 +27,15 @@ from ewc.parameters import (
     shapes_of,
     unflatten,
 )
+from ewc.tensor_file import Content, read, write
 
 ROUNDING = 0.02
 """Size of the negative eigenvalues that count as rounding, as a fraction of the Frobenius norm."""
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """A matrix as tensors by name, and a description that JSON can hold."""
+
+_CONTENT = Content("Fisher matrix", "FisherMatrix.save", "Compute and save the matrix again.")
 
 
 class DampedInverse(ABC):
@@ -517,7 +519,7 @@ class FisherMatrix(ABC):
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no Fisher matrix at {os.fspath(path)!r}.")
-        tensors, about = read(path)
+        tensors, about = read(path, _CONTENT)
         try:
             fisher = FisherMatrix.from_description(tensors, about)
         except ValueError as error:

@@ -28,7 +28,7 @@ from experiments.configuration.targets import (
     located,
 )
 
-__all__ = ["NO_OUTCOME", "ConfigurationError", "build", "plain", "same_outcome"]
+__all__ = ["NO_OUTCOME", "ConfigurationError", "build", "deciding", "plain", "same_outcome"]
 
 Built = TypeVar("Built")
 
@@ -131,8 +131,17 @@ def _target_in(value: Any) -> Any:
     return None
 
 
-NO_OUTCOME = ("data_root", "threads", "trusted", "wandb")
+NO_OUTCOME = ("data_root", "threads", "trusted", "wandb", "training.checkpoint_minutes")
 """Options that do not change the results: the data's folder, the speed and the reporting."""
+
+
+def deciding(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """The options of a configuration without those that do not change the results."""
+    options: dict[str, Any] = {}
+    for key, value in config.items():
+        if (option := _option(path, key)) not in NO_OUTCOME:
+            options[key] = deciding(value, option) if isinstance(value, Mapping) else value
+    return options
 
 
 def same_outcome(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
@@ -140,10 +149,7 @@ def same_outcome(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
 
     A configuration from before an option existed has the option's default.
     """
-    return _same(
-        {key: value for key, value in first.items() if key not in NO_OUTCOME},
-        {key: value for key, value in second.items() if key not in NO_OUTCOME},
-    )
+    return _same(deciding(first), deciding(second))
 
 
 def _same(first: Any, second: Any) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from experiments.configuration.schema import NO_OUTCOME, same_outcome
+from experiments.configuration.schema import deciding, same_outcome
 from experiments.configuration.targets import ConfigurationError
 from experiments.reporting.files import part_of
 from experiments.reporting.results import DamagedResultsError, read_results
@@ -29,19 +29,26 @@ OWNER = "run.json"
 
 METRICS = "metrics.jsonl"
 
-NETWORK = "checkpoints/model.safetensors"
-
-PENALTY = "checkpoints/penalty.pt"
+CHECKPOINTS = "checkpoints"
+"""The folder of the checkpoints in a run's folder."""
 
 PICTURES = ("accuracy_matrix", "learning_curves")
 """Names of the pictures of a run, PNG files."""
 
-_RECORDS = (METRICS, NETWORK, PENALTY)
+_EARLIER = (f"{CHECKPOINTS}/model.safetensors", f"{CHECKPOINTS}/penalty.pt")
+"""The files of earlier versions, from which a run cannot go on."""
+
+_RECORDS = (METRICS, *_EARLIER)
 
 _LEFT = (*_RECORDS, *(f"{name}.png" for name in PICTURES), "config.yaml", "results.json")
-"""The files of a run in its folder, besides ``run.json``, its log and W&B's files."""
+"""The files of a run in its folder, besides checkpoints, ``run.json``, its log and W&B's files."""
 
 _OPTIONS = "hydra.run.dir=DIR (of a sweep hydra.sweep.dir=DIR)"
+
+
+def checkpoint_files(directory: Path) -> list[Path]:
+    """The checkpoints in a run's folder, the oldest first."""
+    return sorted((directory / CHECKPOINTS).glob("task*-step*.safetensors"))
 
 
 def finished(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -64,7 +71,7 @@ def finished(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | Non
 
 @contextlib.contextmanager
 def owned(directory: Path, config: Mapping[str, Any]) -> Iterator[None]:
-    """Lock a run's folder, and remove the files of an earlier run of the same configuration.
+    """Lock a run's folder, and remove the files of an earlier run that left no checkpoint.
 
     Raises:
         ConfigurationError: another process runs in the folder, or it holds a finished run,
@@ -88,9 +95,12 @@ def owned(directory: Path, config: Mapping[str, Any]) -> Iterator[None]:
         # In place, as the lock is the file's; never empty between the two.
         os.pwrite(descriptor, content, 0)
         os.ftruncate(descriptor, len(content))
-        for name in _LEFT:
-            for path in (directory / name, part_of(directory / name)):
-                path.unlink(missing_ok=True)
+        if not checkpoint_files(directory):
+            for name in _LEFT:
+                for path in (directory / name, part_of(directory / name)):
+                    path.unlink(missing_ok=True)
+        for path in (directory / CHECKPOINTS).glob(".*.tmp"):  # of an interrupted write
+            path.unlink(missing_ok=True)
         yield
     finally:
         os.close(descriptor)  # this releases the lock
@@ -131,9 +141,10 @@ def _results_of_same(directory: Path, config: Mapping[str, Any]) -> dict[str, An
     advice = f"choose another folder with {_OPTIONS}, or remove this one"
     for other in known:
         if not same_outcome(other, config):
-            difference = _difference(other, config)
+            difference = _difference(deciding(other), deciding(config))
             raise ConfigurationError(f"{run} of another configuration{difference}: {advice}.")
-    if not known and any((directory / name).exists() for name in _RECORDS):
+    records = [*checkpoint_files(directory), *(directory / name for name in _RECORDS)]
+    if not known and any(path.exists() for path in records):
         raise ConfigurationError(f"{run} and does not say of which configuration: {advice}.")
     if damaged:
         _log.warning("%s The run starts again.", damaged)
@@ -164,7 +175,7 @@ def _read_owner(directory: Path) -> dict[str, Any]:
 def _difference(other: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> str:
     """The first option with different values, in brackets; empty if there is none."""
     for name, value in other.items():
-        if (not path and name in NO_OUTCOME) or name not in here or value == here[name]:
+        if name not in here or value == here[name]:
             continue
         option = f"{path}.{name}" if path else name
         if not (isinstance(value, Mapping) and isinstance(here[name], Mapping)):

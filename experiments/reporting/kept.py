@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.configuration.schema import NO_OUTCOME, same_outcome
+from experiments.configuration.schema import NO_OUTCOME, deciding, same_outcome
 from experiments.reporting.results import Finished, parsed
 
 _log = logging.getLogger(__name__)
@@ -29,11 +29,12 @@ def line_of(results: Mapping[str, Any]) -> str:
     """
     job = {key: results[key] for key in KEYS if key in results}
     apart = ("experiment", *NO_OUTCOME)
-    job["config"] = {k: value for k, value in results["config"].items() if k not in apart}
+    config = deciding(results["config"])
+    job["config"] = {key: value for key, value in config.items() if key != "experiment"}
     job["overrides"] = [
         override
         for override in results["overrides"]
-        if override.lstrip("+~").partition("=")[0].partition(".")[0] not in apart
+        if not any(_sets(override.lstrip("+~").partition("=")[0], option) for option in apart)
     ]
     if "fisher_overlap" in job:
         job["fisher_overlap"] = job["fisher_overlap"][-1:]
@@ -41,6 +42,11 @@ def line_of(results: Mapping[str, Any]) -> str:
         job["seconds"] = {"total": job["seconds"]["total"]}
     # Only the top level is sorted, as the order of the layers has a meaning.
     return json.dumps(dict(sorted(job.items())), separators=(",", ":")) + "\n"
+
+
+def _sets(name: str, option: str) -> bool:
+    """Whether an override of this name sets an option, or something in it."""
+    return name == option or name.startswith(f"{option}.")
 
 
 def read_kept(path: Path) -> tuple[list[dict[str, Any]], list[str]]:

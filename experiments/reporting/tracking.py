@@ -50,6 +50,8 @@ class Recorder:
         config: the resolved configuration, kept with the run.
         name: the run's name, where ``options`` has none.
         group: its group, where ``options`` has none.
+        state: an earlier process's :meth:`state`, whose records are continued.  Later records of
+            that process are dropped.  ``None`` to start.
 
     Attributes:
         steps: the records of training steps so far.
@@ -66,16 +68,20 @@ class Recorder:
         config: Mapping[str, Any],
         name: str,
         group: str | None,
+        *,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         self.directory = directory
         self.options = options
         self.steps: list[dict[str, float | int]] = []
         self._writes, self._shows = True, True
+        self._position = 0 if state is None else int(state["position"])
         self._closing = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
-            self._file = stack.enter_context(
-                (directory / METRICS).open("w", encoding="utf-8", buffering=1)
-            )  # line by line: an interrupted run keeps its records
+            path = directory / METRICS
+            self._file = stack.enter_context(path.open("wb" if state is None else "r+b"))
+            if state is not None:
+                self._read_steps()
             stack.enter_context(_staged_in(directory / "wandb"))
             try:
                 self.run = wandb.init(
@@ -86,6 +92,8 @@ class Recorder:
                     group=options.group or group,
                     tags=options.tags,
                     job_type="train",
+                    id=None if state is None else state["run"],
+                    resume=None if state is None else "allow",
                     dir=directory,
                     config=dict(config),
                     reinit="finish_previous",
@@ -111,6 +119,7 @@ class Recorder:
             self.run.define_metric("train/*", step_metric="step")
             for kind in ("eval", "fisher", "drift"):
                 self.run.define_metric(f"{kind}/*", step_metric="task")
+            self._run_id = self.run.id  # W&B's process may end before this one
             self._closing = stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -136,9 +145,25 @@ class Recorder:
         if self._writes:
             self._writes = False
             with only_warned(METRICS):
-                self._file.write(json.dumps(record) + "\n")
+                line = (json.dumps(record) + "\n").encode()
+                self._file.write(line)
+                self._file.flush()  # line by line: an interrupted run keeps its records
+                self._position += len(line)
                 self._writes = True
         self._show(dict(record))
+
+    def state(self) -> dict[str, Any]:
+        """What a recorder needs to go on from here, after the records have reached the disk."""
+        with contextlib.suppress(OSError):  # a warning has said so
+            os.fsync(self._file.fileno())
+        return {"position": self._position, "run": self._run_id}
+
+    def _read_steps(self) -> None:
+        """Read the records before the position, and drop the others."""
+        lines = self._file.read(self._position).splitlines()
+        records = [json.loads(line) for line in lines]
+        self.steps = [record for record in records if "step" in record]
+        self._file.truncate()
 
     def picture(self, name: str, path: Path) -> None:
         """Show a PNG file in the W&B run."""
@@ -168,9 +193,11 @@ class Recorder:
         """The command that uploads the run later; ``None`` if there is nothing to upload."""
         if self.options.mode != "offline":
             return None
-        folder = Path(self.run.dir).parent
-        here = Path.cwd()
-        return f"wandb sync {folder.relative_to(here) if folder.is_relative_to(here) else folder}"
+        here, this = Path.cwd(), Path(self.run.dir).parent
+        # A run that went on after an interruption has a folder for each of its processes.
+        folders = sorted({this, *this.parent.glob(f"offline-run-*-{self._run_id}")})
+        names = (str(f.relative_to(here) if f.is_relative_to(here) else f) for f in folders)
+        return f"wandb sync {' '.join(names)}"
 
 
 @contextlib.contextmanager

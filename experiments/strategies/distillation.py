@@ -1,6 +1,7 @@
 """Learning without Forgetting, by Avalanche."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +35,34 @@ class LwF(Strategy):
 
     def plugins(self, fisher: Fisher) -> list[SupervisedPlugin]:
         """Avalanche's plugin, with the classes from the experiences."""
-        plugin = LwFPlugin(self.alpha, self.temperature)
-        plugin.lwf = Distillation(self.alpha, self.temperature)
-        return [plugin]
+        return [DistillationPlugin(self.alpha, self.temperature)]
+
+
+class DistillationPlugin(LwFPlugin):
+    """Avalanche's plugin with :class:`Distillation`, and with a state."""
+
+    def __init__(self, alpha: float, temperature: float) -> None:
+        super().__init__(alpha, temperature)
+        self.lwf = Distillation(alpha, temperature)
+
+    def state(self) -> dict[str, Any]:
+        """The network after the last task, and which outputs it has learnt."""
+        old = self.lwf.prev_model
+        classes = {str(t): sorted(c) for t, c in self.lwf.prev_classes_by_task.items()}
+        return {
+            "model": None if old is None else old.state_dict(),
+            "classes": classes,
+            "count": self.lwf.expcount,
+        }
+
+    def restore(self, state: Mapping[str, Any], strategy: Any) -> None:
+        """Go on from a state."""
+        self.lwf.expcount = state["count"]
+        for task, classes in state["classes"].items():
+            self.lwf.prev_classes_by_task[int(task)] = set(classes)
+        if state["model"] is not None:
+            self.lwf.prev_model = copy.deepcopy(strategy.model)
+            self.lwf.prev_model.load_state_dict(state["model"])
 
 
 class Distillation(LearningWithoutForgetting):

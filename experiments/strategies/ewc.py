@@ -1,9 +1,12 @@
 """Elastic Weight Consolidation: one quadratic per task, one in all, and Avalanche's plugin."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from avalanche.training.plugins import EWCPlugin as AvalanchePlugin
 from avalanche.training.plugins import SupervisedPlugin
+from avalanche.training.utils import ParamData
 
 from ewc import Online, Separate
 from ewc.consolidation.combination import Consolidation
@@ -85,4 +88,26 @@ class AvalancheEWC(Penalised):
 
     def plugins(self, fisher: Fisher) -> list[SupervisedPlugin]:
         """The plugin, which does not use ``fisher``."""
-        return [AvalanchePlugin(self.strength, mode="separate")]
+        return [StatefulAvalanchePlugin(self.strength, mode="separate")]
+
+
+class StatefulAvalanchePlugin(AvalanchePlugin):
+    """Avalanche's plugin with a state."""
+
+    def state(self) -> dict[str, Any]:
+        """Anchors and importances by task."""
+        return {"anchors": _tensors(self.saved_params), "importances": _tensors(self.importances)}
+
+    def restore(self, state: Mapping[str, Any], strategy: Any) -> None:
+        """Go on from a state."""
+        place = strategy.device
+        for name, kept in (("anchors", self.saved_params), ("importances", self.importances)):
+            for task, tensors in state[name].items():
+                kept[int(task)] = {
+                    key: ParamData(key, init_tensor=value.to(place), device=place)
+                    for key, value in tensors.items()
+                }
+
+
+def _tensors(kept: Mapping[int, Mapping[str, ParamData]]) -> dict[str, Any]:
+    return {str(task): {k: value.data for k, value in of.items()} for task, of in kept.items()}

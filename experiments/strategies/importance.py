@@ -1,6 +1,7 @@
 """Quadratic penalties with another importance than the Fisher information."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,6 +61,15 @@ class ImportancePlugin(SupervisedPlugin, ABC):
             self.last_penalty = value.detach()
             strategy.loss = strategy.loss + value
         self._finite_loss.check(strategy)
+
+    def state(self) -> dict[str, Any]:
+        """What training needs to go on: tensors and plain values."""
+        return {"penalty": self.penalty.get_extra_state(), "last_penalty": self.last_penalty}
+
+    def restore(self, state: Mapping[str, Any], strategy: Any) -> None:
+        """Go on from a state."""
+        self.penalty.set_extra_state(state["penalty"])
+        self.last_penalty = state["last_penalty"].to(strategy.device)
 
     def after_training_exp(self, strategy: Any, **_: Any) -> None:
         """Measure the importance and add the task to the penalty.

@@ -4,6 +4,7 @@ Avalanche's ``SynapticIntelligencePlugin`` differs from the paper: it cuts every
 importance at 0.001.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +86,16 @@ class SynapticIntelligencePlugin(ImportancePlugin):
             if parameter.grad is not None and name in self._path:
                 step = parameter.detach() - self._before[name]
                 self._path[name].addcmul_(parameter.grad, step, value=-1.0)
+
+    def state(self) -> dict[str, Any]:
+        """The path too."""
+        return {**super().state(), "path": self._path, "start": self._start}
+
+    def restore(self, state: Mapping[str, Any], strategy: Any) -> None:
+        """Go on along the path."""
+        super().restore(state, strategy)
+        self._path = {name: gain.to(strategy.device) for name, gain in state["path"].items()}
+        self._start = {name: value.to(strategy.device) for name, value in state["start"].items()}
 
     def importance(self, strategy: Any) -> Parameters:
         """The gain along the path over its squared length, from start to end, plus damping."""

@@ -13,6 +13,7 @@ from avalanche.training import Naive
 from torch import Tensor
 
 from experiments.tasks.benchmarks import TaskData
+from experiments.training.resume import Boundary
 
 
 class TrainingBatches:
@@ -45,6 +46,10 @@ class TrainingBatches:
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         """The batches: images, labels, and task labels where the task is known."""
+        return self.after(0)
+
+    def after(self, first: int) -> Iterator[list[Tensor]]:
+        """The batches without the first ones, with the generator as if they had been given."""
         sizes = [len(task) for task in self.tasks]
         device = self.tasks[0].labels.device
         given = 0
@@ -54,7 +59,8 @@ class TrainingBatches:
                 if given == self.iterations:
                     return
                 given += 1
-                yield self._batch(rows, sizes)
+                if given > first:
+                    yield self._batch(rows, sizes)
 
     def _batch(self, rows: Tensor, sizes: list[int]) -> list[Tensor]:
         if len(self.tasks) == 1:
@@ -93,13 +99,23 @@ class InMemoryNaive(Naive):
         iterations: training steps per task; ``None`` to train for ``epochs``.
         epochs: the epochs per task.
         seed: the seed for shuffling.
+        boundary: what happens between two training steps, checkpoints for one.
         options: the arguments of Avalanche's template.
     """
 
     dataloader: Any
 
-    def __init__(self, *, iterations: int | None, epochs: int, seed: int, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        iterations: int | None,
+        epochs: int,
+        seed: int,
+        boundary: Boundary | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(train_epochs=1, **options)
+        self.boundary = boundary
         self.iterations = iterations
         self.epochs = epochs
         self.generator = torch.Generator().manual_seed(seed)
@@ -114,6 +130,22 @@ class InMemoryNaive(Naive):
         size = sum(len(task) for task in tasks)
         steps = self.iterations or self.epochs * math.ceil(size / self.train_mb_size)
         self.dataloader = TrainingBatches(tasks, self.train_mb_size, steps, self.generator)
+
+    def training_epoch(self, **options: Any) -> None:
+        """Avalanche's loop over the steps, without those that an earlier process has done."""
+        batches = self.dataloader
+        if self.boundary:
+            self.dataloader = self._between(batches, self.boundary)
+        super().training_epoch(**options)
+        self.dataloader = batches
+
+    def _between(self, batches: TrainingBatches, boundary: Boundary) -> Iterator[list[Tensor]]:
+        """The batches; the boundary is reached when the loop asks for the next one."""
+        first = boundary.start(self)
+        boundary.reached(self)
+        for batch in batches.after(first):
+            yield batch
+            boundary.reached(self)
 
     def make_eval_dataloader(self, **_: Any) -> None:
         """Batches by index in place of Avalanche's loader."""

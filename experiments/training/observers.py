@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from avalanche.training.plugins import SupervisedPlugin
@@ -160,6 +161,22 @@ class TrainingObserver(SupervisedPlugin):
                 growth,
             )
 
+    def state(self) -> dict[str, Any]:
+        """The time and the losses so far."""
+        return {
+            "train_seconds": self.train_seconds + time.perf_counter() - self._started,
+            "losses": self._losses,
+            "initial_norm": self._initial_norm,
+            "warned": self._warned,
+        }
+
+    def restore(self, state: Mapping[str, Any], strategy: Any) -> None:
+        """Go on from a state."""
+        self.train_seconds = state["train_seconds"]
+        self._started = time.perf_counter()
+        self._losses = [loss.to(strategy.device) for loss in state["losses"]]
+        self._initial_norm, self._warned = state["initial_norm"], state["warned"]
+
     def close(self) -> None:
         """Remove the progress bar, if there is one."""
         if self._progress:
@@ -193,6 +210,13 @@ class AccuracyObserver(SupervisedPlugin):
         hits = strategy.mb_output.argmax(1) == strategy.mb_y
         self._correct = self._correct + hits.sum()
         self._seen += len(hits)
+
+    def state(self) -> dict[str, Any]:
+        """Nothing: an evaluation starts anew."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any], strategy: Any) -> None:
+        """Nothing to restore."""
 
     def after_eval_exp(self, strategy: Any, **_: Any) -> None:
         """End a task."""

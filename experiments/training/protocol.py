@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ewc.checks import check_count, check_share
+from ewc.checks import check_count, check_not_negative, check_share
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,11 @@ class Training:
             averaged; 0 for no average.
         eval_batch_size: images in a batch of the evaluation and of the Fisher pass.
         log_every: training steps from one record to the next.
+        checkpoint_minutes: the time from one checkpoint to the next within a task, in minutes; 0
+            for one after every step, ``None`` for one after every task only.
 
     Raises:
-        ValueError: a count is below 1, or the fraction is not in [0, 1].
+        ValueError: a count is below 1, the fraction is not in [0, 1], or the time is negative.
     """
 
     batch_size: int = 128
@@ -32,6 +34,7 @@ class Training:
     tail_average: float = 0.0
     eval_batch_size: int = 1000
     log_every: int = 1
+    checkpoint_minutes: float | None = 10.0
 
     def __post_init__(self) -> None:
         """Check the counts and the fraction."""
@@ -39,3 +42,5 @@ class Training:
             if (count := getattr(self, name)) is not None:
                 check_count(count, name)
         check_share(self.tail_average, "tail_average")
+        if self.checkpoint_minutes is not None:
+            check_not_negative(self.checkpoint_minutes, "checkpoint_minutes")

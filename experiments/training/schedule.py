@@ -1,5 +1,6 @@
 """How the training of a task ends: with a small learning rate, or with averaged parameters."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from avalanche.training.plugins import SupervisedPlugin
@@ -25,6 +26,16 @@ class CosineAnnealing(SupervisedPlugin):
     def after_training_iteration(self, strategy: Any, **_: Any) -> None:
         """Set the learning rate of the next step."""
         self._schedule.step()
+
+    def state(self) -> dict[str, Any]:
+        """The place in the schedule; the optimizer's state has the rate."""
+        numbers = (int, float, list)
+        state = self._schedule.state_dict()
+        return {key: value for key, value in state.items() if isinstance(value, numbers)}
+
+    def restore(self, state: Mapping[str, Any], strategy: Any) -> None:
+        """Go on from a state."""
+        self._schedule.load_state_dict(dict(state))
 
 
 class TailAverage(SupervisedPlugin):
@@ -56,6 +67,14 @@ class TailAverage(SupervisedPlugin):
         # The clock is the last plugin: it has not yet counted this iteration.
         if strategy.clock.train_exp_iterations >= self._before:
             self._mean.update_parameters(strategy.model)
+
+    def state(self) -> dict[str, Any]:
+        """The mean so far."""
+        return {"mean": self._mean.state_dict()}
+
+    def restore(self, state: Mapping[str, Any], strategy: Any) -> None:
+        """Go on from a state."""
+        self._mean.load_state_dict(state["mean"])
 
     def after_training_exp(self, strategy: Any, **_: Any) -> None:
         """Set the parameters to the mean."""

@@ -17,13 +17,16 @@ from ewc import EWCPenalty
 from experiments.configuration.command_line import CONFIGS
 from experiments.configuration.schema import build, plain
 from experiments.experiment import Experiment
+from experiments.reporting.checkpoints import Checkpoints
 from experiments.reporting.results import read_jobs
 from experiments.reporting.tables import sweep_table
 from experiments.reporting.tracking import Recorder, WandB
+from experiments.training.resume import Continuation
 
 ROOT = Path(CONFIGS).parent
 SMALL = ["model.hidden=[32]", "training.epochs=4", "training.batch_size=16"]
 SMALL += ["benchmark.num_tasks=2", "wandb.mode=disabled"]
+LAST = "checkpoints/task0002-step00000000.safetensors"
 
 
 def compose(*overrides):
@@ -38,9 +41,11 @@ class Silent:
 
 def run(directory, *overrides):
     directory.mkdir()
-    prepared = build(compose(*overrides), Experiment).prepare()
+    config = compose(*overrides)
+    prepared = build(config, Experiment).prepare()
+    continuation = Continuation(Checkpoints(directory, config, prepared.deciding_versions))
     with Recorder(directory, WandB(mode="disabled"), {}, "test", None) as recorder:
-        return prepared.run(recorder, Console(quiet=True), Silent())
+        return prepared.run(recorder, Console(quiet=True), Silent(), continuation)
 
 
 STRATEGIES = ["naive", "joint", "ewc", "online_ewc", "kfac_ewc", "si", "mas", "l2", "lwf"]
@@ -124,12 +129,20 @@ def test_joint_training_sees_all_tasks(tmp_path):
 
 
 def test_checkpoints_hold_network_and_penalty(tmp_path):
-    run(tmp_path / "run", "benchmark=permuted_digits", "strategy=online_ewc")
-    state = load_file(tmp_path / "run" / "checkpoints" / "model.safetensors")
+    options = ("benchmark=permuted_digits", "strategy=online_ewc")
+    versions = {"torch": run(tmp_path / "run", *options)["versions"]["torch"]}
+    config = compose(*options)
+    tensors = load_file(tmp_path / "run" / LAST)
+    prefix = "training/model/"
+    state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     assert state["0.weight"].shape == (32, 64)
+    (plugin,) = [
+        inner
+        for inner in Checkpoints(tmp_path / "run", config, versions).newest()["training"]["plugins"]
+        if "penalty" in inner
+    ]
     penalty = EWCPenalty()
-    saved = torch.load(tmp_path / "run" / "checkpoints" / "penalty.pt", weights_only=True)
-    penalty.load_state_dict(saved)
+    penalty.set_extra_state(plugin["penalty"])
     assert penalty.fisher_trace > 0
     torch.testing.assert_close(penalty.terms[0].anchor, state, rtol=0, atol=0)
 
@@ -265,7 +278,7 @@ def test_the_command_line_leaves_everything_behind(tmp_path):
     for name in ("accuracy_matrix.png", "learning_curves.png"):
         assert (folder / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert (folder / "config.yaml").is_file()
-    assert (folder / "checkpoints" / "model.safetensors").is_file()
+    assert (folder / LAST).is_file()
 
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "step" in record]

@@ -205,7 +205,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("ewc.matrices.matrix_file.os.fsync", full)
+    monkeypatch.setattr("ewc.tensor_file.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         new.save(path)
     assert path.read_bytes() == before

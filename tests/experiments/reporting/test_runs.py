@@ -14,7 +14,6 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
-import torch
 import wandb
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
@@ -23,7 +22,7 @@ import ewc
 from experiments import experiment
 from experiments.configuration.targets import ConfigurationError
 from experiments.experiment import Prepared
-from experiments.reporting import folder
+from experiments.reporting import checkpoints, folder
 from experiments.reporting import results as result_files
 from experiments.reporting.folder import OWNER, finished, owned
 from experiments.reporting.kept import keep, kept_job, read_kept
@@ -164,6 +163,8 @@ def test_a_line_has_what_decides_the_outcome_and_what_the_page_shows(tmp_path):
     path = tmp_path / "results" / "recipe.jsonl"
     apart = {"wandb": {"mode": "offline"}, "data_root": "somewhere", "threads": 1, "trusted": []}
     where = ["experiment=recipe", "wandb.mode=offline", "+data_root=somewhere", "threads=1"]
+    where += ["training.checkpoint_minutes=null"]
+    apart["training"] = TRAINING | {"checkpoint_minutes": None}
     overlap = [{"2": 1.0, "10": 1.0}, {"2": 0.5, "10": 0.25}]
     keep(
         path,
@@ -266,7 +267,9 @@ def leave(directory, *kinds, config=CONFIG):
             (directory / kind).write_text("something")
 
 
-UNFINISHED = (OWNER, "metrics.jsonl", "checkpoints/model.safetensors")
+EARLIER = "checkpoints/model.safetensors", "checkpoints/penalty.pt"
+CHECKPOINT = "checkpoints/task0001-step00000003.safetensors"
+UNFINISHED = (OWNER, "metrics.jsonl", *EARLIER)
 LEFT = [
     UNFINISHED,
     (OWNER,),
@@ -304,7 +307,7 @@ def test_results_and_an_unfinished_run_of_two_configurations_are_refused(tmp_pat
             finished(tmp_path, CONFIG | {"seed": seed})
 
 
-@pytest.mark.parametrize("record", ["metrics.jsonl", "checkpoints/penalty.pt"])
+@pytest.mark.parametrize("record", ["metrics.jsonl", CHECKPOINT, EARLIER[1]])
 def test_a_run_of_an_unknown_configuration_is_refused(tmp_path, record):
     leave(tmp_path, record)
     with pytest.raises(ConfigurationError, match="does not say of which configuration"):
@@ -312,14 +315,21 @@ def test_a_run_of_an_unknown_configuration_is_refused(tmp_path, record):
     assert (tmp_path / record).exists()
 
 
-def test_an_unfinished_run_of_the_same_configuration_starts_over(tmp_path):
-    leave(tmp_path, *UNFINISHED, "checkpoints/penalty.pt", "learning_curves.png")
+def test_an_unfinished_run_without_a_checkpoint_starts_over(tmp_path):
+    leave(tmp_path, *UNFINISHED, "learning_curves.png", "checkpoints/.0123.tmp")
     damage(tmp_path, "{")
     (tmp_path / "thesis.txt").write_text("years of work")
     assert finished(tmp_path, CONFIG | {"threads": 2}) is None  # which decides nothing
     with owned(tmp_path, CONFIG):
         left = {path.name for path in contents(tmp_path)}
     assert left == {"run.json", "thesis.txt"}
+
+
+def test_an_unfinished_run_keeps_its_records_and_checkpoints(tmp_path):
+    leave(tmp_path, OWNER, "metrics.jsonl", CHECKPOINT, "checkpoints/.0123.tmp")
+    with owned(tmp_path, CONFIG | {"training": TRAINING | {"checkpoint_minutes": 1.0}}):
+        left = {str(path.relative_to(tmp_path)) for path in contents(tmp_path)}
+    assert left == {"run.json", "metrics.jsonl", CHECKPOINT}
 
 
 def test_finished_results_of_the_same_configuration_are_given(tmp_path):
@@ -450,8 +460,7 @@ FAULTS = {
     "the end of the W&B run": lambda patch: once_open(patch, lambda r: setattr(r, "run", Gone())),
     "config.yaml": lambda patch: patch.setattr(OmegaConf, "save", broken),
     "metrics.jsonl": lambda patch: once_open(patch, full_disk),
-    "checkpoints/model.safetensors": lambda patch: patch.setattr(experiment, "save_file", broken),
-    "checkpoints/penalty.pt": lambda patch: patch.setattr(torch, "save", broken),
+    "checkpoints": lambda patch: patch.setattr(checkpoints, "write", broken),
 }
 
 
@@ -511,7 +520,7 @@ def test_a_run_under_a_limit_of_file_size_has_results(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(read_results(tmp_path / "run")["accuracy_matrix"]) == 5
     assert "accuracy_matrix.png: [Errno" in done.stdout
-    assert "checkpoints/model.safetensors: " in done.stdout
+    assert "checkpoints: " in done.stdout
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from ewc import EWCPenalty, Online
 from ewc.consolidation.update import ImplicitSteps
 from ewc.parameters import flatten
 from experiments.experiment import Experiment
+from experiments.reporting.checkpoints import Checkpoints
 from experiments.reporting.tracking import Recorder, WandB
 from experiments.strategies.ewc import EWC, OnlineEWC
 from experiments.strategies.strategy import Naive, Strategy
@@ -20,6 +21,7 @@ from experiments.tasks.benchmarks import Split
 from experiments.tasks.images import Digits
 from experiments.training.models import MLP
 from experiments.training.protocol import Training
+from experiments.training.resume import Continuation
 
 
 class Watch(SupervisedPlugin):
@@ -37,13 +39,14 @@ class Watch(SupervisedPlugin):
 
 
 def run(folder, training, strategy):
-    """Two tasks by gradient descent at a rate of 0.2; the network after them."""
+    """Two tasks by gradient descent at a rate of 0.2; the network and the last checkpoint."""
     optimizer = partial(torch.optim.SGD, lr=0.2)
     experiment = Experiment(Split(Digits(), 2), MLP([8]), optimizer, training, strategy)
     prepared = experiment.prepare()
+    checkpoints = Checkpoints(folder, {}, {})
     with Recorder(folder, WandB("disabled"), {}, "x", None) as recorder:
-        prepared.run(recorder, Console(quiet=True), logging.getLogger())
-    return prepared.model
+        prepared.run(recorder, Console(quiet=True), logging.getLogger(), Continuation(checkpoints))
+    return prepared.model, checkpoints.newest()
 
 
 @pytest.mark.parametrize("reset", [True, False])
@@ -109,8 +112,9 @@ def test_the_network_takes_the_mean_of_its_last_parameters(
 
 def test_the_penalty_is_anchored_at_the_mean(tmp_path):
     training = Training(100, iterations=8, tail_average=0.5)
-    model = run(tmp_path, training, OnlineEWC(1.0))
+    model, state = run(tmp_path, training, OnlineEWC(1.0))
+    (plugin,) = [inner for inner in state["training"]["plugins"] if "penalty" in inner]
     penalty = EWCPenalty(1.0, Online())
-    penalty.load_state_dict(torch.load(tmp_path / "checkpoints" / "penalty.pt"))
+    penalty.set_extra_state(plugin["penalty"])
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(penalty.terms[-1].anchor[name], parameter.detach())

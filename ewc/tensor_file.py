@@ -1,7 +1,8 @@
-"""Files of Fisher matrices: safetensors, with a checksum over every byte.
+"""Files of tensors and plain values: safetensors and JSON, with a checksum over every byte.
 
-The metadata of a file hold a description under ``"ewc"`` and a checksum under ``"sha256"``.  The
-checksum is the SHA-256 of the whole file with zeros in the place of the checksum.
+Reading one runs no code, unlike pickle.  The metadata of a file hold a description under ``"ewc"``
+and a checksum under ``"sha256"``.  The checksum is the SHA-256 of the whole file with zeros in the
+place of the checksum.
 """
 
 import hashlib
@@ -9,12 +10,29 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a kind of file holds, for messages.
+
+    Attributes:
+        noun: what it holds, such as "Fisher matrix".
+        writer: what writes it.
+        remedy: a sentence on what to do where a file is too old.
+    """
+
+    noun: str
+    writer: str
+    remedy: str
+
 
 ZEROS = "0" * hashlib.sha256().digest_size * 2
 """What is in the place of the checksum while it is computed."""
@@ -57,8 +75,12 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: An
     _bring_to_disk(target.parent)
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Any]:
+def read(path: str | os.PathLike[str], content: Content) -> tuple[dict[str, Tensor], Any]:
     """The tensors and the description that :func:`write` wrote, on the CPU.
+
+    Args:
+        path: the file.
+        content: what the file should hold, for the messages.
 
     Raises:
         ValueError: :func:`write` did not write this file, or it is damaged.
@@ -66,7 +88,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Any]:
     """
     name = repr(os.fspath(path))
     foreign = (
-        f"{name} holds no Fisher matrix: only files written by FisherMatrix.save can be loaded."
+        f"{name} holds no {content.noun}: only files written by {content.writer} can be loaded."
     )
     with Path(path).open("rb") as file:
         try:
@@ -79,7 +101,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Any]:
         if "sha256" not in metadata:
             raise ValueError(
                 f"{name} has no checksum: it is of an earlier version of this library, or damaged. "
-                "Compute and save the matrix again."
+                f"{content.remedy}"
             )
         try:
             whole = _checksum(file, _place_of(metadata["sha256"], header)) == metadata["sha256"]
@@ -88,11 +110,78 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Any]:
     if not whole:
         raise ValueError(f"{name} is damaged: its contents do not match its checksum.")
     try:
-        with safe_open(os.fspath(path), framework="pt") as content:
+        with safe_open(os.fspath(path), framework="pt") as stored:
             # Copies: otherwise the tensors would change with the file.
-            return {key: content.get_tensor(key).clone() for key in content.keys()}, about  # noqa: SIM118
+            return {key: stored.get_tensor(key).clone() for key in stored.keys()}, about  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(foreign) from error
+
+
+def separated(state: Any) -> tuple[dict[str, Tensor], Any]:
+    """A state as tensors for :func:`write`, and an outline of the rest that JSON can hold.
+
+    In the outline ``{"$tensor": name}`` is in the place of a tensor.  A tensor has the name of its
+    place, such as ``model/0.weight``.  The order of its dimensions in memory is kept, as the
+    rounding of products depends on it.
+
+    Args:
+        state: dictionaries with text as keys, lists, tuples (which become lists), text, numbers,
+            booleans, ``None`` and tensors, nested as one likes.
+
+    Raises:
+        TypeError: something else is in the state.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def outline(value: Any, place: str) -> Any:
+        if isinstance(value, Tensor):
+            name = place
+            while name in tensors:  # a name may hold a slash itself
+                name += "'"
+            strides = value.stride()
+            order = sorted(range(value.dim()), key=lambda k: (-strides[k], k))
+            tensors[name] = value.detach().permute(order)
+            moved = {} if order == sorted(order) else {"order": order}
+            return {"$tensor": name, **moved}
+        if isinstance(value, Mapping):
+            for key in value:
+                if not isinstance(key, str) or key.startswith("$"):
+                    raise TypeError(f"A key of a state must be text without $ ahead, got {key!r}.")
+            ahead = f"{place}/" if place else ""
+            return {key: outline(inner, f"{ahead}{key}") for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [outline(inner, f"{place}/{index}") for index, inner in enumerate(value)]
+        if value is None or isinstance(value, str | int | float):
+            return value
+        raise TypeError(f"A state holds no {type(value).__name__}, got one at {place!r}.")
+
+    if not isinstance(state, Mapping):
+        raise TypeError(f"A state must be a dictionary, got {type(state).__name__}.")
+    return tensors, outline(state, "")
+
+
+def joined(tensors: Mapping[str, Tensor], outline: Any) -> Any:
+    """The inverse of :func:`separated`.
+
+    Raises:
+        ValueError: the tensors are not those of the outline.
+    """
+    try:
+        return _joined(tensors, outline)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"The tensors are not those of the outline: {error}.") from error
+
+
+def _joined(tensors: Mapping[str, Tensor], outline: Any) -> Any:
+    if isinstance(outline, list):
+        return [_joined(tensors, inner) for inner in outline]
+    if not isinstance(outline, dict):
+        return outline
+    if "$tensor" not in outline:
+        return {key: _joined(tensors, inner) for key, inner in outline.items()}
+    tensor = tensors[outline["$tensor"]]
+    order = outline.get("order")
+    return tensor if order is None else tensor.permute([order.index(k) for k in range(len(order))])
 
 
 def _header(file: BinaryIO) -> bytes:
