@@ -329,9 +329,7 @@ def when(directory, process, records):
 
 PROCESSES = {
     "ewc": ["strategy=ewc"],
-    "kfac": ["strategy=kfac_ewc", "training.tail_average=0.5"],
-    "si": ["strategy=si", "training.anneal=true"],
-    "joint": ["strategy=joint", "training.reset_optimizer=false"],
+    "kfac": ["strategy=kfac_ewc", "training.tail_average=0.5", "training.reset_optimizer=false"],
 }
 LONG = ["training.iterations=60", "training.checkpoint_minutes=0"]
 
