@@ -120,6 +120,7 @@ def test_ewc_forgets_less_than_fine_tuning(tmp_path):
     assert sum(drops["ewc"]) < 0.7 * sum(drops["naive"])
 
 
+@pytest.mark.slow
 def test_joint_training_sees_all_tasks(tmp_path):
     options = ("benchmark=permuted_digits", "training.epochs=10")
     joint = run(tmp_path / "joint", *options, "strategy=joint")

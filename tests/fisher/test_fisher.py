@@ -430,6 +430,7 @@ def test_an_optional_second_argument_may_be_left_out():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_half_precision_sums_do_not_stall():
     model = nn.Linear(4, 3)
     x, y = torch.rand(20_000, 4), torch.zeros(20_000, dtype=torch.long)

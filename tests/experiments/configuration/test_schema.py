@@ -463,7 +463,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "kind", [*list(RECIPES)[:3], *(pytest.param(kind, marks=SLOW) for kind in list(RECIPES)[3:])]
+    "kind", [*list(RECIPES)[:2], *(pytest.param(kind, marks=SLOW) for kind in list(RECIPES)[2:])]
 )
 def test_recipes_run_no_code(tmp_path, foreign, kind):
     text, message = RECIPES[kind]
