@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from ewc.fisher.estimators import Estimator
 from ewc.fisher.evaluation import dense_parts
 from ewc.fisher.faults import Faults
-from ewc.fisher.structures.structure import (
-    Accumulator,
-)
+from ewc.fisher.structures.structure import Accumulator
 from ewc.likelihoods import Likelihood
 from ewc.linalg.devices import sizes_for
 from ewc.parameters import Parameters

@@ -123,9 +123,10 @@ class Caller:
             names = [name for name in self.names if name != LABELS]
             raise ValueError(f"Batch {index} {fault}: {self.name} takes {_quoted(names)}.")
         if self.names and (unnamed := [key for key in inputs if key not in self.names]):
+            # Without the number of the batch, so that the same text is shown once.
             warnings.warn(
-                f"Batch {index}: {self.name} has no argument {_quoted(unnamed)}, which goes to its "
-                f"**{self.rest}; labels are under {LABELS!r} and sample weights under {WEIGHTS!r}.",
+                f"{self.name} has no argument {_quoted(unnamed)}, which goes to its **{self.rest}; "
+                f"labels are under {LABELS!r} and sample weights under {WEIGHTS!r}.",
                 stacklevel=2,
             )
         return Examples(Arguments((), inputs), targets, weights), tensors

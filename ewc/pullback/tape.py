@@ -364,15 +364,16 @@ class Tape:
         rows = self.known.rows.get(self._kind)
         if rows is None:
             rows, certain = self._few.probed(scores)
-            if not certain:
-                # As many positions as examples, plus one, look the same in two orders.
-                rows, certain = self._resized(FEW + 1).probed(scores)
+            # As many positions as examples, plus one, look the same in two orders.
+            if not certain and (more := self._resized(FEW + 1)) is not self:
+                of_more, certain = more.probed(scores)
+                rows = of_more if certain else rows
             if certain:
                 self.known.rows[self._kind] = rows
-            else:
+            elif self._few is not self:
                 rows, certain = self.probed(scores)
-                if not certain:
-                    return rows
+            if not certain:
+                return rows
         self.known.rows[self.signature] = rows
         return rows
 

@@ -89,23 +89,15 @@ class OuterProductSums:
     def _add_rows(self, key: str, vectors: Parameters) -> None:
         """Add vectors ``[k, n, *parameter.shape]`` to one block."""
         shapes, total = self.blocks[key], self.totals[key]
-        present = [name for name in shapes if name in vectors]
+        count = next(vectors[name] for name in shapes if name in vectors).shape[:2].numel()
         # A parameter that does not affect the outputs has a zero gradient.
-        count = vectors[present[0]].shape[:2].numel()
-        if len(present) == len(shapes):
-            whole = torch.cat([vectors[name].reshape(count, -1) for name in present], 1)
-            self._add_outer(whole.to(total.dtype), total)
-            return
-        rows = total.new_zeros(count, total.shape[0])
-        pieces = torch.split(rows, [shape.numel() for shape in shapes.values()], dim=1)
-        columns = dict(zip(shapes, pieces, strict=True))
-        for name in present:
-            columns[name].copy_(vectors[name].reshape(columns[name].shape))
-        self._add_outer(rows, total)
-
-    @staticmethod
-    def _add_outer(rows: Tensor, total: Tensor) -> None:
-        """Add the outer products of rows, or their squares."""
+        columns = [
+            vectors[name].reshape(count, -1)
+            if name in vectors
+            else total.new_zeros(count, shape.numel())
+            for name, shape in shapes.items()
+        ]
+        rows = torch.cat(columns, 1).to(total.dtype)
         if total.dim() == 1:
             total += rows.square().sum(0)
         else:
