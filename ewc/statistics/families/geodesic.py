@@ -24,6 +24,7 @@ from torch.func import jacfwd, jacrev, vmap
 from ewc.checks import check_count, check_positive
 from ewc.parameters import Parameters, Shapes, check_same_shapes, flatten, shapes_of, unflatten
 from ewc.statistics.families.metric import Metric, fisher_metric
+from ewc.statistics.families.validation import validation
 
 FEWEST, MOST = 6, 192
 """The first and the last number of polynomials; it is doubled in between."""
@@ -135,9 +136,9 @@ def geodesic_distance(
         NotImplementedError: ``torch.distributions`` has no divergence of the family.
         ArithmeticError: no geodesic was found.
     """
-    for parameters in (start, end):
-        # The distributions check their parameters, once.
-        family({name: tensor.detach().double() for name, tensor in parameters.items()})
+    with validation(True):
+        for parameters in (start, end):
+            family({name: tensor.detach().double() for name, tensor in parameters.items()})
     metric = fisher_metric(family)
     metric({name: tensor.detach().double() for name, tensor in start.items()})
     return geodesic(metric, start, end).distance

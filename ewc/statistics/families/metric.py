@@ -1,7 +1,6 @@
 r"""The Fisher information of a family as a metric that torch can differentiate."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch.func import jacfwd, jacrev
 
 from ewc.parameters import Parameters, flatten, shapes_of, unflatten
 from ewc.statistics.families.densities import Points, log_density
+from ewc.statistics.families.validation import validation
 
 Metric = Callable[[Parameters], Tensor]
 r"""From parameters by name to :math:`F(\theta)`, ``[p, p]``, in torch operations."""
@@ -48,7 +48,8 @@ def fisher_metric(family: Callable[[Parameters], Distribution]) -> Metric:
         def member(theta: Tensor) -> Distribution:
             return family(unflatten(theta, shapes))
 
-        with _unchecked():
+        # The checks read values, which vmap does not allow.
+        with validation(False):
             distribution = family(parameters)
             _check_fixed(member, here, type(distribution).__name__)
             if distribution.has_enumerate_support:
@@ -125,14 +126,3 @@ def _divergence(first: Distribution, second: Distribution) -> Tensor:
             "information to geodesic as a metric."
         ) from error
     return divergence
-
-
-@contextmanager
-def _unchecked() -> Iterator[None]:
-    """Switch off the distributions' checks of their parameters, which read values."""
-    before = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
-    try:
-        yield
-    finally:
-        Distribution.set_default_validate_args(before)

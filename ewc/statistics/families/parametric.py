@@ -22,6 +22,7 @@ from ewc.matrices.dense import DenseFisher
 from ewc.parameters import Parameters, Shapes, flatten, shapes_of, unflatten
 from ewc.statistics.families.densities import Points, log_density
 from ewc.statistics.families.expectation import Density, expectation_at
+from ewc.statistics.families.validation import validation
 
 MEAN = 1e-7
 """Relative values below this count as 0, for expected scores and for gaps."""
@@ -62,7 +63,7 @@ def parametric_fisher(family: Family, parameters: Parameters) -> DenseFisher:
         score = _score(log_prob, theta, points)
         return torch.cat([score[:, None], score[:, :, None] * score[:, None, :]], 1)
 
-    mean, matrix = expectation_at(moments, family(unflatten(theta, shapes))).tensor_split([1])
+    mean, matrix = expectation_at(moments, _member(family, theta, shapes)).tensor_split([1])
     _check_mean(mean[0], matrix)
     return DenseFisher(matrix, shapes, num_examples=1)
 
@@ -89,7 +90,7 @@ def sampled_parametric_fisher(
     """
     check_count(num_samples, "num_samples", least=2)
     theta, shapes = _flat(parameters)
-    distribution = family(unflatten(theta, shapes))
+    distribution = _member(family, theta, shapes)
     if isinstance(distribution, Density):
         raise TypeError("A Density cannot be sampled: take parametric_fisher instead.")
     with torch.random.fork_rng(devices=[]):
@@ -165,7 +166,7 @@ def formulations(
         curvature = -torch.cat([hessian(chunk) for chunk in chunks])
         return torch.cat([score[:, None], score[:, :, None] * score[:, None, :], curvature], 1)
 
-    under = family(unflatten(theta, shapes)) if truth is None else truth
+    under = _member(family, theta, shapes) if truth is None else truth
     mean, score, curvature = expectation_at(moments, under).tensor_split([1, 1 + len(theta)])
     if truth is None:
         _check_mean(mean[0], score)
@@ -190,6 +191,12 @@ def _check_mean(mean: Tensor, squares: Tensor) -> None:
 
 def _flat(parameters: Parameters) -> tuple[Tensor, Shapes]:
     return flatten(parameters).detach().double(), shapes_of(parameters)
+
+
+def _member(family: Family, theta: Tensor, shapes: Shapes) -> Distribution | Density:
+    """The member of a family, which torch checks."""
+    with validation(True):
+        return family(unflatten(theta, shapes))
 
 
 def _check_gap(score: Tensor, curvature: Tensor) -> None:

@@ -257,6 +257,21 @@ def test_mistakes_are_named():
         )
 
 
+def test_parameters_are_checked_where_torch_was_told_not_to():
+    # The first torch.compile of a process does that.
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        good, bad = ({"shape": t(a), "rate": t(1.0)} for a in (1.0, -1.0))
+        with pytest.raises(ValueError, match="to satisfy the constraint GreaterThan"):
+            geodesic_distance(gamma, good, bad)
+        with pytest.raises(ValueError, match="to satisfy the constraint GreaterThan"):
+            parametric_fisher(gamma, bad)
+        assert Distribution._validate_args is False
+    finally:
+        Distribution.set_default_validate_args(before)
+
+
 def test_the_checks_of_distributions_are_left_as_they_were():
     before = Distribution._validate_args
     geodesic_distance(gamma, *({"shape": t(a), "rate": t(1.0)} for a in (1.0, 2.0)))
