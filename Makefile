@@ -1,13 +1,17 @@
 # `make` lists the targets. They run in the active virtual environment.
 .DEFAULT_GOAL := help
 EWC_DATA ?= ../shared/data
-.PHONY: help install lint test slow studies bench results docs
+.PHONY: help install lint lock test slow studies bench results docs
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
 
 install: ## Install the library, the application and the tools of development
 	python -m pip install -e ".[dev]"
+
+lock: ## Write constraints.txt with the newest versions; needs uv
+	uv pip compile pyproject.toml --upgrade --universal --extra dev --no-annotate \
+		--no-emit-package ewc --no-emit-package pip --output-file constraints.txt
 
 lint: ## Check style and types
 	ruff check .
