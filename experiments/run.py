@@ -136,7 +136,7 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path, continuation:
                 if picture == "accuracy_matrix":
                     run_pictures.draw_accuracy_matrix(matrix, title, path)
                 else:
-                    run_pictures.draw_learning_curves(matrix, recorder.steps, title, path)
+                    run_pictures.draw_learning_curves(matrix, recorder.curve, title, path)
                 recorder.picture(picture, path)
         recorder.table("accuracy", *run_report.accuracy_table(matrix))
         final = ("average_accuracy", "forgetting", "backward_transfer")

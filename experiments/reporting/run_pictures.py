@@ -1,13 +1,13 @@
 """The pictures of one run."""
 
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from experiments.reporting.curve import CURVES, Curve
 from experiments.reporting.metrics import average_accuracies
 
 
@@ -32,7 +32,7 @@ def draw_accuracy_matrix(matrix: Sequence[Sequence[float]], title: str, path: Pa
 
 
 def draw_learning_curves(
-    matrix: Sequence[Sequence[float]], steps: Sequence[Mapping[str, float]], title: str, path: Path
+    matrix: Sequence[Sequence[float]], curve: Curve, title: str, path: Path
 ) -> None:
     """Accuracy on every task after each, and loss and penalty over the training steps."""
     size = len(matrix)
@@ -47,18 +47,14 @@ def draw_learning_curves(
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend()
     left.grid(alpha=0.3)
-    width = max(1, len(steps) // 400)
-    for name, colour in (("train/loss", "tab:blue"), ("train/penalty", "tab:red")):
-        xs, ys = [], []
-        for start in range(0, len(steps), width):
-            records = steps[start : start + width]
-            xs.append(records[-1]["step"])
-            ys.append(statistics.fmean(record[name] for record in records))
+    steps = [point.step for point in curve.points]
+    for name, colour in zip(CURVES, ("tab:blue", "tab:red"), strict=True):
+        ys = [point.means[name] for point in curve.points]
         if any(y > 0 for y in ys):
-            label = name.removeprefix("train/") + (
-                " (part of the loss)" if "penalty" in name else ""
-            )
-            right.plot(xs, [y if y > 0 else math.nan for y in ys], color=colour, lw=1, label=label)
+            label = name.removeprefix("train/")
+            label += " (part of the loss)" if label == "penalty" else ""
+            positive = [y if y > 0 else math.nan for y in ys]
+            right.plot(steps, positive, color=colour, lw=1, label=label)
     right.set(xlabel="training step", ylabel="nats per example", yscale="log", title="training")
     if right.lines:
         right.legend()

@@ -13,6 +13,7 @@ import wandb
 
 from experiments.configuration.command_line import sentence
 from experiments.configuration.targets import ConfigurationError
+from experiments.reporting.curve import Curve
 from experiments.reporting.files import only_warned
 from experiments.reporting.folder import METRICS
 
@@ -54,7 +55,7 @@ class Recorder:
             that process are dropped.  ``None`` to start.
 
     Attributes:
-        steps: the records of training steps so far.
+        curve: what a picture needs of the training steps so far.
 
     Raises:
         ConfigurationError: W&B cannot start.
@@ -73,7 +74,7 @@ class Recorder:
     ) -> None:
         self.directory = directory
         self.options = options
-        self.steps: list[dict[str, float | int]] = []
+        self.curve = Curve()
         self._writes, self._shows = True, True
         self._position = 0 if state is None else int(state["position"])
         self._closing = contextlib.ExitStack()
@@ -141,7 +142,7 @@ class Recorder:
     def log(self, record: Mapping[str, float | int]) -> None:
         """Write one record of scalars; it names its axis, ``step`` or ``task``."""
         if "step" in record:
-            self.steps.append(dict(record))
+            self.curve.add(record)
         if self._writes:
             self._writes = False
             with only_warned(METRICS):
@@ -160,9 +161,10 @@ class Recorder:
 
     def _read_steps(self) -> None:
         """Read the records before the position, and drop the others."""
-        lines = self._file.read(self._position).splitlines()
-        records = [json.loads(line) for line in lines]
-        self.steps = [record for record in records if "step" in record]
+        while self._file.tell() < self._position:
+            record = json.loads(self._file.readline())
+            if "step" in record:
+                self.curve.add(record)
         self._file.truncate()
 
     def picture(self, name: str, path: Path) -> None:

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+import torch
 import wandb
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
@@ -24,6 +25,7 @@ from experiments.configuration.targets import ConfigurationError
 from experiments.experiment import Prepared
 from experiments.reporting import checkpoints, folder
 from experiments.reporting import results as result_files
+from experiments.reporting.curve import Curve
 from experiments.reporting.folder import OWNER, finished, owned
 from experiments.reporting.kept import keep, kept_job, read_kept
 from experiments.reporting.results import read_jobs, read_results, write_results
@@ -538,13 +540,28 @@ def test_wandb_needs_no_home(tmp_path, command, monkeypatch):
 
 def test_curves_are_drawn_from_memory(tmp_path):
     with Recorder(tmp_path, WandB(mode="disabled"), {}, "test", None) as recorder:
-        recorder.log({"step": 1, "train/loss": 0.5})
+        recorder.log({"step": 1, "train/loss": 0.5, "train/penalty": 0.0})
         recorder.log({"task": 0, "eval/accuracy/task00": 0.5})
-        recorder.log({"step": 2, "train/loss": 0.25})
-        assert recorder.steps == [
-            {"step": 1, "train/loss": 0.5},
-            {"step": 2, "train/loss": 0.25},
-        ]
+        recorder.log({"step": 2, "train/loss": 0.25, "train/penalty": 0.125})
+        points = [(point.step, *point.means.values()) for point in recorder.curve.points]
+    assert points == [(1, 0.5, 0.0), (2, 0.25, 0.125)]
+
+
+@pytest.mark.parametrize("count", [1, 799, 800, 801, 5000])
+def test_a_curve_has_the_means_of_windows_and_bounded_memory(count):
+    steps = range(10, 10 * count + 1, 10)
+    losses = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    curve = Curve()
+    for step, loss in zip(steps, losses.tolist(), strict=True):
+        curve.add({"step": step, "train/loss": loss, "train/penalty": 2 * loss})
+    whole = count // curve.width * curve.width
+    windows = losses[:whole].view(-1, curve.width).mean(1)
+    assert count / 800 <= curve.width <= 1 + count / 400
+    assert len(curve.points) == len(windows) < 800
+    assert [point.step for point in curve.points] == list(steps)[curve.width - 1 :: curve.width]
+    for name, factor in (("train/loss", 1), ("train/penalty", 2)):
+        means = torch.tensor([point.means[name] for point in curve.points], dtype=torch.float64)
+        torch.testing.assert_close(means, factor * windows)
 
 
 @pytest.mark.parametrize(

@@ -76,16 +76,16 @@ def run(directory, *overrides, after=0, versions=None):
             assert end.value.code == 143
             return None
         results = prepared.run(recorder, Console(quiet=True), Silent(), continuation)
-    return results, prepared.model.state_dict(), recorder.steps
+    return results, prepared.model.state_dict(), recorder.curve
 
 
 def outcome(directory, *overrides, stops=()):
     """What is left of a run that is stopped some times: all but the time."""
     for after in stops:
         assert run(directory, *overrides, after=after) is None
-    results, weights, steps = run(directory, *overrides)
+    results, weights, curve = run(directory, *overrides)
     del results["seconds"]
-    return results, weights, steps, (directory / "metrics.jsonl").read_text()
+    return results, weights, curve, (directory / "metrics.jsonl").read_text()
 
 
 def assert_same(one, other):

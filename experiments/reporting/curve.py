@@ -1,0 +1,57 @@
+"""What a picture needs of a long run's steps, in bounded memory."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+CURVES = ("train/loss", "train/penalty")
+"""The metrics of a step that are drawn."""
+
+MOST = 800
+"""The largest number of points of a curve; a picture is about as many pixels wide."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """The mean of some records in a row.
+
+    Attributes:
+        step: the step of the last of them.
+        means: the mean of each metric, by name.
+    """
+
+    step: float
+    means: Mapping[str, float]
+
+    def joined(self, after: "Point") -> "Point":
+        """The mean of this point and the next, which is of as many records."""
+        return Point(after.step, {k: (self.means[k] + after.means[k]) / 2 for k in CURVES})
+
+
+@dataclass
+class Curve:
+    """The means of metrics over the training steps.
+
+    Each point is of ``width`` records.  Neighbours are joined when there are too many points, so
+    a run of any length takes the same memory.
+
+    Attributes:
+        points: the points so far, without the records of the one that is not complete.
+        width: the records of a point.
+    """
+
+    points: list[Point] = field(default_factory=list)
+    width: int = 1
+    _open: list[Mapping[str, float]] = field(default_factory=list)
+
+    def add(self, record: Mapping[str, float]) -> None:
+        """Add the record of a step."""
+        self._open.append(record)
+        if len(self._open) < self.width:
+            return
+        means = {k: sum(float(r[k]) for r in self._open) / self.width for k in CURVES}
+        self.points.append(Point(record["step"], means))
+        self._open = []
+        if len(self.points) == MOST:
+            pairs = zip(self.points[::2], self.points[1::2], strict=True)
+            self.points = [first.joined(second) for first, second in pairs]
+            self.width *= 2
