@@ -104,6 +104,9 @@ class DiagonalFisher(FisherMatrix):
     def eigenvalues(self) -> Tensor:
         return flatten(self._diagonal).sort().values
 
+    def largest_eigenvalue(self) -> float:
+        return max(float(d.max()) for d in self.diagonal().values() if d.numel())
+
     def scaled(self, factor: float) -> "DiagonalFisher":
         entries = {name: factor * entries for name, entries in self._diagonal.items()}
         return DiagonalFisher(entries, self.num_examples)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ewc.checks import check_count, check_not_negative, check_share
-from ewc.linalg.krylov import conjugate_gradients
+from ewc.linalg.krylov import conjugate_gradients, largest_eigenvalue
 from ewc.parameters import (
     Parameters,
     Shapes,
@@ -226,6 +226,17 @@ class FisherMatrix(ABC):
         """All ``p`` eigenvalues in ascending order, shape ``[p]``."""
         values: Tensor = torch.linalg.eigvalsh(self.to_dense())
         return values
+
+    def largest_eigenvalue(self) -> float:
+        """The largest eigenvalue, or slightly less where only products are cheap.
+
+        The default is a power iteration (:func:`ewc.linalg.krylov.largest_eigenvalue`).
+        """
+        like = {
+            name: torch.empty(shape, dtype=self.dtype, device=self.device)
+            for name, shape in self.shapes.items()
+        }
+        return largest_eigenvalue(self.matvec, like)
 
     def __add__(self, other: "FisherMatrix") -> "FisherMatrix":
         r"""The exact sum of two matrices over the same parameters.
