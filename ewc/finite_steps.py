@@ -108,7 +108,13 @@ class FiniteSteps:
             return "the mini-batch is not finite", "check the data"
         if layer := _first_layer(strategy):
             return f"the outputs of {layer} are not finite", _SMALLER
-        return "the penalty or the loss of finite outputs overflows", _SMALLER
+        largest = {n: float(p.detach().abs().max()) for n, p in named_parameters(strategy.model)}
+        name = max(largest, key=largest.__getitem__)
+        return (
+            f"the penalty or the loss overflows (the largest parameter is in {name!r}, "
+            f"{largest[name]:.2g})",
+            _SMALLER,
+        )
 
     def _first_gradient(self) -> tuple[int, str] | None:
         """The first step whose gathered gradients are not finite, and the layer.

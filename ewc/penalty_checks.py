@@ -24,10 +24,10 @@ class PenaltyChecks:
         self._measured_in: int | None = None
         self._said: set[str] = set()
 
-    def before_epoch(self, penalty: EWCPenalty, strategy: Any) -> None:
-        """Warn before a task if the penalty is too stiff for gradient descent.
+    def before_update(self, penalty: EWCPenalty, strategy: Any) -> None:
+        """Warn in the first step of a task if the penalty is too stiff for gradient descent.
 
-        Before the first epoch, as by then all plugins have set the learning rate of the task.
+        By then the learning rate is set, and the gradients show which parameters move.
 
         Warns:
             UserWarning: strength * Fisher * learning rate exceeds the optimizer's limit.

@@ -144,14 +144,6 @@ class EWCPlugin(SupervisedPlugin):
         if not self.penalty.terms:
             self.check_task(strategy, **options)
 
-    def before_training_epoch(self, strategy: Any, **_: Any) -> None:
-        """Look before a task whether gradient descent on the penalty diverges.
-
-        Warns:
-            UserWarning: it does (:meth:`EWCPenalty.stiffness`).
-        """
-        self._checks.before_epoch(self.penalty, strategy)
-
     def before_backward(self, strategy: Any, **_: Any) -> None:
         """Add the penalty to the loss of the current mini-batch.
 
@@ -166,7 +158,12 @@ class EWCPlugin(SupervisedPlugin):
         self._finite.check_loss(strategy)
 
     def before_update(self, strategy: Any, **_: Any) -> None:
-        """Note the gradients' norms on an accelerator."""
+        """Note the gradients' norms on an accelerator, and check the first step of a task.
+
+        Warns:
+            UserWarning: gradient descent on the penalty diverges (:meth:`EWCPenalty.stiffness`).
+        """
+        self._checks.before_update(self.penalty, strategy)
         self._finite.note_gradients(strategy)
 
     def after_update(self, strategy: Any, **_: Any) -> None:
@@ -236,6 +233,7 @@ class EWCPlugin(SupervisedPlugin):
         Raises:
             ValueError: the targets, the outputs, the mini-batches or the structure do not fit; the
                 message says why.
+            FloatingPointError: the outputs or the information of these examples are not finite.
         """
         dataset = _dataset(strategy)
         places = list(range(0, len(dataset), max(1, len(dataset) // EXAMPLES_TRIED)))
@@ -243,8 +241,9 @@ class EWCPlugin(SupervisedPlugin):
         options["num_workers"] = 0
         try:
             self._information(strategy, dataset.subset(places), options, most=len(places))
-        except ValueError as error:
-            raise ValueError(
+        except (ValueError, FloatingPointError) as error:
+            kind = ValueError if isinstance(error, ValueError) else FloatingPointError
+            raise kind(
                 f"The Fisher information of task {task_number(strategy)} cannot be computed, as a "
                 f"try with {len(places)} of its examples shows: {error}"
             ) from error

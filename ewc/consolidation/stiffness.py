@@ -15,6 +15,8 @@ With dampening :math:`d` the step is :math:`\eta (1 - d)`, and weight decay :mat
 :math:`l`.  These are the conditions under which both roots of the iteration's characteristic
 polynomial lie in the unit circle (Polyak 1964, doi:10.1016/0041-5553(64)90137-5, for momentum).
 
+A parameter whose last gradient is 0 everywhere stays where it is, and does not count.
+
 Beyond the limit the penalty by itself diverges.  Below it, the loss may still diverge.  Adam and
 its variants scale each step by the gradient's size, so no such limit holds for them.
 """
@@ -28,7 +30,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ewc.consolidation.quadratic import Quadratic
-from ewc.linalg.krylov import largest_eigenvalue
+from ewc.linalg.krylov import scaled_largest_eigenvalue
 from ewc.parameters import Parameters
 
 
@@ -38,7 +40,7 @@ class Stiffness:
 
     Attributes:
         product: the largest eigenvalue of the penalty's matrix times the learning rate, or
-            slightly less (:meth:`ewc.FisherMatrix.largest_eigenvalue`).
+            less: for several quadratics that of the largest, if even their sum is below the limit.
         limit: the product above which gradient descent diverges.
     """
 
@@ -79,23 +81,24 @@ def stiffness(
     limit = limits.pop() - decays.pop()
     if limit <= 0:
         return None
-    rates = dict.fromkeys(parameters, 0.0)  # frozen parameters have no step
     by_id = {id(p): _rate(group) for group in groups for p in group["params"]}
-    rates |= {name: by_id[id(p)] for name, p in parameters.items() if id(p) in by_id}
-    if len(terms) == 1 and len(set(rates.values())) == 1:
-        largest = max(rates.values()) * terms[0].precision.largest_eigenvalue()
-    else:
-        roots = {name: rate**0.5 for name, rate in rates.items()}
+    rates = {n: by_id.get(id(p), 0.0) * _moves(p) for n, p in parameters.items()}
+    each = [scale * term.precision.largest_eigenvalue(rates) for term in terms]
+    if len(each) == 1 or sum(each) <= limit:
+        return Stiffness(max(each), limit)
 
-        def product(v: Parameters) -> Parameters:
-            stretched = {name: roots[name] * tensor for name, tensor in v.items()}
-            images = [term.product(stretched) for term in terms]
-            return {n: roots[n] * sum((i[n] for i in images[1:]), images[0][n]) for n in v}
+    def product(v: Parameters) -> Parameters:
+        images = [term.product(v) for term in terms]
+        return {name: sum((i[name] for i in images[1:]), images[0][name]) for name in v}
 
-        place, dtype = terms[0].place
-        like = {n: t.to(place, dtype) for n, t in terms[0].anchor.items()}
-        largest = largest_eigenvalue(product, like)
-    return Stiffness(scale * largest, limit)
+    place, dtype = terms[0].place
+    like = {name: tensor.to(place, dtype) for name, tensor in terms[0].anchor.items()}
+    return Stiffness(scale * scaled_largest_eigenvalue(product, rates, like), limit)
+
+
+def _moves(parameter: Tensor) -> bool:
+    """Whether a parameter can leave its anchor: the head of another task has a gradient of 0."""
+    return parameter.grad is None or bool(parameter.grad.any())
 
 
 def _rate(group: Mapping[str, Any]) -> float:

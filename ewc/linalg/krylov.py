@@ -31,7 +31,7 @@ class Estimate:
         return cls(float(values.mean()), error)
 
 
-MOST_PRODUCTS, CONVERGED = 30, 0.01
+MOST_PRODUCTS, CONVERGED = 50, 0.001
 """The products of a power iteration, and the relative change at which it stops earlier."""
 
 
@@ -60,6 +60,27 @@ def largest_eigenvalue(
         if abs(value - before) <= CONVERGED * abs(value):
             break
     return value
+
+
+def scaled_largest_eigenvalue(
+    product: Callable[[Parameters], Parameters],
+    sizes: Mapping[str, float],
+    like: Mapping[str, Tensor],
+) -> float:
+    r"""The largest eigenvalue of :math:`H^{1/2} F H^{1/2}`, by :func:`largest_eigenvalue`.
+
+    Args:
+        product: maps ``v`` to :math:`F v`.
+        sizes: the diagonal of :math:`H`, one number per tensor.
+        like: tensors with the shapes, the type and the device of ``v``.
+    """
+    roots = {name: math.sqrt(size) for name, size in sizes.items()}
+
+    def scaled(v: Parameters) -> Parameters:
+        image = product({name: roots[name] * tensor for name, tensor in v.items()})
+        return {name: roots[name] * image[name] for name in v}
+
+    return largest_eigenvalue(scaled, like)
 
 
 def largest_eigenvalues(matrices: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ class EigenvalueCorrectedProduct(LayerMatrix):
     def eigenvalues(self) -> Tensor:
         return self.spectrum.flatten().sort().values
 
-    def largest_eigenvalue(self) -> float:
+    def _largest_eigenvalue(self) -> float:
         return float(self.spectrum.max())
 
     def scaled(self, factor: float) -> "EigenvalueCorrectedProduct":

@@ -156,7 +156,7 @@ class KroneckerProduct(LayerMatrix):
     def eigenvalues(self) -> Tensor:
         return self.eigen.eigenvalues()
 
-    def largest_eigenvalue(self) -> float:
+    def _largest_eigenvalue(self) -> float:
         diagonal = self.inputs.dim() == 2
         inputs = self.inputs.amax(1) if diagonal else largest_eigenvalues(self.inputs)
         return float((largest_eigenvalues(self.outputs) * inputs).max())
