@@ -39,6 +39,9 @@ from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import Parameters
 from ewc.tensor_file import Content, joined, read, separated, write
 
+ZERO_TRACE = 1e-30
+"""The trace of a precision that counts as 0: probabilities of 0 are rounded up to 1e-38."""
+
 ZERO = (
     "The Fisher information is zero everywhere, so the penalty does not hold this task: the "
     "predictions are certain (a saturated network), the units are dead, or the layers that matter "
@@ -181,7 +184,7 @@ class EWCPenalty(nn.Module):
             fisher.num_examples if num_examples is None else num_examples
         )
         precision = precision_of(fisher, model).shrunk(self.shrinkage)
-        if not float(precision.trace()):
+        if float(precision.trace()) < ZERO_TRACE:
             warnings.warn(ZERO, stacklevel=2)
         self.terms = with_task(self.terms, precision, model, self.consolidation)
         self._last_num_examples = fisher.num_examples
