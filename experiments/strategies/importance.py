@@ -52,14 +52,6 @@ class ImportancePlugin(SupervisedPlugin, ABC):
         self.penalty.num_examples = self.num_examples(strategy)
         self._finite = FiniteSteps()
 
-    def before_training_epoch(self, strategy: Any, **_: Any) -> None:
-        """Look before a task whether gradient descent on the penalty diverges.
-
-        Warns:
-            UserWarning: it does (:meth:`EWCPenalty.stiffness`).
-        """
-        self._checks.before_epoch(self.penalty, strategy)
-
     def before_backward(self, strategy: Any, **_: Any) -> None:
         """Add the penalty to the loss of the current mini-batch.
 
@@ -73,7 +65,12 @@ class ImportancePlugin(SupervisedPlugin, ABC):
         self._finite.check_loss(strategy)
 
     def before_update(self, strategy: Any, **_: Any) -> None:
-        """Note the gradients' norms on an accelerator."""
+        """Note the gradients' norms on an accelerator, and check the first step of a task.
+
+        Warns:
+            UserWarning: gradient descent on the penalty diverges (:meth:`EWCPenalty.stiffness`).
+        """
+        self._checks.before_update(self.penalty, strategy)
         self._finite.note_gradients(strategy)
 
     def state(self) -> dict[str, Any]:
