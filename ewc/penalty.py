@@ -12,6 +12,7 @@ Then :math:`\lambda = 1` is the Bayes value, whatever the sizes of tasks and bat
 """
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any, Self
@@ -33,9 +34,19 @@ from ewc.consolidation.implicit_step import implicit_step
 from ewc.consolidation.matching import fitted, precision_of, with_task
 from ewc.consolidation.pacing import ScaledTerms
 from ewc.consolidation.quadratic import Quadratic, QuadraticForm, value_and_gradient
+from ewc.consolidation.stiffness import Stiffness, stiffness
 from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import Parameters
 from ewc.tensor_file import Content, joined, read, separated, write
+
+ZERO_TRACE = 1e-30
+"""The trace of a precision that counts as 0: probabilities of 0 are rounded up to 1e-38."""
+
+ZERO = (
+    "The Fisher information is zero everywhere, so the penalty does not hold this task: the "
+    "predictions are certain (a saturated network), the units are dead, or the layers that matter "
+    "are frozen."
+)
 
 _CONTENT = Content("EWC penalty", "EWCPenalty.save", "Save the penalty again.")
 
@@ -157,6 +168,9 @@ class EWCPenalty(nn.Module):
             num_examples: :math:`N_t`, the size of the task, for a matrix from a sample of its
                 examples; ``None`` for the number of examples of the matrix.
 
+        Warns:
+            UserWarning: the matrix is zero everywhere, so the penalty does not hold the task.
+
         Raises:
             ValueError: the names or shapes of ``fisher`` do not fit the model, it has negative
                 entries (:meth:`FisherMatrix.check_entries`), or the number of examples is not
@@ -170,6 +184,8 @@ class EWCPenalty(nn.Module):
             fisher.num_examples if num_examples is None else num_examples
         )
         precision = precision_of(fisher, model).shrunk(self.shrinkage)
+        if float(precision.trace()) < ZERO_TRACE:
+            warnings.warn(ZERO, stacklevel=2)
         self.terms = with_task(self.terms, precision, model, self.consolidation)
         self._last_num_examples = fisher.num_examples
 
@@ -239,6 +255,53 @@ class EWCPenalty(nn.Module):
         if self.terms:
             parameters = self._fit(model)
             implicit_step(self._scaled_terms().terms, parameters, optimizer, num_steps)
+
+    @torch.no_grad()
+    def stiffness(self, model: nn.Module, optimizer: Optimizer) -> Stiffness | None:
+        """How stiff the penalty in the loss is for plain gradient descent.
+
+        See :mod:`ewc.consolidation.stiffness`.
+
+        Args:
+            model: the network.
+            optimizer: the optimizer of its parameters.
+
+        Returns:
+            The stiffness; ``None`` before any task, and for an optimizer without a known limit.
+
+        Raises:
+            ValueError: as in :meth:`forward`.
+        """
+        if not self.terms:
+            return None
+        parameters = self._fit(model)
+        return stiffness(self.terms, self._scale, parameters, optimizer)
+
+    @torch.no_grad()
+    def pull(self, model: nn.Module) -> float | None:
+        r"""The penalty's gradient relative to that of the last step, as a ratio of norms.
+
+        .. math:: \frac{|\sum_t \lambda \tfrac{N_t}{N} F_t (\theta - a_t)|}{|g|}
+
+        The gradient :math:`g` is what the last backward pass left in ``.grad``.
+
+        Args:
+            model: the network.
+
+        Returns:
+            The ratio; ``None`` before any task, and where no parameter of the penalty has a
+            gradient other than 0.
+
+        Raises:
+            ValueError: as in :meth:`forward`.
+        """
+        if not self.terms:
+            return None
+        parameters = self._fit(model)
+        last = [p.grad for p in parameters.values() if p.grad is not None]
+        total = float(torch.nn.utils.get_total_norm(last)) if last else 0.0
+        _, gradient = value_and_gradient(self._scaled_terms().terms, parameters)
+        return float(torch.nn.utils.get_total_norm(gradient)) / total if total else None
 
     @property
     def fisher_trace(self) -> float:
@@ -358,7 +421,14 @@ class EWCPenalty(nn.Module):
 
     def _scaled_terms(self) -> ScaledTerms:
         """The terms in the units of the loss, computed once per task as every step uses them."""
-        scale = self.strength / (self.num_examples or self._last_num_examples)
-        if self._scaled is None or (self._scaled.scale, self._scaled.of) != (scale, self.terms):
-            self._scaled = ScaledTerms(scale, self.terms)
+        if self._scaled is None or (self._scaled.scale, self._scaled.of) != (
+            self._scale,
+            self.terms,
+        ):
+            self._scaled = ScaledTerms(self._scale, self.terms)
         return self._scaled
+
+    @property
+    def _scale(self) -> float:
+        """The strength per example of the task in training."""
+        return self.strength / (self.num_examples or self._last_num_examples)

@@ -18,7 +18,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from ewc.checks import check_count
 from ewc.consolidation.combination import Consolidation, Separate
 from ewc.consolidation.update import ImplicitSteps, InLoss, Update, check_update
-from ewc.finite_loss import FiniteLoss, task_number
+from ewc.finite_steps import FiniteSteps, task_number
 from ewc.fisher import Estimator, Exact, fisher_information
 from ewc.fisher.estimators import check_estimator, check_no_loss
 from ewc.fisher.evaluation import undisturbed
@@ -27,6 +27,7 @@ from ewc.fisher.structures.structure import Structure, check_structure
 from ewc.likelihoods import Categorical, Likelihood, check_likelihood
 from ewc.matrices import FisherMatrix
 from ewc.penalty import EWCPenalty
+from ewc.penalty_checks import PenaltyChecks
 from ewc.strategy_calls import Batches, beside, strategy_calls
 from ewc.wrappers import unwrapped
 
@@ -114,7 +115,10 @@ class EWCPlugin(SupervisedPlugin):
             )
         self.update = update
         self._since = self._taken = 0
-        self._finite_loss = FiniteLoss()
+        self._finite = FiniteSteps()
+        self._checks = PenaltyChecks(
+            explicit=isinstance(update, InLoss), remedy=", or update=ImplicitSteps()"
+        )
         self.penalty = EWCPenalty(
             strength,
             consolidation,
@@ -136,7 +140,7 @@ class EWCPlugin(SupervisedPlugin):
             ValueError: as in :meth:`check_task`.
         """
         self.penalty.num_examples = _num_examples(strategy)
-        self._finite_loss = FiniteLoss()
+        self._finite = FiniteSteps()
         if not self.penalty.terms:
             self.check_task(strategy, **options)
 
@@ -144,14 +148,23 @@ class EWCPlugin(SupervisedPlugin):
         """Add the penalty to the loss of the current mini-batch.
 
         Raises:
-            FloatingPointError: the loss is not finite; the message names the task and
-                the step.  On an accelerator it may come later (:mod:`ewc.finite_loss`).
+            FloatingPointError: the loss is not finite; the message names the task, the step and
+                the layer.  On an accelerator it may come later (:mod:`ewc.finite_steps`).
         """
         if self.penalty.terms and isinstance(self.update, InLoss):
             value = self.penalty(strategy.model)
             self.last_penalty = value.detach()
             strategy.loss = strategy.loss + value
-        self._finite_loss.check(strategy)
+        self._finite.check_loss(strategy)
+
+    def before_update(self, strategy: Any, **_: Any) -> None:
+        """Note the gradients' norms on an accelerator, and check the first step of a task.
+
+        Warns:
+            UserWarning: gradient descent on the penalty diverges (:meth:`EWCPenalty.stiffness`).
+        """
+        self._checks.before_update(self.penalty, strategy)
+        self._finite.note_gradients(strategy)
 
     def after_update(self, strategy: Any, **_: Any) -> None:
         """Take the implicit step if it is due."""
@@ -174,13 +187,17 @@ class EWCPlugin(SupervisedPlugin):
 
         After an error the penalty is unchanged.
 
+        Warns:
+            UserWarning: the penalty did not matter in the task, or the Fisher information is zero.
+
         Raises:
             ValueError: a target does not fit the outputs.
             FloatingPointError: a loss, the outputs or the Fisher information are not finite; the
                 message names the task.
         """
-        self._finite_loss.look(strategy)
+        self._finite.look(strategy)
         self._take_implicit_step(strategy)
+        self._checks.after_task(self.penalty, strategy)
         try:
             fisher = self._information(strategy, self._sample(strategy), options)
             self.penalty.consolidate(fisher, strategy.model, num_examples=_num_examples(strategy))
@@ -216,6 +233,7 @@ class EWCPlugin(SupervisedPlugin):
         Raises:
             ValueError: the targets, the outputs, the mini-batches or the structure do not fit; the
                 message says why.
+            FloatingPointError: the outputs or the information of these examples are not finite.
         """
         dataset = _dataset(strategy)
         places = list(range(0, len(dataset), max(1, len(dataset) // EXAMPLES_TRIED)))
@@ -223,8 +241,9 @@ class EWCPlugin(SupervisedPlugin):
         options["num_workers"] = 0
         try:
             self._information(strategy, dataset.subset(places), options, most=len(places))
-        except ValueError as error:
-            raise ValueError(
+        except (ValueError, FloatingPointError) as error:
+            kind = ValueError if isinstance(error, ValueError) else FloatingPointError
+            raise kind(
                 f"The Fisher information of task {task_number(strategy)} cannot be computed, as a "
                 f"try with {len(places)} of its examples shows: {error}"
             ) from error

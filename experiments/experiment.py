@@ -27,6 +27,7 @@ from experiments.strategies.strategy import Strategy
 from experiments.tasks.benchmarks import Benchmark, Tasks
 from experiments.tasks.images import default_data_root
 from experiments.training.course import Course
+from experiments.training.divergence import warn_of_unlearnt
 from experiments.training.models import MLP
 from experiments.training.observers import AccuracyObserver, PenaltyPlugin, TrainingObserver
 from experiments.training.protocol import Training
@@ -257,6 +258,7 @@ class Prepared:
                 # The time after the last step is that of the Fisher pass, if there is one.
                 course.fisher_seconds += trained - observer.trained_at if penalised else 0.0
                 course.matrix.append(meter.accuracies)
+                warn_of_unlearnt(course.matrix, [task.data.labels for task in test_stream])
                 drift = course.drift(self.model)
                 record = _task_record(number, course.matrix, penalised, drift)
                 if penalised and penalised.fisher is not None:

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -181,12 +182,17 @@ def _kept_in() -> Path | None:
 
 @contextlib.contextmanager
 def _logged(path: Path) -> Iterator[None]:
-    """Log to a file too, in Hydra's format; Hydra itself would open the file too early."""
+    """Log to a file too, in Hydra's format; Hydra itself would open the file too early.
+
+    Warnings are logged as one line each, without the code that gave them.
+    """
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
     logging.getLogger().addHandler(handler)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: _log.warning("%s", message)
+            yield
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()

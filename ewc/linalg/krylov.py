@@ -31,6 +31,71 @@ class Estimate:
         return cls(float(values.mean()), error)
 
 
+MOST_PRODUCTS, CONVERGED = 50, 0.001
+"""The products of a power iteration, and the relative change at which it stops earlier."""
+
+
+def largest_eigenvalue(
+    product: Callable[[Parameters], Parameters], like: Mapping[str, Tensor]
+) -> float:
+    r"""The largest eigenvalue of a positive semi-definite matrix, by power iteration.
+
+    It is the Rayleigh quotient of the last vector: never above the largest eigenvalue, and close to
+    it after few products where it stands out.
+
+    Args:
+        product: maps ``v`` to :math:`F v`.
+        like: tensors with the shapes, the type and the device of ``v``.
+    """
+    generator = torch.Generator().manual_seed(0)
+    image = {name: random_signs(t, generator).view(t.shape) for name, t in like.items()}
+    value = 0.0
+    for _ in range(MOST_PRODUCTS):
+        norm = float(dot(image, image).sqrt())
+        if not 0 < norm < math.inf:
+            break
+        vector = {name: tensor / norm for name, tensor in image.items()}
+        image = product(vector)
+        before, value = value, float(dot(vector, image))
+        if abs(value - before) <= CONVERGED * abs(value):
+            break
+    return value
+
+
+def scaled_largest_eigenvalue(
+    product: Callable[[Parameters], Parameters],
+    sizes: Mapping[str, float],
+    like: Mapping[str, Tensor],
+) -> float:
+    r"""The largest eigenvalue of :math:`H^{1/2} F H^{1/2}`, by :func:`largest_eigenvalue`.
+
+    Args:
+        product: maps ``v`` to :math:`F v`.
+        sizes: the diagonal of :math:`H`, one number per tensor.
+        like: tensors with the shapes, the type and the device of ``v``.
+    """
+    roots = {name: math.sqrt(size) for name, size in sizes.items()}
+
+    def scaled(v: Parameters) -> Parameters:
+        image = product({name: roots[name] * tensor for name, tensor in v.items()})
+        return {name: roots[name] * image[name] for name in v}
+
+    return largest_eigenvalue(scaled, like)
+
+
+def largest_eigenvalues(matrices: Tensor) -> Tensor:
+    """The largest eigenvalue of each of some matrices ``[..., d, d]``, as above, ``[...]``."""
+    signs = random_signs(matrices[..., :1], torch.Generator().manual_seed(0))
+    vectors = signs.view(matrices[..., :1].shape)
+    values = matrices.new_zeros(())
+    for _ in range(MOST_PRODUCTS):
+        norms = torch.linalg.vector_norm(vectors, dim=-2, keepdim=True)
+        images = matrices @ (vectors / torch.where(norms > 0, norms, 1.0))
+        values = (vectors * images).sum((-2, -1)) / torch.where(norms > 0, norms, 1.0)[..., 0, 0]
+        vectors = images
+    return values
+
+
 def conjugate_gradients(
     product: Callable[[Parameters], Parameters],
     diagonal: Mapping[str, Tensor],

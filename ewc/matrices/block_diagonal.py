@@ -85,6 +85,9 @@ class BlockDiagonalFisher(FisherMatrix):
     def eigenvalues(self) -> Tensor:
         return torch.cat([block.eigenvalues() for block in self.blocks]).sort().values
 
+    def largest_eigenvalue(self, steps: Mapping[str, float] | None = None) -> float:
+        return max((block.largest_eigenvalue(steps) for block in self.blocks), default=0.0)
+
     def to_dense(self) -> Tensor:
         size = self.num_parameters
         dense = torch.zeros(size, size, dtype=self.dtype, device=self.device)

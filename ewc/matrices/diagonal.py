@@ -104,6 +104,10 @@ class DiagonalFisher(FisherMatrix):
     def eigenvalues(self) -> Tensor:
         return flatten(self._diagonal).sort().values
 
+    def largest_eigenvalue(self, steps: Mapping[str, float] | None = None) -> float:
+        largest = {n: float(d.max()) for n, d in self.diagonal().items() if d.numel()}
+        return max((v if steps is None else steps[n] * v for n, v in largest.items()), default=0.0)
+
     def scaled(self, factor: float) -> "DiagonalFisher":
         entries = {name: factor * entries for name, entries in self._diagonal.items()}
         return DiagonalFisher(entries, self.num_examples)

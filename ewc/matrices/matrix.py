@@ -15,7 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ewc.checks import check_count, check_not_negative, check_share
-from ewc.linalg.krylov import conjugate_gradients
+from ewc.linalg.krylov import (
+    conjugate_gradients,
+    largest_eigenvalue,
+    scaled_largest_eigenvalue,
+)
 from ewc.parameters import (
     Parameters,
     Shapes,
@@ -226,6 +230,32 @@ class FisherMatrix(ABC):
         """All ``p`` eigenvalues in ascending order, shape ``[p]``."""
         values: Tensor = torch.linalg.eigvalsh(self.to_dense())
         return values
+
+    def largest_eigenvalue(self, steps: Mapping[str, float] | None = None) -> float:
+        r"""The largest eigenvalue of :math:`H^{1/2} F H^{1/2}`, or slightly less.
+
+        Block-diagonal matrices have a closed form.  The others take a power iteration
+        (:func:`ewc.linalg.krylov.largest_eigenvalue`).
+
+        Args:
+            steps: the step sizes :math:`H` by parameter, 0 or above; ``None`` for 1.
+        """
+        sizes = {name: 1.0 if steps is None else steps[name] for name in self.shapes}
+        if len(set(sizes.values())) == 1:
+            size = next(iter(sizes.values()))
+            return size * self._largest_eigenvalue() if size else 0.0
+        return scaled_largest_eigenvalue(self.matvec, sizes, self._empty_vector())
+
+    def _largest_eigenvalue(self) -> float:
+        """The largest eigenvalue of the matrix itself."""
+        return largest_eigenvalue(self.matvec, self._empty_vector())
+
+    def _empty_vector(self) -> Parameters:
+        """Empty tensors in the shapes, the type and on the device of a vector."""
+        return {
+            name: torch.empty(shape, dtype=self.dtype, device=self.device)
+            for name, shape in self.shapes.items()
+        }
 
     def __add__(self, other: "FisherMatrix") -> "FisherMatrix":
         r"""The exact sum of two matrices over the same parameters.

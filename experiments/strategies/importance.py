@@ -9,8 +9,9 @@ from avalanche.training.plugins import SupervisedPlugin
 
 from ewc import DiagonalFisher, EWCPenalty, FisherMatrix
 from ewc.consolidation.combination import Consolidation
-from ewc.finite_loss import FiniteLoss
+from ewc.finite_steps import FiniteSteps, task_number
 from ewc.parameters import Parameters
+from ewc.penalty_checks import PenaltyChecks
 
 
 class ImportancePlugin(SupervisedPlugin, ABC):
@@ -35,7 +36,8 @@ class ImportancePlugin(SupervisedPlugin, ABC):
         self.penalty = EWCPenalty(strength, consolidation)
         self.fisher: FisherMatrix | None = None
         self.last_penalty = torch.zeros(())
-        self._finite_loss = FiniteLoss()
+        self._finite = FiniteSteps()
+        self._checks = PenaltyChecks()
 
     @abstractmethod
     def importance(self, strategy: Any) -> Parameters:
@@ -48,7 +50,7 @@ class ImportancePlugin(SupervisedPlugin, ABC):
     def before_training_exp(self, strategy: Any, **_: Any) -> None:
         """Set the weight of the task in training."""
         self.penalty.num_examples = self.num_examples(strategy)
-        self._finite_loss = FiniteLoss()
+        self._finite = FiniteSteps()
 
     def before_backward(self, strategy: Any, **_: Any) -> None:
         """Add the penalty to the loss of the current mini-batch.
@@ -60,7 +62,16 @@ class ImportancePlugin(SupervisedPlugin, ABC):
             value = self.penalty(strategy.model)
             self.last_penalty = value.detach()
             strategy.loss = strategy.loss + value
-        self._finite_loss.check(strategy)
+        self._finite.check_loss(strategy)
+
+    def before_update(self, strategy: Any, **_: Any) -> None:
+        """Note the gradients' norms on an accelerator, and check the first step of a task.
+
+        Warns:
+            UserWarning: gradient descent on the penalty diverges (:meth:`EWCPenalty.stiffness`).
+        """
+        self._checks.before_update(self.penalty, strategy)
+        self._finite.note_gradients(strategy)
 
     def state(self) -> dict[str, Any]:
         """What training needs to go on: tensors and plain values."""
@@ -77,7 +88,13 @@ class ImportancePlugin(SupervisedPlugin, ABC):
         Raises:
             FloatingPointError: a loss or the importance is not finite.
         """
-        self._finite_loss.look(strategy)
+        self._finite.look(strategy)
+        self._checks.after_task(self.penalty, strategy)
         matrix = DiagonalFisher(self.importance(strategy), self.num_examples(strategy))
-        self.penalty.consolidate(matrix, strategy.model)
+        try:
+            self.penalty.consolidate(matrix, strategy.model)
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"The importance is not finite after task {task_number(strategy)}: {error}"
+            ) from error
         self.fisher = matrix

@@ -76,8 +76,9 @@ class SynapticIntelligencePlugin(ImportancePlugin):
         self._start = _copies(strategy.model)
         self._path = {name: torch.zeros_like(tensor) for name, tensor in self._start.items()}
 
-    def before_update(self, strategy: Any, **_: Any) -> None:
+    def before_update(self, strategy: Any, **options: Any) -> None:
         """Remember where the step starts."""
+        super().before_update(strategy, **options)
         self._before = _copies(strategy.model)
 
     def after_update(self, strategy: Any, **_: Any) -> None:

@@ -1,7 +1,5 @@
 """Plugins that measure and report, and do not change training."""
 
-import logging
-import math
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -9,16 +7,12 @@ from typing import Any, Protocol, runtime_checkable
 from avalanche.training.plugins import SupervisedPlugin
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 
 from ewc import EWCPenalty, FisherMatrix
-from ewc.finite_loss import FiniteLoss
+from ewc.finite_steps import LOOK_EVERY, FiniteSteps, task_number
 from experiments.reporting.tracking import Recorder
-
-_log = logging.getLogger(__name__)
-
-LOSS_GROWTH, NORM_GROWTH = 10.0, 1e6
-"""The growth of the loss and of the parameters above which a run counts as diverged."""
+from experiments.training.divergence import Divergence, norms
 
 
 @runtime_checkable
@@ -71,10 +65,9 @@ class TrainingObserver(SupervisedPlugin):
         self.train_seconds = 0.0
         self.trained_at = 0.0
         self._started = 0.0
-        self._finite_loss = FiniteLoss()
+        self._finite = FiniteSteps()
         self._losses: list[Tensor] = []
-        self._initial_norm = math.nan
-        self._warned = False
+        self._divergence: Divergence | None = None
         self._progress: Progress | None = None
         self._bar: Any = None
 
@@ -94,10 +87,9 @@ class TrainingObserver(SupervisedPlugin):
                 f"task {number}/{self.num_tasks}", total=len(strategy.dataloader), loss=0.0
             )
             self._progress.start()
-        self._finite_loss = FiniteLoss()
+        self._finite = FiniteSteps()
         self._losses = []
-        if math.isnan(self._initial_norm):
-            self._initial_norm = _norm(strategy.model)
+        self._divergence = self._divergence or Divergence(norms(strategy.model))
         self._started = time.perf_counter()
 
     def before_backward(self, strategy: Any, **_: Any) -> None:
@@ -106,9 +98,14 @@ class TrainingObserver(SupervisedPlugin):
         Raises:
             FloatingPointError: the loss is not finite.
         """
-        self._finite_loss.check(strategy)
+        self._finite.check_loss(strategy)
         # The task's own loss: the observer comes before the plugins that add to it.
         self._losses = [*self._losses[:1], strategy.loss.detach()]
+
+    def before_update(self, strategy: Any, **_: Any) -> None:
+        """Note the gradients' norms on an accelerator, where no plugin with a penalty does."""
+        if not self.plugin:
+            self._finite.note_gradients(strategy)
 
     def after_training_iteration(self, strategy: Any, **_: Any) -> None:
         """Record the step."""
@@ -124,50 +121,35 @@ class TrainingObserver(SupervisedPlugin):
                 self._progress.update(self._bar, loss=loss)
         if self._progress:
             self._progress.advance(self._bar)
+        if (done := strategy.clock.train_exp_iterations + 1) % LOOK_EVERY == 0:
+            self._check_growth(strategy, done)
 
     def after_training_exp(self, strategy: Any, **_: Any) -> None:
         """Stop the clock and the progress bar.
 
         Raises:
-            FloatingPointError: a loss is not finite, or the last step made the parameters infinite
-                or NaN.
+            FloatingPointError: a loss, the parameters or the optimizer's state are not finite.
         """
         self.trained_at = time.perf_counter()
         self.train_seconds += self.trained_at - self._started
         self.close()
-        self._finite_loss.look(strategy)
-        number = strategy.experience.current_experience + 1
-        if not all(bool(p.isfinite().all()) for p in strategy.model.parameters()):
-            raise FloatingPointError(
-                f"The parameters are not finite after the last step of task {number}: use a "
-                "smaller learning rate."
-            )
-        self._warn_of_divergence(strategy.model, number)
+        self._finite.look(strategy)
+        self._check_growth(strategy, strategy.clock.train_exp_iterations)
+        if self._divergence and self._losses:
+            first, last = (float(self._losses[k]) for k in (0, -1))
+            self._divergence.check_loss(first, last, task_number(strategy))
 
-    def _warn_of_divergence(self, model: nn.Module, number: int) -> None:
-        """Warn once if training has diverged with finite numbers."""
-        first, last = (float(self._losses[k]) for k in (0, -1))
-        growth = _norm(model) / self._initial_norm
-        # Below a nat the loss may rise tenfold where a penalty holds the parameters.
-        diverged = growth > NORM_GROWTH or last > LOSS_GROWTH * max(first, 1.0)
-        if diverged and not self._warned:
-            self._warned = True
-            _log.warning(
-                "In task %d the loss went from %.3g to %.3g, and the parameters are %.3g times as "
-                "large as before training: optimizer.lr is probably too large.",
-                number,
-                first,
-                last,
-                growth,
-            )
+    def _check_growth(self, strategy: Any, step: int) -> None:
+        if self._divergence:
+            self._divergence.check_parameters(strategy.model, task_number(strategy), step)
 
     def state(self) -> dict[str, Any]:
         """The time and the losses so far."""
         return {
             "train_seconds": self.train_seconds + time.perf_counter() - self._started,
             "losses": self._losses,
-            "initial_norm": self._initial_norm,
-            "warned": self._warned,
+            "initial_norms": self._divergence.initial if self._divergence else {},
+            "warned": bool(self._divergence and self._divergence.warned),
         }
 
     def restore(self, state: Mapping[str, Any], strategy: Any) -> None:
@@ -175,7 +157,7 @@ class TrainingObserver(SupervisedPlugin):
         self.train_seconds = state["train_seconds"]
         self._started = time.perf_counter()
         self._losses = [loss.to(strategy.device) for loss in state["losses"]]
-        self._initial_norm, self._warned = state["initial_norm"], state["warned"]
+        self._divergence = Divergence(state["initial_norms"], warned=state["warned"])
 
     def close(self) -> None:
         """Remove the progress bar, if there is one."""
@@ -221,8 +203,3 @@ class AccuracyObserver(SupervisedPlugin):
     def after_eval_exp(self, strategy: Any, **_: Any) -> None:
         """End a task."""
         self.accuracies.append(float(self._correct) / self._seen)
-
-
-def _norm(model: nn.Module) -> float:
-    """The Euclidean norm of all parameters."""
-    return math.sqrt(sum(float(p.detach().double().square().sum()) for p in model.parameters()))

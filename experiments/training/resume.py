@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
+from ewc.finite_steps import not_finite
 from experiments.reporting.checkpoints import Checkpoints
 from experiments.reporting.files import only_warned
 from experiments.reporting.folder import CHECKPOINTS
@@ -129,8 +130,8 @@ class Boundary:
         self._write(strategy, num_tasks, 0)
 
     def _write(self, strategy: Any, task: int, step: int) -> None:
-        # A run whose parameters are lost is about to end: the last good checkpoint stays.
-        if self.checkpoints and all(bool(p.isfinite().all()) for p in strategy.model.parameters()):
+        # A run whose numbers are lost is about to end: the last good checkpoint stays.
+        if self.checkpoints and not not_finite(strategy.model, strategy.optimizer):
             with only_warned(CHECKPOINTS):  # the earlier ones stay
                 state = {"training": self._state(strategy), **self.rest()}
                 self.checkpoints.write(task, step, state)

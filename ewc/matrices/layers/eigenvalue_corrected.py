@@ -138,6 +138,9 @@ class EigenvalueCorrectedProduct(LayerMatrix):
     def eigenvalues(self) -> Tensor:
         return self.spectrum.flatten().sort().values
 
+    def _largest_eigenvalue(self) -> float:
+        return float(self.spectrum.max())
+
     def scaled(self, factor: float) -> "EigenvalueCorrectedProduct":
         return self._with(self.weights, self.outputs, self.inputs, factor * self.spectrum)
 

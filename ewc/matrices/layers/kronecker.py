@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ewc.checks import check_not_negative
+from ewc.linalg.krylov import largest_eigenvalues
 from ewc.matrices.layers.eigenvalue_corrected import EigenbasisInverse, EigenvalueCorrectedProduct
 from ewc.matrices.layers.layer_matrix import LayerMatrix, LayerWeights, one_more
 from ewc.matrices.layers.leading import leading_inverse
@@ -154,6 +155,11 @@ class KroneckerProduct(LayerMatrix):
 
     def eigenvalues(self) -> Tensor:
         return self.eigen.eigenvalues()
+
+    def _largest_eigenvalue(self) -> float:
+        diagonal = self.inputs.dim() == 2
+        inputs = self.inputs.amax(1) if diagonal else largest_eigenvalues(self.inputs)
+        return float((largest_eigenvalues(self.outputs) * inputs).max())
 
     def scaled(self, factor: float) -> "KroneckerProduct":
         outputs = factor * self.outputs

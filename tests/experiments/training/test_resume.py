@@ -235,14 +235,17 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path, monkeypatch, caplog):
     assert_same(outcome(directory, *EACH), whole)
 
 
-def test_lost_parameters_are_not_kept(tmp_path):
+@pytest.mark.parametrize("lost", ["parameters", "state"])
+def test_lost_numbers_are_not_kept(tmp_path, lost):
     files = stopped(tmp_path, *EACH, after=2)
 
     class Lost(Stopping):
         def log(self, record):
             super().log(record)
+            weight = prepared.model[0].weight
+            state = prepared.optimizer.state[weight]
             with torch.no_grad():
-                prepared.model[0].weight.fill_(torch.nan)
+                (weight if lost == "parameters" else state["exp_avg_sq"]).fill_(torch.inf)
 
     config = compose(*EACH)
     prepared = build(config, Experiment).prepare()
