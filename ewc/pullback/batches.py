@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ewc.checks import check_has_numbers
 from ewc.linalg.devices import sizes_for
 from ewc.pullback.arguments import Arguments
 from ewc.pullback.call import Call, listed_shapes
@@ -96,7 +97,7 @@ class Caller:
             if isinstance(batch, Mapping)
             else self._of_fields(batch, index)
         )
-        check_dense(tensors.items(), self.device, index)
+        check_dense(tensors.items(), index)
         if examples.targets is not None and examples.targets.is_complex():
             raise ValueError(f"Batch {index}: targets must be real, got {examples.targets.dtype}.")
         single = any(not tensor.dim() for tensor in tensors.values())
@@ -186,12 +187,11 @@ class Caller:
         return f"lacks {missing[0]!r}" if missing else None
 
 
-def check_dense(tensors: Iterable[tuple[str, Tensor]], device: torch.device, index: int) -> None:
+def check_dense(tensors: Iterable[tuple[str, Tensor]], index: int) -> None:
     """Check that tensors can be cut into examples.
 
     Args:
         tensors: the tensors of a batch, with their names.
-        device: the device of the model; only there may a tensor be on ``meta``.
         index: the number of the batch, for messages.
 
     Raises:
@@ -205,11 +205,7 @@ def check_dense(tensors: Iterable[tuple[str, Tensor]], device: torch.device, ind
                 f"Batch {index}: {name} must be a dense tensor with one row for each example, got "
                 f"a {kind} tensor; to_dense() makes it dense, or to_padded_tensor(0)."
             )
-        if tensor.is_meta and device.type != "meta":
-            raise ValueError(
-                f"Batch {index}: {name} must have numbers, got a tensor on the device meta, which "
-                "has none."
-            )
+        check_has_numbers(tensor, f"Batch {index}: {name}")
 
 
 def check_weights(weights: Tensor, index: int) -> None:

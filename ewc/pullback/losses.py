@@ -133,7 +133,7 @@ class LossCaller:
         Raises:
             ValueError: the batch cannot be cut into examples.
         """
-        check_dense((("a tensor of the batch", t) for t in _tensors_in(batch)), self.device, index)
+        check_dense((("a tensor of the batch", t) for t in _tensors_in(batch)), index)
         columns: list[Columns] = []
         faults: list[str] = []
         for count in possible_counts(batch):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
 
-from ewc.checks import check_count, check_not_negative
+from ewc.checks import check_count, check_not_negative, reason_of
 from ewc.fisher.evaluation import copied, plain_operations
 from ewc.fisher.faults import check_finite
 from ewc.fisher.implicit.network_product import NetworkProduct
@@ -252,7 +252,7 @@ class ImplicitFisher(FisherMatrix):
                 network = copied(bare, self.weights)
         except RuntimeError as error:
             raise ValueError(
-                f"{type(model).__name__} does not fit the saved Fisher matrix: {error}"
+                f"{type(model).__name__} does not fit the saved Fisher matrix ({reason_of(error)})."
             ) from error
         return self._with(products=NetworkProduct(network, list(self.network_shapes)))
 
@@ -299,8 +299,10 @@ class ImplicitFisher(FisherMatrix):
         return ImplicitFisher(**(now | changes))
 
     def check_entries(self) -> None:
-        # Only the diagonal: a network may have infinite buffers, such as masks.
-        self._check_diagonal()
+        # Only the diagonal: a network may have infinite buffers, such as masks.  Without the
+        # network there are no entries yet.
+        if self._products is not None:
+            self._check_diagonal()
 
     def description(self) -> State:
         """The :meth:`state` and the name of the structure.
