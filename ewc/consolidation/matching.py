@@ -31,7 +31,7 @@ def precision_of(fisher: FisherMatrix, model: nn.Module) -> FisherMatrix:
 
     Raises:
         ValueError: the names or shapes do not fit the model, a parameter is complex or on the
-            device ``meta``, or the matrix has negative entries
+            device ``meta``, or the matrix has another type or negative entries
             (:meth:`FisherMatrix.check_entries`).
         FloatingPointError: an entry is not finite, or overflows times the number of examples.
     """
@@ -40,6 +40,13 @@ def precision_of(fisher: FisherMatrix, model: nn.Module) -> FisherMatrix:
     check_same_shapes(shapes_of(present), fisher.shapes, type(bare(model)).__name__)
     for name, parameter in present.items():
         check_has_numbers(parameter, f"Parameter {name!r}")
+    if not present:
+        raise ValueError("The Fisher matrix must have a parameter of the model, got one of none.")
+    if not fisher.dtype.is_floating_point or fisher.device.type == "meta":
+        raise ValueError(
+            "The Fisher matrix must have floating-point numbers, got a matrix of type "
+            f"{fisher.dtype} on the device {fisher.device}."
+        )
     place = next(iter(present.values())).device, type_for(present)
     if (fisher.device, fisher.dtype) != place:
         fisher = fisher.to(*place)
