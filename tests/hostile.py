@@ -13,12 +13,12 @@ CLEAR = (ValueError, TypeError, FloatingPointError, NotImplementedError)
 """The errors that a wrong argument may raise, and no others below them such as UnicodeError."""
 
 
-def outcome(call):
+def outcome(call, kinds=CLEAR):
     """The answer of a call and ``None``, or ``None`` and its error, which must be clear."""
     try:
         return call(), None
     except Exception as error:
-        check_clear(error)
+        check_clear(error, kinds)
         return None, error
 
 
