@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from ewc.checks import check_count, check_instance, shown
+from ewc.checks import check_count, check_has_numbers, check_instance, shown
 from ewc.wrappers import named_parameters
 
 Parameters = dict[str, Tensor]
@@ -53,12 +53,12 @@ def selected_parameters(model: nn.Module, selection: Sequence[Selection] | None)
 
     Raises:
         ValueError: there is no trainable parameter, the selection is empty, an item
-            selects nothing, or a chosen parameter is complex.
+            selects nothing, or a chosen parameter is complex or on the device ``meta``.
         TypeError: an item is of another type.
     """
     parameters = trainable_parameters(model)
     if selection is None:
-        return _real(parameters)
+        return _usable(parameters)
     if isinstance(selection, str | nn.Module | nn.Parameter):
         selection = [selection]
     if not selection:
@@ -85,16 +85,17 @@ def selected_parameters(model: nn.Module, selection: Sequence[Selection] | None)
                 f"({', '.join(parameters)})."
             )
         chosen |= names
-    return _real({name: value for name, value in parameters.items() if name in chosen})
+    return _usable({name: value for name, value in parameters.items() if name in chosen})
 
 
-def _real(parameters: Parameters) -> Parameters:
-    """The same parameters, if all are real.
+def _usable(parameters: Parameters) -> Parameters:
+    """The same parameters, if all are real numbers.
 
     Raises:
-        ValueError: a parameter is complex.
+        ValueError: a parameter is complex, or on the device ``meta``.
     """
     for name, parameter in parameters.items():
+        check_has_numbers(parameter, f"Parameter {name!r}")
         if parameter.is_complex():
             raise ValueError(
                 f"Parameter {name!r} must be real, got {parameter.dtype}: keep its real and "
@@ -201,15 +202,17 @@ def size_of(sizes: Sequence[int]) -> torch.Size:
 
 
 def check_shape(tensor: Tensor, shape: Sequence[int], what: str) -> None:
-    """Check that a tensor has a shape and a floating-point type.
+    """Check that a tensor is dense, and has a shape and a floating-point type.
 
     Raises:
-        ValueError: the tensor has another shape or type; ``what`` names it in the message.
+        ValueError: the tensor has another shape, type or layout; ``what`` names it in the message.
     """
-    if list(tensor.shape) != list(shape) or not tensor.is_floating_point():
+    fits = list(tensor.shape) == list(shape) and tensor.layout == torch.strided
+    if not (fits and tensor.is_floating_point()):
+        layout = "" if tensor.layout == torch.strided else f", {tensor.layout}"
         raise ValueError(
             f"{what} must have shape {list(shape)} and a floating-point type, got shape "
-            f"{list(tensor.shape)} and type {tensor.dtype}."
+            f"{list(tensor.shape)} and type {tensor.dtype}{layout}."
         )
 
 

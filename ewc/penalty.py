@@ -27,6 +27,7 @@ from ewc.checks import (
     check_not_negative,
     check_positive_share,
     check_share,
+    reason_of,
 )
 from ewc.consolidation import pacing
 from ewc.consolidation.combination import Consolidation, Online, Separate, check_consolidation
@@ -339,7 +340,9 @@ class EWCPenalty(nn.Module):
         try:
             penalty.set_extra_state(joined(tensors, about["penalty"]))
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{os.fspath(path)!r} holds no EWC penalty: {error}") from error
+            raise ValueError(
+                f"{os.fspath(path)!r} holds no EWC penalty ({reason_of(error)})."
+            ) from error
         return penalty
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -379,10 +382,16 @@ class EWCPenalty(nn.Module):
             check_count(
                 loaded._last_num_examples, "last_num_examples", least=min(1, len(loaded.terms))
             )
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise ValueError(
-                f"The state is not that of an EWCPenalty ({type(error).__name__}: {error}): "
-                "nothing was loaded."
+                f"The state is not that of an EWCPenalty ({reason_of(error)}): nothing was loaded."
             ) from error
         # Nothing below can fail, so the state is loaded completely or not at all.
         for name in ("strength", "consolidation", "shrinkage", "eigenvector_share"):

@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ewc.checks import check_has_numbers, reason_of
+
 
 @dataclass(frozen=True)
 class Content:
@@ -50,7 +52,10 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: An
 
     Raises:
         OSError: the file cannot be written; an existing file is then unchanged.
+        ValueError: a tensor is on the device ``meta``.
     """
+    for key, value in tensors.items():
+        check_has_numbers(value, f"The tensor {key!r}")
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     copies = {key: value.detach().contiguous().clone() for key, value in tensors.items()}
@@ -168,8 +173,10 @@ def joined(tensors: Mapping[str, Tensor], outline: Any) -> Any:
     """
     try:
         return _joined(tensors, outline)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"The tensors are not those of the outline: {error}.") from error
+    except (LookupError, TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"The tensors are not those of the outline ({reason_of(error)})."
+        ) from error
 
 
 def _joined(tensors: Mapping[str, Tensor], outline: Any) -> Any:

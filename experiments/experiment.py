@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import nn
 
 from ewc import __version__ as ewc_version
-from ewc.checks import check_count
+from ewc.checks import check_count, shown
 from ewc.parameters import trainable_parameters
 from experiments.configuration.command_line import sentence
 from experiments.reporting.metrics import average_accuracy, backward_transfer, forgetting
@@ -90,8 +90,8 @@ class Experiment:
             torch.zeros(1, device=self.torch_device).item()  # "meta" has tensors without numbers
         except (RuntimeError, AssertionError) as error:
             raise ValueError(
-                f"device must be one that PyTorch can use, such as cpu, got {self.device!r}: "
-                f"{sentence(error)}"
+                f"device must be one that PyTorch can use, such as cpu, got {shown(self.device)} "
+                f"({sentence(error)[:200]})."
             ) from None
 
     @property

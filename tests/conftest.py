@@ -13,11 +13,22 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 import reference
 import torch
+from hypothesis import HealthCheck, settings
 from torch import nn
 
 from ewc import Categorical, Empirical, Gaussian
 
 torch.set_num_threads(1)
+
+# The same cases every time: a failure is one of the change that is tested.
+settings.register_profile(
+    "same",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("same")
 
 MNIST_ROOT = Path(os.environ.get("EWC_DATA") or Path(__file__).parents[2] / "shared" / "data")
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ewc.checks import check_has_numbers
 from ewc.consolidation.combination import Consolidation
 from ewc.consolidation.quadratic import Quadratic, type_for
 from ewc.matrices.matrix import FisherMatrix
@@ -29,13 +30,23 @@ def precision_of(fisher: FisherMatrix, model: nn.Module) -> FisherMatrix:
         model: the network.
 
     Raises:
-        ValueError: the names or shapes do not fit the model, or the matrix has negative entries
+        ValueError: the names or shapes do not fit the model, a parameter is complex or on the
+            device ``meta``, or the matrix has another type or negative entries
             (:meth:`FisherMatrix.check_entries`).
         FloatingPointError: an entry is not finite, or overflows times the number of examples.
     """
     parameters = dict(named_parameters(model))
     present: Parameters = {n: parameters[n] for n in fisher.shapes if n in parameters}
     check_same_shapes(shapes_of(present), fisher.shapes, type(bare(model)).__name__)
+    for name, parameter in present.items():
+        check_has_numbers(parameter, f"Parameter {name!r}")
+    if not present:
+        raise ValueError("The Fisher matrix must have a parameter of the model, got one of none.")
+    if not fisher.dtype.is_floating_point or fisher.device.type == "meta":
+        raise ValueError(
+            "The Fisher matrix must have floating-point numbers, got a matrix of type "
+            f"{fisher.dtype} on the device {fisher.device}."
+        )
     place = next(iter(present.values())).device, type_for(present)
     if (fisher.device, fisher.dtype) != place:
         fisher = fisher.to(*place)
@@ -89,8 +100,8 @@ def fitted(terms: Sequence[Quadratic], model: nn.Module) -> tuple[list[Quadratic
         model: the model, which may have grown.
 
     Raises:
-        ValueError: a parameter of the quadratics is gone from the model, or its shape changed in
-            another way than by new rows.
+        ValueError: a parameter of the quadratics is gone from the model, is complex or on the
+            device ``meta``, or its shape changed in another way than by new rows.
     """
     now: Parameters = {}
     for name, parameter in terms[-1].names.parameters_of(model).items():

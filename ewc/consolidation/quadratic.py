@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ewc.checks import check_not_negative
+from ewc.checks import check_count, check_has_numbers, check_not_negative
 from ewc.linalg.devices import sizes_for
 from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import (
@@ -16,6 +16,7 @@ from ewc.parameters import (
     Shapes,
     accumulation_dtype,
     check_same_shapes,
+    check_shape,
     difference,
     padded,
     shapes_of,
@@ -74,10 +75,17 @@ class Quadratic:
         return Quadratic(self.precision.mapped(wide), anchor, self.constant)
 
     def beside(self, parameters: Parameters) -> "Quadratic":
-        """The function on the device of the parameters, the precision in the type for them."""
-        place = next(iter(parameters.values())).device, type_for(parameters)
+        """The function on the device of the parameters, the precision in the type for them.
+
+        Raises:
+            ValueError: the parameters are complex, or one of the two is on the device ``meta``.
+        """
+        first = next(iter(parameters.values()))
+        check_has_numbers(first, "The model")
+        place = first.device, type_for(parameters)
         if place == self.place:
             return self
+        check_has_numbers(next(iter(self.anchor.values())), "The penalty")
         anchor = {name: tensor.to(place[0]) for name, tensor in self.anchor.items()}
         return replace(self, precision=self.precision.to(*place), anchor=anchor)
 
@@ -108,20 +116,37 @@ class Quadratic:
         """The quadratic whose :meth:`state` this is.
 
         Raises:
-            ValueError: the anchor is not over the parameters of the matrix.
+            ValueError: the anchor is not over the parameters of the matrix, or is not finite; or
+                the matrix has negative entries (:meth:`FisherMatrix.check_entries`).
+            FloatingPointError: an entry of the matrix is not finite.
         """
+        for name, tensor in state["precision"].items():
+            check_has_numbers(tensor, f"The tensor {name!r}")
         precision = FisherMatrix.from_description(state["precision"], state["about"])
+        check_count(precision.num_examples, "num_examples")
+        precision.check_entries()
         anchor = dict(state["anchor"])
         check_same_shapes(shapes_of(anchor), precision.shapes, "The anchor")
+        for name, tensor in anchor.items():
+            check_shape(tensor, precision.shapes[name], f"The anchor of {name!r}")
+            check_has_numbers(tensor, f"The anchor of {name!r}")
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"The anchor of {name!r} must be finite.")
         check_not_negative(state["constant"], "constant")
         return cls(precision, anchor, state["constant"])
 
 
 def type_for(parameters: Parameters) -> torch.dtype:
-    """The widest of the parameters' types, single precision at least."""
+    """The widest of the parameters' types, single precision at least.
+
+    Raises:
+        ValueError: a parameter is complex.
+    """
     dtype = torch.float32
     for kind in {parameter.dtype for parameter in parameters.values()}:
         dtype = torch.promote_types(dtype, kind)
+    if dtype.is_complex:
+        raise ValueError(f"The parameters of a penalty must be real, got {dtype}.")
     return dtype
 
 

@@ -202,18 +202,22 @@ class DataPass:
             ValueError: an example has other outputs alone.
         """
         few, count = batch.arguments[:FEW], min(FEW, len(batch))
+        failed: Exception | None = None
         try:
             together, first, last = (
                 examples(self.model) for examples in (few, few[:1], few[count - 1 : count])
             )
-        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
-            # Raises the error if it is due to the network itself, or to the batch.
+        except Exception as error:
+            failed = error
+        if failed is not None:
+            # Raises the error if it is due to the network itself, or to the batch; outside the
+            # handler, so that the traceback has one error.
             self._outputs_for_batch(batch.arguments, index)
-            reason = str(error).partition("\n")[0]
+            reason = str(failed).partition("\n")[0]
             raise ValueError(
                 f"Batch {index}: the model fails for the first {count} examples or for one "
                 f"alone ({reason}), but not for the whole batch. {few.independence}"
-            ) from error
+            ) from failed
         if not is_real(together) or together.shape[:1] != (count,):
             return  # The check of the whole batch raises the error.
         together = together.detach()

@@ -1,4 +1,6 @@
-"""Errors that an accelerator finds, gathered there and read together."""
+"""Errors that only the numbers show."""
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -46,3 +48,18 @@ class Faults:
         index, message = min(found, default=(NO_BATCH, ""))
         if index < NO_BATCH:
             raise self._kinds[message](f"Batch {index}: {message}")
+
+
+def check_finite(sums: Mapping[str, Tensor]) -> None:
+    """Check that every sum is finite.
+
+    Raises:
+        FloatingPointError: a sum is not finite, because a derivative does not exist.
+    """
+    for name, total in sums.items():
+        # The extremes are NaN if an entry is, and need no memory of the size of the sum.
+        if total.numel() and not bool(torch.stack(torch.aminmax(total)).isfinite().all()):
+            raise FloatingPointError(
+                f"The Fisher information of {name} is not finite: a derivative of the network "
+                "is infinite, undefined or too large for its type at one of the examples."
+            )

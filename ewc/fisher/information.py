@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
 
 from ewc.checks import is_whole
@@ -12,6 +12,7 @@ from ewc.fisher.data_pass import DataPass
 from ewc.fisher.distributed import anywhere, rank_in, summed_over
 from ewc.fisher.estimators import Estimator, Exact, check_estimator
 from ewc.fisher.evaluation import plain_operations, undisturbed
+from ewc.fisher.faults import check_finite
 from ewc.fisher.structures.diagonal import Diagonal
 from ewc.fisher.structures.structure import (
     Accumulator,
@@ -173,18 +174,3 @@ def fisher_information(
             if isinstance(mean, FisherMatrix):
                 return mean
             total = mean
-
-
-def check_finite(sums: dict[str, Tensor]) -> None:
-    """Check that every sum is finite.
-
-    Raises:
-        FloatingPointError: a sum is not finite, because a derivative does not exist.
-    """
-    for name, total in sums.items():
-        # The extremes are NaN if an entry is, and need no memory of the size of the sum.
-        if total.numel() and not bool(torch.stack(torch.aminmax(total)).isfinite().all()):
-            raise FloatingPointError(
-                f"The Fisher information of {name} is not finite: a derivative of the network "
-                "is infinite, undefined or too large for its type at one of the examples."
-            )

@@ -34,7 +34,8 @@ class Poisson(Likelihood):
     def sample(self, outputs: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
         """Counts, shape ``[num_samples, n, ...]``."""
         rates = outputs.double().exp().cpu()[:, None]
-        rates = rates.expand(-1, num_samples, *outputs.shape[1:]).contiguous()
+        # torch refuses NaN; the outputs are checked with the scores.
+        rates = rates.nan_to_num_().expand(-1, num_samples, *outputs.shape[1:]).contiguous()
         return torch.poisson(rates, generator).transpose(0, 1).to(outputs)
 
     def kl(self, outputs: Tensor, other: Tensor, weights: Tensor | None = None) -> Tensor:

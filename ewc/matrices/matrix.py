@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from ewc.checks import check_count, check_not_negative, check_share
+from ewc.checks import check_count, check_not_negative, check_share, reason_of, shown
 from ewc.linalg.krylov import (
     conjugate_gradients,
     largest_eigenvalue,
@@ -519,7 +519,7 @@ class FisherMatrix(ABC):
             TypeError,
         ) as error:
             raise ValueError(
-                f"The description is not that of a Fisher matrix ({type(error).__name__}: {error})."
+                f"The description is not that of a Fisher matrix ({reason_of(error)})."
             ) from error
         return fisher
 
@@ -588,7 +588,7 @@ def structure_named(name: str) -> type[FisherMatrix]:
         if structure.__name__ == name:
             return structure
     names = ", ".join(structure.__name__ for structure in known)
-    raise ValueError(f"The class of a Fisher matrix must be one of {names}, got {name!r}.")
+    raise ValueError(f"The class of a Fisher matrix must be one of {names}, got {shown(name)}.")
 
 
 def _subclasses(structure: Any) -> list[type[FisherMatrix]]:

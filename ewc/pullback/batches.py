@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ewc.checks import check_has_numbers
 from ewc.linalg.devices import sizes_for
 from ewc.pullback.arguments import Arguments
 from ewc.pullback.call import Call, listed_shapes
@@ -88,13 +89,17 @@ class Caller:
 
         Raises:
             ValueError: the batch is something else, its lengths differ, its names are not
-                those of the model's arguments, or a weight is negative or not finite.
+                those of the model's arguments, its tensors are not dense, its targets are
+                complex, or a weight is negative or not finite.
         """
         examples, tensors = (
             self._of_dict(batch, index)
             if isinstance(batch, Mapping)
             else self._of_fields(batch, index)
         )
+        check_dense(tensors.items(), index)
+        if examples.targets is not None and examples.targets.is_complex():
+            raise ValueError(f"Batch {index}: targets must be real, got {examples.targets.dtype}.")
         single = any(not tensor.dim() for tensor in tensors.values())
         if single or len({len(tensor) for tensor in tensors.values()}) > 1:
             hint = "; put single examples into batches by a DataLoader" if single else ""
@@ -180,6 +185,27 @@ class Caller:
             return f"has the unknown input {unknown[0]!r}"
         missing = [name for name in self.required if name not in inputs]
         return f"lacks {missing[0]!r}" if missing else None
+
+
+def check_dense(tensors: Iterable[tuple[str, Tensor]], index: int) -> None:
+    """Check that tensors can be cut into examples.
+
+    Args:
+        tensors: the tensors of a batch, with their names.
+        index: the number of the batch, for messages.
+
+    Raises:
+        ValueError: a tensor is sparse, nested, or on ``meta``.
+    """
+    for name, tensor in tensors:
+        is_nested = tensor.is_nested
+        if is_nested or tensor.layout != torch.strided:
+            kind = "nested" if is_nested else str(tensor.layout).removeprefix("torch.")
+            raise ValueError(
+                f"Batch {index}: {name} must be a dense tensor with one row for each example, got "
+                f"a {kind} tensor; to_dense() makes it dense, or to_padded_tensor(0)."
+            )
+        check_has_numbers(tensor, f"Batch {index}: {name}")
 
 
 def check_weights(weights: Tensor, index: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ewc.parameters import Parameters
-from ewc.pullback.batches import Examples
+from ewc.pullback.batches import Examples, check_dense
 from ewc.pullback.call import Call
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -133,6 +133,7 @@ class LossCaller:
         Raises:
             ValueError: the batch cannot be cut into examples.
         """
+        check_dense((("a tensor of the batch", t) for t in _tensors_in(batch)), index)
         columns: list[Columns] = []
         faults: list[str] = []
         for count in possible_counts(batch):

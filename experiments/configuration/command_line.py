@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.configuration.hydra_section import check_hydra_section
+from experiments.configuration.paths import check_paths
 from experiments.configuration.targets import ConfigurationError
 
 CONFIGS = str(Path(__file__).resolve().parents[2] / "configs")
@@ -36,7 +37,7 @@ class CheckedLoader(ConfigLoaderImpl):
     they name.
 
     Raises:
-        ConfigurationError: files set ``trusted``, or have Hydra run code.
+        ConfigurationError: files set ``trusted``, name a folder outside, or have Hydra run code.
     """
 
     def __init__(self, config_search_path: ConfigSearchPath) -> None:
@@ -64,6 +65,7 @@ class CheckedLoader(ConfigLoaderImpl):
                 "file or a sweep cannot trust modules, only the command line, trusted=[MODULE]."
             )
         check_hydra_section(config.hydra, self.trusted)
+        check_paths(config, sys.argv[1:])
         return config
 
 

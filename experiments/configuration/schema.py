@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
+from ewc.checks import shown
 from experiments.configuration.targets import (
     PACKAGES,
     ConfigurationError,
@@ -92,9 +93,15 @@ def _argument(value: Any, hint: Any, option: str, modules: Sequence[str]) -> Any
     if wanted and isinstance(value, Mapping):
         if "_target_" in value:
             return _built(value, wanted, option, modules)
+    elif wanted:
+        if value is None and type(None) in get_args(hint):
+            return None
+        raise ConfigurationError(
+            f"Option {option!r} is {shown(value)}: it takes a group of options with a _target_."
+        )
     elif (target := _target_in(value)) is not None:
         raise ConfigurationError(
-            f"Option {option!r} names the target {target!r}: it takes a value "
+            f"Option {option!r} names the target {shown(target)}: it takes a value "
             f"({inspect.formatannotation(hint)}), nothing that is built."
         )
     if isinstance(value, Mapping) and get_origin(hint) is not dict:
@@ -226,7 +233,7 @@ def _checked(value: Any, hint: Any, option: str) -> Any:
         return adapter.validate_python(value)
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
-        raise ConfigurationError(f"Option {option!r} is {value!r}: {reason}.") from error
+        raise ConfigurationError(f"Option {option!r} is {shown(value)}: {reason}.") from error
 
 
 def _misfit(path: str, wanted: list[Any]) -> ConfigurationError:

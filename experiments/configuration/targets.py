@@ -14,6 +14,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.resolvers import oc
 
+from ewc.checks import shown
+
 
 class ConfigurationError(ValueError):
     """An option is wrong; the message is one sentence for the user."""
@@ -59,14 +61,14 @@ def located(name: object, option: str, modules: Sequence[str]) -> Any:
     if not isinstance(name, str) or not is_within(name, modules):
         packages = f"{', '.join(modules)} and " if modules else ""
         raise ConfigurationError(
-            f"Option {option!r} is {name!r}: allowed are classes of {packages}modules that the "
-            "command line trusts, trusted=[MODULE]."
+            f"Option {option!r} is {shown(name)}: allowed are classes of {packages}modules that "
+            "the command line trusts, trusted=[MODULE]."
         )
     try:
         return hydra.utils.get_object(name)
     except (ImportError, ValueError, HydraException) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigurationError(f"Option {option!r} is {name!r}: {reason}") from error
+        raise ConfigurationError(f"Option {option!r} is {shown(name)}: {reason}") from error
 
 
 def checked_target(target: Any, name: object, option: str, wanted: Sequence[type]) -> None:
@@ -85,6 +87,6 @@ def checked_target(target: Any, name: object, option: str, wanted: Sequence[type
         names = " or ".join(f"{c.__module__}.{c.__qualname__}" for c in wanted)
         kind = "class" if inspect.isclass(target) else type(target).__name__
         raise ConfigurationError(
-            f"Option {option!r} is {name!r}: allowed are {names} and its subclasses, not this "
+            f"Option {option!r} is {shown(name)}: allowed are {names} and its subclasses, not this "
             f"{kind}."
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ewc.checks import check_count, reason_of
 from ewc.tensor_file import Content, joined, read, separated, write
 from experiments.configuration.schema import same_outcome
 from experiments.configuration.targets import ConfigurationError
@@ -83,21 +84,38 @@ class Checkpoints:
         """
         for path in reversed(checkpoint_files(self.directory)):
             try:
-                tensors, about = read(path, _CONTENT)
-                self._check(os.path.relpath(path), about)
-                state = joined(tensors, about["state"])
-                self._check_records(os.path.relpath(path), state["recorder"]["position"])
+                state = self._read(path)
             except ConfigurationError:
                 raise
-            except (KeyError, TypeError, ValueError) as error:
+            except ValueError as error:
                 _log.warning(
                     "%s The run goes on from the checkpoint before it, or else from the start.",
                     error,
                 )
                 path.unlink()
             else:
-                return {**state, "task": about["task"], "step": about["step"]}
+                return state
         return None
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """The state in a file, with its ``task`` and ``step``.
+
+        Raises:
+            ConfigurationError: the file is of another configuration, version, device or format.
+            ValueError: the file is damaged, or holds no state.
+        """
+        name = os.path.relpath(path)
+        tensors, about = read(path, _CONTENT)
+        try:
+            self._check(name, about)
+            place = {key: about[key] for key in ("task", "step")}
+            for key, number in place.items():
+                check_count(number, key, least=0)
+            state = joined(tensors, about["state"])
+            self._check_records(name, state["recorder"]["position"])
+        except (AttributeError, LookupError, TypeError) as error:
+            raise ValueError(f"{name} holds no state of a run ({reason_of(error)}).") from error
+        return {**state, **place}
 
     def _check(self, name: str, about: Mapping[str, Any]) -> None:
         """Refuse what another program or configuration has written."""

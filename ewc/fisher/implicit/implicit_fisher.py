@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
 
-from ewc.checks import check_count, check_not_negative
+from ewc.checks import check_count, check_not_negative, reason_of
 from ewc.fisher.evaluation import copied, plain_operations
+from ewc.fisher.faults import check_finite
 from ewc.fisher.implicit.network_product import NetworkProduct
 from ewc.fisher.implicit.pieces import Piece, described, from_description
 from ewc.fisher.structures.diagonal import DiagonalAccumulator
@@ -86,6 +87,7 @@ class ImplicitFisher(FisherMatrix):
 
         Raises:
             ValueError: ``v`` does not have the matrix's parameters.
+            FloatingPointError: a derivative of the network is not finite.
             RuntimeError: the matrix was loaded without its network.
         """
         check_same_shapes(shapes_of(v), self.shapes, "The vector")
@@ -111,6 +113,7 @@ class ImplicitFisher(FisherMatrix):
 
         Raises:
             ValueError: ``v`` does not have the matrix's parameters.
+            FloatingPointError: a derivative of the network is not finite.
             RuntimeError: the matrix was loaded without its network.
         """
         check_same_shapes(shapes_of(v), self.shapes, "The vector")
@@ -135,7 +138,12 @@ class ImplicitFisher(FisherMatrix):
         return conjugate_gradients(self.matvec, self.diagonal(), v, damping)
 
     def diagonal(self) -> Parameters:
-        """The exact diagonal, by parameter: one pass with all score vectors."""
+        """The exact diagonal, by parameter: one pass with all score vectors.
+
+        Raises:
+            FloatingPointError: an entry is not finite.
+            RuntimeError: the matrix was loaded without its network.
+        """
         products = self.products
         with plain_operations(products.model), torch.no_grad():
             total = DiagonalAccumulator(products.parameters)
@@ -143,6 +151,7 @@ class ImplicitFisher(FisherMatrix):
                 for pullbacks in products.pullbacks(piece):
                     for pullback in pullbacks:
                         pullback.add_squares(total.total)
+        check_finite(total.total)
         flat = flatten(total.total)
         if self.group is not None:
             distributed.all_reduce(flat, group=self.group)
@@ -243,7 +252,7 @@ class ImplicitFisher(FisherMatrix):
                 network = copied(bare, self.weights)
         except RuntimeError as error:
             raise ValueError(
-                f"{type(model).__name__} does not fit the saved Fisher matrix: {error}"
+                f"{type(model).__name__} does not fit the saved Fisher matrix ({reason_of(error)})."
             ) from error
         return self._with(products=NetworkProduct(network, list(self.network_shapes)))
 
@@ -290,8 +299,10 @@ class ImplicitFisher(FisherMatrix):
         return ImplicitFisher(**(now | changes))
 
     def check_entries(self) -> None:
-        # Only the diagonal: a network may have infinite buffers, such as masks.
-        self._check_diagonal()
+        # Only the diagonal: a network may have infinite buffers, such as masks.  Without the
+        # network there are no entries yet.
+        if self._products is not None:
+            self._check_diagonal()
 
     def description(self) -> State:
         """The :meth:`state` and the name of the structure.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp, vjp
 
+from ewc.fisher.faults import check_finite
 from ewc.fisher.implicit.pieces import Piece
 from ewc.linalg.tiles import DEFAULT_MEMORY
 from ewc.parameters import Parameters, accumulation_dtype
@@ -122,7 +123,11 @@ class NetworkProduct:
     def _right(
         self, piece: Piece, direction: Parameters, pull: Callable[[Tensor], Any], moved: Tensor
     ) -> bool:
-        """Whether both derivatives agree with one plain backward pass of all examples."""
+        """Whether both derivatives agree with one plain backward pass of all examples.
+
+        Raises:
+            FloatingPointError: a derivative is not finite.
+        """
         generator = torch.Generator().manual_seed(1)
         weights = torch.randn(piece.scores.shape[:2], generator=generator).to(piece.scores)
         score = torch.einsum("kn,kn...->n...", weights, piece.scores)
@@ -140,6 +145,7 @@ class NetworkProduct:
         for (name, vector), gradient in zip(pulled.items(), plain, strict=True):
             expected = torch.zeros_like(vector) if gradient is None else gradient
             expected = expected.to_dense() if expected.is_sparse else expected
+            check_finite({name: expected})
             if not agree(vector, expected):
                 return False
             along += float((expected * direction[name]).sum())

@@ -57,6 +57,11 @@ def from_description(tensors: Mapping[str, Tensor], calls: Sequence[Any]) -> lis
     for index, call in enumerate(calls):
         for keys in [call["positional"], call["named"], *filter(None, call["positional"])]:
             check_instance(keys, list, "an entry of a call", "a list")
+        for key in [
+            *call["named"],
+            *(key for keys in filter(None, call["positional"]) for key in keys),
+        ]:
+            check_instance(key, str, "the name of an argument", "text")
         positional = tuple(
             torch.empty(0) if keys is None else dict.fromkeys(keys, torch.empty(0))
             for keys in call["positional"]
@@ -66,7 +71,13 @@ def from_description(tensors: Mapping[str, Tensor], calls: Sequence[Any]) -> lis
         arguments = empty.with_tensors(
             [tensors[f"arguments/{index}/{place}"] for place in range(count)]
         )
-        pieces.append(Piece(arguments, tensors[f"scores/{index}"]))
+        scores = tensors[f"scores/{index}"]
+        if not scores.is_floating_point() or scores.shape[1:2] != (len(arguments),):
+            raise ValueError(
+                f"The score vectors must be floating-point numbers [k, {len(arguments)}, ...], got "
+                f"{scores.dtype} of shape {list(scores.shape)}."
+            )
+        pieces.append(Piece(arguments, scores))
     if missing := described(pieces)[0].keys() ^ {
         key for key in tensors if key.startswith(("scores/", "arguments/"))
     }:

@@ -1,0 +1,65 @@
+"""Checks of the folders that configuration files name.
+
+A configuration may come from somebody else.  Only the command line may choose a folder anywhere; a
+file's folders lie in the folder where the command starts, its data also in that of ``EWC_DATA``.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from ewc.checks import shown
+from experiments.configuration.targets import ConfigurationError
+
+WRITTEN = (
+    "hydra.run.dir",
+    "hydra.sweep.dir",
+    "hydra.sweep.subdir",
+    "hydra.callbacks.report.kept",
+)
+"""The options with a folder or a file that is written."""
+
+DATA = "data_root"
+
+KNOWN = re.compile(r"\$\{(now:[^{}]*|hydra[.:](job|runtime\.choices)\.\w+)\}")
+"""Interpolations that are no folders: the time, and names of the job and of its choices."""
+
+
+def check_paths(config: DictConfig, arguments: Sequence[str]) -> None:
+    """Check that folders that the command line does not name lie inside.
+
+    Args:
+        config: the composed configuration, with its ``hydra`` section.
+        arguments: the command line.
+
+    Raises:
+        ConfigurationError: a file names a folder outside.
+    """
+    named = [argument.lstrip("+").partition("=")[0] for argument in arguments]
+    for option in (*WRITTEN, DATA):
+        if any(option == name or option.startswith(f"{name}.") for name in named):
+            continue
+        written = _written(config, option)
+        if written is None:
+            continue
+        roots = [Path.cwd()]
+        if option == DATA and "EWC_DATA" in os.environ:
+            roots.append(Path(os.environ["EWC_DATA"]))
+        text = KNOWN.sub("x", str(written))
+        inside = Path(os.path.normpath(Path.cwd() / Path(text).expanduser()))
+        if "${" in text or not any(inside.is_relative_to(root.absolute()) for root in roots):
+            raise ConfigurationError(
+                f"Option {option!r} is {shown(written)}, which a file may not choose: it must lie "
+                f"in the present folder, or be given on the command line, {option}=PATH."
+            )
+
+
+def _written(config: DictConfig, option: str) -> object:
+    """What a configuration says before interpolation; ``None`` if nothing."""
+    node: object = OmegaConf.to_container(config, resolve=False)
+    for key in option.split("."):
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
