@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +14,10 @@ import wandb
 
 from experiments.configuration.command_line import sentence
 from experiments.configuration.targets import ConfigurationError
-from experiments.reporting.files import only_warned
+from experiments.reporting.files import append_whole, only_warned
 from experiments.reporting.folder import METRICS
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class WandB:
 class Recorder:
     """Writes every record of a run to ``metrics.jsonl`` and to W&B (a context manager).
 
-    Once it is open, an error of either does not end the run.  It becomes a warning, and nothing
-    more is written there.
+    Once it is open, an error of either does not end the run but becomes a warning.  Records wait
+    until ``metrics.jsonl`` can be written again.  W&B gets no more of them.
 
     Args:
         directory: the run's directory.
@@ -75,12 +78,16 @@ class Recorder:
         self.options = options
         self.steps: list[dict[str, float | int]] = []
         self._writes, self._shows = True, True
+        self._waiting = bytearray()
         self._position = 0 if state is None else int(state["position"])
         self._closing = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             path = directory / METRICS
-            self._file = stack.enter_context(path.open("wb" if state is None else "r+b"))
+            # Without a buffer: what cannot be written is not tried again unasked.
+            opened = path.open("wb" if state is None else "r+b", buffering=0)
+            self._file = stack.enter_context(opened)
             if state is not None:
+                self._waiting += state["waiting"].encode()
                 self._read_steps()
             stack.enter_context(_staged_in(directory / "wandb"))
             try:
@@ -135,6 +142,9 @@ class Recorder:
         """Close both; the W&B run counts as failed after an error."""
         with only_warned("the end of the W&B run"):
             self.run.finish(exit_code=0 if error is None else 1)
+        self._write()
+        if lost := self._waiting.count(b"\n"):
+            _log.warning("%s lacks the last %d records.", METRICS, lost)
         with only_warned(METRICS):
             self._closing.close()
 
@@ -142,28 +152,36 @@ class Recorder:
         """Write one record of scalars; it names its axis, ``step`` or ``task``."""
         if "step" in record:
             self.steps.append(dict(record))
-        if self._writes:
-            self._writes = False
-            with only_warned(METRICS):
-                line = (json.dumps(record) + "\n").encode()
-                self._file.write(line)
-                self._file.flush()  # line by line: an interrupted run keeps its records
-                self._position += len(line)
-                self._writes = True
+        self._waiting += (json.dumps(record) + "\n").encode()
+        self._write()  # record by record: an interrupted run keeps its records
         self._show(dict(record))
+
+    def _write(self) -> None:
+        """Write the waiting records; a warning says once that they wait."""
+        try:
+            append_whole(self._file, self._waiting)
+        except OSError as error:
+            if self._writes:
+                _log.warning("%s: %s; records wait until it can be written.", METRICS, error)
+            self._writes = False
+        else:
+            self._position += len(self._waiting)
+            self._waiting.clear()
+            self._writes = True
 
     def state(self) -> dict[str, Any]:
         """What a recorder needs to go on from here, after the records have reached the disk."""
         with contextlib.suppress(OSError):  # a warning has said so
             os.fsync(self._file.fileno())
-        return {"position": self._position, "run": self._run_id}
+        waiting = self._waiting.decode()
+        return {"position": self._position, "waiting": waiting, "run": self._run_id}
 
     def _read_steps(self) -> None:
         """Read the records before the position, and drop the others."""
-        lines = self._file.read(self._position).splitlines()
+        self._file.truncate(self._position)
+        lines = (self._file.readall() + self._waiting).splitlines()
         records = [json.loads(line) for line in lines]
         self.steps = [record for record in records if "step" in record]
-        self._file.truncate()
 
     def picture(self, name: str, path: Path) -> None:
         """Show a PNG file in the W&B run."""
