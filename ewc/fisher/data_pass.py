@@ -1,6 +1,5 @@
 """A pass of the data through the network, in chunks that fit into memory."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -75,8 +74,8 @@ class DataPass:
         """Whether any outputs depend on any of the parameters."""
         self.needs: dict[tuple[torch.Size, ...], Needs] = {}
         """What one example needs of memory, by the inputs' shapes."""
-        self._is_reduced = False
-        """Whether memory was exhausted, which no warning has said yet."""
+        self.is_reduced = False
+        """Whether memory was exhausted, so that chunks are smaller than asked for."""
 
     def summed_up(self, data: Iterable[Any], total: Accumulator[Any], rank: int) -> int:
         """Add all data to ``total``, and return the number of examples.
@@ -100,7 +99,6 @@ class DataPass:
                 num_examples += count
             else:
                 self.faults.check()
-                self._warn_if_reduced()
                 return num_examples
             total.clear()
             self.faults = Faults()
@@ -157,17 +155,7 @@ class DataPass:
             )
         while needs.fitting(self.memory) == fitting:
             self.memory //= 2
-        self._is_reduced = True
-
-    def _warn_if_reduced(self) -> None:
-        """Say once that memory was exhausted."""
-        if self._is_reduced:
-            self._is_reduced = False
-            warnings.warn(
-                "Memory was exhausted in the pass for the Fisher information, so it began again "
-                f"with smaller chunks: memory={self.memory} begins with these.",
-                stacklevel=4,
-            )
+        self.is_reduced = True
 
     def chunks(self, batch: Examples, generator: torch.Generator, index: int) -> Iterator[Chunk]:
         """One batch in chunks that fit into memory, with their score vectors."""

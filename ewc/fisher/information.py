@@ -1,5 +1,6 @@
 """The Fisher information of a network over a data set."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, overload
@@ -175,8 +176,15 @@ def fisher_information(
                 check_finite(total.sums())
                 mean = total.mean(num_examples)
             if isinstance(mean, FisherMatrix):
-                return mean
+                break
             total = mean
+    if data_pass.is_reduced:
+        warnings.warn(
+            "Memory was exhausted in the pass for the Fisher information, so it began again with "
+            f"smaller chunks: memory={data_pass.memory} begins with these.",
+            stacklevel=2,
+        )
+    return mean
 
 
 @contextmanager
