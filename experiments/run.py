@@ -45,10 +45,15 @@ def run(config: DictConfig) -> float:
             reason += f"; {option}=DIR chooses another folder than {directory}."
         remove_empty(directory)
     except Exception as error:
-        if single:
+        from ewc.linalg.devices import out_of_memory
+
+        if out_of_memory(error):
+            reason = f"memory is exhausted: {sentence(error)}"
+        elif single:
             raise
-        _log.exception("The job failed.")
-        reason = f"{type(error).__name__}: {sentence(error)}"
+        else:
+            _log.exception("The job failed.")
+            reason = f"{type(error).__name__}: {sentence(error)}"
     if single:
         sys.exit(f"error: {reason}")
     from experiments.reporting.sweep import note_failure
@@ -63,7 +68,7 @@ def _run(config: dict[str, Any], directory: Path, single: bool) -> float:
     # Slow imports, which a wrong option on the command line does not need.
     from experiments.experiment import Experiment
     from experiments.reporting import folder
-    from experiments.reporting.kept import kept_job
+    from experiments.reporting.kept import keep, kept_job
 
     # A sweep continues where it stopped.
     kept = _kept_in()
@@ -74,6 +79,8 @@ def _run(config: dict[str, Any], directory: Path, single: bool) -> float:
         return float(done.get("average_accuracy", math.nan))
     if done := folder.finished(directory, config):
         _log.info("already done: %s", os.path.relpath(directory))
+        if kept:
+            keep(kept, done)  # an earlier process may have failed to
         return float(done.get("average_accuracy", math.nan))
     experiment = build(config, Experiment)
     try:
@@ -114,7 +121,7 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path, continuation:
     from rich.console import Console
 
     from experiments.reporting import run_pictures, run_report
-    from experiments.reporting.files import only_warned
+    from experiments.reporting.files import only_warned, write_whole
     from experiments.reporting.folder import PICTURES
     from experiments.reporting.tracking import Recorder
 
@@ -130,7 +137,8 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path, continuation:
         _keep(directory, results)
         matrix = results["accuracy_matrix"]
         with only_warned("config.yaml"):
-            OmegaConf.save(OmegaConf.create(config), directory / "config.yaml")
+            text = OmegaConf.to_yaml(OmegaConf.create(config))
+            write_whole(directory / "config.yaml", text)
         for picture in PICTURES:
             path = directory / f"{picture}.png"
             with only_warned(path.name):
@@ -165,6 +173,7 @@ def _keep(directory: Path, results: dict[str, Any]) -> None:
     try:
         write_results(directory, results)
     except OSError:
+        _log.warning("The results cannot be written, so they follow here.")
         print(json.dumps(results))
         raise
     if kept := _kept_in():
@@ -186,14 +195,19 @@ def _logged(path: Path) -> Iterator[None]:
 
     Warnings are logged as one line each, without the code that gave them.
     """
-    handler = logging.FileHandler(path, encoding="utf-8")
+    from experiments.reporting.files import LogFile
+
+    handler = LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
     logging.getLogger().addHandler(handler)
+    # W&B has log files too, and a full disk would print a traceback for each of its lines.
+    prints, logging.raiseExceptions = logging.raiseExceptions, False
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: _log.warning("%s", message)
             yield
     finally:
+        logging.raiseExceptions = prints
         logging.getLogger().removeHandler(handler)
         handler.close()
 

@@ -1,8 +1,9 @@
 """A pass of the data through the network, in chunks that fit into memory."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any, TypeGuard, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from ewc.fisher.evaluation import dense_parts
 from ewc.fisher.faults import Faults
 from ewc.fisher.structures.structure import Accumulator
 from ewc.likelihoods import Likelihood
-from ewc.linalg.devices import sizes_for
+from ewc.linalg.devices import Sizes, out_of_memory, sizes_for
 from ewc.parameters import Parameters
 from ewc.pullback.agreement import same
 from ewc.pullback.batches import LABELS, Caller, Examples
@@ -71,22 +72,90 @@ class DataPass:
         self.faults = Faults()
         self.depends = False
         """Whether any outputs depend on any of the parameters."""
-        self.fitting: dict[tuple[torch.Size, ...], tuple[int, int]] = {}
-        """The examples and the score vectors that fit into memory, by the inputs' shapes."""
+        self.needs: dict[tuple[torch.Size, ...], Needs] = {}
+        """What one example needs of memory, by the inputs' shapes."""
+        self.is_reduced = False
+        """Whether memory was exhausted, so that chunks are smaller than asked for."""
 
     def summed_up(self, data: Iterable[Any], total: Accumulator[Any], rank: int) -> int:
-        """Add all data to ``total``, and return the number of examples."""
-        # Every process draws different targets.
-        generator = torch.Generator().manual_seed(self.estimator.seed + 1_000_003 * rank)
-        num_examples = 0
-        for index, batch in enumerate(data):
-            examples = self.caller.examples(batch, index)
+        """Add all data to ``total``, and return the number of examples.
+
+        Where memory is exhausted, a part of a batch may have been added.  The sums are then
+        cleared, and the pass begins again with smaller chunks.  A copy of the sums would take
+        the memory that is missing.
+
+        Raises:
+            MemoryError: one example does not fit into memory, or data can be read only once.
+        """
+        batches = iter(data)
+        while True:
+            # Every process draws different targets.
+            generator = torch.Generator().manual_seed(self.estimator.seed + 1_000_003 * rank)
+            num_examples = 0
+            for index, batch in enumerate(batches):
+                count = self._add(batch, index, total, generator)
+                if count is None:
+                    break
+                num_examples += count
+            else:
+                self.faults.check()
+                return num_examples
+            total.clear()
+            self.faults = Faults()
+            if index == 0:
+                batches = chain([batch], batches)
+            elif (again := iter(data)) is not data:
+                batches = again
+            else:
+                raise MemoryError(
+                    f"Batch {index}: memory is exhausted, and data is a {type(data).__name__}, "
+                    "which can be read once: data must be a list of batches or a DataLoader, or "
+                    f"memory lower, such as {self.memory}."
+                )
+
+    def _add(
+        self, batch: Any, index: int, total: Accumulator[Any], generator: torch.Generator
+    ) -> int | None:
+        """Add a batch, and return the number of its examples.
+
+        ``None`` if memory is exhausted; chunks are then smaller from now on.
+        """
+        examples = self.caller.examples(batch, index)
+        try:
             for chunk in self.chunks(examples, generator, index):
                 with torch.no_grad():
                     total.add(chunk)
-            num_examples += len(examples)
-        self.faults.check()
-        return num_examples
+            return len(examples)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0].rstrip(".")
+        # Outside the handler, as the error holds all tensors of the chunk.
+        self._reduce(examples, index, reason)
+        return None
+
+    def _reduce(self, batch: Examples, index: int, reason: str) -> None:
+        """Lower the memory until chunks of a batch are smaller.
+
+        Raises:
+            MemoryError: they have one example and one vector already.
+        """
+        needs = self.needs.get(_shapes_of(batch[:1]))
+        if needs is None:
+            raise MemoryError(
+                f"Batch {index}: the network's outputs alone do not fit into memory, for at most "
+                f"{FEW} examples and without a derivative ({reason})."
+            )
+        fitting = needs.fitting(self.memory)
+        if fitting == (1, 1):
+            raise MemoryError(
+                f"Batch {index}: the derivatives of one example do not fit into memory "
+                f"({reason}): take a structure with smaller sums, such as Diagonal(), or fewer "
+                "parameters."
+            )
+        while needs.fitting(self.memory) == fitting:
+            self.memory //= 2
+        self.is_reduced = True
 
     def chunks(self, batch: Examples, generator: torch.Generator, index: int) -> Iterator[Chunk]:
         """One batch in chunks that fit into memory, with their score vectors."""
@@ -101,10 +170,10 @@ class DataPass:
             self._check_independence(batch, index)
             self.independent = True
         one = batch[:1]
-        key = tuple(tensor.shape for tensor in one.arguments.tensors())
-        if key not in self.fitting:
-            self.fitting[key] = self._of_batch(partial(self._fitting, one, index), batch, index)
-        at_once, vectors_at_once = self.fitting[key]
+        key = _shapes_of(one)
+        if key not in self.needs:
+            self.needs[key] = self._of_batch(partial(self._needs, one, index), batch, index)
+        at_once, vectors_at_once = self.needs[key].fitting(self.memory)
         order = self._of_batch(partial(self._by_effort, batch, at_once, index), batch, index)
         if order is not None:
             batch = batch[order]
@@ -160,6 +229,8 @@ class DataPass:
         except FloatingPointError:
             raise
         except Exception as error:
+            if out_of_memory(error):
+                raise
             failed = error
         # Outside the handler, so that the traceback has one error.
         outputs = self._outputs_for_batch(batch.arguments, index)
@@ -208,6 +279,8 @@ class DataPass:
                 examples(self.model) for examples in (few, few[:1], few[count - 1 : count])
             )
         except Exception as error:
+            if out_of_memory(error):
+                raise
             failed = error
         if failed is not None:
             # Raises the error if it is due to the network itself, or to the batch; outside the
@@ -347,8 +420,8 @@ class DataPass:
         self.faults.add(wrong, index, NOT_FINITE)
         return scores, weights
 
-    def _fitting(self, one: Examples, index: int) -> tuple[int, int]:
-        """The examples and the vectors that fit into memory, extrapolated from one example."""
+    def _needs(self, one: Examples, index: int) -> "Needs":
+        """What one example needs of memory."""
         saved, outputs = saved_bytes(lambda: one.arguments(self.model), self.parameters)
         check_outputs(outputs, 1, index)
         needed = self.estimator.bytes_per_example(outputs)
@@ -369,16 +442,44 @@ class DataPass:
         # Per vector and example: the gradients, the same again for intermediate results, and
         # the score vector itself with its intermediate results.
         vector = 2 * sum(gradients) + 4 * c * outputs.element_size()
+        return Needs(saved, k, vector, max(gradients), sizes_for(outputs.device))
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one example needs of memory.
+
+    Attributes:
+        saved: the bytes that a forward pass stores for its derivative.
+        vectors: the number of score vectors.
+        vector: the bytes of a vector's gradients and of what is computed for them.
+        gradient: the bytes of a vector's largest gradient.
+        sizes: the sizes of pieces of work on the device.
+    """
+
+    saved: int
+    vectors: int
+    vector: int
+    gradient: int
+    sizes: Sizes
+
+    def fitting(self, memory: int) -> tuple[int, int]:
+        """The examples and the vectors that fit into so many bytes."""
         # The other half of the memory is for what is computed from the gradients.
-        room = self.memory // 2
-        examples = room // max(1, saved + k * vector)
-        vectors = k if examples else max(1, (room - saved) // vector)
-        largest = sizes_for(outputs.device)
-        if largest.gradients is not None:
-            examples = min(examples, largest.gradients // max(1, k * max(gradients)))
-        if largest.examples is not None:
-            examples = min(examples, largest.examples)
+        room = memory // 2
+        examples = room // max(1, self.saved + self.vectors * self.vector)
+        vectors = self.vectors if examples else max(1, (room - self.saved) // self.vector)
+        if self.sizes.gradients is not None:
+            most = self.sizes.gradients // max(1, self.vectors * self.gradient)
+            examples = min(examples, most)
+        if self.sizes.examples is not None:
+            examples = min(examples, self.sizes.examples)
         return int(max(1, examples)), int(vectors)
+
+
+def _shapes_of(one: Examples) -> tuple[torch.Size, ...]:
+    """The shapes of the inputs of one example."""
+    return tuple(tensor.shape for tensor in one.arguments.tensors())
 
 
 def is_real(outputs: Any) -> TypeGuard[Tensor]:

@@ -1,6 +1,8 @@
 """The Fisher information of a network over a data set."""
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
@@ -21,7 +23,7 @@ from ewc.fisher.structures.structure import (
     check_structure,
 )
 from ewc.likelihoods import Categorical, Likelihood, check_likelihood
-from ewc.linalg.devices import default_memory
+from ewc.linalg.devices import default_memory, out_of_memory
 from ewc.matrices.diagonal import DiagonalFisher
 from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import Selection, selected_parameters
@@ -118,7 +120,8 @@ def fisher_information(
 
     Warns:
         UserWarning: parameters are differentiated one example at a time, which is slow.  The
-            warning names them, with the reason, once.
+            warning names them, with the reason, once.  Or memory was exhausted, and the pass began
+            again with smaller chunks; the warning names the ``memory`` to begin with.
 
     Raises:
         ValueError: ``data`` is empty, or an iterator where the structure needs two passes.  A
@@ -127,6 +130,7 @@ def fisher_information(
             trainable or chosen, or the outputs depend on none of them.  The score vectors of
             one example do not fit into memory.
         FloatingPointError: the outputs, their scores or the sums are not finite.
+        MemoryError: the matrix, or the derivatives of one example, do not fit into memory.
         TypeError: the likelihood, the estimator or the structure is of another type.
     """
     check_likelihood(likelihood)
@@ -142,7 +146,8 @@ def fisher_information(
         undisturbed(bare),
         plain_operations(bare, full_precision=full_precision),
     ):
-        total: Accumulator[Any] = structure.accumulator(chosen)
+        with _fits_into_memory(structure):
+            total: Accumulator[Any] = structure.accumulator(chosen)
         if memory is None:
             memory = default_memory(next(iter(chosen.values())).device)
         if total.passes > 1 and iter(data) is data:
@@ -168,9 +173,35 @@ def fisher_information(
                     f"{what[1]} must use a chosen parameter, without torch.no_grad(), "
                     "inference_mode(), item() or detach()."
                 )
-            with torch.no_grad():
+            with torch.no_grad(), _fits_into_memory(structure):
                 check_finite(total.sums())
                 mean = total.mean(num_examples)
             if isinstance(mean, FisherMatrix):
-                return mean
+                break
             total = mean
+    if data_pass.is_reduced:
+        warnings.warn(
+            "Memory was exhausted in the pass for the Fisher information, so it began again with "
+            f"smaller chunks: memory={data_pass.memory} begins with these.",
+            stacklevel=2,
+        )
+    return mean
+
+
+@contextmanager
+def _fits_into_memory(structure: Structure[Any]) -> Iterator[None]:
+    """Say which structure is too large where memory is exhausted.
+
+    Raises:
+        MemoryError: memory is exhausted.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise MemoryError(
+            f"{structure} of these parameters does not fit into memory ({reason}): take a smaller "
+            "structure, such as Diagonal(), or fewer parameters."
+        ) from None

@@ -70,6 +70,23 @@ def sizes_for(device: torch.device) -> Sizes:
     return BY_DEVICE.get(device.type, ACCELERATOR)
 
 
+_EXHAUSTED = (
+    "can't allocate memory",  # torch on a CPU
+    "not enough memory",  # the same on Windows
+    "out of memory",  # CUDA, HIP, MPS, XPU
+    "bad_alloc",  # libraries in C++
+    "ALLOC_FAILED",  # cuBLAS and cuDNN
+    "could not create a memory object",  # oneDNN
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is exhausted, on any device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _EXHAUSTED)
+
+
 def default_memory(device: torch.device) -> int:
     """Bytes for intermediate results on a device: 512 MiB, or a quarter of what is free on CUDA."""
     if device.type != "cuda":

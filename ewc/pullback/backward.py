@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from ewc.linalg.devices import out_of_memory
+
 
 def all_together(
     outputs: Tensor, edges: Sequence[GradientEdge], scores: Tensor
@@ -23,7 +25,9 @@ def all_together(
             gradients = torch.autograd.grad(
                 outputs, edges, scores, retain_graph=True, is_grads_batched=True
             )
-    except RuntimeError:
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
         return None
     if any("performance drop" in str(warning.message) for warning in caught):
         return None

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ewc.linalg.devices import out_of_memory
 from ewc.parameters import Parameters, Shapes
 from ewc.pullback.graph import Derived
 from ewc.pullback.lookups import Lookups, padding_of
@@ -119,7 +120,9 @@ class Behind(Pullback):
                     [tensor.edge], sources, [vectors], retain_graph=True, is_grads_batched=True
                 )
             )
-        except RuntimeError:  # an operation without a rule for vmap
+        except RuntimeError as error:  # an operation without a rule for vmap
+            if out_of_memory(error):
+                raise
             rows = [
                 torch.autograd.grad([tensor.edge], sources, [vector], retain_graph=True)
                 for vector in vectors

@@ -19,7 +19,7 @@ from experiments.reporting.folder import CHECKPOINTS, METRICS, checkpoint_files
 
 _log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """The format of the files; one of another format is refused."""
 
 KEEP = 2

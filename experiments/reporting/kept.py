@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.configuration.schema import NO_OUTCOME, deciding, same_outcome
+from experiments.reporting.files import append_whole
 from experiments.reporting.results import Finished, parsed
 
 _log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def keep(path: Path, results: Mapping[str, Any]) -> None:
         OSError: the line cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
+    with path.open("a+b", buffering=0) as file:
         # On a file system without locks a line is still written at once, at the end.
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -102,6 +103,5 @@ def keep(path: Path, results: Mapping[str, Any]) -> None:
         file.seek(0)
         written = file.read()
         is_cut = bool(written) and not written.endswith(b"\n")  # a process died while writing
-        file.write(b"\n" * is_cut + line_of(results).encode())
-        file.flush()
+        append_whole(file, b"\n" * is_cut + line_of(results).encode())
         os.fsync(file.fileno())

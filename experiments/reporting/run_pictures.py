@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments.reporting.curve import CURVES, Curve
 from experiments.reporting.metrics import average_accuracies
+from experiments.reporting.picture_file import write_picture
 
 
 def draw_accuracy_matrix(matrix: Sequence[Sequence[float]], title: str, path: Path) -> None:
@@ -28,7 +29,7 @@ def draw_accuracy_matrix(matrix: Sequence[Sequence[float]], title: str, path: Pa
     axes.set(xlabel="test accuracy on task", ylabel="after training on task", title=title)
     figure.colorbar(image, ax=axes)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    write_picture(figure, path, dpi=120)
 
 
 def draw_learning_curves(
@@ -60,4 +61,4 @@ def draw_learning_curves(
         right.legend()
     right.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    write_picture(figure, path, dpi=120)

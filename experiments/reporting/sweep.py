@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from experiments.reporting.files import only_warned, write_whole
+from experiments.reporting.files import append_whole, only_warned, write_whole
 from experiments.reporting.kept import read_kept
 from experiments.reporting.results import read_sweep
 from experiments.reporting.tables import markdown, sweep_table
@@ -64,8 +64,8 @@ class SweepReport(Callback):
 
 def note_failure(folder: Path, job: str, reason: str) -> None:
     """Note a failed job in a sweep's folder, where other processes can read it."""
-    with (folder / FAILURES).open("a", encoding="utf-8") as file:
-        file.write(f"{job}: {reason}\n")
+    with (folder / FAILURES).open("ab", buffering=0) as file:
+        append_whole(file, f"{job}: {reason}\n".encode())
 
 
 def failures(folder: Path) -> list[str]:

@@ -2,9 +2,12 @@
 
 import contextlib
 import json
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -14,8 +17,13 @@ import wandb
 from experiments.configuration.command_line import sentence
 from experiments.configuration.targets import ConfigurationError
 from experiments.reporting.curve import Curve
-from experiments.reporting.files import only_warned
+from experiments.reporting.files import append_whole, only_warned
 from experiments.reporting.folder import METRICS
+
+_log = logging.getLogger(__name__)
+
+PATIENCE = 30.0
+"""Seconds that a run waits for W&B's server, when it begins and again when it ends."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +50,8 @@ class WandB:
 class Recorder:
     """Writes every record of a run to ``metrics.jsonl`` and to W&B (a context manager).
 
-    Once it is open, an error of either does not end the run.  It becomes a warning, and nothing
-    more is written there.
+    Once it is open, an error of either does not end the run but becomes a warning.  Records wait
+    until ``metrics.jsonl`` can be written again.  W&B gets no more of them.
 
     Args:
         directory: the run's directory.
@@ -76,36 +84,48 @@ class Recorder:
         self.options = options
         self.curve = Curve()
         self._writes, self._shows = True, True
+        self._waiting = bytearray()
+        self._is_uploaded = options.mode == "online"
         self._position = 0 if state is None else int(state["position"])
         self._closing = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             path = directory / METRICS
-            self._file = stack.enter_context(path.open("wb" if state is None else "r+b"))
+            # Without a buffer: what cannot be written is not tried again unasked.
+            opened = path.open("wb" if state is None else "r+b", buffering=0)
+            self._file = stack.enter_context(opened)
             if state is not None:
+                self._waiting += state["waiting"].encode()
                 self._read_steps()
             stack.enter_context(_staged_in(directory / "wandb"))
+            begin = partial(
+                wandb.init,
+                project=options.project,
+                entity=options.entity,
+                name=options.name or name,
+                group=options.group or group,
+                tags=options.tags,
+                job_type="train",
+                id=None if state is None else state["run"],
+                resume=None if state is None else "allow",
+                dir=directory,
+                config=dict(config),
+                reinit="finish_previous",
+                settings=wandb.Settings(
+                    silent=True,
+                    console="off",
+                    x_disable_stats=True,
+                    save_code=False,
+                    init_timeout=PATIENCE,
+                    finish_timeout=PATIENCE,
+                    finish_timeout_raises=True,
+                ),
+            )
             try:
-                self.run = wandb.init(
-                    mode=options.mode,
-                    project=options.project,
-                    entity=options.entity,
-                    name=options.name or name,
-                    group=options.group or group,
-                    tags=options.tags,
-                    job_type="train",
-                    id=None if state is None else state["run"],
-                    resume=None if state is None else "allow",
-                    dir=directory,
-                    config=dict(config),
-                    reinit="finish_previous",
-                    settings=wandb.Settings(
-                        silent=True, console="off", x_disable_stats=True, save_code=False
-                    ),
-                )
-            except wandb.errors.UsageError as error:
+                self.run = self._begun(begin)
+            except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
                 raise ConfigurationError(
-                    f"wandb.mode is {options.mode!r} and W&B says: {error} wandb.mode=offline and "
-                    "wandb.mode=disabled need no account."
+                    f"wandb.mode is {options.mode!r} and W&B says: {sentence(error)} "
+                    "wandb.mode=offline and wandb.mode=disabled need no account."
                 ) from error
             except (wandb.errors.Error, OSError) as error:
                 raise ConfigurationError(
@@ -123,6 +143,19 @@ class Recorder:
             self._run_id = self.run.id  # W&B's process may end before this one
             self._closing = stack.pop_all()
 
+    def _begun(self, begin: Callable[..., wandb.Run]) -> wandb.Run:
+        """The W&B run; it is kept on disk where the server cannot be reached."""
+        try:
+            return begin(mode=self.options.mode)
+        except wandb.errors.AuthenticationError:
+            raise
+        except wandb.errors.CommError as error:
+            if self.options.mode != "online":
+                raise
+            _log.warning("W&B does not take the run (%s): it is kept on disk.", sentence(error))
+            self._is_uploaded = False
+            return begin(mode="offline")
+
     def __enter__(self) -> Self:
         """The recorder, which is open already."""
         return self
@@ -134,8 +167,17 @@ class Recorder:
         trace: TracebackType | None,
     ) -> None:
         """Close both; the W&B run counts as failed after an error."""
-        with only_warned("the end of the W&B run"):
+        ended = False
+        with self._in_wandb("the end of the W&B run"):
             self.run.finish(exit_code=0 if error is None else 1)
+            ended = True
+        if not ended:
+            # W&B's process may be lost: the next run of a sweep gets another one.
+            with contextlib.suppress(Exception):
+                wandb.teardown()
+        self._write()
+        if lost := self._waiting.count(b"\n"):
+            _log.warning("%s lacks the last %d records.", METRICS, lost)
         with only_warned(METRICS):
             self._closing.close()
 
@@ -143,61 +185,77 @@ class Recorder:
         """Write one record of scalars; it names its axis, ``step`` or ``task``."""
         if "step" in record:
             self.curve.add(record)
-        if self._writes:
-            self._writes = False
-            with only_warned(METRICS):
-                line = (json.dumps(record) + "\n").encode()
-                self._file.write(line)
-                self._file.flush()  # line by line: an interrupted run keeps its records
-                self._position += len(line)
-                self._writes = True
+        self._waiting += (json.dumps(record) + "\n").encode()
+        self._write()  # record by record: an interrupted run keeps its records
         self._show(dict(record))
+
+    def _write(self) -> None:
+        """Write the waiting records; a warning says once that they wait."""
+        try:
+            append_whole(self._file, self._waiting)
+        except OSError as error:
+            if self._writes:
+                _log.warning("%s: %s; records wait until it can be written.", METRICS, error)
+            self._writes = False
+        else:
+            self._position += len(self._waiting)
+            self._waiting.clear()
+            self._writes = True
 
     def state(self) -> dict[str, Any]:
         """What a recorder needs to go on from here, after the records have reached the disk."""
         with contextlib.suppress(OSError):  # a warning has said so
             os.fsync(self._file.fileno())
-        return {"position": self._position, "run": self._run_id}
+        waiting = self._waiting.decode()
+        return {"position": self._position, "waiting": waiting, "run": self._run_id}
 
     def _read_steps(self) -> None:
         """Read the records before the position, and drop the others."""
-        while self._file.tell() < self._position:
-            record = json.loads(self._file.readline())
+        self._file.truncate(self._position)
+        for line in chain(self._file, self._waiting.splitlines()):
+            record = json.loads(line)
             if "step" in record:
                 self.curve.add(record)
-        self._file.truncate()
 
     def picture(self, name: str, path: Path) -> None:
         """Show a PNG file in the W&B run."""
-        with only_warned(f"{name} in W&B"):
+        with self._in_wandb(f"{name} in W&B"):
             self.run.log({name: wandb.Image(str(path))})
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Show a table in the W&B run."""
-        with only_warned(f"{name} in W&B"):
+        with self._in_wandb(f"{name} in W&B"):
             table = wandb.Table(columns=list(columns), data=[list(r) for r in rows])
             self.run.log({name: table})
 
     def summary(self, values: Mapping[str, float]) -> None:
         """Set the final figures of the W&B run."""
-        with only_warned("the summary in W&B"):
+        with self._in_wandb("the summary in W&B"):
             self.run.summary.update(dict(values))
 
     def _show(self, record: dict[str, Any]) -> None:
         if self._shows:
             self._shows = False
-            with only_warned("records in W&B"):
+            with self._in_wandb("records in W&B"):
                 self.run.log(record)
                 self._shows = True
+
+    @contextlib.contextmanager
+    def _in_wandb(self, what: str) -> Iterator[None]:
+        """Turn an error of W&B into a warning; the run then is not uploaded completely."""
+        uploaded, self._is_uploaded = self._is_uploaded, False
+        with only_warned(what):
+            yield
+            self._is_uploaded = uploaded
 
     @property
     def sync_command(self) -> str | None:
         """The command that uploads the run later; ``None`` if there is nothing to upload."""
-        if self.options.mode != "offline":
+        if self.options.mode == "disabled" or self._is_uploaded:
             return None
         here, this = Path.cwd(), Path(self.run.dir).parent
         # A run that went on after an interruption has a folder for each of its processes.
-        folders = sorted({this, *this.parent.glob(f"offline-run-*-{self._run_id}")})
+        folders = sorted({this, *this.parent.glob(f"*run-*-{self._run_id}")})
         names = (str(f.relative_to(here) if f.is_relative_to(here) else f) for f in folders)
         return f"wandb sync {' '.join(names)}"
 

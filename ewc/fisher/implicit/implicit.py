@@ -42,6 +42,9 @@ class ImplicitAccumulator(Accumulator[ImplicitFisher]):
     def sums(self) -> dict[str, Tensor]:
         return {}
 
+    def clear(self) -> None:
+        self.pieces.clear()
+
     def join(self, group: ProcessGroup) -> None:
         self.group = group
 

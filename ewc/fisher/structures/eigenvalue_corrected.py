@@ -52,6 +52,9 @@ class EigenvectorAccumulator(Accumulator[EigenvalueCorrectedFisher]):
     def add(self, chunk: Chunk) -> None:
         self.kronecker.add(chunk)
 
+    def clear(self) -> None:
+        self.kronecker.clear()
+
     def join(self, group: ProcessGroup) -> None:
         self.kronecker.join(group)
 

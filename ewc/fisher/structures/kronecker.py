@@ -103,6 +103,10 @@ class KroneckerAccumulator(Accumulator[KroneckerFisher]):
             if rest:
                 self._add_rest(rest)
 
+    def clear(self) -> None:
+        self.layers = {}
+        self.rest = OuterProductSums({}, next(iter(self.parameters.values())))
+
     def _add_outer(
         self, pullback: OuterProducts, counted: "Counted | None", *, with_inputs: bool
     ) -> None:

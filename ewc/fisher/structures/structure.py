@@ -35,6 +35,11 @@ class Accumulator(ABC, Generic[Matrix]):
     def mean(self, num_examples: int) -> "Matrix | Accumulator[Matrix]":
         """The mean over the examples as a matrix, or the accumulator of the next pass."""
 
+    def clear(self) -> None:
+        """Forget all data, so that the pass can begin again."""
+        for total in self.sums().values():
+            total.zero_()
+
     def join(self, group: ProcessGroup) -> None:
         """Prepare for data that are distributed over the processes of a group."""
 

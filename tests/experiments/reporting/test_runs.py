@@ -570,6 +570,8 @@ def test_a_curve_has_the_means_of_windows_and_bounded_memory(count):
         (["model=null"], "Option 'model' is 'null': allowed are mlp."),
         (["benchmark=3"], "Option 'benchmark' is '3': allowed are permuted_digits, "),
         (["threads=100000"], "threads must be at most 1024, got 100000"),
+        (["seed=-1"], "seed must lie between 0 and 4294967295, got -1."),
+        (["optimizer=newton"], "Could not find 'optimizer/newton': allowed are adam, sgd."),
         (["device=meta"], "device must be one that PyTorch can use, such as cpu, got 'meta': "),
         (["model.hidden=[100000000000]"], "model: 7500000000010 parameters and their gradients"),
         (["model.hidden=[100000000000,100000000000]"], "model: "),
@@ -645,6 +647,25 @@ def test_one_wrong_job_of_a_sweep_is_named_and_the_others_run(tmp_path, command)
     assert "failed" not in (tmp_path / "run" / "report.md").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "wrong", "message"),
+    [
+        (["seed=-1,0"], "seed=-1", "seed must lie between 0 and"),
+        (["threads=100000,1"], "threads=100000", "threads must be at most 1024"),
+        (["device=meta,cpu"], "device=meta", "device must be one that PyTorch can use"),
+        (["model.hidden=[100000000000],[8]"], "model.hidden=[100000000000]", "take 60000 GB"),
+    ],
+)
+def test_each_kind_of_wrong_job_is_named(tmp_path, command, options, wrong, message):
+    code, _, err = command("-m", *options)
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert "error: 1 job of the sweep failed: job 0 (" in err
+    assert wrong in err
+    assert message in err
+    assert len(read_jobs(tmp_path / "run")) == 1
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), RuntimeError("a bug")])
 def test_a_job_that_fails_in_training_does_not_end_the_sweep(tmp_path, command, monkeypatch, error):
     train = Prepared.run
@@ -683,3 +704,16 @@ def test_a_warning_of_torch_about_cuda_is_no_error():
         "primary context... (Triggered internally at CublasHandlePool.cpp:330.)",
         stacklevel=1,
     )
+
+
+def test_a_finished_job_whose_line_is_missing_is_kept(tmp_path, command, monkeypatch):
+    """An earlier process wrote its results and then found no room for the line."""
+    kept = tmp_path / "kept.jsonl"
+    options = ["-m", "seed=0", f"+hydra.callbacks.report.kept={kept}"]
+    assert command(*options)[0] == 0
+    line = kept.read_text()
+    kept.unlink()
+    code, out, _ = command(*options)
+    assert code == 0
+    assert "already done" in out
+    assert kept.read_text() == line

@@ -23,7 +23,7 @@ from experiments.configuration.command_line import CONFIGS
 from experiments.configuration.schema import build, plain
 from experiments.configuration.targets import ConfigurationError
 from experiments.experiment import Experiment
-from experiments.reporting.checkpoints import Checkpoints
+from experiments.reporting.checkpoints import FORMAT, Checkpoints
 from experiments.reporting.folder import checkpoint_files
 from experiments.reporting.tracking import Recorder, WandB
 from experiments.strategies.strategy import Naive
@@ -211,10 +211,12 @@ def test_another_version_or_device_is_refused(tmp_path, name):
 
 
 def test_another_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.reporting.checkpoints.FORMAT", 2)
+    monkeypatch.setattr("experiments.reporting.checkpoints.FORMAT", FORMAT + 1)
     stopped(tmp_path, *FEW)
     monkeypatch.undo()
-    with pytest.raises(ConfigurationError, match="has format 2, and this version reads format 1"):
+    with pytest.raises(
+        ConfigurationError, match=f"has format {FORMAT + 1}, and .* reads format {FORMAT}"
+    ):
         run(tmp_path, *FEW)
 
 
