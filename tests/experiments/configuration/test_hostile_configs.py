@@ -172,8 +172,8 @@ def test_no_secret_is_written_or_printed(tmp_path):
     ):
         done = subprocess.run(
             [
-                *(sys.executable, "-m", "experiments.run", *few, *arguments),
-                f"hydra.run.dir={tmp_path / 'run'}",
+                *(sys.executable, "-m", "experiments.run", *arguments, *few),
+                f"hydra.run.dir={tmp_path / f'run{len(codes)}'}",
             ],
             cwd=ROOT,
             env=environment,
