@@ -212,7 +212,7 @@ class Recorder:
     def _read_steps(self) -> None:
         """Read the records before the position, and drop the others."""
         self._file.truncate(self._position)
-        for line in chain(self._file, self._waiting.splitlines()):
+        for line in chain(self._file, bytes(self._waiting).splitlines()):
             record = json.loads(line)
             if "step" in record:
                 self.curve.add(record)

@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from ewc import DiagonalFisher, EWCPenalty
-from experiments.reporting.files import append_whole, write_picture, write_whole
+from experiments.reporting.files import append_whole, write_whole
 from experiments.reporting.kept import keep, read_kept
+from experiments.reporting.picture_file import write_picture
 from experiments.reporting.results import read_results, write_results
 from experiments.reporting.sweep import report_sweep
 from experiments.reporting.tracking import Recorder
