@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from experiments.configuration.command_line import CONFIGS
 from experiments.configuration.targets import ConfigurationError
 from experiments.reporting.bars import bars_table
+from experiments.reporting.files import write_whole
 from experiments.reporting.kept import read_kept
 from experiments.reporting.recipes import (
     as_configured,
@@ -113,5 +114,5 @@ def main() -> None:
     sections += [section(jobs[recipe.stem], recipe, arguments.results) for recipe in run]
     if missing := missing_table(recipes, jobs):
         sections.append("\n".join(missing))
-    arguments.page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    write_whole(arguments.page, "\n\n".join(sections) + "\n")
     print(f"{arguments.page}: {len(run)} tables")
