@@ -2,6 +2,9 @@
 
 import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,6 +98,8 @@ def test_launchers_do_not_matter(tmp_path, outcome):
     sweep = ["-m", *BASE, "seed=0", "strategy=ewc,kfac_ewc"]
     outcome(*sweep, into=tmp_path / "basic" / "0")
     joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    outcome(*sweep, *joblib, into=tmp_path / "joblib" / "0")
+    place = f"hydra.sweep.dir={tmp_path / 'joblib'}"
+    command = [sys.executable, "-m", "experiments.run", *sweep, *joblib, place]
+    subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, check=True)
     for job in "01":
         assert_same(left_in(tmp_path / "joblib" / job), left_in(tmp_path / "basic" / job))

@@ -91,7 +91,7 @@ def wait_for(condition, seconds=120):
 
 def process(*arguments):
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.run", *SMALL, *arguments],
+        [sys.executable, "-m", "experiments.run", *arguments, *SMALL],
         cwd=ROOT,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -106,10 +106,11 @@ def process(*arguments):
     [(signal.SIGINT, "started"), (signal.SIGTERM, "imports"), (signal.SIGUSR1, "imports")],
 )
 def test_a_signal_before_training_is_one_sentence(tmp_path, number, when):
-    directory = tmp_path / "runs" / "run"
+    directory = tmp_path / "all" / "runs" / "run"
     running = process(f"hydra.run.dir={directory}")
     if when == "imports":
         wait_for(directory.exists)  # Hydra makes it, and torch and Avalanche come after
+        time.sleep(0.3)
     else:
         wait_for(lambda: caught(running.pid, number))
     running.send_signal(number)
