@@ -240,6 +240,7 @@ class Prepared:
             eval_mb_size=training.eval_batch_size,
             iterations=training.iterations,
             epochs=training.epochs,
+            fisher_batch_size=experiment.fisher.batch_size,
             seed=experiment.seed,
             device=experiment.torch_device,
             plugins=all_plugins,

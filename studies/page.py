@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from experiments.reporting.files import write_whole
 from studies.findings import Claim, Findings, Setting
 from studies.topics import STUDIES
 
@@ -24,7 +25,7 @@ def write_page(topic: str, findings: Findings, setting: Setting, output: Path) -
     folder = output / topic
     folder.mkdir(parents=True, exist_ok=True)
     findings.picture.savefig(folder / PICTURE, dpi=120)
-    (folder / PAGE).write_text(with_table(text, findings.claims, setting), encoding="utf-8")
+    write_whole(folder / PAGE, with_table(text, findings.claims, setting))
 
 
 def with_table(text: str, claims: list[Claim], setting: Setting) -> str:

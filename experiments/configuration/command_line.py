@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -43,6 +44,24 @@ class CheckedLoader(ConfigLoaderImpl):
     def __init__(self, config_search_path: ConfigSearchPath) -> None:
         super().__init__(config_search_path)
         self.trusted = _trusted(sys.argv[1:])
+        self._jobs: dict[tuple[str, ...], bytes] = {}
+
+    def load_sweep_config(
+        self, master_config: DictConfig, sweep_overrides: list[str]
+    ) -> DictConfig:
+        """The configuration of a job.
+
+        Hydra asks for it twice, once to check all jobs before the first one runs.  Composing takes
+        longer than a finished job, so it is done once.
+        """
+        key = tuple(sweep_overrides)
+        if key in self._jobs:
+            # Bytes that this object made itself: a copy, as Hydra changes what it gets.
+            composed: DictConfig = pickle.loads(self._jobs.pop(key))  # noqa: S301
+            return composed
+        composed = super().load_sweep_config(master_config, sweep_overrides)
+        self._jobs[key] = pickle.dumps(composed)
+        return composed
 
     def load_configuration(
         self,

@@ -138,8 +138,8 @@ def _target_in(value: Any) -> Any:
     return None
 
 
-NO_OUTCOME = ("data_root", "threads", "trusted", "wandb", "training.checkpoint_minutes")
-"""Options that do not change the results: the data's folder, the speed and the reporting."""
+NO_OUTCOME = ("data_root", "trusted", "wandb", "training.checkpoint_minutes")
+"""Options that do not change the results: the data's folder, checkpoints and the reporting."""
 
 
 def deciding(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
@@ -164,7 +164,9 @@ def _same(first: Any, second: Any) -> bool:
         return bool(first == second)
     if first.get("_target_") != second.get("_target_"):
         return False
-    defaults, missing = _defaults(first.get("_target_")), object()
+    # Only a missing option needs the target's defaults, as importing the target takes seconds.
+    defaults = _defaults(first.get("_target_")) if first.keys() != second.keys() else {}
+    missing = object()
     return all(
         _same(*(node.get(key, defaults.get(key, missing)) for node in (first, second)))
         for key in first.keys() | second.keys()

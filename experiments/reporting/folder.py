@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -70,38 +70,48 @@ def finished(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | Non
 
 
 @contextlib.contextmanager
-def owned(directory: Path, config: Mapping[str, Any]) -> Iterator[None]:
+def owned(
+    directory: Path, config: Mapping[str, Any], overrides: Sequence[str] = ()
+) -> Iterator[dict[str, Any] | None]:
     """Lock a run's folder, and remove the files of an earlier run that left no checkpoint.
 
+    Args:
+        directory: the folder.
+        config: the configuration of the run.
+        overrides: the options of the command line that led to it.
+
+    Yields:
+        The results of the run if another process has finished it meanwhile, else ``None``.
+
     Raises:
-        ConfigurationError: another process runs in the folder, or it holds a finished run,
-            or one of another configuration.
+        ConfigurationError: another process runs in the folder, or it holds a run of another
+            configuration.
         OSError: the folder cannot be written.
     """
     descriptor = os.open(directory / OWNER, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         _lock(descriptor, fcntl.LOCK_EX, directory)
-        if _results_of_same(directory, config):
-            raise ConfigurationError(
-                f"{os.path.relpath(directory)} has been finished by another process meanwhile."
-            )
+        if results := _results_of_same(directory, config):
+            yield results
+            return
         owner = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "overrides": list(overrides),
             "config": config,
         }
         content = (json.dumps(owner, indent=2) + "\n").encode()
-        # In place, as the lock is the file's; never empty between the two.
-        os.pwrite(descriptor, content, 0)
-        os.ftruncate(descriptor, len(content))
+        # In place, as the lock is the file's, and in one piece: a longer file gets spaces.
+        os.pwrite(descriptor, content.ljust(os.fstat(descriptor).st_size), 0)
+        os.fsync(descriptor)
         if not checkpoint_files(directory):
             for name in _LEFT:
                 for path in (directory / name, part_of(directory / name)):
                     path.unlink(missing_ok=True)
         for path in (directory / CHECKPOINTS).glob(".*.tmp"):  # of an interrupted write
             path.unlink(missing_ok=True)
-        yield
+        yield None
     finally:
         os.close(descriptor)  # this releases the lock
 
@@ -111,7 +121,7 @@ def _lock(descriptor: int, kind: int, directory: Path) -> None:
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        owner = _read_owner(directory)
+        owner = read_owner(directory)
         holder = "another process"
         if owner.keys() >= {"pid", "host", "started"}:
             holder = f"process {owner['pid']} on {owner['host']} since {owner['started']}"
@@ -156,14 +166,14 @@ def _configurations(directory: Path) -> list[dict[str, Any]]:
 
     Runs of earlier versions have Hydra's file instead of ``run.json``.
     """
-    configs = [_read_owner(directory).get("config")]
+    configs = [read_owner(directory).get("config")]
     for name in ("config.yaml", ".hydra/config.yaml"):
         with contextlib.suppress(Exception):  # a file that cannot be read is not that of a run
             configs.append(OmegaConf.to_container(OmegaConf.load(directory / name), resolve=True))
     return [config for config in configs if isinstance(config, dict) and config]
 
 
-def _read_owner(directory: Path) -> dict[str, Any]:
+def read_owner(directory: Path) -> dict[str, Any]:
     """The content of ``run.json``; empty if it is missing or damaged."""
     try:
         owner = json.loads((directory / OWNER).read_text(encoding="utf-8"))

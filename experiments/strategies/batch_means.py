@@ -22,7 +22,7 @@ class BatchMeanGradients(Structure[DiagonalFisher]):
 
     Avalanche's ``EWCPlugin`` and many others use it as the empirical Fisher; it shrinks like
     :math:`1/B`.  Use it with :class:`~ewc.Empirical`.  A batch is one of the pass over the data
-    (``training.eval_batch_size``), or a piece of one that does not fit into memory.
+    (``fisher.batch_size``), or a piece of one that does not fit into memory.
     """
 
     has_units = True

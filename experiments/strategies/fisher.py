@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ewc import Categorical, Diagonal, Exact, Likelihood
+from ewc.checks import check_count
 from ewc.fisher import Estimator, Structure
 from experiments.strategies.batch_means import BatchMeanGradients, BatchMeans
 
@@ -16,17 +17,22 @@ class Fisher:
         likelihood: what the network's outputs mean.
         estimator: how the expectation over labels is taken.
         structure: what of the matrix is kept.
+        batch_size: images in a batch of the pass over a task.  The matrix does not depend on it but
+            for rounding, except with ``BatchMeans``.
 
     Raises:
-        ValueError: the estimator is ``BatchMeans``, and the structure is not diagonal.
+        ValueError: the batch size is below 1, or the estimator is ``BatchMeans``, and the structure
+            is not diagonal.
     """
 
     likelihood: Likelihood = field(default_factory=Categorical)
     estimator: Estimator = field(default_factory=Exact)
     structure: Structure[Any] = field(default_factory=Diagonal)
+    batch_size: int = 1000
 
     def __post_init__(self) -> None:
-        """Check that estimator and structure fit together."""
+        """Check the batch size, and that estimator and structure fit together."""
+        check_count(self.batch_size, "batch_size")
         if isinstance(self.estimator, BatchMeans) and self.structure != Diagonal():
             raise ValueError(f"structure must be Diagonal() with BatchMeans, got {self.structure}.")
 

@@ -98,6 +98,8 @@ class InMemoryNaive(Naive):
     Args:
         iterations: training steps per task; ``None`` to train for ``epochs``.
         epochs: the epochs per task.
+        fisher_batch_size: the images in a batch of a pass over a task within training, such as that
+            for the Fisher information.
         seed: the seed for shuffling.
         boundary: what happens between two training steps, checkpoints for one.
         options: the arguments of Avalanche's template.
@@ -110,6 +112,7 @@ class InMemoryNaive(Naive):
         *,
         iterations: int | None,
         epochs: int,
+        fisher_batch_size: int,
         seed: int,
         boundary: Boundary | None = None,
         **options: Any,
@@ -118,6 +121,7 @@ class InMemoryNaive(Naive):
         self.boundary = boundary
         self.iterations = iterations
         self.epochs = epochs
+        self.fisher_batch_size = fisher_batch_size
         self.generator = torch.Generator().manual_seed(seed)
 
     def training_tasks(self) -> list[TaskData]:
@@ -149,7 +153,9 @@ class InMemoryNaive(Naive):
 
     def make_eval_dataloader(self, **_: Any) -> None:
         """Batches by index in place of Avalanche's loader."""
-        self.dataloader = EvaluationBatches(self.experience.data, self.eval_mb_size)
+        # The rounding of what training uses must not depend on how the evaluation is cut.
+        size = self.fisher_batch_size if self.is_training else self.eval_mb_size
+        self.dataloader = EvaluationBatches(self.experience.data, size)
 
 
 class InMemoryJoint(InMemoryNaive):

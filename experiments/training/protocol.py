@@ -17,7 +17,7 @@ class Training:
         anneal: whether the learning rate falls to 0 over every task, as half a cosine.
         tail_average: the last fraction of a task's iterations over which the parameters are
             averaged; 0 for no average.
-        eval_batch_size: images in a batch of the evaluation and of the Fisher pass.
+        eval_batch_size: images in a batch of the evaluation.
         log_every: training steps from one record to the next.
         checkpoint_minutes: the time from one checkpoint to the next within a task, in minutes; 0
             for one after every step, ``None`` for one after every task only.

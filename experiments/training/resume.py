@@ -51,11 +51,13 @@ class Continuation:
         checkpoints: where checkpoints are written; ``None`` to write none.
         state: the state of the newest checkpoint; ``None`` to start.
         stop: the signal that ends the run.
+        command: what continues the run later, for a message.
     """
 
     checkpoints: Checkpoints | None = None
     state: Mapping[str, Any] | None = None
     stop: Stop = field(default_factory=Stop)
+    command: str = "the same command"
 
 
 class Boundary:
@@ -78,6 +80,7 @@ class Boundary:
     ) -> None:
         self.checkpoints = continuation.checkpoints
         self.stop = continuation.stop
+        self.command = continuation.command
         self.plugins = list(plugins)
         self.minutes = minutes
         self.rest = rest
@@ -112,15 +115,19 @@ class Boundary:
         step = strategy.clock.train_exp_iterations
         minutes = (time.monotonic() - self._written_at) / 60
         begins = step == 0 and task > 0
-        if begins or self.stop.signal or (self.minutes is not None and minutes >= self.minutes):
+        stops = self.stop.asked()
+        if begins or stops or (self.minutes is not None and minutes >= self.minutes):
             self._write(strategy, task, step)
-        if self.stop.signal:
+        if stops:
+            assert self.stop.signal
+            start = "the start" if self.checkpoints is None else "its newest checkpoint"
             _log.warning(
-                "%s: the run stops in task %d after step %d; the same command continues it from "
-                "its newest checkpoint.",
+                "%s: the run stops in task %d after step %d; to continue it from %s: %s",
                 self.stop.signal.name,
                 task + 1,
                 step,
+                start,
+                self.command,
             )
             self.stop.check()
 

@@ -1,7 +1,11 @@
-"""The signals that end a run: it finishes its step first."""
+"""The signals that end a process: during training it finishes its step first."""
 
 import contextlib
+import logging
+import multiprocessing
+import os
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -13,7 +17,8 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
 class Stop:
     """Notes the first signal that asks the process to end (a context manager).
 
-    A second one ends the process at once.  A signal that the process ignores stays ignored.
+    A second one ends the process at once.  A signal that the process ignores stays ignored.  The
+    worker of a sweep whose process has died gets no signal: it counts as hung up, ``SIGHUP``.
 
     Attributes:
         signal: the first signal; ``None`` before one has come.
@@ -48,11 +53,40 @@ class Stop:
         for each in self._before:
             signal.signal(each, signal.SIG_DFL)
 
+    def asked(self) -> bool:
+        """Whether the process is asked to end."""
+        if self.signal is None and is_orphan():
+            self.signal = signal.SIGHUP
+        return self.signal is not None
+
     def check(self) -> None:
-        """End the process if a signal has come.
+        """End the process if it is asked to.
 
         Raises:
-            SystemExit: with 130 after Ctrl-C, and 143 after the others.
+            SystemExit: with 130 after Ctrl-C, 129 for a worker without its sweep, else with 143.
         """
-        if self.signal is not None:
-            raise SystemExit(CODES[self.signal])
+        if self.asked():
+            assert self.signal is not None
+            raise SystemExit(CODES.get(self.signal, 128 + self.signal))
+
+
+class AtOnce(Stop):
+    """Ends the process at the first signal, where no training step can be lost."""
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        super()._note(number, frame)
+        logging.disable(logging.INFO)  # what imported libraries say at the end
+        print(f"{signal.Signals(number).name}: stopped outside of training.", file=sys.stderr)
+        self.check()
+
+
+def is_orphan() -> bool:
+    """Whether this is a worker process, and the process that made it has died."""
+    parent = multiprocessing.parent_process()
+    if parent is None or parent.pid is None or parent.pid == os.getppid():
+        return False
+    try:
+        os.kill(parent.pid, 0)  # some workers have a server between them and that process
+    except ProcessLookupError:
+        return True
+    return False

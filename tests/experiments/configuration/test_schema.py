@@ -189,9 +189,9 @@ def test_missing_values_are_named():
 
 def test_what_does_not_decide_the_outcome_makes_no_other_experiment():
     config = compose("strategy=ewc")
-    assert same_outcome(config, compose("strategy=ewc", "data_root=/elsewhere", "threads=2"))
+    assert same_outcome(config, compose("strategy=ewc", "data_root=/elsewhere"))
     assert same_outcome(config, compose("strategy=ewc", "wandb.mode=disabled"))
-    for other in ("seed=1", "device=cpu", "strategy.strength=3", "optimizer=sgd"):
+    for other in ("seed=1", "device=cpu", "threads=2", "strategy.strength=3", "optimizer=sgd"):
         assert not same_outcome(config, compose("strategy=ewc", other))
     assert not same_outcome(config, compose("strategy=online_ewc"))
 

@@ -163,8 +163,8 @@ def test_the_kept_results_are_whole(caplog):
 
 def test_a_line_has_what_decides_the_outcome_and_what_the_page_shows(tmp_path):
     path = tmp_path / "results" / "recipe.jsonl"
-    apart = {"wandb": {"mode": "offline"}, "data_root": "somewhere", "threads": 1, "trusted": []}
-    where = ["experiment=recipe", "wandb.mode=offline", "+data_root=somewhere", "threads=1"]
+    apart = {"wandb": {"mode": "offline"}, "data_root": "somewhere", "trusted": []}
+    where = ["experiment=recipe", "wandb.mode=offline", "+data_root=somewhere"]
     where += ["training.checkpoint_minutes=null"]
     apart["training"] = TRAINING | {"checkpoint_minutes": None}
     overlap = [{"2": 1.0, "10": 1.0}, {"2": 0.5, "10": 0.25}]
@@ -176,12 +176,11 @@ def test_a_line_has_what_decides_the_outcome_and_what_the_page_shows(tmp_path):
     )
     keep(path, DIVERGED | {"config": CONFIG | {"seed": 1}, "seed": 1})
     (finished_job, diverged_job), damaged = read_kept(path)
-    deciding = {key: value for key, value in CONFIG.items() if key != "threads"}
     assert finished_job == {
         key: RESULTS[key]
         for key in ("average_accuracy", "forgetting", "accuracy_matrix", "seed", "versions")
     } | {
-        "config": deciding,
+        "config": CONFIG,
         "overrides": ["strategy=ewc", "seed=0"],
         "seconds": {"total": 1.0},
         "fisher_overlap": [overlap[-1]],
@@ -197,10 +196,13 @@ def test_a_configuration_has_one_line(tmp_path):
     path = tmp_path / "recipe.jsonl"
     assert kept_job(path, CONFIG) is None
     for seed in (0, 1, 0):
-        keep(path, RESULTS | {"config": CONFIG | {"seed": seed, "threads": seed + 1}})
+        keep(path, RESULTS | {"config": CONFIG | {"seed": seed, "data_root": f"folder {seed}"}})
     assert len(path.read_text().splitlines()) == 2
-    assert kept_job(path, CONFIG | {"seed": 1, "threads": 9})["config"]["seed"] == 1
+    assert kept_job(path, CONFIG | {"seed": 1, "data_root": "another"})["config"]["seed"] == 1
     assert kept_job(path, CONFIG | {"seed": 2}) is None
+    assert kept_job(path, CONFIG | {"threads": 2}) is None  # sums are cut in other pieces
+    earlier = {key: value for key, value in CONFIG.items() if key != "threads"}
+    assert kept_job(path, earlier)["config"]["threads"] == 1
 
 
 LINES = {name: content for name, content in DAMAGED.items() if content}
@@ -283,12 +285,15 @@ LEFT = [
 
 
 @pytest.mark.parametrize("kinds", LEFT, ids=", ".join)
-@pytest.mark.parametrize("other", [{"seed": 1}, {"training": TRAINING | {"epochs": 3}}], ids=list)
+@pytest.mark.parametrize(
+    "other", [{"seed": 1}, {"threads": 2}, {"training": TRAINING | {"epochs": 3}}], ids=list
+)
 def test_a_folder_of_another_configuration_is_refused(tmp_path, kinds, other):
     leave(tmp_path, *kinds)
     before = contents(tmp_path)
     (key,) = other
     names = {"seed": "seed is 0 there and 1 here", "training": "training.epochs is 2 there and 3"}
+    names["threads"] = "threads is 1 there and 2 here"
     state = "a finished" if "results.json" in kinds else "an unfinished"
     with pytest.raises(ConfigurationError, match=f"{state} run of another .*{names[key]}"):
         finished(tmp_path, CONFIG | other)
@@ -321,7 +326,7 @@ def test_an_unfinished_run_without_a_checkpoint_starts_over(tmp_path):
     leave(tmp_path, *UNFINISHED, "learning_curves.png", "checkpoints/.0123.tmp")
     damage(tmp_path, "{")
     (tmp_path / "thesis.txt").write_text("years of work")
-    assert finished(tmp_path, CONFIG | {"threads": 2}) is None  # which decides nothing
+    assert finished(tmp_path, CONFIG | {"data_root": "x"}) is None  # which decides nothing
     with owned(tmp_path, CONFIG):
         left = {path.name for path in contents(tmp_path)}
     assert left == {"run.json", "thesis.txt"}
@@ -338,9 +343,26 @@ def test_finished_results_of_the_same_configuration_are_given(tmp_path):
     leave(tmp_path, *UNFINISHED, "results.json")
     before = contents(tmp_path)
     assert finished(tmp_path, CONFIG) == RESULTS
-    with pytest.raises(ConfigurationError, match="finished by another process"):
-        owned(tmp_path, CONFIG).__enter__()
+    with owned(tmp_path, CONFIG) as results:  # finished by another process meanwhile
+        assert results == RESULTS
     assert contents(tmp_path) == before
+
+
+def test_the_owner_is_written_in_one_piece(tmp_path, monkeypatch):
+    """A shorter name of the owner leaves no rest of a longer one, at no moment."""
+    seen = []
+    pwrite = os.pwrite
+
+    def noted(*arguments):
+        pwrite(*arguments)
+        seen.append(json.loads((tmp_path / OWNER).read_text()))
+
+    monkeypatch.setattr(os, "pwrite", noted)
+    with owned(tmp_path, CONFIG | {"data_root": "x" * 9000}, ["seed=0"]) as results:
+        assert results is None
+    with owned(tmp_path, CONFIG):
+        pass
+    assert [owner["overrides"] for owner in seen] == [["seed=0"], []]
 
 
 # --- one owner ----------------------------------------------------------------------------
@@ -695,6 +717,43 @@ def test_a_sweep_runs_a_job_with_damaged_results_again(tmp_path, command):
     assert f"{os.path.relpath(path)} is damaged" in out
     assert json.loads(path.read_text())["accuracy_matrix"] == whole["accuracy_matrix"]
     assert other.stat().st_mtime_ns == untouched
+
+
+def test_a_finished_sweep_is_known_at_once(tmp_path, command):
+    """Without the imports that a run needs, and with each configuration composed once."""
+    assert command("-m", "seed=0,1")[0] == 0
+    before = contents(tmp_path)
+    script = (
+        "import sys; from experiments.configuration.command_line import CheckedLoader;"
+        "from experiments.run import main; composed = [];"
+        "load = CheckedLoader.load_configuration;"
+        "CheckedLoader.load_configuration = lambda *a, **k: composed.append(0) or load(*a, **k);"
+        "main(); print(sorted({'torch', 'avalanche', 'wandb'} & sys.modules.keys()), len(composed))"
+    )
+    options = ["-m", *SMALL, "seed=0,1", f"hydra.sweep.dir={tmp_path}/run"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.count("already done") == 2
+    assert done.stdout.splitlines()[-1] == "[] 4"  # mode, sweep, and one for each job
+    assert {k: v for k, v in contents(tmp_path).items() if k.name != "multirun.yaml"} == {
+        k: v for k, v in before.items() if k.name != "multirun.yaml"
+    }
+
+
+def test_a_job_that_died_before_its_line_was_kept_is_kept(tmp_path, command):
+    kept = tmp_path / "kept.jsonl"
+    sweep = ["-m", "seed=0", f"+hydra.callbacks.report.kept={kept}"]
+    assert command(*sweep)[0] == 0
+    line = kept.read_text()
+    kept.unlink()  # as after a kill between the two files
+    code, out, _ = command(*sweep)
+    assert (code, out.count("already done")) == (0, 1)
+    assert kept.read_text() == line
 
 
 def test_a_warning_of_torch_about_cuda_is_no_error():

@@ -1,0 +1,77 @@
+"""How an interrupted run is continued: ``python -m experiments.run resume=DIR``."""
+
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.types import RunMode
+
+from experiments.configuration.schema import NO_OUTCOME
+from experiments.configuration.targets import ConfigurationError
+from experiments.reporting.folder import OWNER, read_owner
+
+RESUME = "resume="
+
+
+def with_resume(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command line, with the options of the run for ``resume=DIR``.
+
+    The options come from the run's ``run.json``.  Its ``trusted`` does not, as only the command
+    line may trust modules.
+
+    Raises:
+        ConfigurationError: the folder holds no run, or an option changes the results.
+    """
+    given = [argument for argument in arguments if argument.startswith(RESUME)]
+    others = [argument for argument in arguments if not argument.startswith(RESUME)]
+    if not given:
+        return others
+    for argument in others:
+        if not any(_sets(argument, option) for option in NO_OUTCOME):
+            raise ConfigurationError(
+                f"resume=DIR continues a run with its own options, so {argument!r} is not taken: "
+                f"allowed are those that do not change the results, {', '.join(NO_OUTCOME)}."
+            )
+    directory = Path(given[-1].removeprefix(RESUME))
+    overrides = read_owner(directory).get("overrides")
+    if not isinstance(overrides, list) or not all(map(_is_option, overrides)):
+        raise ConfigurationError(
+            f"{directory / OWNER} does not say how a run was started: resume=DIR takes the folder "
+            "of a run. A sweep is continued by its own command with hydra.sweep.dir=DIR."
+        )
+    replaced = {"trusted", *map(_name, others)}
+    kept = [override for override in overrides if _name(override) not in replaced]
+    quoted = str(directory).replace("\\", "\\\\").replace("'", "\\'")
+    # A recipe may make a sweep of a command; this is one job of it.
+    return [*kept, *others, f"hydra.run.dir='{quoted}'", "hydra.mode=RUN"]
+
+
+def command_to_continue(directory: Path, job: Any) -> str:
+    """The command that continues a run, for a message.
+
+    Args:
+        directory: the run's folder.
+        job: Hydra's configuration.
+    """
+    if job.mode == RunMode.MULTIRUN:
+        sweep = os.path.relpath(Path(job.runtime.cwd) / job.sweep.dir)
+        return f"the same command with hydra.sweep.dir={sweep}"
+    return f"python -m experiments.run {shlex.quote(f'{RESUME}{os.path.relpath(directory)}')}"
+
+
+def _is_option(override: Any) -> bool:
+    """Whether an entry of ``run.json`` is an option of a run, and none of Hydra or its flags."""
+    pattern = r"[+~]*(?!hydra\b)[A-Za-z_][\w/@.]*(=.*)?"
+    return isinstance(override, str) and re.fullmatch(pattern, override, re.S) is not None
+
+
+def _sets(argument: str, option: str) -> bool:
+    """Whether an argument sets an option, or something in it."""
+    return _name(argument) == option or _name(argument).startswith(f"{option}.")
+
+
+def _name(argument: str) -> str:
+    return argument.lstrip("+~").partition("=")[0]
