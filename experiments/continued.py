@@ -11,7 +11,7 @@ from hydra.types import RunMode
 
 from experiments.configuration.schema import NO_OUTCOME
 from experiments.configuration.targets import ConfigurationError
-from experiments.reporting.folder import OWNER, read_owner
+from experiments.recording.folder import OWNER, read_owner
 
 RESUME = "resume="
 

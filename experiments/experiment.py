@@ -20,8 +20,8 @@ from ewc import __version__ as ewc_version
 from ewc.checks import check_count, shown
 from ewc.parameters import trainable_parameters
 from experiments.configuration.command_line import sentence
-from experiments.reporting.metrics import average_accuracy, backward_transfer, forgetting
-from experiments.reporting.tracking import Recorder, WandB
+from experiments.recording.metrics import average_accuracy, backward_transfer, forgetting
+from experiments.recording.tracking import Recorder, WandB
 from experiments.strategies.fisher import Fisher
 from experiments.strategies.strategy import Strategy
 from experiments.tasks.benchmarks import Benchmark, Tasks

@@ -65,8 +65,8 @@ def run(config: DictConfig) -> float:
 
 
 def _run(config: dict[str, Any], directory: Path, single: bool) -> float:
-    from experiments.reporting import folder
-    from experiments.reporting.kept import keep, kept_job
+    from experiments.recording import folder
+    from experiments.recording.kept import keep, kept_job
     from experiments.training.stop import Stop
 
     Stop().check()  # the worker of a sweep that has died starts no further job
@@ -112,7 +112,7 @@ def _done(results: dict[str, Any], place: Path) -> float:
 def _trained(prepared: Any, config: dict[str, Any], directory: Path) -> float:
     """Run an experiment from its newest checkpoint, or from the start."""
     from experiments.continued import command_to_continue
-    from experiments.reporting.checkpoints import Checkpoints
+    from experiments.recording.checkpoints import Checkpoints
     from experiments.training.resume import Continuation
     from experiments.training.stop import Stop
 
@@ -132,10 +132,10 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path, continuation:
     """Train, save its results, then the pictures and tables made from them."""
     from rich.console import Console
 
+    from experiments.recording.files import only_warned, write_whole
+    from experiments.recording.folder import PICTURES
+    from experiments.recording.tracking import Recorder
     from experiments.reporting import run_pictures, run_report
-    from experiments.reporting.files import only_warned, write_whole
-    from experiments.reporting.folder import PICTURES
-    from experiments.reporting.tracking import Recorder
 
     job, experiment = HydraConfig.get(), prepared.experiment
     choices, scenario = job.runtime.choices, experiment.benchmark.scenario
@@ -179,8 +179,8 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path, continuation:
 
 def _keep(directory: Path, results: dict[str, Any]) -> None:
     """Write the results, or print them if that fails: there is no other copy."""
-    from experiments.reporting.kept import keep
-    from experiments.reporting.results import write_results
+    from experiments.recording.kept import keep
+    from experiments.recording.results import write_results
 
     try:
         write_results(directory, results)
@@ -207,7 +207,7 @@ def _logged(path: Path) -> Iterator[None]:
 
     Warnings are logged as one line each, without the code that gave them.
     """
-    from experiments.reporting.files import LogFile
+    from experiments.recording.files import LogFile
 
     handler = LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))

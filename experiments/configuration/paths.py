@@ -11,8 +11,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from ewc.checks import shown
-from experiments.configuration.targets import ConfigurationError
+from experiments.configuration.targets import ConfigurationError, shown
 
 WRITTEN = (
     "hydra.run.dir",

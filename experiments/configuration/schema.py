@@ -20,13 +20,13 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
-from ewc.checks import shown
 from experiments.configuration.targets import (
     PACKAGES,
     ConfigurationError,
     checked_target,
     is_within,
     located,
+    shown,
 )
 
 __all__ = ["NO_OUTCOME", "ConfigurationError", "build", "deciding", "plain", "same_outcome"]

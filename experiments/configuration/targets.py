@@ -14,11 +14,21 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.resolvers import oc
 
-from ewc.checks import shown
+LONGEST = 80
+"""The characters of a value in a message."""
 
 
 class ConfigurationError(ValueError):
     """An option is wrong; the message is one sentence for the user."""
+
+
+def shown(value: object) -> str:
+    """A plain value as a message shows it, in one short line; without the import of torch."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer with too many digits
+        text = "a large number"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 PACKAGES = ("ewc", "experiments", "torch", "torchvision", "avalanche", "timm")

@@ -1,1 +1,1 @@
-"""What runs and sweeps leave: results, tables, pictures and W&B."""
+"""What is made of results: pictures, tables, and the pages over sweeps."""

@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 
 from experiments.configuration.command_line import CONFIGS
 from experiments.configuration.targets import ConfigurationError
+from experiments.recording.files import write_whole
+from experiments.recording.kept import read_kept
 from experiments.reporting.bars import bars_table
-from experiments.reporting.files import write_whole
-from experiments.reporting.kept import read_kept
 from experiments.reporting.picture_file import write_picture
 from experiments.reporting.recipes import (
     as_configured,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from experiments.reporting.files import write_whole
+from experiments.recording.files import write_whole
 
 
 def write_picture(figure: Figure, path: Path, dpi: int) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.reporting.curve import CURVES, Curve
-from experiments.reporting.metrics import average_accuracies
+from experiments.recording.curve import CURVES, Curve
+from experiments.recording.metrics import average_accuracies
 from experiments.reporting.picture_file import write_picture
 
 

@@ -11,9 +11,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from experiments.reporting.files import append_whole, only_warned, write_whole
-from experiments.reporting.kept import read_kept
-from experiments.reporting.results import read_sweep
+from experiments.recording.files import append_whole, only_warned, write_whole
+from experiments.recording.kept import read_kept
+from experiments.recording.results import read_sweep
 from experiments.reporting.tables import markdown, sweep_table
 
 FAILURES = "failed.txt"

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.reporting.metrics import average_accuracies
+from experiments.recording.metrics import average_accuracies
 from experiments.reporting.tables import Jobs, means_by_strength, options_of
 
 SPEAKING = ("strategy", "fisher/estimator", "fisher/structure")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ewc import EWCPenalty, FisherMatrix
 from ewc.finite_steps import LOOK_EVERY, FiniteSteps, task_number
-from experiments.reporting.tracking import Recorder
+from experiments.recording.tracking import Recorder
 from experiments.training.divergence import Divergence, norms
 
 

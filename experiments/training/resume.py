@@ -12,9 +12,9 @@ import torch
 from torch.optim import Optimizer
 
 from ewc.finite_steps import not_finite
-from experiments.reporting.checkpoints import Checkpoints
-from experiments.reporting.files import only_warned
-from experiments.reporting.folder import CHECKPOINTS
+from experiments.recording.checkpoints import Checkpoints
+from experiments.recording.files import only_warned
+from experiments.recording.folder import CHECKPOINTS
 from experiments.training.stop import Stop
 
 _log = logging.getLogger(__name__)

@@ -411,7 +411,9 @@ def check_value(penalty, model, terms):
 
 
 WARNED = pytest.mark.filterwarnings(
-    "ignore:Outputs of shape", "ignore:The Fisher pass differentiates"
+    "ignore:Outputs of shape",
+    "ignore:The Fisher pass differentiates",
+    "ignore:The Fisher information is zero everywhere",
 )
 
 

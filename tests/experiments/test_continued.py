@@ -9,10 +9,10 @@ import pytest
 
 from experiments.configuration.targets import ConfigurationError
 from experiments.continued import with_resume
-from experiments.reporting import folder
-from experiments.reporting.folder import OWNER
-from experiments.reporting.results import read_results
-from experiments.reporting.tracking import Recorder
+from experiments.recording import folder
+from experiments.recording.folder import OWNER
+from experiments.recording.results import read_results
+from experiments.recording.tracking import Recorder
 
 SMALL = ["model.hidden=[8]", "training.iterations=20", "training.batch_size=16"]
 SMALL += ["benchmark.num_tasks=2", "wandb.mode=disabled", "strategy=ewc", "seed=3"]

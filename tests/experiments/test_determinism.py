@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments.reporting import folder
-from experiments.reporting.folder import checkpoint_files
-from experiments.reporting.results import read_results
+from experiments.recording import folder
+from experiments.recording.folder import checkpoint_files
+from experiments.recording.results import read_results
 
 BASE = ["benchmark=permuted_digits", "benchmark.num_tasks=2", "model.hidden=[40]"]
 BASE += ["model.dropout=0.3", "training.iterations=12", "wandb.mode=disabled"]

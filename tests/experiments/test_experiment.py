@@ -17,10 +17,10 @@ from ewc import EWCPenalty
 from experiments.configuration.command_line import CONFIGS
 from experiments.configuration.schema import build, plain
 from experiments.experiment import Experiment
-from experiments.reporting.checkpoints import Checkpoints
-from experiments.reporting.results import read_jobs
+from experiments.recording.checkpoints import Checkpoints
+from experiments.recording.results import read_jobs
+from experiments.recording.tracking import Recorder, WandB
 from experiments.reporting.tables import sweep_table
-from experiments.reporting.tracking import Recorder, WandB
 from experiments.training.resume import Continuation
 
 ROOT = Path(CONFIGS).parent
@@ -151,11 +151,9 @@ def test_checkpoints_hold_network_and_penalty(tmp_path):
 def test_records_are_on_disk_as_they_come(tmp_path):
     """A run that is cut short has them."""
     with Recorder(tmp_path, WandB(mode="disabled"), {}, "test", None) as recorder:
-        recorder.log({"step": 1, "train/loss": 0.5})
-        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
-            "step": 1,
-            "train/loss": 0.5,
-        }
+        record = {"step": 1, "train/loss": 0.5, "train/penalty": 0.0}
+        recorder.log(record)
+        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == record
         assert recorder.sync_command is None
 
 
@@ -445,7 +443,7 @@ def test_the_choice_of_a_sweep_that_lacks_an_option_is_named(tmp_path, command_l
         (["benchmark=split_mnist", "data_root=/nonexistent/data"], "of MNIST is not in"),
         (
             ["optimizer=sgd", "optimizer.lr=1e30", "strategy=naive"],
-            "in task 1, step 2: use a smaller learning rate",
+            "in task 1, step 2, as the outputs of 'heads.0' (Linear) are not finite: use",
         ),
         (["seed="], "seed"),
     ],

@@ -283,7 +283,7 @@ def test_values_are_never_built(place, target, nest):
         "torch.utils.cpp_extension.load",
         "experiments.run.main",
         "experiments.tasks.images.os.system",
-        "experiments.reporting.tracking.Recorder",
+        "experiments.recording.tracking.Recorder",
         "ewc.fisher_information",
         "ewc.FisherMatrix.load",
         "torch.nn.Linear",

@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 from experiments.configuration.command_line import CONFIGS
 from experiments.configuration.schema import plain
 from experiments.configuration.targets import ConfigurationError
+from experiments.recording.metrics import average_accuracies, average_accuracy
 from experiments.reporting import sweep_pictures as pictures
 from experiments.reporting.bars import bars_table, decades_within, leads_over
-from experiments.reporting.metrics import average_accuracies, average_accuracy
 from experiments.reporting.page import main, missing_table, section
 from experiments.reporting.recipes import as_configured, of_recipe, report_of
 from experiments.reporting.tables import has_options, markdown, options_of, sweep_table

@@ -13,7 +13,7 @@ from ewc import EWCPenalty, Exact, MonteCarlo, fisher_information
 from experiments.configuration.command_line import CONFIGS
 from experiments.configuration.schema import build, plain
 from experiments.experiment import Experiment
-from experiments.reporting.tracking import Recorder, WandB
+from experiments.recording.tracking import Recorder, WandB
 from experiments.training.divergence import warn_of_unlearnt
 
 SMALL = [

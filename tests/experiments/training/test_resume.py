@@ -23,9 +23,9 @@ from experiments.configuration.command_line import CONFIGS
 from experiments.configuration.schema import build, plain
 from experiments.configuration.targets import ConfigurationError
 from experiments.experiment import Experiment
-from experiments.reporting.checkpoints import FORMAT, Checkpoints
-from experiments.reporting.folder import checkpoint_files
-from experiments.reporting.tracking import Recorder, WandB
+from experiments.recording.checkpoints import FORMAT, Checkpoints
+from experiments.recording.folder import checkpoint_files
+from experiments.recording.tracking import Recorder, WandB
 from experiments.strategies.strategy import Naive
 from experiments.training.resume import Continuation, random_states, restore_random_states
 from experiments.training.stop import Stop
@@ -211,7 +211,7 @@ def test_another_version_or_device_is_refused(tmp_path, name):
 
 
 def test_another_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.reporting.checkpoints.FORMAT", FORMAT + 1)
+    monkeypatch.setattr("experiments.recording.checkpoints.FORMAT", FORMAT + 1)
     stopped(tmp_path, *FEW)
     monkeypatch.undo()
     with pytest.raises(

@@ -13,8 +13,8 @@ from ewc import EWCPenalty, Online
 from ewc.consolidation.update import ImplicitSteps
 from ewc.parameters import flatten
 from experiments.experiment import Experiment
-from experiments.reporting.checkpoints import Checkpoints
-from experiments.reporting.tracking import Recorder, WandB
+from experiments.recording.checkpoints import Checkpoints
+from experiments.recording.tracking import Recorder, WandB
 from experiments.strategies.ewc import EWC, OnlineEWC
 from experiments.strategies.strategy import Naive, Strategy
 from experiments.tasks.benchmarks import Split

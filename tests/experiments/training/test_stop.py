@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.reporting.results import read_results
+from experiments.recording.results import read_results
 from experiments.training.stop import CODES, AtOnce, Stop
 
 ROOT = Path(__file__).parents[3]

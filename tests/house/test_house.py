@@ -12,7 +12,7 @@ import pytest
 
 import ewc
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGES = ("ewc", "experiments", "studies")
 LAZY = {"import_module", "__import__"}
 """Imports by a name that is made at run time, which no test can follow."""

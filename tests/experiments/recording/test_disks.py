@@ -11,12 +11,12 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from ewc import DiagonalFisher, EWCPenalty
-from experiments.reporting.files import append_whole, write_whole
-from experiments.reporting.kept import keep, read_kept
+from experiments.recording.files import append_whole, write_whole
+from experiments.recording.kept import keep, read_kept
+from experiments.recording.results import read_results, write_results
+from experiments.recording.tracking import Recorder
 from experiments.reporting.picture_file import write_picture
-from experiments.reporting.results import read_results, write_results
 from experiments.reporting.sweep import report_sweep
-from experiments.reporting.tracking import Recorder
 
 SMALL = ["model.hidden=[50]", "training.iterations=20", "training.batch_size=16"]
 SMALL += ["benchmark.num_tasks=2", "strategy=ewc"]

@@ -15,7 +15,7 @@ from ewc.checks import check_count, reason_of
 from ewc.tensor_file import Content, joined, read, separated, write
 from experiments.configuration.schema import same_outcome
 from experiments.configuration.targets import ConfigurationError
-from experiments.reporting.folder import CHECKPOINTS, METRICS, checkpoint_files
+from experiments.recording.folder import CHECKPOINTS, METRICS, checkpoint_files
 
 _log = logging.getLogger(__name__)
 

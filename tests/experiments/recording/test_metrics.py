@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.reporting.metrics import average_accuracy, backward_transfer, forgetting
+from experiments.recording.metrics import average_accuracy, backward_transfer, forgetting
 
 MATRIX = [
     [0.90, 0.10, 0.20],

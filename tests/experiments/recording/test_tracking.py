@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 RECORDING = """
 import os, signal, sys, time
 from pathlib import Path
-from experiments.reporting import tracking
+from experiments.recording import tracking
 
 def cores():
     for path in Path("/proc").glob("[0-9]*/cmdline"):

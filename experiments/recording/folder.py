@@ -20,8 +20,8 @@ from omegaconf import OmegaConf
 
 from experiments.configuration.schema import deciding, same_outcome
 from experiments.configuration.targets import ConfigurationError
-from experiments.reporting.files import part_of
-from experiments.reporting.results import DamagedResultsError, read_results
+from experiments.recording.files import part_of
+from experiments.recording.results import DamagedResultsError, read_results
 
 _log = logging.getLogger(__name__)
 

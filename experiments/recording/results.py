@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from experiments.reporting.files import write_whole
+from experiments.recording.files import write_whole
 
 _log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 NEEDED = {"torch", "numpy", "scipy", "safetensors"}
 

@@ -23,14 +23,14 @@ import ewc
 from experiments import experiment
 from experiments.configuration.targets import ConfigurationError
 from experiments.experiment import Prepared
-from experiments.reporting import checkpoints, folder
-from experiments.reporting import results as result_files
-from experiments.reporting.curve import Curve
-from experiments.reporting.folder import OWNER, finished, owned
-from experiments.reporting.kept import keep, kept_job, read_kept
-from experiments.reporting.results import read_jobs, read_results, write_results
+from experiments.recording import checkpoints, folder
+from experiments.recording import results as result_files
+from experiments.recording.curve import Curve
+from experiments.recording.folder import OWNER, finished, owned
+from experiments.recording.kept import keep, kept_job, read_kept
+from experiments.recording.results import read_jobs, read_results, write_results
+from experiments.recording.tracking import Recorder, WandB
 from experiments.reporting.sweep import report_sweep
-from experiments.reporting.tracking import Recorder, WandB
 from experiments.training.observers import TrainingObserver
 
 ROOT = Path(__file__).parents[3]
@@ -235,7 +235,7 @@ def test_a_line_that_was_cut_costs_no_other(tmp_path):
 def test_processes_keep_lines_side_by_side(tmp_path):
     path = tmp_path / "recipe.jsonl"
     keeper = (
-        "import json, sys; from pathlib import Path; from experiments.reporting.kept import keep;"
+        "import json, sys; from pathlib import Path; from experiments.recording.kept import keep;"
         "path, results, first = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]);"
         "[keep(path, results | {'seed': s, 'config': results['config'] | {'seed': s}})"
         " for s in range(first, 20)]"
@@ -370,7 +370,7 @@ def test_the_owner_is_written_in_one_piece(tmp_path, monkeypatch):
 HOLDER = """
 import json, sys, time
 from pathlib import Path
-from experiments.reporting.folder import owned
+from experiments.recording.folder import owned
 with owned(Path(sys.argv[1]), json.loads(sys.argv[2])):
     print("mine", flush=True)
     time.sleep(600)
@@ -594,7 +594,7 @@ def test_a_curve_has_the_means_of_windows_and_bounded_memory(count):
         (["threads=100000"], "threads must be at most 1024, got 100000"),
         (["seed=-1"], "seed must lie between 0 and 4294967295, got -1."),
         (["optimizer=newton"], "Could not find 'optimizer/newton': allowed are adam, sgd."),
-        (["device=meta"], "device must be one that PyTorch can use, such as cpu, got 'meta': "),
+        (["device=meta"], "device must be one that PyTorch can use, such as cpu, got 'meta' ("),
         (["model.hidden=[100000000000]"], "model: 7500000000010 parameters and their gradients"),
         (["model.hidden=[100000000000,100000000000]"], "model: "),
         ([f"model.hidden=[{10**30}]"], "model: "),

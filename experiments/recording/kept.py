@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.configuration.schema import NO_OUTCOME, deciding, same_outcome
-from experiments.reporting.files import append_whole
-from experiments.reporting.results import Finished, parsed
+from experiments.recording.files import append_whole
+from experiments.recording.results import Finished, parsed
 
 _log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ import wandb
 
 from experiments.configuration.command_line import sentence
 from experiments.configuration.targets import ConfigurationError
-from experiments.reporting.curve import Curve
-from experiments.reporting.files import append_whole, only_warned
-from experiments.reporting.folder import METRICS
+from experiments.recording.curve import Curve
+from experiments.recording.files import append_whole, only_warned
+from experiments.recording.folder import METRICS
 
 _log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""What a run writes while it goes on: records, checkpoints, results, and who owns its folder."""
