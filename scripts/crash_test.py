@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from safetensors.torch import load_file
 
-from experiments.reporting.folder import checkpoint_files
+from experiments.recording.folder import checkpoint_files
 from experiments.run import main as command_line
 
 # Imported once for all runs, which are forks of this process.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.reporting.files import write_whole
+from experiments.recording.files import write_whole
 from studies.findings import Claim, Findings, Setting
 from studies.topics import STUDIES
 
