@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,9 @@ from experiments.recording.files import append_whole, only_warned
 from experiments.recording.folder import METRICS
 
 _log = logging.getLogger(__name__)
+
+RETRY = 1.0
+"""Seconds until records that could not be written are tried again."""
 
 PATIENCE = 30.0
 """Seconds that a run waits for W&B's server, when it begins and again when it ends."""
@@ -84,6 +88,7 @@ class Recorder:
         self.options = options
         self.curve = Curve()
         self._writes, self._shows = True, True
+        self._again_at = 0.0
         self._waiting = bytearray()
         self._is_uploaded = options.mode == "online"
         self._position = 0 if state is None else int(state["position"])
@@ -186,7 +191,9 @@ class Recorder:
         if "step" in record:
             self.curve.add(record)
         self._waiting += (json.dumps(record) + "\n").encode()
-        self._write()  # record by record: an interrupted run keeps its records
+        # Record by record: an interrupted run keeps its records.
+        if self._writes or time.monotonic() >= self._again_at:
+            self._write()
         self._show(dict(record))
 
     def _write(self) -> None:
@@ -196,7 +203,7 @@ class Recorder:
         except OSError as error:
             if self._writes:
                 _log.warning("%s: %s; records wait until it can be written.", METRICS, error)
-            self._writes = False
+            self._writes, self._again_at = False, time.monotonic() + RETRY
         else:
             self._position += len(self._waiting)
             self._waiting.clear()
@@ -212,10 +219,11 @@ class Recorder:
     def _read_steps(self) -> None:
         """Read the records before the position, and drop the others."""
         self._file.truncate(self._position)
-        for line in chain(self._file, bytes(self._waiting).splitlines()):
-            record = json.loads(line)
-            if "step" in record:
-                self.curve.add(record)
+        with (self.directory / METRICS).open("rb") as file:
+            for line in chain(file, bytes(self._waiting).splitlines()):
+                record = json.loads(line)
+                if "step" in record:
+                    self.curve.add(record)
 
     def picture(self, name: str, path: Path) -> None:
         """Show a PNG file in the W&B run."""
