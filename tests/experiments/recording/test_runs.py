@@ -482,7 +482,7 @@ FAULTS = {
     "the summary in W&B": lambda patch: once_open(patch, lambda r: setattr(r, "run", Gone())),
     "records in W&B": lambda patch: once_open(patch, lambda r: setattr(r, "run", Gone())),
     "the end of the W&B run": lambda patch: once_open(patch, lambda r: setattr(r, "run", Gone())),
-    "config.yaml": lambda patch: patch.setattr(OmegaConf, "save", broken),
+    "config.yaml": lambda patch: patch.setattr(OmegaConf, "to_yaml", broken),
     "metrics.jsonl": lambda patch: once_open(patch, full_disk),
     "checkpoints": lambda patch: patch.setattr(checkpoints, "write", broken),
 }

@@ -33,13 +33,13 @@ folder, mode, fault = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 recorder = tracking.Recorder(folder, tracking.WandB(mode=mode), {"seed": 0}, "test", None)
 with recorder:
     for step in range(10):
-        recorder.log({"step": step, "train/loss": 1.0})
+        recorder.log({"step": step, "train/loss": 1.0, "train/penalty": 0.0})
     if fault == "killed":
         (core,) = cores()
         os.kill(core, signal.SIGKILL)
         time.sleep(0.5)
     for step in range(10, 20):
-        recorder.log({"step": step, "train/loss": 1.0})
+        recorder.log({"step": step, "train/loss": 1.0, "train/penalty": 0.0})
     recorder.table("accuracy", ["task"], [[1]])
     recorder.summary({"average_accuracy": 1.0})
 print(recorder.sync_command)
