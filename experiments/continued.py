@@ -9,6 +9,7 @@ from typing import Any
 
 from hydra.types import RunMode
 
+from experiments.configuration.paths import DATA, lies_inside
 from experiments.configuration.schema import NO_OUTCOME
 from experiments.configuration.targets import ConfigurationError
 from experiments.recording.folder import OWNER, read_owner
@@ -36,6 +37,11 @@ def with_resume(arguments: Sequence[str]) -> list[str]:
                 f"allowed are those that do not change the results, {', '.join(NO_OUTCOME)}."
             )
     directory = Path(given[-1].removeprefix(RESUME))
+    if directory == Path() or not (directory / OWNER).exists():
+        raise ConfigurationError(
+            f"{given[-1]} names no folder of a run: resume=DIR takes one that a run has begun to "
+            f"write, with {OWNER}."
+        )
     overrides = read_owner(directory).get("overrides")
     if not isinstance(overrides, list) or not all(map(_is_option, overrides)):
         raise ConfigurationError(
@@ -44,6 +50,12 @@ def with_resume(arguments: Sequence[str]) -> list[str]:
         )
     replaced = {"trusted", *map(_name, others)}
     kept = [override for override in overrides if _name(override) not in replaced]
+    for override in kept:
+        if _name(override) == DATA and not lies_inside(DATA, override.partition("=")[2]):
+            raise ConfigurationError(
+                f"{directory / OWNER} has {override}, which a file may not choose: give it again, "
+                f"resume={directory} {override}."
+            )
     quoted = str(directory).replace("\\", "\\\\").replace("'", "\\'")
     # A recipe may make a sweep of a command; this is one job of it.
     return [*kept, *others, f"hydra.run.dir='{quoted}'", "hydra.mode=RUN"]
@@ -59,7 +71,14 @@ def command_to_continue(directory: Path, job: Any) -> str:
     if job.mode == RunMode.MULTIRUN:
         sweep = os.path.relpath(Path(job.runtime.cwd) / job.sweep.dir)
         return f"the same command with hydra.sweep.dir={sweep}"
-    return f"python -m experiments.run {shlex.quote(f'{RESUME}{os.path.relpath(directory)}')}"
+    words = [f"{RESUME}{os.path.relpath(directory)}"]
+    # A folder of data elsewhere is taken from the command line only.
+    words += [
+        override
+        for override in job.overrides.task
+        if _name(override) == DATA and not lies_inside(DATA, override.partition("=")[2])
+    ]
+    return f"python -m experiments.run {shlex.join(words)}"
 
 
 def _is_option(override: Any) -> bool:

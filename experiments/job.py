@@ -30,11 +30,14 @@ def run(config: DictConfig) -> float:
     A job of a sweep that fails or diverges gives NaN.  The sweep continues, and its report names
     the job.
     """
+    from experiments.training.stop import in_job
+
     job = HydraConfig.get()
     directory = Path(job.runtime.output_dir)
     single = job.mode == RunMode.RUN
     try:
-        return _run(plain(config), directory, single)
+        with in_job():
+            return _run(plain(config), directory, single)
     except (ConfigurationError, FloatingPointError) as error:
         reason = sentence(error)
     except OSError as error:
@@ -226,6 +229,7 @@ def _logged(path: Path) -> Iterator[None]:
 
 def command() -> None:
     """Run the command line; a wrong option gives a short message, not a traceback."""
+    os.environ["MPLBACKEND"] = "agg"  # pictures go into files, whatever the user's screen
     ended_briefly(_resumed_or_new, "config")
 
 

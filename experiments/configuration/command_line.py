@@ -1,6 +1,5 @@
 """What the command lines share: the folder of configurations, and messages for wrong options."""
 
-import contextlib
 import os
 import pickle
 import re
@@ -85,6 +84,9 @@ class CheckedLoader(ConfigLoaderImpl):
             )
         check_hydra_section(config.hydra, self.trusted)
         check_paths(config, sys.argv[1:])
+        hydra_section = written["hydra"]
+        for folder in (hydra_section["run"]["dir"], hydra_section["sweep"]["dir"]):
+            remember_folders(str(folder))
         return config
 
 
@@ -144,24 +146,26 @@ def ended_briefly(command: Callable[[], Any], config_name: str) -> None:
         del os.environ["HYDRA_FULL_ERROR"]
 
 
-def remove_traces(directory: Path) -> None:
-    """Remove what Hydra wrote for this run, and folders that are then empty.
+def remember_folders(run_directory: str) -> None:
+    """Note which folders are there before a run, for :func:`remove_empty`.
 
-    Everything else stays: the directory may be the user's, or hold an earlier run.
+    Args:
+        run_directory: the folder as the configuration writes it; what follows an interpolation is
+            the run's own.
     """
-    for name in ("config", "hydra", "overrides"):
-        (directory / ".hydra" / f"{name}.yaml").unlink(missing_ok=True)
-    for log in directory.glob("*.log"):
-        if log.stat().st_size == 0:
-            log.unlink()
-    with contextlib.suppress(OSError):
-        (directory / ".hydra").rmdir()
-    remove_empty(directory)
+    folder = Path.cwd() / run_directory.partition("${")[0]
+    _there.update(path for path in (folder, *folder.parents) if path.exists())
+
+
+_there: set[Path] = set()
 
 
 def remove_empty(directory: Path) -> None:
-    """Remove the folder of this run, and the folders above it, while they are empty."""
+    """Remove the folder of this run, and those above it that were not there, while empty."""
+    directory = directory.absolute()
     for folder in (directory, *list(directory.parents)[:2]):
+        if folder in _there:
+            return
         try:
             folder.rmdir()
         except OSError:

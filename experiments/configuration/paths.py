@@ -44,16 +44,21 @@ def check_paths(config: DictConfig, arguments: Sequence[str]) -> None:
         written = _written(config, option)
         if written is None:
             continue
-        roots = [Path.cwd()]
-        if option == DATA and "EWC_DATA" in os.environ:
-            roots.append(Path(os.environ["EWC_DATA"]))
-        text = KNOWN.sub("x", str(written))
-        inside = Path(os.path.normpath(Path.cwd() / Path(text).expanduser()))
-        if "${" in text or not any(inside.is_relative_to(root.absolute()) for root in roots):
+        if not lies_inside(option, written):
             raise ConfigurationError(
                 f"Option {option!r} is {shown(written)}, which a file may not choose: it must lie "
                 f"in the present folder, or be given on the command line, {option}=PATH."
             )
+
+
+def lies_inside(option: str, written: object) -> bool:
+    """Whether a folder lies where a file may choose it."""
+    roots = [Path.cwd()]
+    if option == DATA and "EWC_DATA" in os.environ:
+        roots.append(Path(os.environ["EWC_DATA"]))
+    text = KNOWN.sub("x", str(written))
+    folder = Path(os.path.normpath(Path.cwd() / Path(text).expanduser()))
+    return "${" not in text and any(folder.is_relative_to(root.absolute()) for root in roots)
 
 
 def _written(config: DictConfig, option: str) -> object:

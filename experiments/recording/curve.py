@@ -45,10 +45,10 @@ class Curve:
 
     def add(self, record: Mapping[str, float]) -> None:
         """Add the record of a step."""
-        self._open.append(record)
+        self._open.append({name: float(record[name]) for name in CURVES})
         if len(self._open) < self.width:
             return
-        means = {k: sum(float(r[k]) for r in self._open) / self.width for k in CURVES}
+        means = {k: sum(r[k] for r in self._open) / self.width for k in CURVES}
         self.points.append(Point(record["step"], means))
         self._open = []
         if len(self.points) == MOST:

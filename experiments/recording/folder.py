@@ -40,6 +40,9 @@ _EARLIER = (f"{CHECKPOINTS}/model.safetensors", f"{CHECKPOINTS}/penalty.pt")
 
 _RECORDS = (METRICS, *_EARLIER)
 
+IN_USE = "is in use by"
+"""What the message of a folder says that another process has locked."""
+
 _LEFT = (*_RECORDS, *(f"{name}.png" for name in PICTURES), "config.yaml", "results.json")
 """The files of a run in its folder, besides checkpoints, ``run.json``, its log and W&B's files."""
 
@@ -102,10 +105,18 @@ def owned(
             "config": config,
         }
         content = (json.dumps(owner, indent=2) + "\n").encode()
-        # In place, as the lock is the file's, and in one piece: a longer file gets spaces.
-        os.pwrite(descriptor, content.ljust(os.fstat(descriptor).st_size), 0)
-        os.fsync(descriptor)
+        before = os.fstat(descriptor).st_size
+        try:
+            # In place, as the lock is the file's, and in one piece: a longer file gets spaces.
+            os.pwrite(descriptor, content.ljust(before), 0)
+            os.fsync(descriptor)
+        except OSError:
+            if not before:
+                (directory / OWNER).unlink()
+            raise
         if not checkpoint_files(directory):
+            if before:
+                _log.info("there is no checkpoint of an earlier process: the run begins again")
             for name in _LEFT:
                 for path in (directory / name, part_of(directory / name)):
                     path.unlink(missing_ok=True)
@@ -126,7 +137,7 @@ def _lock(descriptor: int, kind: int, directory: Path) -> None:
         if owner.keys() >= {"pid", "host", "started"}:
             holder = f"process {owner['pid']} on {owner['host']} since {owner['started']}"
         raise ConfigurationError(
-            f"{os.path.relpath(directory)} is in use by {holder}: wait for its end, or choose "
+            f"{os.path.relpath(directory)} {IN_USE} {holder}: wait for its end, or choose "
             f"another folder with {_OPTIONS}."
         ) from error
     except OSError as error:

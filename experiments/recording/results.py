@@ -14,6 +14,9 @@ from experiments.recording.files import write_whole
 _log = logging.getLogger(__name__)
 
 
+RESULTS = "results.json"
+
+
 class DamagedResultsError(ValueError):
     """A ``results.json`` that is not what :func:`write_results` writes."""
 
@@ -94,7 +97,7 @@ def write_results(directory: Path, results: Mapping[str, Any]) -> None:
     Raises:
         OSError: the file cannot be written; an existing file is then unchanged.
     """
-    write_whole(directory / "results.json", json.dumps(results, indent=2) + "\n")
+    write_whole(directory / RESULTS, json.dumps(results, indent=2) + "\n")
 
 
 def read_results(directory: Path) -> dict[str, Any] | None:
@@ -103,7 +106,7 @@ def read_results(directory: Path) -> dict[str, Any] | None:
     Raises:
         DamagedResultsError: the file has other content; the message names it.
     """
-    path = directory / "results.json"
+    path = directory / RESULTS
     try:
         return parsed(path.read_bytes(), Results)
     except FileNotFoundError:
@@ -123,7 +126,7 @@ def read_jobs(folder: Path) -> list[dict[str, Any]]:
 def read_sweep(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The results of a sweep's jobs, and messages on damaged ones."""
     folders = sorted(
-        (path.parent for path in folder.glob("*/results.json")), key=lambda f: (len(f.name), f)
+        (path.parent for path in folder.glob(f"*/{RESULTS}")), key=lambda f: (len(f.name), f)
     )
     jobs, damaged = [], []
     for job in folders:

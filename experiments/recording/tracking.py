@@ -26,6 +26,12 @@ _log = logging.getLogger(__name__)
 RETRY = 1.0
 """Seconds until records that could not be written are tried again."""
 
+_OTHER_MODES = {
+    "online": "wandb.mode=offline keeps the run on disk for a later `wandb sync`",
+    "offline": "wandb.mode=disabled does without W&B",
+    "disabled": "W&B is not installed as it should be",
+}
+
 PATIENCE = 30.0
 """Seconds that a run waits for W&B's server, when it begins and again when it ends."""
 
@@ -135,8 +141,7 @@ class Recorder:
             except (wandb.errors.Error, OSError) as error:
                 raise ConfigurationError(
                     f"wandb.mode is {options.mode!r} and W&B cannot begin ({sentence(error)}): "
-                    "wandb.mode=offline keeps the run on disk for a later `wandb sync`, "
-                    "wandb.mode=disabled does without W&B."
+                    f"{_OTHER_MODES[options.mode]}."
                 ) from error
             # W&B drops what is logged under a smaller step than before; each kind of record
             # has its own axis instead.
@@ -219,11 +224,22 @@ class Recorder:
     def _read_steps(self) -> None:
         """Read the records before the position, and drop the others."""
         self._file.truncate(self._position)
+        damaged = []
         with (self.directory / METRICS).open("rb") as file:
-            for line in chain(file, bytes(self._waiting).splitlines()):
-                record = json.loads(line)
-                if "step" in record:
-                    self.curve.add(record)
+            for number, line in enumerate(chain(file, bytes(self._waiting).splitlines()), 1):
+                try:
+                    record = json.loads(line)
+                    if "step" in record:
+                        self.curve.add(record)
+                except (ValueError, LookupError, TypeError):
+                    damaged.append(number)
+        if damaged:
+            _log.warning(
+                "%s has %d damaged lines, the first of them line %d: the curves leave them out.",
+                METRICS,
+                len(damaged),
+                damaged[0],
+            )
 
     def picture(self, name: str, path: Path) -> None:
         """Show a PNG file in the W&B run."""

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.recording.files import append_whole, only_warned, write_whole
+from experiments.recording.folder import IN_USE
 from experiments.recording.kept import read_kept
-from experiments.recording.results import read_sweep
+from experiments.recording.results import RESULTS, read_sweep
 from experiments.reporting.tables import markdown, sweep_table
 
 FAILURES = "failed.txt"
@@ -69,9 +70,19 @@ def note_failure(folder: Path, job: str, reason: str) -> None:
 
 
 def failures(folder: Path) -> list[str]:
-    """The jobs of a sweep that failed the last time it ran, each with the reason."""
+    """The jobs of a sweep that failed the last time it ran, each with the reason.
+
+    A job that another process ran, and has finished meanwhile, is none of them.
+    """
     path = folder / FAILURES
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [line for line in lines if not (IN_USE in line and _is_finished(folder, line))]
+
+
+def _is_finished(folder: Path, line: str) -> bool:
+    """Whether there are results of the job of a line in :data:`FAILURES`."""
+    number = line.removeprefix("job ").partition(" ")[0]
+    return (folder / number / RESULTS).exists()
 
 
 def report_sweep(

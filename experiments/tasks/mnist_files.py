@@ -124,6 +124,8 @@ def read_files(
 def _read(folder: Path, file: IdxFile) -> NDArray[np.uint8] | None:
     """The array of a file, ``None`` if it is missing."""
     for path in (folder / file.name, folder / f"{file.name}.gz"):
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            raise DamagedFileError(f"{path} is no regular file: put the original file there.")
         try:
             return file.array(path.read_bytes(), path.suffix == ".gz")
         except (FileNotFoundError, NotADirectoryError):

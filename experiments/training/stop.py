@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -78,6 +80,40 @@ class AtOnce(Stop):
         logging.disable(logging.INFO)  # what imported libraries say at the end
         print(f"{signal.Signals(number).name}: stopped outside of training.", file=sys.stderr)
         self.check()
+
+
+def _end_with_the_sweep() -> None:
+    """End this worker process, between two jobs, when the process that made it has died.
+
+    Such a worker may wait for its next job for ever: it holds both ends of the pipe itself.  In a
+    job :class:`Stop` asks for the end.
+    """
+    if multiprocessing.parent_process() is None or any(
+        thread.name == _WATCH for thread in threading.enumerate()
+    ):
+        return
+    threading.Thread(target=_watch, name=_WATCH, daemon=True).start()
+
+
+_WATCH = "end with the sweep"
+
+_in_a_job = threading.Lock()
+"""Held while a job runs."""
+
+
+def _watch() -> None:
+    while not is_orphan():
+        time.sleep(1)
+    with _in_a_job:
+        os._exit(128 + signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def in_job() -> Iterator[None]:
+    """A job, which a worker process ends before itself."""
+    _end_with_the_sweep()
+    with _in_a_job:
+        yield
 
 
 def is_orphan() -> bool:

@@ -127,3 +127,24 @@ def test_other_defaults_than_those_of_the_run_are_refused(tmp_path, command_line
     code, _, err = command_line(f"resume={tmp_path}")
     assert code == 1
     assert "another configuration (seed is 3 there and 0 here)" in err
+
+
+@pytest.mark.parametrize("given", ["", "{}/nothing", "{}"])
+def test_what_is_no_folder_of_a_run_is_named(tmp_path, command_line, given):
+    code, _, err = command_line(f"resume={given.format(tmp_path)}")
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert f"resume={given.format(tmp_path)} names no folder of a run" in err
+
+
+def test_a_folder_chooses_no_data_elsewhere(tmp_path, command_line, stopping):
+    elsewhere, run = tmp_path / "data", tmp_path / "run"
+    stopping(5)
+    code, out, _ = command_line(*SMALL, f"hydra.run.dir={run}", f"data_root={elsewhere}")
+    assert code == 143
+    (line,) = [line for line in out.splitlines() if "SIGTERM: " in line]
+    command = shlex.split(line.partition("checkpoint: python -m experiments.run ")[2])
+    assert command == [f"resume={os.path.relpath(run)}", f"data_root={elsewhere}"]
+    code, _, err = command_line(command[0])
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert f"has data_root={elsewhere}, which a file may not choose" in err
+    assert command_line(*command)[0] == 0

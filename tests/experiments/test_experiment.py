@@ -396,6 +396,18 @@ def test_a_wrong_option_removes_nothing_that_was_there(tmp_path, command_line):
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("given", ["out", "{}/out", "{}/mine", "{}/mine/out", "{}/mine/a/b"])
+def test_a_wrong_option_removes_only_folders_of_the_run(tmp_path, command_line, monkeypatch, given):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    code, _, _ = command_line(
+        *SMALL, "strategy.strength=-1", f"hydra.run.dir={given.format(tmp_path)}"
+    )
+    assert code == 1
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["here", "mine"]
+
+
 def test_the_choice_of_a_sweep_that_lacks_an_option_is_named(tmp_path, command_line):
     sweep = ["-m", "strategy=ewc,si", "strategy.shrinkage=0.1,0.2"]
     code, _, errors = command_line(*sweep, f"hydra.sweep.dir={tmp_path / 'sweep'}")

@@ -202,6 +202,15 @@ def check_end(folder, code, out, err):
         assert "results.json" in sentence
 
 
+def test_a_folder_without_room_holds_nothing(disk, command_line):
+    disk.mount("size=4k")
+    (disk.folder / "ballast").write_bytes(bytes(4096))
+    code, _, err = command_line(*SMALL, f"hydra.run.dir={disk.folder}/run")
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert "No space left on device" in err
+    assert [path.name for path in disk.folder.iterdir()] == ["ballast"]
+
+
 DEFAULT = {8, 24}
 """Sizes at which the records, and the pictures, do not fit."""
 

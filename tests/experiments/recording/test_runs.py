@@ -30,7 +30,7 @@ from experiments.recording.folder import OWNER, finished, owned
 from experiments.recording.kept import keep, kept_job, read_kept
 from experiments.recording.results import read_jobs, read_results, write_results
 from experiments.recording.tracking import Recorder, WandB
-from experiments.reporting.sweep import report_sweep
+from experiments.reporting.sweep import failures, note_failure, report_sweep
 from experiments.training.observers import TrainingObserver
 
 ROOT = Path(__file__).parents[3]
@@ -743,6 +743,14 @@ def test_a_finished_sweep_is_known_at_once(tmp_path, command):
     assert {k: v for k, v in contents(tmp_path).items() if k.name != "multirun.yaml"} == {
         k: v for k, v in before.items() if k.name != "multirun.yaml"
     }
+
+
+def test_a_job_that_another_process_ran_and_finished_is_no_failure(tmp_path, command):
+    assert command("-m", "seed=0,1")[0] == 0
+    note_failure(tmp_path / "run", "job 0 (seed=0)", "0 is in use by process 7: wait for its end.")
+    note_failure(tmp_path / "run", "job 1 (seed=1)", "1 holds a finished run of another one.")
+    note_failure(tmp_path / "run", "job 2 (seed=2)", "2 is in use by process 7: wait for its end.")
+    assert [line.partition(" (")[0] for line in failures(tmp_path / "run")] == ["job 1", "job 2"]
 
 
 def test_a_job_that_died_before_its_line_was_kept_is_kept(tmp_path, command):

@@ -347,6 +347,13 @@ def test_files_that_cannot_be_read_are_not_called_damaged(raw, monkeypatch):
     assert held(raw) == before
 
 
+def test_what_is_no_file_is_not_waited_for(raw):
+    (raw / "train-labels").unlink()
+    os.mkfifo(raw / "train-labels")
+    with pytest.raises(ValueError, match="train-labels is no regular file"):
+        read_files(raw, FILES, [])
+
+
 @pytest.mark.parametrize("missing", [[name] for name in CONTENTS] + [list(CONTENTS)])
 def test_only_missing_files_are_downloaded(raw, mirror, missing):
     for name in missing:

@@ -194,6 +194,18 @@ def test_records_after_the_checkpoint_are_dropped(tmp_path):
     assert_same(outcome(tmp_path / "pieces", *FEW), whole)
 
 
+def test_a_damaged_record_costs_no_training(tmp_path, caplog):
+    whole = outcome(tmp_path / "whole", *FEW)
+    stopped(tmp_path / "pieces", *FEW)
+    path = tmp_path / "pieces" / "metrics.jsonl"
+    path.write_bytes(b"\0" + path.read_bytes()[1:])
+    results, weights, curve, _ = outcome(tmp_path / "pieces", *FEW)
+    assert "metrics.jsonl has 1 damaged lines, the first of them line 1" in caplog.text
+    assert results == whole[0]
+    torch.testing.assert_close(weights, whole[1], rtol=0, atol=0)
+    assert len(curve.points) == len(whole[2].points) - 1
+
+
 def test_another_configuration_is_refused(tmp_path):
     stopped(tmp_path, *FEW)
     with pytest.raises(ConfigurationError, match="is of another configuration: choose another"):

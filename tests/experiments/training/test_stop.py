@@ -70,6 +70,34 @@ if __name__ == "__main__":
 """
 
 
+IDLE = """
+import multiprocessing, os, sys, time
+from experiments.training.stop import in_job
+def work(path):
+    with in_job():
+        pass
+    with open(path, "w") as file:
+        print(os.getpid(), file=file, flush=True)
+    time.sleep(600)
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=work, args=sys.argv[1:2]).start()
+    time.sleep(600)
+"""
+
+
+def test_a_worker_that_waits_for_a_job_ends_with_its_sweep(tmp_path):
+    script, said = tmp_path / "worker.py", tmp_path / "said"
+    script.write_text(IDLE)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen([sys.executable, script, said], env=environment)
+    wait_for(lambda: said.exists() and said.read_text().endswith("\n"))
+    worker = int(said.read_text())
+    assert Path(f"/proc/{worker}").exists()
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not Path(f"/proc/{worker}").exists())
+
+
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_a_worker_whose_parent_has_died_is_asked_to_end(tmp_path, method):
     script, said = tmp_path / "worker.py", tmp_path / "said"
