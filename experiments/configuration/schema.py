@@ -97,7 +97,8 @@ def _argument(value: Any, hint: Any, option: str, modules: Sequence[str]) -> Any
         if value is None and type(None) in get_args(hint):
             return None
         raise ConfigurationError(
-            f"Option {option!r} is {shown(value)}: it takes a group of options with a _target_."
+            f"Option {option!r} is {shown(value)}: it takes a group of options with a _target_, as "
+            f"{option.replace('.', '/')}=CHOICE chooses one."
         )
     elif (target := _target_in(value)) is not None:
         raise ConfigurationError(
