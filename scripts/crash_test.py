@@ -45,7 +45,7 @@ SWEEP = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 SWEEP += [f"seed={','.join(map(str, range(12)))}"]
 
 PHASES = {
-    "writing": r"tensor_file\.py|reporting/\w+\.py",
+    "writing": r"tensor_file\.py|re(cord|port)ing/\w+\.py",
     "Fisher pass": r"in (_information|consolidate|after_training_exp)\b",
     "evaluation": r"in eval\b",
     "training": r"in training_epoch\b",
