@@ -173,7 +173,7 @@ class EWCPenalty(nn.Module):
             UserWarning: the matrix is zero everywhere, so the penalty does not hold the task.
 
         Raises:
-            ValueError: the names or shapes of ``fisher`` do not fit the model, it has negative
+            ValueError: the names or shapes of ``fisher`` do not fit the model, it has impossible
                 entries (:meth:`FisherMatrix.check_entries`), or the number of examples is not
                 a whole number, 1 or more.
             TypeError: the structure cannot be shrunk.

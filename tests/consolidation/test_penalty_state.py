@@ -27,6 +27,7 @@ from ewc.linalg.weight_layout import WeightLayout
 from ewc.matrices import BlockDiagonalFisher, LowRankFisher
 from ewc.matrices.layers.kronecker import KroneckerProduct
 from ewc.matrices.layers.layer_matrix import LayerWeights
+from ewc.tensor_file import separated, write
 
 CONSOLIDATIONS = pytest.mark.parametrize("consolidation", [Separate(), Online(0.5)], ids=repr)
 HALF = [torch.bfloat16, torch.float16]
@@ -215,6 +216,34 @@ def test_matrices_with_negative_squares_are_refused(name, shrinkage):
     assert penalty.terms == []
 
 
+ONE_SIDED = {
+    "dense": dense,
+    "kronecker_outputs": lambda skewed: kronecker(skewed, ONE),
+    "kronecker_inputs": lambda skewed: kronecker(ONE, skewed),
+    "sum": lambda skewed: diagonal(5.0) + dense(skewed),
+    "blocks": lambda skewed: BlockDiagonalFisher([dense(skewed)], SHAPES, 9),
+}
+
+
+@pytest.mark.parametrize("skewed", [[[1.0, 9.0], [0.0, 1.0]], [[1.0, 0.0], [9.0, 1.0]]])
+@pytest.mark.parametrize("name", ONE_SIDED)
+def test_matrices_damaged_on_one_side_are_refused(name, skewed, tmp_path):
+    """A Cholesky factor reads one triangle, but the penalty would be negative along (1, -1)."""
+    fisher, model, penalty = ONE_SIDED[name](skewed), nn.Linear(2, 2, bias=False), EWCPenalty()
+    with pytest.raises(ValueError, match=r"of weight is not symmetric: a Fisher matrix is\.$"):
+        penalty.consolidate(fisher, model)
+    assert penalty.terms == []
+    penalty.consolidate(diagonal(1.0), model)
+    state = penalty.state_dict()
+    tensors, about = fisher.description()
+    state["_extra_state"]["terms"][0] |= {"precision": tensors, "about": about}
+    tensors, outline = separated(state["_extra_state"])
+    write(tmp_path / "penalty", tensors, {"penalty": outline})
+    for load in (penalty.load_state_dict, lambda _: EWCPenalty.load(tmp_path / "penalty")):
+        with pytest.raises(ValueError, match="of weight is not symmetric"):
+            load(state)
+
+
 @pytest.mark.parametrize("name", NOT_FINITE)
 def test_entries_that_are_not_finite_are_refused(name):
     fisher = NOT_FINITE[name]()
@@ -256,10 +285,7 @@ def test_rounding_is_no_negative_square(structure, size):
     def rounded(tensor):
         if not tensor.is_floating_point():
             return tensor
-        noise = torch.randn_like(tensor)
-        if tensor.dim() > 1 and tensor.shape[-1] == tensor.shape[-2]:
-            noise = (noise + noise.mT) / 2
-        return tensor * (1 + 5e-4 * noise.clamp(-2, 2))
+        return tensor * (1 + 5e-4 * torch.randn_like(tensor).clamp(-2, 2))
 
     fisher.check_entries()
     if structure != Implicit():
