@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from ewc.checks import (
     check_count,
     check_instance,
+    check_model,
     check_not_negative,
     check_positive_share,
     check_share,
@@ -176,11 +177,11 @@ class EWCPenalty(nn.Module):
             ValueError: the names or shapes of ``fisher`` do not fit the model, it has impossible
                 entries (:meth:`FisherMatrix.check_entries`), or the number of examples is not
                 a whole number, 1 or more.
-            TypeError: the structure cannot be shrunk.
+            TypeError: the structure cannot be shrunk, or an argument has another type.
             FloatingPointError: an entry is not finite, or overflows times the number of examples.
         """
         check_instance(fisher, FisherMatrix, "fisher", "a FisherMatrix")
-        check_instance(model, nn.Module, "model", "the network, an nn.Module")
+        check_model(model)
         fisher = fisher.with_num_examples(
             fisher.num_examples if num_examples is None else num_examples
         )
@@ -196,7 +197,9 @@ class EWCPenalty(nn.Module):
         Raises:
             ValueError: a parameter of the penalty is gone from the model, or its shape changed in
                 another way than by new rows.
+            TypeError: ``model`` is not a module.
         """
+        check_model(model)
         if not self.terms:
             return next(model.parameters(), torch.zeros(())).new_zeros(())
         parameters = self._fit(model)
@@ -228,6 +231,7 @@ class EWCPenalty(nn.Module):
         Raises:
             ValueError: as in :meth:`forward`.
         """
+        check_model(model)
         if not self.terms:
             return 0.0
         value, _ = value_and_gradient(self.terms, self._fit(model))
@@ -252,6 +256,7 @@ class EWCPenalty(nn.Module):
         Raises:
             ValueError: as in :meth:`forward`, or ``num_steps`` is below 1.
         """
+        check_model(model)
         check_count(num_steps, "num_steps")
         if self.terms:
             parameters = self._fit(model)
@@ -273,6 +278,7 @@ class EWCPenalty(nn.Module):
         Raises:
             ValueError: as in :meth:`forward`.
         """
+        check_model(model)
         if not self.terms:
             return None
         parameters = self._fit(model)
@@ -296,6 +302,7 @@ class EWCPenalty(nn.Module):
         Raises:
             ValueError: as in :meth:`forward`.
         """
+        check_model(model)
         if not self.terms:
             return None
         parameters = self._fit(model)
