@@ -374,15 +374,14 @@ class EWCPenalty(nn.Module):
         """
         try:
             online = state["online"]
-            # States of earlier versions lack these options.
             loaded = EWCPenalty(
                 state["strength"],
                 Separate() if online is None else Online(**online),
-                shrinkage=state.get("shrinkage", 0.0),
-                eigenvector_share=state.get("eigenvector_share", 1.0),
+                shrinkage=state["shrinkage"],
+                eigenvector_share=state["eigenvector_share"],
             )
             loaded.num_examples = state["num_examples"]
-            loaded._step = state.get("step", 0)
+            loaded._step = state["step"]
             loaded._last_num_examples = state["last_num_examples"]
             loaded.terms = [Quadratic.from_state(term) for term in state["terms"]]
             check_count(loaded._step, "step", least=0)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -353,13 +354,65 @@ def test_what_is_no_matrix_and_no_model_is_refused():
     fisher = fisher_information(model, data_for())
     with pytest.raises(TypeError, match=r"fisher must be a FisherMatrix, got"):
         penalty.consolidate(fisher.diagonal(), model)
-    with pytest.raises(TypeError, match=r"model must be the network, an nn\.Module, got"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got"):
         penalty.consolidate(fisher, dict(model.named_parameters()))
     with pytest.raises(ValueError, match=r"num_steps must be a whole number, 1 or more, got 1.5"):
         penalty.implicit_step(model, torch.optim.SGD(model.parameters()), 1.5)
 
 
 # --- states -----------------------------------------------------------------------------------
+
+
+ENTRIES = {
+    "strength": 3.0,
+    "shrinkage": 0.5,
+    "eigenvector_share": 0.5,
+    "step": 0,
+    "online": {"decay": 0.25},
+    "num_examples": 7,
+    "last_num_examples": 20,
+}
+
+
+def test_the_entries_of_a_state():
+    """Files hold these names, so other versions must read and write the same ones."""
+    penalty = EWCPenalty(3.0, Online(0.25), shrinkage=0.5, eigenvector_share=0.5)
+    penalty.num_examples = 7
+    model = network()
+    penalty.consolidate(fisher_information(model, data_for()), model)
+    state = penalty.get_extra_state()
+    terms = state.pop("terms")
+    assert state == ENTRIES
+    assert [sorted(term) for term in terms] == [["about", "anchor", "constant", "precision"]]
+
+
+def test_a_loaded_penalty_goes_on_with_the_next_eigenvectors():
+    model = nn.Linear(100, 3, bias=False)  # small layers are taken whole
+    data = [(torch.randn(20, 100), torch.randint(3, (20,)))]
+    penalty, loaded = EWCPenalty(eigenvector_share=0.05), EWCPenalty()
+    penalty.consolidate(fisher_information(model, data, structure=Kronecker()), model)
+    move(model)
+    first = value(penalty, model)
+    loaded.load_state_dict(penalty.state_dict())
+    second = value(penalty, model)
+    assert value(loaded, model) == second
+    assert first != second
+
+
+@pytest.mark.parametrize(("tasks", "last"), [(0, -1), (1, 0), (2, 0)])
+def test_the_size_of_the_last_task_is_above_0_where_there_is_one(tasks, last):
+    model, penalty = network(), EWCPenalty()
+    fisher = fisher_information(model, data_for(), structure=Kronecker())
+    for _ in range(tasks):
+        penalty.consolidate(fisher, model)
+    state = penalty.get_extra_state()
+    EWCPenalty().set_extra_state(state | {"last_num_examples": last + 1})
+    with pytest.raises(ValueError, match=f"last_num_examples must be .*, got {last}"):
+        penalty.set_extra_state(state | {"last_num_examples": last})
+
+
+def remove(state, key):
+    del state[key]
 
 
 def states():
@@ -371,14 +424,13 @@ def states():
         "anchor": lambda state: state["terms"][-1]["anchor"].popitem(),
         "anchor_type": lambda state: state["terms"][-1].update(anchor=None),
         "terms": lambda state: state.update(terms=[None]),
-        "no_terms": lambda state: state.pop("terms"),
         "shrinkage": lambda state: state.update(shrinkage=2.0),
         "num_examples": lambda state: state.update(num_examples="9"),
         "last": lambda state: state.update(last_num_examples=0),
         "step": lambda state: state.update(step=None),
         "online": lambda state: state.update(online={"gamma": 1.0}),
         "constant": lambda state: state["terms"][-1].update(constant=math.nan),
-    }
+    } | {f"no_{key}": partial(remove, key=key) for key in (*ENTRIES, "terms")}
 
 
 @pytest.mark.parametrize("name", states())
