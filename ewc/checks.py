@@ -1,10 +1,11 @@
 """Checks of arguments; every message says what is allowed and what was given."""
 
 import math
+from dataclasses import is_dataclass
 from numbers import Integral, Number, Real
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_number(value: Any) -> bool:
@@ -95,17 +96,19 @@ def check_count(value: int | None, name: str, least: int = 1, *, optional: bool 
 
 
 def check_whole(value: int, name: str) -> None:
-    """Check that a number is whole.
+    """Check that a number is whole, and has at most 64 bits.
 
     Raises:
-        ValueError: the number is not whole.
+        ValueError: the number is not whole, or too large.
     """
     if not is_whole(value):
-        raise ValueError(f"{name} must be a whole number, got {shown(value)}.")
+        raise ValueError(f"{name} must be a whole number of at most 64 bits, got {shown(value)}.")
 
 
 def check_instance(value: object, kind: Any, name: str, allowed: str) -> None:
     """Check that an argument is an instance of its type.
+
+    The message says so where the class of a choice is given, without brackets.
 
     Args:
         value: the argument.
@@ -116,8 +119,21 @@ def check_instance(value: object, kind: Any, name: str, allowed: str) -> None:
     Raises:
         TypeError: the argument is of another type.
     """
-    if not isinstance(value, kind):
-        raise TypeError(f"{name} must be {allowed}, got {shown(value)}.")
+    if isinstance(value, kind):
+        return
+    given = shown(value)
+    if isinstance(value, type) and is_dataclass(value) and issubclass(value, kind):
+        given = f"the class {value.__name__}: write {value.__name__}()"
+    raise TypeError(f"{name} must be {allowed}, got {given}.")
+
+
+def check_model(model: object) -> None:
+    """Check that a network is a module, not its parameters.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    check_instance(model, nn.Module, "model", "a torch.nn.Module")
 
 
 def check_has_numbers(tensor: Tensor, what: str) -> None:

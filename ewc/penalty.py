@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from ewc.checks import (
     check_count,
     check_instance,
+    check_model,
     check_not_negative,
     check_positive_share,
     check_share,
@@ -173,14 +174,14 @@ class EWCPenalty(nn.Module):
             UserWarning: the matrix is zero everywhere, so the penalty does not hold the task.
 
         Raises:
-            ValueError: the names or shapes of ``fisher`` do not fit the model, it has negative
+            ValueError: the names or shapes of ``fisher`` do not fit the model, it has impossible
                 entries (:meth:`FisherMatrix.check_entries`), or the number of examples is not
                 a whole number, 1 or more.
-            TypeError: the structure cannot be shrunk.
+            TypeError: the structure cannot be shrunk, or an argument has another type.
             FloatingPointError: an entry is not finite, or overflows times the number of examples.
         """
         check_instance(fisher, FisherMatrix, "fisher", "a FisherMatrix")
-        check_instance(model, nn.Module, "model", "the network, an nn.Module")
+        check_model(model)
         fisher = fisher.with_num_examples(
             fisher.num_examples if num_examples is None else num_examples
         )
@@ -196,7 +197,9 @@ class EWCPenalty(nn.Module):
         Raises:
             ValueError: a parameter of the penalty is gone from the model, or its shape changed in
                 another way than by new rows.
+            TypeError: ``model`` is not a module.
         """
+        check_model(model)
         if not self.terms:
             return next(model.parameters(), torch.zeros(())).new_zeros(())
         parameters = self._fit(model)
@@ -228,6 +231,7 @@ class EWCPenalty(nn.Module):
         Raises:
             ValueError: as in :meth:`forward`.
         """
+        check_model(model)
         if not self.terms:
             return 0.0
         value, _ = value_and_gradient(self.terms, self._fit(model))
@@ -252,6 +256,7 @@ class EWCPenalty(nn.Module):
         Raises:
             ValueError: as in :meth:`forward`, or ``num_steps`` is below 1.
         """
+        check_model(model)
         check_count(num_steps, "num_steps")
         if self.terms:
             parameters = self._fit(model)
@@ -273,6 +278,7 @@ class EWCPenalty(nn.Module):
         Raises:
             ValueError: as in :meth:`forward`.
         """
+        check_model(model)
         if not self.terms:
             return None
         parameters = self._fit(model)
@@ -296,6 +302,7 @@ class EWCPenalty(nn.Module):
         Raises:
             ValueError: as in :meth:`forward`.
         """
+        check_model(model)
         if not self.terms:
             return None
         parameters = self._fit(model)
@@ -367,15 +374,14 @@ class EWCPenalty(nn.Module):
         """
         try:
             online = state["online"]
-            # States of earlier versions lack these options.
             loaded = EWCPenalty(
                 state["strength"],
                 Separate() if online is None else Online(**online),
-                shrinkage=state.get("shrinkage", 0.0),
-                eigenvector_share=state.get("eigenvector_share", 1.0),
+                shrinkage=state["shrinkage"],
+                eigenvector_share=state["eigenvector_share"],
             )
             loaded.num_examples = state["num_examples"]
-            loaded._step = state.get("step", 0)
+            loaded._step = state["step"]
             loaded._last_num_examples = state["last_num_examples"]
             loaded.terms = [Quadratic.from_state(term) for term in state["terms"]]
             check_count(loaded._step, "step", least=0)

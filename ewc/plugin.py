@@ -15,7 +15,7 @@ from avalanche.benchmarks.utils.utils import concat_datasets
 from avalanche.training import JointTraining
 from avalanche.training.plugins import SupervisedPlugin
 
-from ewc.checks import check_count
+from ewc.checks import check_count, check_whole
 from ewc.consolidation.combination import Consolidation, Separate
 from ewc.consolidation.update import ImplicitSteps, InLoss, Update, check_update
 from ewc.finite_steps import FiniteSteps, task_number
@@ -82,8 +82,8 @@ class EWCPlugin(SupervisedPlugin):
 
     Raises:
         ValueError: the strength is negative or not finite, ``shrinkage`` is not in [0, 1] or the
-            structure cannot be shrunk, ``max_examples`` is not a whole number above 0, or the
-            estimator has a loss in place of the likelihood.
+            structure cannot be shrunk, ``max_examples`` is not a whole number above 0, the seed is
+            not whole, or the estimator has a loss in place of the likelihood.
         TypeError: the likelihood, the estimator, the structure, the consolidation or the update
             has another type.
     """
@@ -108,6 +108,7 @@ class EWCPlugin(SupervisedPlugin):
         check_structure(structure)
         check_update(update)
         check_count(max_examples, "max_examples", optional=True)
+        check_whole(seed, "seed")
         if shrinkage and not structure.has_units:
             raise ValueError(
                 f"shrinkage must be 0 with {structure}, got {shrinkage}: only diagonal, Kronecker "

@@ -5,6 +5,7 @@ and a checksum under ``"sha256"``.  The checksum is the SHA-256 of the whole fil
 place of the checksum.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -46,38 +47,61 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: An
     A temporary file in the same folder is written, synced to the disk and renamed.
 
     Args:
-        path: the file; an existing one is replaced.
+        path: the file; an existing regular file is replaced.
         tensors: the tensors by name.
         about: a description that JSON can hold.
 
     Raises:
-        OSError: the file cannot be written; an existing file is then unchanged.
+        OSError: the file cannot be written, with its name, or ``path`` is a folder, a device or
+            something else that is no regular file.  What is at ``path`` is then unchanged.
         ValueError: a tensor is on the device ``meta``.
     """
     for key, value in tensors.items():
         check_has_numbers(value, f"The tensor {key!r}")
+    name = os.fspath(path)
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-    copies = {key: value.detach().contiguous().clone() for key, value in tensors.items()}
     try:
-        with temporary.open("xb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-        metadata = {"ewc": json.dumps(about), "sha256": ZEROS}
-        save_file(copies, os.fspath(temporary), metadata=metadata)
-        temporary.chmod(mode)  # safetensors makes a file that only its owner can read
-        with temporary.open("r+b") as file:
-            place = _place_of(ZEROS, _header(file))
-            checksum = _checksum(file, place)
-            file.seek(8 + place)
-            file.write(checksum.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        _check_replaceable(target, name)
+        copies = {key: value.detach().contiguous().clone() for key, value in tensors.items()}
+        try:
+            _write_whole(temporary, copies, about)
+            temporary.replace(target)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
     except SafetensorError as error:
-        raise OSError(f"{os.fspath(path)!r} could not be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise OSError(f"{name!r} could not be written: {error}") from error
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, name) from error
     _bring_to_disk(target.parent)
+
+
+def _check_replaceable(target: Path, name: str) -> None:
+    """Check that a path is new or a regular file; a file renamed to a device would replace it.
+
+    Raises:
+        OSError: it is something else.
+    """
+    if target.exists() and not target.is_file():
+        raise OSError(f"{name!r} is no regular file: the path must be that of a file.")
+
+
+def _write_whole(path: Path, tensors: dict[str, Tensor], about: Any) -> None:
+    """Write a new file and sync it to the disk."""
+    with path.open("xb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+    save_file(tensors, os.fspath(path), metadata={"ewc": json.dumps(about), "sha256": ZEROS})
+    path.chmod(mode)  # safetensors makes a file that only its owner can read
+    with path.open("r+b") as file:
+        place = _place_of(ZEROS, _header(file))
+        checksum = _checksum(file, place)
+        file.seek(8 + place)
+        file.write(checksum.encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read(path: str | os.PathLike[str], content: Content) -> tuple[dict[str, Tensor], Any]:

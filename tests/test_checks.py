@@ -1,6 +1,8 @@
 """Numbers and choices that cannot be meant are refused when they are given."""
 
 import math
+import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from ewc import (
     Diagonal,
     DiagonalFisher,
     EigenvalueCorrected,
+    EWCPenalty,
     Exact,
     Gaussian,
     Kronecker,
@@ -136,6 +139,52 @@ def test_choices_of_another_kind_are_refused(check, right, wrong, message):
     for value in wrong:
         with pytest.raises(TypeError, match=message):
             check(value)
+
+
+@pytest.mark.parametrize(
+    ("check", "choice"),
+    [
+        (check_structure, Kronecker),
+        (check_estimator, MonteCarlo),
+        (check_likelihood, SmoothedCategorical),
+        (check_consolidation, Online),
+        (check_update, ImplicitSteps),
+    ],
+)
+def test_a_choice_without_brackets_is_named(check, choice):
+    said = f"got the class {choice.__name__}: write {choice.__name__}()."
+    with pytest.raises(TypeError, match=f"{re.escape(said)}$"):
+        check(choice)
+
+
+def test_an_instance_of_another_choice_is_not_asked_for():
+    with pytest.raises(TypeError, match=r"got <class '.*Exact'>\.$"):
+        check_structure(Exact)
+
+
+def test_what_is_no_network_is_refused():
+    layer, penalty = nn.Linear(2, 2), EWCPenalty()
+    parameters = list(layer.parameters())
+    fisher = fisher_information(layer, [(torch.ones(1, 2), torch.zeros(1).long())])
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    for _ in range(2):  # before a task and after one
+        for call in (
+            penalty,
+            penalty.predicted_rise,
+            penalty.pull,
+            partial(penalty.stiffness, optimizer=optimizer),
+            partial(penalty.implicit_step, optimizer=optimizer),
+            partial(penalty.consolidate, fisher),
+            partial(fisher_information, data=[]),
+        ):
+            with pytest.raises(TypeError, match=r"^model must be a torch.nn.Module, got a list\.$"):
+                call(parameters)
+        penalty.consolidate(fisher, layer)
+
+
+def test_next_token_is_a_truth_value():
+    with pytest.raises(TypeError, match="next_token must be True or False, got 'no'"):
+        Categorical(next_token="no")
 
 
 @pytest.mark.parametrize("structure", [Kronecker, EigenvalueCorrected])

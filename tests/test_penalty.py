@@ -482,3 +482,21 @@ def test_under_autocast_value_and_gradient_keep_their_precision(structure):
         found = torch.autograd.grad(penalty(model), parameters)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_printing_a_penalty_shows_its_options():
+    penalty = EWCPenalty(2.0, Online(0.5), shrinkage=0.25)
+    assert repr(penalty) == (
+        "EWCPenalty(strength=2.0, consolidation=Online(decay=0.5), shrinkage=0.25, "
+        "eigenvector_share=1.0)"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_before_any_task_the_penalty_is_a_zero_of_the_models_type(dtype):
+    value = EWCPenalty()(nn.Linear(2, 2, dtype=dtype))
+    torch.testing.assert_close(value, torch.zeros((), dtype=dtype), rtol=0, atol=0)
+
+
+def test_before_any_task_the_penalty_of_a_network_without_parameters_is_0():
+    torch.testing.assert_close(EWCPenalty()(nn.ReLU()), torch.zeros(()), rtol=0, atol=0)

@@ -730,6 +730,10 @@ def test_a_sample_is_the_same_for_the_same_seed_and_has_an_example_once():
             "max_examples must be .* 1 or more, or None, got 0",
         ),
         ({"max_examples": 0.5}, ValueError, "max_examples must be a whole number"),
+        *(
+            ({"max_examples": 10, "seed": seed}, ValueError, "seed must be a whole number of")
+            for seed in (1.5, "a", None, 2**70)
+        ),
     ],
 )
 def test_wrong_choices_are_refused_when_given(options, error, message):

@@ -31,7 +31,7 @@ def precision_of(fisher: FisherMatrix, model: nn.Module) -> FisherMatrix:
 
     Raises:
         ValueError: the names or shapes do not fit the model, a parameter is complex or on the
-            device ``meta``, or the matrix has another type or negative entries
+            device ``meta``, or the matrix has another type or impossible entries
             (:meth:`FisherMatrix.check_entries`).
         FloatingPointError: an entry is not finite, or overflows times the number of examples.
     """

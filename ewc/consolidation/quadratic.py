@@ -117,7 +117,7 @@ class Quadratic:
 
         Raises:
             ValueError: the anchor is not over the parameters of the matrix, or is not finite; or
-                the matrix has negative entries (:meth:`FisherMatrix.check_entries`).
+                the matrix has impossible entries (:meth:`FisherMatrix.check_entries`).
             FloatingPointError: an entry of the matrix is not finite.
         """
         for name, tensor in state["precision"].items():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ewc.fisher.estimators import Estimator
 from ewc.fisher.evaluation import dense_parts
-from ewc.fisher.faults import Faults
+from ewc.fisher.faults import Faults, explained
 from ewc.fisher.structures.structure import Accumulator
 from ewc.likelihoods import Likelihood
 from ewc.linalg.devices import Sizes, out_of_memory, sizes_for
@@ -27,14 +27,9 @@ from ewc.pullback.tape import KnownGraphs, Tape
 
 Result = TypeVar("Result")
 
-NOT_FINITE = FloatingPointError(
-    "the scores of the model's outputs are not finite; check the parameters and the inputs."
-)
+NOT_FINITE = FloatingPointError("the scores of the model's outputs are not finite")
 
-NOT_FINITE_LOSS = FloatingPointError(
-    "the loss of an example is not finite; check the parameters, the inputs and the loss (of CTC, "
-    "the lengths)."
-)
+NOT_FINITE_LOSS = FloatingPointError("the loss of an example is not finite")
 
 FEW = 8
 """The number of examples that are tested for dependence on each other."""
@@ -98,7 +93,8 @@ class DataPass:
                     break
                 num_examples += count
             else:
-                self.faults.check()
+                with explained(self.model, None):
+                    self.faults.check()
                 return num_examples
             total.clear()
             self.faults = Faults()
@@ -414,10 +410,12 @@ class DataPass:
             raise ValueError(f"Batch {index}: {error}") from None
         if self.estimator.loss is not None:
             wrong = outputs.detach().isfinite().all().logical_not()
-            self.faults.add(wrong, index, NOT_FINITE_LOSS)
-            return scores, weights
-        wrong = outputs.detach().isnan().any() | scores.isfinite().all().logical_not()
-        self.faults.add(wrong, index, NOT_FINITE)
+            fault = NOT_FINITE_LOSS
+        else:
+            wrong = outputs.detach().isnan().any() | scores.isfinite().all().logical_not()
+            fault = NOT_FINITE
+        with explained(self.model, examples.arguments):
+            self.faults.add(wrong, index, fault)
         return scores, weights
 
     def _needs(self, one: Examples, index: int) -> "Needs":

@@ -1,11 +1,13 @@
 """Errors that only the numbers show."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ewc.linalg.devices import sizes_for
+from ewc.pullback.call import Call
 
 NO_BATCH = 2**31 - 1
 """A number above that of every batch."""
@@ -48,6 +50,42 @@ class Faults:
         index, message = min(found, default=(NO_BATCH, ""))
         if index < NO_BATCH:
             raise self._kinds[message](f"Batch {index}: {message}")
+
+
+@contextmanager
+def explained(model: nn.Module, arguments: Call | None) -> Iterator[None]:
+    """Add to an error about numbers that are not finite, where these come from.
+
+    Args:
+        model: the network.
+        arguments: the call that has the fault; ``None`` if it is not known any more.
+
+    Raises:
+        FloatingPointError: the error, with the cause.
+    """
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error}{_cause(model, arguments)}") from None
+
+
+def _cause(model: nn.Module, arguments: Call | None) -> str:
+    """Why outputs are not finite, as the end of a message."""
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            return f": the parameter {name!r} is not finite, as after training that diverged."
+    for name, buffer in model.named_buffers():
+        if bool(buffer.isnan().any()):  # a mask may be infinite
+            return f": the buffer {name!r} is NaN, as running statistics are after NaN in the data."
+    if arguments is None:
+        return ", although the parameters are finite: check the inputs."
+    for name, tensor in arguments.labelled().items():
+        if not bool(tensor.isfinite().all()):
+            return f": {name} is not finite in the data."
+    return (
+        ", although the parameters and the inputs are finite: an intermediate result is infinite "
+        "or undefined (of CTC, check the lengths)."
+    )
 
 
 def check_finite(sums: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from ewc.checks import is_whole
+from ewc.checks import check_model, is_whole
 from ewc.fisher.data_pass import DataPass
 from ewc.fisher.distributed import anywhere, rank_in, summed_over
 from ewc.fisher.estimators import Estimator, Exact, check_estimator
@@ -131,8 +131,9 @@ def fisher_information(
             one example do not fit into memory.
         FloatingPointError: the outputs, their scores or the sums are not finite.
         MemoryError: the matrix, or the derivatives of one example, do not fit into memory.
-        TypeError: the likelihood, the estimator or the structure is of another type.
+        TypeError: the model, the likelihood, the estimator or the structure is of another type.
     """
+    check_model(model)
     check_likelihood(likelihood)
     check_estimator(estimator)
     check_structure(structure)

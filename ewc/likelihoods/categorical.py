@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ewc.checks import check_not_negative, check_whole
+from ewc.checks import check_instance, check_not_negative, check_whole
 from ewc.likelihoods.likelihood import Likelihood, summed
 
 SUM_MARGIN = 1e-2
@@ -39,6 +39,7 @@ class Categorical(Likelihood):
 
     Raises:
         ValueError: an attribute has an impossible value.
+        TypeError: ``next_token`` is not a truth value.
     """
 
     ignore_index: int = -100
@@ -61,6 +62,7 @@ class Categorical(Likelihood):
                 )
             for weight in self.class_weights:
                 check_not_negative(weight, "a class weight")
+        check_instance(self.next_token, bool, "next_token", "True or False")
 
     def channel_dim(self, outputs: Tensor) -> int:
         dim = self.class_dim if self.class_dim is not None else super().channel_dim(outputs)

@@ -34,7 +34,10 @@ from ewc.parameters import (
 from ewc.tensor_file import Content, read, write
 
 ROUNDING = 0.02
-"""Size of the negative eigenvalues that count as rounding, as a fraction of the Frobenius norm."""
+"""Size of what counts as rounding.
+
+It is a fraction of the Frobenius norm for negative eigenvalues, and of the largest entry for the
+difference of an entry from its mirror image."""
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """A matrix as tensors by name, and a description that JSON can hold."""
@@ -300,15 +303,17 @@ class FisherMatrix(ABC):
         return self if nothing == 0 else NotImplemented
 
     def check_entries(self) -> None:
-        """Check that the matrix is finite and positive semi-definite, up to rounding.
+        """Check that the matrix is finite, symmetric and positive semi-definite, up to rounding.
 
-        No entry of the diagonal may be negative.  No eigenvalue of a dense matrix or of a
-        Kronecker factor may be below minus :data:`ROUNDING` times its Frobenius norm.  Half and
-        TF32 precision leave eigenvalues that far below 0.
+        No entry of the diagonal may be negative.  In a dense matrix or a Kronecker factor no entry
+        may differ from its mirror image by more than :data:`ROUNDING` times the largest one.  No
+        eigenvalue may be below minus :data:`ROUNDING` times its Frobenius norm.  Half and TF32
+        precision leave that much.
 
         Raises:
             FloatingPointError: an entry is not finite.
-            ValueError: an entry of the diagonal or, beyond rounding, an eigenvalue is negative.
+            ValueError: an entry of the diagonal is negative or, beyond rounding, an eigenvalue is,
+                or the matrix is not symmetric.
         """
         self._check_diagonal()
         self._check_finite()
@@ -339,11 +344,18 @@ class FisherMatrix(ABC):
             )
 
     def _check_semidefinite(self, matrices: Tensor) -> None:
-        """Check that matrices ``[..., d, d]`` have no negative eigenvalue beyond rounding."""
+        """Check that matrices ``[..., d, d]`` are symmetric and semi-definite, up to rounding."""
         matrices = matrices.to(accumulation_dtype(matrices.dtype))
         # Divided by the largest entry: the squares in the norm must not overflow.
         largest = matrices.abs().amax((-2, -1), keepdim=True)
         room = matrices / torch.where(largest > 0, largest, 1.0)
+        if bool(((room - room.mT) > ROUNDING).any()):
+            raise ValueError(
+                f"The Fisher information of {', '.join(self.shapes)} is not symmetric: a Fisher "
+                "matrix is."
+            )
+        # The form is that of the symmetric part, and Cholesky reads one triangle only.
+        room = (room + room.mT) / 2
         norm = torch.linalg.matrix_norm(room)[..., None]
         room.diagonal(dim1=-2, dim2=-1).add_(torch.where(norm > 0, ROUNDING * norm, 1.0))
         if bool(torch.linalg.cholesky_ex(room).info.any()):

@@ -205,7 +205,7 @@ MATRICES = {
     "none": lambda: None,
     "a dict": lambda: ONES,
 }
-GOOD = ("half", "double", "without a name", "not symmetric")
+GOOD = ("half", "double", "without a name")
 COUNTED = ("no examples", "infinitely many", "fractions", "negative examples")
 """Good matrices of a wrong number of examples, which another number replaces."""
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from ewc.linalg.weight_layout import WeightLayout
 from ewc.matrices import BlockDiagonalFisher, LowRankFisher
 from ewc.matrices.layers.kronecker import KroneckerProduct
 from ewc.matrices.layers.layer_matrix import LayerWeights
+from ewc.tensor_file import separated, write
 
 CONSOLIDATIONS = pytest.mark.parametrize("consolidation", [Separate(), Online(0.5)], ids=repr)
 HALF = [torch.bfloat16, torch.float16]
@@ -215,6 +217,34 @@ def test_matrices_with_negative_squares_are_refused(name, shrinkage):
     assert penalty.terms == []
 
 
+ONE_SIDED = {
+    "dense": dense,
+    "kronecker_outputs": lambda skewed: kronecker(skewed, ONE),
+    "kronecker_inputs": lambda skewed: kronecker(ONE, skewed),
+    "sum": lambda skewed: diagonal(5.0) + dense(skewed),
+    "blocks": lambda skewed: BlockDiagonalFisher([dense(skewed)], SHAPES, 9),
+}
+
+
+@pytest.mark.parametrize("skewed", [[[1.0, 9.0], [0.0, 1.0]], [[1.0, 0.0], [9.0, 1.0]]])
+@pytest.mark.parametrize("name", ONE_SIDED)
+def test_matrices_damaged_on_one_side_are_refused(name, skewed, tmp_path):
+    """A Cholesky factor reads one triangle, but the penalty would be negative along (1, -1)."""
+    fisher, model, penalty = ONE_SIDED[name](skewed), nn.Linear(2, 2, bias=False), EWCPenalty()
+    with pytest.raises(ValueError, match=r"of weight is not symmetric: a Fisher matrix is\.$"):
+        penalty.consolidate(fisher, model)
+    assert penalty.terms == []
+    penalty.consolidate(diagonal(1.0), model)
+    state = penalty.state_dict()
+    tensors, about = fisher.description()
+    state["_extra_state"]["terms"][0] |= {"precision": tensors, "about": about}
+    tensors, outline = separated(state["_extra_state"])
+    write(tmp_path / "penalty", tensors, {"penalty": outline})
+    for load in (penalty.load_state_dict, lambda _: EWCPenalty.load(tmp_path / "penalty")):
+        with pytest.raises(ValueError, match="of weight is not symmetric"):
+            load(state)
+
+
 @pytest.mark.parametrize("name", NOT_FINITE)
 def test_entries_that_are_not_finite_are_refused(name):
     fisher = NOT_FINITE[name]()
@@ -256,10 +286,7 @@ def test_rounding_is_no_negative_square(structure, size):
     def rounded(tensor):
         if not tensor.is_floating_point():
             return tensor
-        noise = torch.randn_like(tensor)
-        if tensor.dim() > 1 and tensor.shape[-1] == tensor.shape[-2]:
-            noise = (noise + noise.mT) / 2
-        return tensor * (1 + 5e-4 * noise.clamp(-2, 2))
+        return tensor * (1 + 5e-4 * torch.randn_like(tensor).clamp(-2, 2))
 
     fisher.check_entries()
     if structure != Implicit():
@@ -327,13 +354,65 @@ def test_what_is_no_matrix_and_no_model_is_refused():
     fisher = fisher_information(model, data_for())
     with pytest.raises(TypeError, match=r"fisher must be a FisherMatrix, got"):
         penalty.consolidate(fisher.diagonal(), model)
-    with pytest.raises(TypeError, match=r"model must be the network, an nn\.Module, got"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got"):
         penalty.consolidate(fisher, dict(model.named_parameters()))
     with pytest.raises(ValueError, match=r"num_steps must be a whole number, 1 or more, got 1.5"):
         penalty.implicit_step(model, torch.optim.SGD(model.parameters()), 1.5)
 
 
 # --- states -----------------------------------------------------------------------------------
+
+
+ENTRIES = {
+    "strength": 3.0,
+    "shrinkage": 0.5,
+    "eigenvector_share": 0.5,
+    "step": 0,
+    "online": {"decay": 0.25},
+    "num_examples": 7,
+    "last_num_examples": 20,
+}
+
+
+def test_the_entries_of_a_state():
+    """Files hold these names, so other versions must read and write the same ones."""
+    penalty = EWCPenalty(3.0, Online(0.25), shrinkage=0.5, eigenvector_share=0.5)
+    penalty.num_examples = 7
+    model = network()
+    penalty.consolidate(fisher_information(model, data_for()), model)
+    state = penalty.get_extra_state()
+    terms = state.pop("terms")
+    assert state == ENTRIES
+    assert [sorted(term) for term in terms] == [["about", "anchor", "constant", "precision"]]
+
+
+def test_a_loaded_penalty_goes_on_with_the_next_eigenvectors():
+    model = nn.Linear(100, 3, bias=False)  # small layers are taken whole
+    data = [(torch.randn(20, 100), torch.randint(3, (20,)))]
+    penalty, loaded = EWCPenalty(eigenvector_share=0.05), EWCPenalty()
+    penalty.consolidate(fisher_information(model, data, structure=Kronecker()), model)
+    move(model)
+    first = value(penalty, model)
+    loaded.load_state_dict(penalty.state_dict())
+    second = value(penalty, model)
+    assert value(loaded, model) == second
+    assert first != second
+
+
+@pytest.mark.parametrize(("tasks", "last"), [(0, -1), (1, 0), (2, 0)])
+def test_the_size_of_the_last_task_is_above_0_where_there_is_one(tasks, last):
+    model, penalty = network(), EWCPenalty()
+    fisher = fisher_information(model, data_for(), structure=Kronecker())
+    for _ in range(tasks):
+        penalty.consolidate(fisher, model)
+    state = penalty.get_extra_state()
+    EWCPenalty().set_extra_state(state | {"last_num_examples": last + 1})
+    with pytest.raises(ValueError, match=f"last_num_examples must be .*, got {last}"):
+        penalty.set_extra_state(state | {"last_num_examples": last})
+
+
+def remove(state, key):
+    del state[key]
 
 
 def states():
@@ -345,14 +424,13 @@ def states():
         "anchor": lambda state: state["terms"][-1]["anchor"].popitem(),
         "anchor_type": lambda state: state["terms"][-1].update(anchor=None),
         "terms": lambda state: state.update(terms=[None]),
-        "no_terms": lambda state: state.pop("terms"),
         "shrinkage": lambda state: state.update(shrinkage=2.0),
         "num_examples": lambda state: state.update(num_examples="9"),
         "last": lambda state: state.update(last_num_examples=0),
         "step": lambda state: state.update(step=None),
         "online": lambda state: state.update(online={"gamma": 1.0}),
         "constant": lambda state: state["terms"][-1].update(constant=math.nan),
-    }
+    } | {f"no_{key}": partial(remove, key=key) for key in (*ENTRIES, "terms")}
 
 
 @pytest.mark.parametrize("name", states())

@@ -270,5 +270,10 @@ def test_impossible_targets_are_found_at_the_end(likelihood, impossible, message
 
 def test_scores_that_are_not_finite_are_found_at_the_end(accelerator):
     x, y = torch.randn(3, 4), torch.zeros(3, dtype=torch.long)
-    with pytest.raises(FloatingPointError, match=r"Batch 1: the scores .* are not finite"):
-        fisher_information(nn.Linear(4, 3), [(x, y), (x * torch.nan, y), (x / 0, y)])
+    model, data = nn.Linear(4, 3), [(x, y), (x * torch.nan, y), (x / 0, y)]
+    said = "Batch 1: the scores .* are not finite, although the parameters are finite: check the in"
+    with pytest.raises(FloatingPointError, match=said):
+        fisher_information(model, data)
+    nn.init.constant_(model.bias, torch.nan)
+    with pytest.raises(FloatingPointError, match=r"Batch 0: .* the parameter 'bias' is not finite"):
+        fisher_information(model, data)

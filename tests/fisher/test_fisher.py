@@ -280,11 +280,12 @@ def test_wrong_models_are_named():
         fisher_information(squeezed, [(x, y)])
     with pytest.raises(TypeError, match="estimator must be an Estimator instance such as"):
         fisher_information(CalledTwice(), [(x, y)], estimator=Empirical)
-    nan = x * torch.nan
-    with pytest.raises(FloatingPointError, match=r"Batch 0: the scores .* are not finite"):
-        fisher_information(CalledTwice(), [(nan, y)])
-    with pytest.raises(FloatingPointError, match=r"Batch 0: the scores .* are not finite"):
-        fisher_information(CalledTwice(), [(nan, torch.randn(2, 3))], Gaussian())
+    nan, targets = x * torch.nan, torch.randn(2, 3)
+    said = r"^Batch 1: the scores .* are not finite: x is not finite in the data\.$"
+    with pytest.raises(FloatingPointError, match=said):
+        fisher_information(CalledTwice(), [(x, y), (nan, y)])
+    with pytest.raises(FloatingPointError, match=said):
+        fisher_information(CalledTwice(), [(x, targets), (nan, targets)], Gaussian())
     huge = nn.Linear(10_000, 1_000)
     with pytest.raises(ValueError, match=r"over \d+ parameters takes \d+ GB, more than there is"):
         fisher_information(huge, [(torch.randn(1, 10_000), y[:1])], structure=Dense())
@@ -477,3 +478,44 @@ def test_real_digits_of_mnist(mnist):
     fisher = fisher_information(model, batches(x, y, 5))
     torch.testing.assert_close(flatten(fisher.diagonal()), expected, **EXACT)
     assert isinstance(fisher, DiagonalFisher)
+
+
+def infinite_weight(model):
+    nn.init.constant_(model[0].weight, torch.inf)
+
+
+def undefined_statistics(model):
+    model[1].train()(torch.full((2, 4), torch.nan))
+
+
+def undefined_output(model):
+    model[2].register_forward_hook(lambda _module, _args, output: output - output.exp() / 0)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (
+            infinite_weight,
+            "the parameter '0.weight' is not finite, as after training",
+        ),
+        (undefined_statistics, "the buffer '1.running_mean' is NaN, as running statistics are "),
+        (undefined_output, "although the parameters and the inputs are finite: an intermediate "),
+    ],
+)
+def test_outputs_that_are_not_finite_are_explained(damage, said):
+    """The network comes first: outputs of a diverged one are not finite for any input."""
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    damage(model)
+    x, y = torch.randn(2, 6), torch.zeros(2, dtype=torch.long)
+
+    def losses(net, batch):
+        return functional.cross_entropy(net(batch[0]), batch[1], reduction="none")
+
+    scores = "scores of the model's outputs are"
+    for estimator, what in ((Exact(), scores), (Empirical(loss=losses), "loss of an example is")):
+        with pytest.raises(FloatingPointError, match=f"^Batch 0: the {what} not finite.* {said}"):
+            fisher_information(model, [(x, y)], estimator=estimator)
+    if damage is not undefined_output:
+        with pytest.raises(FloatingPointError, match=said):
+            fisher_information(model, [(x * torch.nan, y)])
