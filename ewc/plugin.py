@@ -117,7 +117,9 @@ class EWCPlugin(SupervisedPlugin):
         self._since = self._taken = 0
         self._finite = FiniteSteps()
         self._checks = PenaltyChecks(
-            explicit=isinstance(update, InLoss), remedy=", or update=ImplicitSteps()"
+            explicit=isinstance(update, InLoss),
+            remedy=", or implicit steps (update=ImplicitSteps() in Python, "
+            "strategy/update=implicit on the command line)",
         )
         self.penalty = EWCPenalty(
             strength,
@@ -158,7 +160,7 @@ class EWCPlugin(SupervisedPlugin):
         self._finite.check_loss(strategy)
 
     def before_update(self, strategy: Any, **_: Any) -> None:
-        """Note the gradients' norms on an accelerator, and check the first step of a task.
+        """Note the gradients' norms on an accelerator, and check the learning rate.
 
         Warns:
             UserWarning: gradient descent on the penalty diverges (:meth:`EWCPenalty.stiffness`).
