@@ -2,29 +2,38 @@
 
 import math
 import warnings
+from collections.abc import Mapping
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ewc.consolidation.stiffness import Stiffness
 from ewc.finite_steps import task_number
+from ewc.growth import Growth
 from ewc.penalty import EWCPenalty
+from ewc.wrappers import named_parameters
 
 LEAST_PULL = 1e-4
 """The penalty's gradient relative to the whole one below which it does not change training."""
+
+SANE_GROWTH = 10.0
+"""The growth of a layer's parameters above which training has diverged, whatever the penalty."""
 
 
 class PenaltyChecks:
     """Warns of a penalty that must make training diverge, and of one that does not matter.
 
     Args:
+        growth: how much the parameters have grown in training.
         explicit: whether it is in the loss, and not moved by implicit steps.
         remedy: what helps against divergence besides smaller numbers; with its comma.
     """
 
-    def __init__(self, *, explicit: bool = True, remedy: str = "") -> None:
+    def __init__(self, growth: Growth, *, explicit: bool = True, remedy: str = "") -> None:
+        self.growth = growth
         self.explicit = explicit
         self.remedy = remedy
         self._measured_in: int | None = None
@@ -84,29 +93,49 @@ class PenaltyChecks:
         return ", ".join(ways) + self.remedy
 
     def after_task(self, penalty: EWCPenalty, strategy: Any) -> None:
-        """Warn at the end of a task if the penalty did not matter.
+        """Warn at the end of a task if the penalty could not matter.
+
+        Its gradient is scaled to parameters that have moved by their own size.  So a learning rate
+        too small to move them is not taken for a strength that is too small.
 
         Warns:
-            UserWarning: the penalty's gradient is below :data:`LEAST_PULL` times the whole one.
+            UserWarning: the scaled gradient is below :data:`LEAST_PULL` times the whole one.
         """
         if not penalty.terms or "weak" in self._said:
             return
-        pull = penalty.pull(strategy.model)
+        pull, moved = penalty.pull(strategy.model), self._moved(penalty, strategy)
         # Exactly 0: a strength or a Fisher matrix of 0, or parameters that did not move.
-        if pull is not None and 0 < pull < LEAST_PULL:
-            self._said.add("weak")
-            warnings.warn(
-                f"The penalty did not matter in task {task_number(strategy)}, as at its end the "
-                f"penalty's gradient was {pull:.1g} times the whole one: use a larger strength "
-                f"than {penalty.strength:g}.",
-                stacklevel=2,
-            )
+        if not pull or not moved or not pull < LEAST_PULL * min(1.0, moved):
+            return
+        if self.growth.largest(strategy.model)[0] > SANE_GROWTH:
+            return
+        self._said.add("weak")
+        warnings.warn(
+            f"The penalty did not matter in task {task_number(strategy)}, as at its end the "
+            f"penalty's gradient was {pull:.1g} times the whole one: use a larger strength "
+            f"than {penalty.strength:g}.",
+            stacklevel=2,
+        )
+
+    @staticmethod
+    def _moved(penalty: EWCPenalty, strategy: Any) -> float:
+        """The distance of the parameters from the last anchor, relative to the anchor's norm."""
+        last = penalty.terms[-1]
+        here = dict(named_parameters(strategy.model))
+        step = last.step_to({name: here[name].detach() for name in last.anchor})
+        size = total_norm(last.anchor)
+        return total_norm(step) / size if size else 0.0
 
 
 def learning_rates(optimizer: Optimizer) -> list[float]:
     """The learning rates of the groups; 0 for a tensor, which may be on an accelerator."""
     rates = [group.get("lr", 0.0) for group in optimizer.param_groups]
     return [0.0 if isinstance(rate, Tensor) else float(rate) for rate in rates]
+
+
+def total_norm(tensors: Mapping[str, Tensor]) -> float:
+    """The Euclidean norm of all entries together."""
+    return float(torch.nn.utils.get_total_norm(list(tensors.values())))
 
 
 def shortened(number: float, *, up: bool = False) -> str:

@@ -107,3 +107,31 @@ def test_advice_holds_and_can_be_typed():
     strength = float(re.search(r"strength below ([\d.]+)", message)[1])
     messages, ended = said(EWCPlugin(strength))
     assert (messages, ended) == ([], None)
+
+
+@pytest.mark.parametrize(("optimizer", "lr"), [(SGD, 1e-5), (ADAM, 1e-6), (ADAM, 1.0)])
+def test_a_learning_rate_is_not_taken_for_a_weak_penalty(optimizer, lr):
+    """The parameters hardly move, or are ten times too large after the first task."""
+    assert said(EWCPlugin(1.0), optimizer, lr) == ([], None)
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAM])
+def test_a_weak_penalty_is_said(optimizer):
+    (message,), _ = said(EWCPlugin(1e-7), optimizer, 0.01)
+    assert message.endswith("use a larger strength than 1e-07.")
+
+
+def test_parameters_beyond_any_use_are_said_once_and_first():
+    messages, _ = said(EWCPlugin(1.0), ADAM, 1e6, number=3)
+    assert re.match(r"In task 1 the parameters \S+ are \S+ times as large after step ", messages[0])
+    assert messages[0].endswith("before training: the learning rate is probably too large.")
+    assert not [m for m in messages[1:] if "times as large" in m or "did not matter" in m]
+
+
+def test_the_strength_is_blamed_only_where_there_is_a_penalty():
+    _, ended = said(EWCPlugin(1.0), lr=1e30)
+    assert "in task 1, step " in ended
+    assert ended.endswith(": use a smaller learning rate.")
+    _, ended = said(EWCPlugin(4000.0))
+    assert "in task 2, step " in ended
+    assert ended.endswith(": use a smaller learning rate or a smaller strength.")

@@ -110,11 +110,16 @@ def test_tasks_that_are_not_learnt_are_said_once(tmp_path, caplog, optimizer):
     assert message.startswith("Task 2 is not learnt: after its training the accuracy on it is ")
 
 
-def test_an_absurd_learning_rate_is_said_early_with_its_layer(tmp_path, caplog):
-    run(tmp_path, "strategy=naive", "optimizer.lr=1e9", "training.iterations=150")
-    (message,) = [m for m in logged(caplog) if "times as large" in m]
+@pytest.mark.parametrize("strategy", ["naive", "ewc", "l2"])
+def test_an_absurd_learning_rate_is_said_early_with_its_layer(tmp_path, caplog, strategy):
+    options = [f"strategy={strategy}", "optimizer.lr=1e9", "training.iterations=150"]
+    said, _ = run(tmp_path, *options)
+    (message,) = [m for m in said if "times as large" in m]
     assert message.startswith("In task 1 the parameters ")
-    assert "after step 100 as before training: optimizer.lr is probably too large." in message
+    assert "after step 99 as before training: the learning rate is probably too large." in message
+    assert not [
+        m for m in [*said, *logged(caplog)] if "did not matter" in m or "the loss went" in m
+    ]
 
 
 @pytest.mark.parametrize(
