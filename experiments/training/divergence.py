@@ -34,7 +34,7 @@ def warn_of_loss(growth: Growth, first: float, last: float, task: int) -> None:
 
 
 def warn_of_unlearnt(matrix: Sequence[Sequence[float]], labels: Sequence[Tensor]) -> None:
-    """Warn of the first task that training has left at chance, where the first one was learnt.
+    """Warn of the first task that training has left at chance.
 
     Chance is the share of the most frequent class.
 
@@ -44,13 +44,15 @@ def warn_of_unlearnt(matrix: Sequence[Sequence[float]], labels: Sequence[Tensor]
     """
     number = len(matrix) - 1
     learnt = [row[task] > _beyond_chance(labels[task]) for task, row in enumerate(matrix)]
-    if learnt[0] and all(learnt[:number]) and not learnt[number]:
+    if all(learnt[:number]) and not learnt[number]:
+        firm = "the strategy holds the parameters too firmly (strategy.strength) or "
         _log.warning(
             "Task %d is not learnt: after its training the accuracy on it is %.1f %%, no better "
-            "than chance, so the strategy holds the parameters too firmly (strategy.strength) or "
-            "optimizer.lr is too small or too large.",
+            "than chance, so %soptimizer.lr is too small or too large%s.",
             number + 1,
             100 * matrix[number][number],
+            firm if number else "",
+            "" if number else ", or training too short",
         )
 
 

@@ -122,12 +122,28 @@ def test_an_absurd_learning_rate_is_said_early_with_its_layer(tmp_path, caplog, 
     ]
 
 
+def test_a_run_that_learns_nothing_is_said_once(tmp_path, caplog):
+    """All predictions are the same: the units are dead, at sizes that are not absurd."""
+    options = ["strategy=naive", "optimizer=sgd", "training.iterations=30", "model.hidden=[5]"]
+    run(tmp_path, *options, "optimizer.lr=1e6")
+    (message,) = logged(caplog)
+    assert message.startswith("Task 1 is not learnt: after its training the accuracy on it is ")
+    assert message.endswith("so optimizer.lr is too small or too large, or training too short.")
+
+
+def test_a_short_run_above_chance_is_not_said(tmp_path, caplog):
+    run(tmp_path, "strategy=naive", *SGD, "training.iterations=15")
+    assert logged(caplog) == []
+
+
 @pytest.mark.parametrize(
     ("matrix", "said"),
     [
         ([[0.98], [0.9, 0.55]], True),
         ([[0.98], [0.9, 0.70]], False),  # four standard errors above chance
-        ([[0.55], [0.5, 0.55]], False),  # the first one was not learnt either
+        ([[0.55], [0.5, 0.55]], False),  # said after the first one
+        ([[0.55]], True),
+        ([[0.70]], False),
         ([[0.98], [0.9, 0.55], [0.9, 0.5, 0.5]], False),  # said before
     ],
 )
