@@ -18,7 +18,7 @@ class Growth:
 
     Attributes:
         initial: the norms of the parameters before training, by name; empty before.
-        warned: whether it has warned.
+        warned: whether divergence has been said, here or by another check.
     """
 
     def __init__(self) -> None:

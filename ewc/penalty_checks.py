@@ -61,6 +61,7 @@ class PenaltyChecks:
         self._ratio = stiffness.ratio if stiffness else 0.0
         if stiffness and stiffness.ratio > 1:
             self._said.add("stiff")
+            self.growth.warned = True  # divergence is said here, and its cause
             rate = max(rates, default=0.0)
             warnings.warn(
                 f"From task {task} on training diverges along the penalty's stiffest direction, as "
