@@ -9,16 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ewc.growth import Growth
 from ewc.linalg.devices import sizes_for
+from ewc.penalty import EWCPenalty
 from ewc.wrappers import named_parameters
 
 LOOK_EVERY = 100
 """Steps from one look at the parameters to the next, and on an accelerator at the losses."""
-
-_SMALLER = (
-    "use a smaller learning rate or a smaller strength (plain gradient descent diverges once the "
-    "largest strength * Fisher * learning rate exceeds 2)"
-)
 
 
 class FiniteSteps:
@@ -32,9 +29,15 @@ class FiniteSteps:
     norms of the gradients are gathered and read together with the parameters.  The message still
     names the first step.  By then the optimizer has stepped, and the parameters may be NaN: go
     back to a checkpoint.
+
+    Args:
+        penalty: the penalty in the loss, whose strength may be too large; ``None`` without one.
+        growth: what warns of finite parameters that have grown beyond any use, at each look.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, penalty: EWCPenalty | None = None, growth: Growth | None = None) -> None:
+        self.penalty = penalty
+        self.growth = growth
         self._steps = self._looked_at = 0
         self._losses: list[tuple[int, Tensor]] = []
         self._gradients: list[tuple[int, dict[str, Tensor]]] = []
@@ -68,6 +71,9 @@ class FiniteSteps:
     def look(self, strategy: Any) -> None:
         """Look at what is not read yet, at the end of a task.
 
+        Warns:
+            UserWarning: parameters have grown beyond any use (:class:`ewc.growth.Growth`).
+
         Raises:
             FloatingPointError: as in :meth:`check_loss`.
         """
@@ -84,10 +90,18 @@ class FiniteSteps:
                 when = f"as the gradient of {name!r} is not finite in step {step}"
             raise FloatingPointError(
                 f"{_listed(faults)} stopped being finite in task {task_number(strategy)}, {when}: "
-                f"{_SMALLER}."
+                f"{self._smaller}."
             )
+        if self.growth:
+            self.growth.check(strategy.model, task_number(strategy), done)
         self._looked_at = done
         self._losses, self._gradients = [], []
+
+    @property
+    def _smaller(self) -> str:
+        """What helps where training diverges."""
+        strength = " or a smaller strength" if self.penalty and self.penalty.terms else ""
+        return f"use a smaller learning rate{strength}"
 
     def _stop(self, strategy: Any, step: int, loss: float) -> None:
         """Raise, with what can be found out about the step."""
@@ -101,19 +115,19 @@ class FiniteSteps:
         """Why a loss is not finite, and what helps."""
         if gradient := self._first_gradient():
             step, name = gradient
-            return f"the gradient of {name!r} is not finite in step {step}", _SMALLER
+            return f"the gradient of {name!r} is not finite in step {step}", self._smaller
         if faults := not_finite(strategy.model, strategy.optimizer):
-            return f"{_listed(faults)} stopped being finite in the step before", _SMALLER
+            return f"{_listed(faults)} stopped being finite in the step before", self._smaller
         if not all(_is_finite(tensor) for tensor in _tensors(strategy.mbatch)):
             return "the mini-batch is not finite", "check the data"
         if layer := _first_layer(strategy):
-            return f"the outputs of {layer} are not finite", _SMALLER
+            return f"the outputs of {layer} are not finite", self._smaller
         largest = {n: float(p.detach().abs().max()) for n, p in named_parameters(strategy.model)}
         name = max(largest, key=largest.__getitem__)
         return (
             f"the penalty or the loss overflows (the largest parameter is in {name!r}, "
             f"{largest[name]:.2g})",
-            _SMALLER,
+            self._smaller,
         )
 
     def _first_gradient(self) -> tuple[int, str] | None:

@@ -24,6 +24,7 @@ from ewc.fisher.estimators import check_estimator, check_no_loss
 from ewc.fisher.evaluation import undisturbed
 from ewc.fisher.structures.diagonal import Diagonal
 from ewc.fisher.structures.structure import Structure, check_structure
+from ewc.growth import Growth
 from ewc.likelihoods import Categorical, Likelihood, check_likelihood
 from ewc.matrices import FisherMatrix
 from ewc.penalty import EWCPenalty
@@ -79,6 +80,7 @@ class EWCPlugin(SupervisedPlugin):
         last_penalty: the penalty's value in the current iteration, a tensor without gradient; 0
             before the first task.  It is an estimate where a step does not use all eigenvectors.
             With implicit steps it is the value after one of the last ten of them.
+        growth: how much the parameters have grown in training; it warns of absurd sizes.
 
     Raises:
         ValueError: the strength is negative or not finite, ``shrinkage`` is not in [0, 1] or the
@@ -117,8 +119,12 @@ class EWCPlugin(SupervisedPlugin):
         self.update = update
         self._since = self._taken = 0
         self._finite = FiniteSteps()
+        self.growth = Growth()
         self._checks = PenaltyChecks(
-            explicit=isinstance(update, InLoss), remedy=", or update=ImplicitSteps()"
+            self.growth,
+            explicit=isinstance(update, InLoss),
+            remedy=", or implicit steps (update=ImplicitSteps() in Python, "
+            "strategy/update=implicit on the command line)",
         )
         self.penalty = EWCPenalty(
             strength,
@@ -141,12 +147,17 @@ class EWCPlugin(SupervisedPlugin):
             ValueError: as in :meth:`check_task`.
         """
         self.penalty.num_examples = _num_examples(strategy)
-        self._finite = FiniteSteps()
+        in_loss = isinstance(self.update, InLoss)
+        self._finite = FiniteSteps(self.penalty if in_loss else None, self.growth)
+        self.growth.start(strategy.model)
         if not self.penalty.terms:
             self.check_task(strategy, **options)
 
     def before_backward(self, strategy: Any, **_: Any) -> None:
         """Add the penalty to the loss of the current mini-batch.
+
+        Warns:
+            UserWarning: the parameters have grown beyond any use.
 
         Raises:
             FloatingPointError: the loss is not finite; the message names the task, the step and
@@ -159,7 +170,7 @@ class EWCPlugin(SupervisedPlugin):
         self._finite.check_loss(strategy)
 
     def before_update(self, strategy: Any, **_: Any) -> None:
-        """Note the gradients' norms on an accelerator, and check the first step of a task.
+        """Note the gradients' norms on an accelerator, and check the learning rate.
 
         Warns:
             UserWarning: gradient descent on the penalty diverges (:meth:`EWCPenalty.stiffness`).
@@ -189,7 +200,8 @@ class EWCPlugin(SupervisedPlugin):
         After an error the penalty is unchanged.
 
         Warns:
-            UserWarning: the penalty did not matter in the task, or the Fisher information is zero.
+            UserWarning: the penalty did not matter in the task, the parameters have grown beyond
+                any use, or the Fisher information is zero.
 
         Raises:
             ValueError: a target does not fit the outputs.

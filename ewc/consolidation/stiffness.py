@@ -12,10 +12,14 @@ Nesterov's momentum :math:`\mu`           :math:`2 (1 + \mu) / (1 + 2 \mu)`
 ========================================  ===================================
 
 With dampening :math:`d` the step is :math:`\eta (1 - d)`, and weight decay :math:`w` adds to
-:math:`l`.  These are the conditions under which both roots of the iteration's characteristic
-polynomial lie in the unit circle (Polyak 1964, doi:10.1016/0041-5553(64)90137-5, for momentum).
+:math:`l`.  With learning rates and weight decays by group, :math:`\eta l` is an eigenvalue of
+:math:`H^{1/2} (P + W) H^{1/2}`, with the diagonal matrices of the rates and of the decays.
 
-A parameter whose last gradient is 0 everywhere stays where it is, and does not count.
+These are the conditions under which both roots of the iteration's characteristic polynomial lie in
+the unit circle (Polyak 1964, doi:10.1016/0041-5553(64)90137-5, for momentum).
+
+A parameter whose last gradient is 0 everywhere and that has no weight decay stays where it is, and
+does not count.
 
 Beyond the limit the penalty by itself diverges.  Below it, the loss may still diverge.  Adam and
 its variants scale each step by the gradient's size, so no such limit holds for them.
@@ -42,10 +46,12 @@ class Stiffness:
         product: the largest eigenvalue of the penalty's matrix times the learning rate, or
             less: for several quadratics that of the largest, if even their sum is below the limit.
         limit: the product above which gradient descent diverges.
+        decay: the part of the product that weight decay can make, whatever the strength.
     """
 
     product: float
     limit: float
+    decay: float = 0.0
 
     @property
     def ratio(self) -> float:
@@ -69,31 +75,39 @@ def stiffness(
 
     Returns:
         The stiffness; ``None`` for an optimizer other than ``torch.optim.SGD``, or one whose
-        groups differ in momentum or in weight decay.
+        groups with parameters of the quadratics differ in their limits.
     """
     if type(optimizer) is not torch.optim.SGD:
         return None
-    groups = optimizer.param_groups
-    limits = {_limit(group) for group in groups}
-    decays = {_rate(group) * float(group["weight_decay"]) for group in groups}
-    if len(limits) != 1 or len(decays) != 1:
+    by_id = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    groups = {n: by_id[id(p)] for n, p in parameters.items() if id(p) in by_id}
+    limits = {_limit(group) for group in groups.values()}
+    if len(limits) != 1:
         return None
-    limit = limits.pop() - decays.pop()
-    if limit <= 0:
-        return None
-    by_id = {id(p): _rate(group) for group in groups for p in group["params"]}
-    rates = {n: by_id.get(id(p), 0.0) * _moves(p) for n, p in parameters.items()}
+    limit = limits.pop()
+    rates, decays = dict.fromkeys(parameters, 0.0), dict.fromkeys(parameters, 0.0)
+    for name, group in groups.items():
+        decays[name] = float(group["weight_decay"])
+        rates[name] = _rate(group) * (decays[name] > 0 or _moves(parameters[name]))
+    shifts = {rates[name] * decays[name] for name in parameters if rates[name]} or {0.0}
+    most = max(shifts)
     each = [scale * term.precision.largest_eigenvalue(rates) for term in terms]
-    if len(each) == 1 or sum(each) <= limit:
-        return Stiffness(max(each), limit)
+    if len(each) == 1 and len(shifts) == 1:
+        return Stiffness(each[0] + most, limit, most)
+    if sum(each) + most <= limit:
+        return Stiffness(max(*each, most), limit, most)
 
     def product(v: Parameters) -> Parameters:
         images = [term.product(v) for term in terms]
-        return {name: sum((i[name] for i in images[1:]), images[0][name]) for name in v}
+        return {
+            name: scale * sum((i[name] for i in images[1:]), images[0][name])
+            + decays[name] * v[name]
+            for name in v
+        }
 
     place, dtype = terms[0].place
     like = {name: tensor.to(place, dtype) for name, tensor in terms[0].anchor.items()}
-    return Stiffness(scale * scaled_largest_eigenvalue(product, rates, like), limit)
+    return Stiffness(scaled_largest_eigenvalue(product, rates, like), limit, most)
 
 
 def _moves(parameter: Tensor) -> bool:

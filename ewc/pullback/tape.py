@@ -390,7 +390,10 @@ class Tape:
         places = torch.arange(n) % scores.shape[1]  # more examples than there are are repeated
         score = torch.einsum("kn,kn...->n...", weights, scores[:, places]).reshape(n, -1)
         # Every example has a score of norm 1, so none is lost in the rounding of another.
-        score = torch.nn.functional.normalize(score, eps=torch.finfo(score.dtype).tiny)
+        # First by the largest entry, as the squares of small entries would be 0.
+        tiny = torch.finfo(score.dtype).tiny
+        score = score / score.abs().amax(1, keepdim=True).clamp_min(tiny)
+        score = torch.nn.functional.normalize(score, eps=tiny)
         plain = self._rows_of(score)
         if self.known.noise is None:
             again = self._rows_of(score)

@@ -10,6 +10,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from ewc import DiagonalFisher, EWCPenalty, FisherMatrix
 from ewc.consolidation.combination import Consolidation
 from ewc.finite_steps import FiniteSteps, task_number
+from ewc.growth import Growth
 from ewc.parameters import Parameters
 from ewc.penalty_checks import PenaltyChecks
 
@@ -29,6 +30,7 @@ class ImportancePlugin(SupervisedPlugin, ABC):
         fisher: the importance of the last task, as a diagonal matrix; ``None`` before the
             first task.
         last_penalty: the penalty's value in the current iteration, without gradient.
+        growth: how much the parameters have grown in training.
     """
 
     def __init__(self, strength: float, consolidation: Consolidation) -> None:
@@ -36,8 +38,9 @@ class ImportancePlugin(SupervisedPlugin, ABC):
         self.penalty = EWCPenalty(strength, consolidation)
         self.fisher: FisherMatrix | None = None
         self.last_penalty = torch.zeros(())
+        self.growth = Growth()
         self._finite = FiniteSteps()
-        self._checks = PenaltyChecks()
+        self._checks = PenaltyChecks(self.growth)
 
     @abstractmethod
     def importance(self, strategy: Any) -> Parameters:
@@ -50,7 +53,8 @@ class ImportancePlugin(SupervisedPlugin, ABC):
     def before_training_exp(self, strategy: Any, **_: Any) -> None:
         """Set the weight of the task in training."""
         self.penalty.num_examples = self.num_examples(strategy)
-        self._finite = FiniteSteps()
+        self._finite = FiniteSteps(self.penalty, self.growth)
+        self.growth.start(strategy.model)
 
     def before_backward(self, strategy: Any, **_: Any) -> None:
         """Add the penalty to the loss of the current mini-batch.

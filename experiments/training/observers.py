@@ -10,9 +10,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from ewc import EWCPenalty, FisherMatrix
-from ewc.finite_steps import LOOK_EVERY, FiniteSteps, task_number
+from ewc.finite_steps import FiniteSteps, task_number
+from ewc.growth import Growth
 from experiments.recording.tracking import Recorder
-from experiments.training.divergence import Divergence, norms
+from experiments.training.divergence import warn_of_loss
 
 
 @runtime_checkable
@@ -23,11 +24,13 @@ class PenaltyPlugin(Protocol):
         penalty: the penalty of earlier tasks.
         fisher: the matrix of the last task in the penalty; ``None`` before the first.
         last_penalty: the penalty's value in the current iteration.
+        growth: how much the parameters have grown in training.
     """
 
     penalty: EWCPenalty
     fisher: FisherMatrix | None
     last_penalty: Tensor
+    growth: Growth
 
 
 class TrainingObserver(SupervisedPlugin):
@@ -65,9 +68,9 @@ class TrainingObserver(SupervisedPlugin):
         self.train_seconds = 0.0
         self.trained_at = 0.0
         self._started = 0.0
-        self._finite = FiniteSteps()
+        self._growth = plugin.growth if plugin else Growth()
+        self._finite = FiniteSteps(growth=self._growth)
         self._losses: list[Tensor] = []
-        self._divergence: Divergence | None = None
         self._progress: Progress | None = None
         self._bar: Any = None
 
@@ -87,18 +90,19 @@ class TrainingObserver(SupervisedPlugin):
                 f"task {number}/{self.num_tasks}", total=len(strategy.dataloader), loss=0.0
             )
             self._progress.start()
-        self._finite = FiniteSteps()
+        self._finite = FiniteSteps(growth=self._growth)
         self._losses = []
-        self._divergence = self._divergence or Divergence(norms(strategy.model))
+        self._growth.start(strategy.model)
         self._started = time.perf_counter()
 
     def before_backward(self, strategy: Any, **_: Any) -> None:
-        """Stop a run whose loss is not finite.
+        """Stop a run whose loss is not finite, where no plugin with a penalty does.
 
         Raises:
             FloatingPointError: the loss is not finite.
         """
-        self._finite.check_loss(strategy)
+        if not self.plugin:
+            self._finite.check_loss(strategy)
         # The task's own loss: the observer comes before the plugins that add to it.
         self._losses = [*self._losses[:1], strategy.loss.detach()]
 
@@ -121,8 +125,6 @@ class TrainingObserver(SupervisedPlugin):
                 self._progress.update(self._bar, loss=loss)
         if self._progress:
             self._progress.advance(self._bar)
-        if (done := strategy.clock.train_exp_iterations + 1) % LOOK_EVERY == 0:
-            self._check_growth(strategy, done)
 
     def after_training_exp(self, strategy: Any, **_: Any) -> None:
         """Stop the clock and the progress bar.
@@ -133,23 +135,21 @@ class TrainingObserver(SupervisedPlugin):
         self.trained_at = time.perf_counter()
         self.train_seconds += self.trained_at - self._started
         self.close()
-        self._finite.look(strategy)
-        self._check_growth(strategy, strategy.clock.train_exp_iterations)
-        if self._divergence and self._losses:
+        if not self.plugin:
+            self._finite.look(strategy)
+        task, step = task_number(strategy), strategy.clock.train_exp_iterations
+        self._growth.check(strategy.model, task, step)
+        if self._losses:
             first, last = (float(self._losses[k]) for k in (0, -1))
-            self._divergence.check_loss(first, last, task_number(strategy))
-
-    def _check_growth(self, strategy: Any, step: int) -> None:
-        if self._divergence:
-            self._divergence.check_parameters(strategy.model, task_number(strategy), step)
+            warn_of_loss(self._growth, first, last, task)
 
     def state(self) -> dict[str, Any]:
         """The time and the losses so far."""
         return {
             "train_seconds": self.train_seconds + time.perf_counter() - self._started,
             "losses": self._losses,
-            "initial_norms": self._divergence.initial if self._divergence else {},
-            "warned": bool(self._divergence and self._divergence.warned),
+            "initial_norms": self._growth.initial,
+            "warned": self._growth.warned,
         }
 
     def restore(self, state: Mapping[str, Any], strategy: Any) -> None:
@@ -157,7 +157,7 @@ class TrainingObserver(SupervisedPlugin):
         self.train_seconds = state["train_seconds"]
         self._started = time.perf_counter()
         self._losses = [loss.to(strategy.device) for loss in state["losses"]]
-        self._divergence = Divergence(state["initial_norms"], warned=state["warned"])
+        self._growth.restore(state["initial_norms"], warned=state["warned"])
 
     def close(self) -> None:
         """Remove the progress bar, if there is one."""

@@ -146,6 +146,44 @@ def test_a_parameter_without_gradient_does_not_count():
     assert penalty.stiffness(model, optimizer).product == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("structure", [Diagonal(), Kronecker(), Dense()])
+@pytest.mark.parametrize("consolidation", [Separate(), Online()])
+def test_weight_decay_adds_to_each_layer(structure, consolidation):
+    """A group without parameters of the penalty does not matter, whatever its momentum."""
+    model = network()
+    penalty = consolidated(model, structure, consolidation)
+    groups = [
+        {"params": model[0].parameters(), "lr": 100.0, "weight_decay": 0.01},
+        {"params": model[2].parameters(), "lr": 3.0, "weight_decay": 0.2},
+        {"params": nn.Linear(2, 2).parameters(), "lr": 7.0, "momentum": 0.9, "weight_decay": 9.0},
+    ]
+    sizes = [sum(p.numel() for p in model[k].parameters()) for k in (0, 2)]
+    rates, decays = (
+        torch.cat([torch.full((n,), v) for n, v in zip(sizes, pair, strict=True)]).double()
+        for pair in ((100.0, 3.0), (0.01, 0.2))
+    )
+    roots = rates.sqrt()
+    matrix = roots[:, None] * (hessian(penalty, model) + decays.diag()) * roots
+    largest = float(torch.linalg.eigvalsh(matrix).max())
+    stiffness = penalty.stiffness(model, torch.optim.SGD(groups))
+    assert largest > stiffness.limit == 2
+    assert 0.95 * largest < stiffness.product < largest * (1 + 1e-9)
+
+
+def test_weight_decay_moves_a_parameter_without_gradient():
+    model = network()
+    penalty = consolidated(model, Diagonal(), Online())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    groups = [{"params": model[0].parameters(), "weight_decay": 0.5}]
+    groups += [{"params": model[2].parameters()}]
+    largest = max(
+        float(penalty.terms[0].precision.diagonal()[f"0.{n}"].max()) for n in ("weight", "bias")
+    )
+    product = penalty.stiffness(model, torch.optim.SGD(groups, lr=1.0)).product
+    assert product == pytest.approx(3.0 / 30 * largest + 0.5)
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.RMSprop])
 def test_no_limit_is_claimed_for_other_optimizers(optimizer):
     model = network()

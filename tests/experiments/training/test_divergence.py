@@ -110,11 +110,30 @@ def test_tasks_that_are_not_learnt_are_said_once(tmp_path, caplog, optimizer):
     assert message.startswith("Task 2 is not learnt: after its training the accuracy on it is ")
 
 
-def test_an_absurd_learning_rate_is_said_early_with_its_layer(tmp_path, caplog):
-    run(tmp_path, "strategy=naive", "optimizer.lr=1e9", "training.iterations=150")
-    (message,) = [m for m in logged(caplog) if "times as large" in m]
+@pytest.mark.parametrize("strategy", ["naive", "ewc", "l2"])
+def test_an_absurd_learning_rate_is_said_early_with_its_layer(tmp_path, caplog, strategy):
+    options = [f"strategy={strategy}", "optimizer.lr=1e9", "training.iterations=150"]
+    said, _ = run(tmp_path, *options)
+    (message,) = [m for m in said if "times as large" in m]
     assert message.startswith("In task 1 the parameters ")
-    assert "after step 100 as before training: optimizer.lr is probably too large." in message
+    assert "after step 99 as before training: the learning rate is probably too large." in message
+    assert not [
+        m for m in [*said, *logged(caplog)] if "did not matter" in m or "the loss went" in m
+    ]
+
+
+def test_a_run_that_learns_nothing_is_said_once(tmp_path, caplog):
+    """All predictions are the same: the units are dead, at sizes that are not absurd."""
+    options = ["strategy=naive", "optimizer=sgd", "training.iterations=30", "model.hidden=[5]"]
+    run(tmp_path, *options, "optimizer.lr=1e6")
+    (message,) = logged(caplog)
+    assert message.startswith("Task 1 is not learnt: after its training the accuracy on it is ")
+    assert message.endswith("so optimizer.lr is too small or too large, or training too short.")
+
+
+def test_a_short_run_above_chance_is_not_said(tmp_path, caplog):
+    run(tmp_path, "strategy=naive", *SGD, "training.iterations=15")
+    assert logged(caplog) == []
 
 
 @pytest.mark.parametrize(
@@ -122,7 +141,9 @@ def test_an_absurd_learning_rate_is_said_early_with_its_layer(tmp_path, caplog):
     [
         ([[0.98], [0.9, 0.55]], True),
         ([[0.98], [0.9, 0.70]], False),  # four standard errors above chance
-        ([[0.55], [0.5, 0.55]], False),  # the first one was not learnt either
+        ([[0.55], [0.5, 0.55]], False),  # said after the first one
+        ([[0.55]], True),
+        ([[0.70]], False),
         ([[0.98], [0.9, 0.55], [0.9, 0.5, 0.5]], False),  # said before
     ],
 )
