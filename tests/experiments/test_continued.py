@@ -90,7 +90,6 @@ def test_options_that_decide_are_refused(tmp_path, command_line, other):
 @pytest.mark.parametrize(
     "content",
     [
-        None,
         "{",
         "{}",
         '{"overrides": "seed=1"}',
@@ -103,8 +102,7 @@ def test_options_that_decide_are_refused(tmp_path, command_line, other):
     ],
 )
 def test_a_folder_without_the_options_of_a_run_is_refused(tmp_path, command_line, content):
-    if content:
-        (tmp_path / OWNER).write_text(content)
+    (tmp_path / OWNER).write_text(content)
     code, _, err = command_line(f"resume={tmp_path}")
     assert (code, len(err.splitlines())) == (1, 1)
     assert f"{tmp_path / OWNER} does not say how a run was started" in err

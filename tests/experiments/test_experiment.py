@@ -415,6 +415,7 @@ def test_the_choice_of_a_sweep_that_lacks_an_option_is_named(tmp_path, command_l
     assert "'strategy.shrinkage' with strategy=si: allowed are strategy.strength, " in errors
 
 
+@pytest.mark.filterwarnings("default:In task 1 the parameters")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

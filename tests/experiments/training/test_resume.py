@@ -245,7 +245,8 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path, monkeypatch, caplog):
         assert run(directory, *EACH, after=5) is None
     assert checkpoint_files(directory) == files
     assert sorted((directory / "checkpoints").iterdir()) == files
-    assert "checkpoints: [Errno 28] No space left on device; the run goes on without" in caplog.text
+    assert "checkpoints: [Errno 28] No space left on device: '" in caplog.text
+    assert "; the run goes on without" in caplog.text
     assert_same(outcome(directory, *EACH), whole)
 
 
