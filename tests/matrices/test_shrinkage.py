@@ -129,17 +129,6 @@ def test_options_that_are_set_later_are_checked_too():
     assert "shrinkage=0.0, eigenvector_share=1.0" in repr(penalty)
 
 
-def test_a_penalty_saved_before_there_was_shrinkage_has_none():
-    model, penalty = network(), EWCPenalty(2.0)
-    penalty.consolidate(fisher_information(model, data()), model)
-    state = penalty.state_dict()
-    for key in ("shrinkage", "eigenvector_share", "step"):
-        del state["_extra_state"][key]
-    loaded = EWCPenalty(shrinkage=0.5, eigenvector_share=0.5)
-    loaded.load_state_dict(state)
-    assert (loaded.shrinkage, loaded.eigenvector_share, loaded.strength) == (0.0, 1.0, 2.0)
-
-
 @pytest.mark.parametrize("amount", [-0.1, 1.1, float("nan")])
 def test_impossible_shares_are_refused(amount):
     with pytest.raises(ValueError, match=r"shrinkage must lie in \[0, 1\], got"):
