@@ -81,6 +81,17 @@ class AtOnce(Stop):
         print(f"{signal.Signals(number).name}: stopped outside of training.", file=sys.stderr)
         self.check()
 
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End the process also where an import has made another error of the first one."""
+        super().__exit__(kind, error, trace)
+        if self.signal is not None:
+            raise SystemExit(CODES[self.signal]) from None
+
 
 def _end_with_the_sweep() -> None:
     """End this worker process, between two jobs, when the process that made it has died.

@@ -40,6 +40,18 @@ def test_a_signal_outside_of_training_ends_the_process_at_once(capsys, number, c
     assert signal.getsignal(number) == before
 
 
+def test_an_import_may_hide_the_end():
+    def importing():
+        with AtOnce():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            except SystemExit as end:
+                raise ImportError("a module in C") from end
+
+    with pytest.raises(SystemExit, match="143"):
+        importing()
+
+
 def test_a_signal_in_training_is_noted(capsys):
     with AtOnce() as outer:
         with Stop() as stop:
