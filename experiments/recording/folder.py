@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from experiments.configuration.schema import deciding, same_outcome
 from experiments.configuration.targets import ConfigurationError
 from experiments.recording.files import part_of
-from experiments.recording.results import DamagedResultsError, read_results
+from experiments.recording.results import RESULTS, DamagedResultsError, read_results
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ _RECORDS = (METRICS, *_EARLIER)
 IN_USE = "is in use by"
 """What the message of a folder says that another process has locked."""
 
-_LEFT = (*_RECORDS, *(f"{name}.png" for name in PICTURES), "config.yaml", "results.json")
+_LEFT = (*_RECORDS, *(f"{name}.png" for name in PICTURES), "config.yaml", RESULTS)
 """The files of a run in its folder, besides checkpoints, ``run.json``, its log and W&B's files."""
 
 _OPTIONS = "hydra.run.dir=DIR (of a sweep hydra.sweep.dir=DIR)"

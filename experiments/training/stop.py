@@ -93,6 +93,10 @@ class AtOnce(Stop):
             raise SystemExit(CODES[self.signal]) from None
 
 
+_WATCH = "end with the sweep"
+"""The name of the thread that watches the sweep's process."""
+
+
 def _end_with_the_sweep() -> None:
     """End this worker process, between two jobs, when the process that made it has died.
 
@@ -105,8 +109,6 @@ def _end_with_the_sweep() -> None:
         return
     threading.Thread(target=_watch, name=_WATCH, daemon=True).start()
 
-
-_WATCH = "end with the sweep"
 
 _in_a_job = threading.Lock()
 """Held while a job runs."""
