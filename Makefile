@@ -10,7 +10,7 @@ install: ## Install the library, the application and the tools of development
 	python -m pip install -e ".[dev]"
 
 lock: ## Write constraints.txt with the newest versions; needs uv
-	uv pip compile pyproject.toml --upgrade --universal --extra dev --no-annotate \
+	UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile pyproject.toml --upgrade --universal --extra dev --no-annotate \
 		--no-emit-package ewc --no-emit-package pip --output-file constraints.txt
 
 lint: ## Check style and types
