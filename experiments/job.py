@@ -59,11 +59,11 @@ def run(config: DictConfig) -> float:
         remove_empty(directory)
     if single:
         sys.exit(f"error: {reason}")
-    from experiments.reporting.sweep import note_failure
+    from experiments.recording.sweep import note_failure
 
     _log.error("%s", reason)
     sweep = Path(job.runtime.cwd) / job.sweep.dir
-    note_failure(sweep, f"job {job.job.num} ({' '.join(job.overrides.task)})", reason)
+    note_failure(sweep, job.job.num, job.overrides.task, reason)
     return math.nan
 
 
@@ -83,7 +83,10 @@ def _run(config: dict[str, Any], directory: Path, single: bool) -> float:
         return _done(done, directory)
     # A slow import, which neither a wrong option nor a finished job needs.
     from experiments.experiment import Experiment
+    from experiments.training.device import take_device
 
+    if _runs_beside_others():
+        take_device(HydraConfig.get().job.num)
     experiment = build(config, Experiment)
     try:
         prepared = experiment.prepare()
@@ -193,6 +196,13 @@ def _keep(directory: Path, results: dict[str, Any]) -> None:
         raise
     if kept := _kept_in():
         keep(kept, results)
+
+
+def _runs_beside_others() -> bool:
+    """Whether this is a job of a sweep whose launcher runs several jobs at a time."""
+    job = HydraConfig.get()
+    alone = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+    return job.mode == RunMode.MULTIRUN and job.launcher._target_ != alone
 
 
 def _kept_in() -> Path | None:
