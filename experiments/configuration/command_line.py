@@ -156,6 +156,8 @@ def ended_briefly(command: Callable[[], Any], config_name: str) -> None:
         if "Config group override" not in str(error):
             raise
         sys.exit(f"error: {short_message(error, config_name)}")
+    except ConnectionError as error:  # of a launcher's cluster
+        sys.exit(f"error: {sentence(error)}")
     except OSError as error:  # of the folders that Hydra makes
         sys.exit(
             f"error: {sentence(error)}; hydra.run.dir=DIR chooses another folder for a run, "

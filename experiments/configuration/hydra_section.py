@@ -13,7 +13,13 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.configuration.targets import ConfigurationError, checked_target, located
+from experiments.configuration.targets import (
+    ConfigurationError,
+    check_installed,
+    checked_target,
+    is_within,
+    located,
+)
 
 OURS = "hydra_plugins.ewc_sweeps"
 
@@ -34,6 +40,12 @@ PLACES: dict[str, tuple[type, tuple[str, ...]]] = {
     "sweeper": (Sweeper, ("hydra._internal.core_plugins", OURS)),
 }
 """The places where Hydra builds objects: the base class, and the modules of its subclasses."""
+
+EXTRAS = {
+    "hydra_plugins.hydra_joblib_launcher": "experiments",
+    "hydra_plugins.hydra_ray_launcher": "ray",
+}
+"""The extras that bring the plugins of others."""
 
 HANDLERS = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler")
 
@@ -95,6 +107,9 @@ def _check_built(
     if isinstance(value, Mapping):
         if "_target_" in value:
             name, named = value["_target_"], f"{option}._target_"
+            for plugin, extra in EXTRAS.items():
+                if is_within(str(name), [plugin]):
+                    check_installed(plugin, extra)
             checked_target(located(name, named, modules), name, named, [wanted])
         value = {f"{option}.{key}": element for key, element in value.items()}
     elif isinstance(value, list):

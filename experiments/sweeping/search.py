@@ -18,7 +18,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.configuration.schema import sets_no_outcome
-from experiments.configuration.targets import ConfigurationError
+from experiments.configuration.targets import ConfigurationError, check_installed
 from experiments.recording.files import only_warned, write_whole
 from experiments.recording.folder import IN_USE
 from experiments.recording.sweep import failure_of, note_failed
@@ -94,6 +94,7 @@ class Search:
         Raises:
             ConfigurationError: the overrides span no space, or the folder has another search.
         """
+        check_installed("optuna", "sweep")
         overrides = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         space = Space.parsed(overrides, launcher.hydra_context.config_loader)  # type: ignore[attr-defined]
         check(space.examples())

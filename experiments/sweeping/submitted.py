@@ -18,7 +18,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from experiments.configuration.schema import plain
-from experiments.configuration.targets import ConfigurationError, shown
+from experiments.configuration.targets import ConfigurationError, check_installed, shown
 from experiments.recording.folder import finished
 from experiments.recording.sweep import note_failure
 
@@ -121,12 +121,9 @@ class Submission:
 
     def _executor(self, sweep: Path) -> Any:
         """Submitit's executor, with the parameters of the jobs."""
-        try:
-            import submitit
-        except ImportError as error:
-            raise ConfigurationError(
-                "The launcher needs submitit: pip install -e '.[slurm]' installs it."
-            ) from error
+        check_installed("submitit", "slurm")
+        import submitit
+
         folder = sweep / ".submitit" / "%j"
         if self.cluster == "local":
             executor: Any = submitit.LocalExecutor(folder, max_num_timeout=self.max_num_timeout)
