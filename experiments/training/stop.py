@@ -75,7 +75,7 @@ class Stop:
         """End the process if it is asked to.
 
         Raises:
-            SystemExit: with 130 after Ctrl-C, 129 for a worker without its sweep, else with 143,
+            SystemExit: with 130 after Ctrl-C, 129 for a worker without its sweep, 143 otherwise,
                 or what the scheduler's handler says.
         """
         if self.asked():
@@ -92,7 +92,12 @@ class AtOnce(Stop):
         advice: what the message says besides the signal; a sweep says how it is continued.
     """
 
-    advice = "stopped outside of training."
+    advice = ""
+
+    def __enter__(self) -> Self:
+        """Catch the signals, with the message of a process that is no sweep."""
+        AtOnce.advice = "stopped outside of training."
+        return super().__enter__()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         super()._note(number, frame)

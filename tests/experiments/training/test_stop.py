@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from experiments.recording.results import read_results
-from experiments.training.stop import CODES, AtOnce, Stop
+from experiments.training.stop import CODES, REQUEUE, AtOnce, Stop
 
 ROOT = Path(__file__).parents[3]
 SMALL = ["benchmark=permuted_digits", "benchmark.num_tasks=2", "model.hidden=[30]"]
@@ -38,6 +38,41 @@ def test_a_signal_outside_of_training_ends_the_process_at_once(capsys, number, c
     assert end.value.code == code
     assert capsys.readouterr().err == f"{number.name}: stopped outside of training.\n"
     assert signal.getsignal(number) == before
+
+
+def stopped_by(*numbers):
+    """What a scheduler's handler gets when signals come in training, and the exit code."""
+    seen = []
+    before = signal.signal(REQUEUE, lambda number, _: seen.append(number))
+    try:
+        with Stop() as stop:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+            assert seen == []
+            with pytest.raises(SystemExit) as end:
+                stop.check()
+    finally:
+        signal.signal(REQUEUE, before)
+    return seen, end.value.code
+
+
+@pytest.mark.parametrize(
+    ("numbers", "requeued"),
+    [
+        ([REQUEUE], True),
+        ([signal.SIGTERM], False),  # scancel
+        ([signal.SIGTERM, REQUEUE], True),  # pre-emption
+        ([REQUEUE, signal.SIGTERM], True),
+    ],
+)
+def test_a_scheduler_gets_its_signal_at_the_end(numbers, requeued):
+    code = 128 + (REQUEUE if requeued else signal.SIGTERM)
+    assert stopped_by(*numbers) == ([REQUEUE] * requeued, code)
+
+
+def test_without_a_scheduler_its_signal_is_not_caught():
+    with Stop():
+        assert signal.getsignal(REQUEUE) is signal.SIG_DFL
 
 
 def test_an_import_may_hide_the_end():
@@ -187,3 +222,24 @@ def test_a_sweep_whose_first_process_was_killed_goes_on_at_once(tmp_path):
     assert "SIGHUP: the run stops in task" in (tmp_path / "0" / "run.log").read_text()
     lengths = [len(path.read_text().splitlines()) for path in records]
     assert lengths == [2 * 300 + 2] * 2
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_a_sweep_side_by_side_says_how_it_goes_on(tmp_path):
+    sweep = [*SMALL, "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1"]
+    sweep += ["training.iterations=600", f"hydra.sweep.dir={tmp_path}"]
+    command = [sys.executable, "-m", "experiments.run", *sweep]
+    first = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for(lambda: all((tmp_path / job / "metrics.jsonl").exists() for job in "01"))
+    os.killpg(first.pid, signal.SIGINT)  # as a terminal does
+    _, err = first.communicate(timeout=120)
+    assert first.returncode == 130
+    where = os.path.relpath(tmp_path, ROOT)
+    advice = f"to continue the sweep: the same command with hydra.sweep.dir={where}"
+    assert err.count(f"SIGINT: {advice}\n") == 1
+    assert "Traceback" not in err
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert all(read_results(tmp_path / job) for job in "01")
