@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
@@ -248,4 +249,11 @@ def _resumed_or_new() -> None:
         from experiments.continued import with_resume
 
         sys.argv[1:] = with_resume(sys.argv[1:])
-    run()
+    try:
+        run()
+    except BrokenExecutor:  # joblib's
+        from experiments.training.stop import AtOnce
+
+        sys.exit(
+            f"error: the process of a job was killed, as when memory is exhausted; {AtOnce.advice}"
+        )
