@@ -28,8 +28,9 @@ from experiments.tasks.benchmarks import Benchmark, Tasks
 from experiments.tasks.images import default_data_root
 from experiments.training.course import Course
 from experiments.training.divergence import warn_of_unlearnt
-from experiments.training.models import MLP
+from experiments.training.models import Network
 from experiments.training.observers import AccuracyObserver, PenaltyPlugin, TrainingObserver
+from experiments.training.progress import RunProgress
 from experiments.training.protocol import Training
 from experiments.training.resume import Boundary, Continuation
 from experiments.training.schedule import CosineAnnealing, TailAverage
@@ -64,7 +65,7 @@ class Experiment:
     """
 
     benchmark: Benchmark
-    model: MLP
+    model: Network
     optimizer: partial[torch.optim.Optimizer]
     training: Training
     strategy: Strategy
@@ -214,9 +215,8 @@ class Prepared:
         penalised = next((p for p in plugins if isinstance(p, PenaltyPlugin)), None)
         train_stream = self.tasks.scenario.streams["train"]
         test_stream = self.tasks.scenario.streams["test"]
-        observer = TrainingObserver(
-            recorder, penalised, len(train_stream), training.log_every, console
-        )
+        progress = RunProgress(console, train_stream)
+        observer = TrainingObserver(recorder, penalised, training.log_every, progress)
         meter = AccuracyObserver()
         annealing = [CosineAnnealing()] if training.anneal else []
         average = [TailAverage(training.tail_average)] if training.tail_average else []
@@ -243,9 +243,10 @@ class Prepared:
             fisher_batch_size=experiment.fisher.batch_size,
             seed=experiment.seed,
             device=experiment.torch_device,
-            plugins=all_plugins,
+            plugins=[progress, *all_plugins],
             evaluator=EvaluationPlugin(loggers=[]),
             boundary=boundary,
+            progress=progress,
         )
         try:
             for number, experience in enumerate(train_stream):
@@ -277,7 +278,7 @@ class Prepared:
             if begin < len(train_stream):
                 boundary.ended(strategy, len(train_stream))
         finally:
-            observer.close()
+            progress.close()
         return {
             "average_accuracy": average_accuracy(course.matrix),
             "forgetting": forgetting(course.matrix),

@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.configuration.command_line import CONFIGS, ended_briefly, remove_empty, sentence
+from experiments.configuration.manual import asks_for_manual, print_manual
 from experiments.configuration.schema import build, plain
 from experiments.configuration.targets import ConfigurationError
 
@@ -147,7 +148,10 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path, continuation:
     group = Path(job.sweep.dir).name if job.mode == RunMode.MULTIRUN else None
     recorded = continuation.state["recorder"] if continuation.state else None
     with Recorder(directory, experiment.wandb, config, name, group, state=recorded) as recorder:
-        results = prepared.run(recorder, Console(stderr=True), _log, continuation)
+        # The bars of jobs that run at the same time would overwrite each other.
+        alone = job.mode == RunMode.RUN or "BasicLauncher" in job.launcher._target_
+        console = Console(stderr=True, force_terminal=None if alone else False)
+        results = prepared.run(recorder, console, _log, continuation)
         results |= {"config": config, "overrides": list(job.overrides.task)}
         _keep(directory, results)
         matrix = results["accuracy_matrix"]
@@ -229,6 +233,9 @@ def _logged(path: Path) -> Iterator[None]:
 
 def command() -> None:
     """Run the command line; a wrong option gives a short message, not a traceback."""
+    if asks_for_manual(sys.argv[1:]):
+        print_manual(Path(CONFIGS), sys.argv[1:])
+        return
     os.environ["MPLBACKEND"] = "agg"  # pictures go into files, whatever the user's screen
     ended_briefly(_resumed_or_new, "config")
 

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from avalanche.training.plugins import SupervisedPlugin
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from ewc import EWCPenalty, FisherMatrix
@@ -14,6 +12,7 @@ from ewc.finite_steps import FiniteSteps, task_number
 from ewc.growth import Growth
 from experiments.recording.tracking import Recorder
 from experiments.training.divergence import warn_of_loss
+from experiments.training.progress import RunProgress
 
 
 @runtime_checkable
@@ -34,17 +33,16 @@ class PenaltyPlugin(Protocol):
 
 
 class TrainingObserver(SupervisedPlugin):
-    """Records loss and penalty of the steps, draws the progress bar and measures the time.
+    """Records loss and penalty of the steps, and measures the time.
 
-    It must be the first plugin: its ``after_training_exp`` marks the end of training, before other
-    plugins compute something after a task.
+    Only the progress bar may come before it: its ``after_training_exp`` marks the end of training,
+    before other plugins compute something after a task.
 
     Args:
         recorder: the writer of the records.
         plugin: the plugin that adds a penalty; ``None`` without one.
-        num_tasks: the number of tasks.
         log_every: training steps from one record to the next.
-        console: the console for the progress bar, which needs a terminal.
+        progress: the bar that shows the recorded loss.
 
     Attributes:
         train_seconds: the time of all training steps so far.
@@ -55,41 +53,23 @@ class TrainingObserver(SupervisedPlugin):
         self,
         recorder: Recorder,
         plugin: PenaltyPlugin | None,
-        num_tasks: int,
         log_every: int,
-        console: Console,
+        progress: RunProgress,
     ) -> None:
         super().__init__()
         self.recorder = recorder
         self.plugin = plugin
-        self.num_tasks = num_tasks
         self.log_every = log_every
-        self.console = console
+        self.progress = progress
         self.train_seconds = 0.0
         self.trained_at = 0.0
         self._started = 0.0
         self._growth = plugin.growth if plugin else Growth()
         self._finite = FiniteSteps(growth=self._growth)
         self._losses: list[Tensor] = []
-        self._progress: Progress | None = None
-        self._bar: Any = None
 
     def before_training_exp(self, strategy: Any, **_: Any) -> None:
-        """Start the clock and the task's progress bar."""
-        number = strategy.experience.current_experience + 1
-        if self.console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]:.4f}"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
-            self._bar = self._progress.add_task(
-                f"task {number}/{self.num_tasks}", total=len(strategy.dataloader), loss=0.0
-            )
-            self._progress.start()
+        """Start the clock."""
         self._finite = FiniteSteps(growth=self._growth)
         self._losses = []
         self._growth.start(strategy.model)
@@ -121,20 +101,16 @@ class TrainingObserver(SupervisedPlugin):
             self.recorder.log(
                 {"step": step, "task": task, "train/loss": loss, "train/penalty": penalty}
             )
-            if self._progress:
-                self._progress.update(self._bar, loss=loss)
-        if self._progress:
-            self._progress.advance(self._bar)
+            self.progress.loss = loss
 
     def after_training_exp(self, strategy: Any, **_: Any) -> None:
-        """Stop the clock and the progress bar.
+        """Stop the clock.
 
         Raises:
             FloatingPointError: a loss, the parameters or the optimizer's state are not finite.
         """
         self.trained_at = time.perf_counter()
         self.train_seconds += self.trained_at - self._started
-        self.close()
         if not self.plugin:
             self._finite.look(strategy)
         task, step = task_number(strategy), strategy.clock.train_exp_iterations
@@ -158,12 +134,6 @@ class TrainingObserver(SupervisedPlugin):
         self._started = time.perf_counter()
         self._losses = [loss.to(strategy.device) for loss in state["losses"]]
         self._growth.restore(state["initial_norms"], warned=state["warned"])
-
-    def close(self) -> None:
-        """Remove the progress bar, if there is one."""
-        if self._progress:
-            self._progress.stop()
-            self._progress = None
 
 
 class AccuracyObserver(SupervisedPlugin):
