@@ -339,11 +339,11 @@ def _log_task(
     recorder: Recorder, number: int, record: Mapping[str, float], fisher_seconds: float
 ) -> None:
     """Log the metrics after a task; what W&B shows are curves over the tasks."""
-    kept, shown = {}, {}
+    hidden, shown = {}, {}
     if "fisher/trace" in record:
-        kept = {f"fisher/trace/task{number:02d}": record["fisher/trace"]}
+        hidden = {f"fisher/trace/task{number:02d}": record["fisher/trace"]}
         shown = {"fisher/seconds": fisher_seconds}
-    recorder.log(record, kept=kept, shown=shown)
+    recorder.log(record, hidden=hidden, shown=shown)
 
 
 def _keep_artifacts(
