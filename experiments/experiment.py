@@ -27,7 +27,7 @@ from experiments.strategies.strategy import Strategy
 from experiments.tasks.benchmarks import Benchmark, Tasks
 from experiments.tasks.images import default_data_root
 from experiments.training.course import Course
-from experiments.training.divergence import warn_of_unlearnt
+from experiments.training.divergence import accuracy_of_guessing, warn_of_unlearnt
 from experiments.training.models import MLP
 from experiments.training.observers import AccuracyObserver, PenaltyPlugin, TrainingObserver
 from experiments.training.protocol import Training
@@ -201,8 +201,9 @@ class Prepared:
 
         Returns:
             The content of ``results.json`` without the configuration.  Besides the accuracies it
-            has ``fisher_overlap``: per task the overlap of its Fisher information with that of
-            the first task, by layer.
+            has ``guessing``: per task the accuracy of guessing, and its standard error; and
+            ``fisher_overlap``: per task the overlap of its Fisher information with that of the
+            first task, by layer.
 
         Raises:
             FloatingPointError: the loss became infinite or NaN.
@@ -214,6 +215,7 @@ class Prepared:
         penalised = next((p for p in plugins if isinstance(p, PenaltyPlugin)), None)
         train_stream = self.tasks.scenario.streams["train"]
         test_stream = self.tasks.scenario.streams["test"]
+        guessing = [accuracy_of_guessing(task.data.labels) for task in test_stream]
         observer = TrainingObserver(
             recorder, penalised, len(train_stream), training.log_every, console
         )
@@ -259,7 +261,7 @@ class Prepared:
                 # The time after the last step is that of the Fisher pass, if there is one.
                 course.fisher_seconds += trained - observer.trained_at if penalised else 0.0
                 course.matrix.append(meter.accuracies)
-                warn_of_unlearnt(course.matrix, [task.data.labels for task in test_stream])
+                warn_of_unlearnt(course.matrix, guessing)
                 drift = course.drift(self.model)
                 record = _task_record(number, course.matrix, penalised, drift)
                 if penalised and penalised.fisher is not None:
@@ -283,6 +285,7 @@ class Prepared:
             "forgetting": forgetting(course.matrix),
             "backward_transfer": backward_transfer(course.matrix),
             "accuracy_matrix": course.matrix,
+            "guessing": guessing,
             "fisher_overlap": course.overlaps,
             "seconds": course.seconds,
             "parameters": sum(p.numel() for p in self.model.parameters()),

@@ -139,9 +139,11 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path, continuation:
     from experiments.recording.folder import PICTURES
     from experiments.recording.tracking import Recorder
     from experiments.reporting import run_pictures, run_report
+    from experiments.reporting.remarks import remarks
 
     job, experiment = HydraConfig.get(), prepared.experiment
     choices, scenario = job.runtime.choices, experiment.benchmark.scenario
+    named = {group: choices[group] for group in ("benchmark", "model", "strategy")}
     title = f"{choices['benchmark']} ({scenario}), {choices['strategy']}"
     name = f"{choices['benchmark']}-{choices['strategy']}-seed{experiment.seed}"
     group = Path(job.sweep.dir).name if job.mode == RunMode.MULTIRUN else None
@@ -149,6 +151,7 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path, continuation:
     with Recorder(directory, experiment.wandb, config, name, group, state=recorded) as recorder:
         results = prepared.run(recorder, Console(stderr=True), _log, continuation)
         results |= {"config": config, "overrides": list(job.overrides.task)}
+        results |= {"choices": named, "remarks": remarks(results)}
         _keep(directory, results)
         matrix = results["accuracy_matrix"]
         with only_warned("config.yaml"):
@@ -166,7 +169,7 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path, continuation:
         final = ("average_accuracy", "forgetting", "backward_transfer")
         recorder.summary({key: results[key] for key in final})
     console = Console()
-    run_report.show_results(results, title, scenario, console)
+    run_report.show_results(results, title, console)
     seconds = ", ".join(f"{key} {value:.1f}" for key, value in results["seconds"].items())
     console.print(
         f"average accuracy {100 * results['average_accuracy']:.2f} %, forgetting "

@@ -62,9 +62,15 @@ class Finished(Job):
 
 
 class Results(Finished):
-    """The content of ``results.json`` for a run that trained every task."""
+    """The content of ``results.json`` for a run that trained every task.
+
+    Runs of earlier versions lack what has a default.
+    """
 
     backward_transfer: float
+    choices: dict[str, str] = {}
+    guessing: list[dict[str, float]] = []
+    remarks: list[str] = []
 
 
 def parsed(text: str | bytes, finished: type[Finished]) -> dict[str, Any]:
