@@ -59,7 +59,7 @@ def run(config: DictConfig) -> float:
         remove_empty(directory)
     if single:
         sys.exit(f"error: {reason}")
-    from experiments.reporting.sweep import note_failure
+    from experiments.recording.sweep import note_failure
 
     _log.error("%s", reason)
     sweep = Path(job.runtime.cwd) / job.sweep.dir

@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments.recording.curve import CURVES, Curve
 from experiments.recording.metrics import average_accuracies
+from experiments.reporting.drawing import draw_accuracies
 from experiments.reporting.picture_file import write_picture
 
 
@@ -17,17 +18,8 @@ def draw_accuracy_matrix(matrix: Sequence[Sequence[float]], title: str, path: Pa
     size = len(matrix)
     figure = Figure(figsize=(max(4.5, 0.55 * size + 2), max(3.8, 0.5 * size + 1.6)))
     axes = figure.add_subplot()
-    image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    if size <= 12:
-        for i, row in enumerate(matrix):
-            for j, value in enumerate(row):
-                colour = "black" if value > 0.6 else "white"
-                axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color=colour)
-    ticks = range(0, size, max(1, size // 10))
-    axes.set_xticks(ticks, [str(t + 1) for t in ticks])
-    axes.set_yticks(ticks, [str(t + 1) for t in ticks])
-    axes.set(xlabel="test accuracy on task", ylabel="after training on task", title=title)
-    figure.colorbar(image, ax=axes)
+    draw_accuracies(axes, matrix)
+    axes.set_title(title)
     figure.tight_layout()
     write_picture(figure, path, dpi=120)
 

@@ -29,8 +29,9 @@ from experiments.recording.curve import Curve
 from experiments.recording.folder import OWNER, finished, owned
 from experiments.recording.kept import keep, kept_job, read_kept
 from experiments.recording.results import read_jobs, read_results, write_results
+from experiments.recording.sweep import failures, note_failure
 from experiments.recording.tracking import Recorder, WandB
-from experiments.reporting.sweep import failures, note_failure, report_sweep
+from experiments.reporting.sweep import report_sweep
 from experiments.training.observers import TrainingObserver
 
 ROOT = Path(__file__).parents[3]
