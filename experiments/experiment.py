@@ -28,6 +28,7 @@ from experiments.tasks.benchmarks import Benchmark, Tasks
 from experiments.tasks.images import default_data_root
 from experiments.training.course import Course
 from experiments.training.divergence import accuracy_of_guessing, warn_of_unlearnt
+from experiments.training.memory import peak_memory, reset_peak_memory
 from experiments.training.models import MLP
 from experiments.training.observers import AccuracyObserver, PenaltyPlugin, TrainingObserver
 from experiments.training.protocol import Training
@@ -201,15 +202,18 @@ class Prepared:
 
         Returns:
             The content of ``results.json`` without the configuration.  Besides the accuracies it
-            has ``guessing``: per task the accuracy of guessing, and its standard error; and
-            ``fisher_overlap``: per task the overlap of its Fisher information with that of the
-            first task, by layer.
+            has per task ``guessing``, the accuracy of guessing and its standard error;
+            ``fisher_overlap``, the overlap of its Fisher information with that of the first task
+            by layer; and ``fisher`` (:func:`~experiments.training.information.described`).
+            ``initial_accuracies`` are those of the untrained network, and ``memory`` has the
+            ``peak`` in bytes.
 
         Raises:
             FloatingPointError: the loss became infinite or NaN.
             SystemExit: a signal asks for the end; there is a checkpoint.
         """
         continuation = continuation or Continuation()
+        reset_peak_memory(self.experiment.torch_device)
         experiment, training = self.experiment, self.experiment.training
         plugins = experiment.strategy.plugins(experiment.fisher)
         penalised = next((p for p in plugins if isinstance(p, PenaltyPlugin)), None)
@@ -250,21 +254,25 @@ class Prepared:
             boundary=boundary,
         )
         try:
+            if state is None:
+                course.eval_seconds += _evaluated(strategy, test_stream)
+                course.initial = meter.accuracies
             for number, experience in enumerate(train_stream):
                 if number < begin:
                     continue
                 course.begin(self.model, goes_on=state is not None and number == begin)
                 strategy.train(experience, reset_optimizer_state=training.reset_optimizer)
                 trained = time.perf_counter()
-                strategy.eval(test_stream)
-                course.eval_seconds += time.perf_counter() - trained
+                course.eval_seconds += _evaluated(strategy, test_stream)
                 # The time after the last step is that of the Fisher pass, if there is one.
-                course.fisher_seconds += trained - observer.trained_at if penalised else 0.0
+                fisher_seconds = trained - observer.trained_at if penalised else 0.0
+                course.fisher_seconds += fisher_seconds
                 course.matrix.append(meter.accuracies)
                 warn_of_unlearnt(course.matrix, guessing)
-                drift = course.drift(self.model)
-                record = _task_record(number, course.matrix, penalised, drift)
+                record = _task_record(number, course.matrix, course.drift(self.model))
                 if penalised and penalised.fisher is not None:
+                    information = course.describe(penalised.fisher, fisher_seconds)
+                    record[f"fisher/trace/task{number:02d}"] = information["trace"]
                     overlap = course.overlap(penalised.fisher)
                     record |= {f"fisher/overlap/{k}": v for k, v in overlap.items()}
                 recorder.log(record)
@@ -286,8 +294,11 @@ class Prepared:
             "backward_transfer": backward_transfer(course.matrix),
             "accuracy_matrix": course.matrix,
             "guessing": guessing,
+            "initial_accuracies": course.initial,
+            "fisher": course.information,
             "fisher_overlap": course.overlaps,
             "seconds": course.seconds,
+            "memory": {"peak": peak_memory(experiment.torch_device)},
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "seed": experiment.seed,
             "versions": self.versions,
@@ -295,9 +306,14 @@ class Prepared:
         }
 
 
-def _task_record(
-    number: int, matrix: list[list[float]], penalised: PenaltyPlugin | None, drift: float
-) -> dict[str, float | int]:
+def _evaluated(strategy: Any, stream: Any) -> float:
+    """Evaluate on a stream; the seconds that it took."""
+    started = time.perf_counter()
+    strategy.eval(stream)
+    return time.perf_counter() - started
+
+
+def _task_record(number: int, matrix: list[list[float]], drift: float) -> dict[str, float | int]:
     """The metrics after a task, by name."""
     record: dict[str, float | int] = {"task": number}
     for task, accuracy in enumerate(matrix[-1]):
@@ -305,8 +321,6 @@ def _task_record(
     record["eval/average_accuracy"] = average_accuracy(matrix)
     record["eval/forgetting"] = forgetting(matrix)
     record[f"drift/task{number:02d}"] = drift
-    if penalised and penalised.fisher is not None:
-        record[f"fisher/trace/task{number:02d}"] = float(penalised.fisher.trace())
     return record
 
 

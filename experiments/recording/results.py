@@ -61,13 +61,37 @@ class Finished(Job):
         return seconds
 
 
+class Layer(BaseModel):
+    """What is kept of the Fisher information of one layer.
+
+    ``eigenvalues`` has the eigenvalues at ``ranks``, counted from 1 for the largest.
+    """
+
+    model_config = ConfigDict(strict=True)
+    trace: float
+    ranks: list[int]
+    eigenvalues: list[float]
+
+
+class Information(BaseModel):
+    """What is kept of the Fisher information of one task."""
+
+    model_config = ConfigDict(strict=True)
+    trace: float
+    seconds: float
+    layers: dict[str, Layer]
+
+
 class Results(Finished):
     """The content of ``results.json`` for a run that trained every task.
 
-    Runs of earlier versions lack what has a default.
+    Runs of earlier versions lack the entries with a default.
     """
 
     backward_transfer: float
+    initial_accuracies: list[float] = []
+    fisher: list[Information] = []
+    memory: dict[str, int] = {}
     choices: dict[str, str] = {}
     guessing: list[dict[str, float]] = []
     remarks: list[str] = []

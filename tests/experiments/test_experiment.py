@@ -104,6 +104,14 @@ def test_a_seed_decides_everything(tmp_path):
     assert lines[0] == lines[1]
 
 
+def test_the_untrained_network_is_measured_first(tmp_path):
+    still = run(tmp_path / "still", "optimizer.lr=1e-30", "strategy=naive")
+    initial = still["initial_accuracies"]
+    assert still["accuracy_matrix"] == [initial, initial]
+    assert run(tmp_path / "moving", "strategy=naive")["initial_accuracies"] == initial
+    assert 2**25 < still["memory"]["peak"] < 2**40
+
+
 @pytest.mark.slow
 def test_ewc_forgets_less_than_fine_tuning(tmp_path):
     """On 3 seeds of split digits: ECOSYSTEM-size margins, far from noise."""

@@ -169,11 +169,14 @@ def test_a_line_has_what_decides_the_outcome_and_what_the_page_shows(tmp_path):
     where += ["training.checkpoint_minutes=null"]
     apart["training"] = TRAINING | {"checkpoint_minutes": None}
     overlap = [{"2": 1.0, "10": 1.0}, {"2": 0.5, "10": 0.25}]
+    information = {"trace": 1.0, "seconds": 1.0, "layers": {}}
+    apart_results = {"device": "cpu", "fisher": [information], "memory": {"peak": 1}}
     keep(
         path,
         RESULTS
+        | apart_results
         | {"config": CONFIG | apart, "overrides": ["strategy=ewc", *where, "seed=0"]}
-        | {"seconds": {"total": 1.0, "train": 0.5}, "fisher_overlap": overlap, "device": "cpu"},
+        | {"seconds": {"total": 1.0, "train": 0.5}, "fisher_overlap": overlap},
     )
     keep(path, DIVERGED | {"config": CONFIG | {"seed": 1}, "seed": 1})
     (finished_job, diverged_job), damaged = read_kept(path)

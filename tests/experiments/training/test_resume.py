@@ -84,8 +84,14 @@ def outcome(directory, *overrides, stops=()):
     for after in stops:
         assert run(directory, *overrides, after=after) is None
     results, weights, curve = run(directory, *overrides)
-    del results["seconds"]
-    return results, weights, curve, (directory / "metrics.jsonl").read_text()
+    return without_measurements(results), weights, curve, (directory / "metrics.jsonl").read_text()
+
+
+def without_measurements(results):
+    """The results without what the machine decides: times and memory."""
+    for information in results["fisher"]:
+        del information["seconds"]
+    return {key: results[key] for key in results.keys() - {"seconds", "memory"}}
 
 
 def assert_same(one, other):
@@ -330,8 +336,8 @@ def finish(directory, *overrides):
     out, _ = process.communicate(timeout=280)
     assert process.returncode == 0, out
     results = json.loads((directory / "results.json").read_text())
-    for name in ("seconds", "config", "overrides"):
-        del results[name]
+    results = without_measurements(results)
+    del results["config"], results["overrides"]
     tensors = load_file(checkpoint_files(directory)[-1])
     return results, tensors, (directory / "metrics.jsonl").read_text(), out
 
