@@ -37,14 +37,20 @@ class Curve:
     Attributes:
         points: the points so far, without the records of the one that is not complete.
         width: the records of a point.
+        starts: the first step of every task but the first.
     """
 
     points: list[Point] = field(default_factory=list)
     width: int = 1
+    starts: list[float] = field(default_factory=list)
+    _task: float | None = None
     _open: list[Mapping[str, float]] = field(default_factory=list)
 
     def add(self, record: Mapping[str, float]) -> None:
         """Add the record of a step."""
+        if self._task not in (None, record["task"]):
+            self.starts.append(record["step"])
+        self._task = record["task"]
         self._open.append({name: float(record[name]) for name in CURVES})
         if len(self._open) < self.width:
             return

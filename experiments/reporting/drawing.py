@@ -77,21 +77,21 @@ def draw_accuracies(axes: Axes, matrix: Matrix, fontsize: float | None = None) -
     bar.outline.set_visible(False)
 
 
-def legend_below(figure: Figure, columns: int = 5) -> Figure:
-    """The figure with one legend for all panels, below them."""
+def legend_below(figure: Figure, columns: int = 5, size: float = 7.0) -> Figure:
+    """The figure with one legend for all panels, below them, in letters of a size in points."""
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     if not handles:
         return figure
-    # Some 20 letters of this size to the inch; a handle and its spaces are as wide as 9.
-    fitting = int(20 * figure.get_figwidth() / (9 + max(map(len, handles))))
+    # Some 20 letters of 7 points to the inch; a handle and its spaces are as wide as 9.
+    fitting = int(140 / size * figure.get_figwidth() / (9 + max(map(len, handles))))
     figure.legend(
         handles.values(),
         handles.keys(),
         loc="outside lower center",
-        fontsize="x-small",
+        fontsize=size,
         ncols=max(1, min(fitting, columns)),
     )
     return figure

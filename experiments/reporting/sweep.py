@@ -15,11 +15,12 @@ from experiments.recording.files import only_warned, write_whole
 from experiments.recording.kept import read_kept
 from experiments.recording.results import read_sweep
 from experiments.recording.sweep import FAILURES, failures
+from experiments.reporting.report.page import PAGE, write_report
 from experiments.reporting.tables import markdown, sweep_table
 
 
 class SweepReport(Callback):
-    """Writes and prints ``report.md`` at the end of a sweep.
+    """Writes ``report.md`` and ``report.html`` at the end of a sweep, and prints the first.
 
     Args:
         published: published accuracies in per cent of some rows, by the row's settings as on the
@@ -45,7 +46,7 @@ class SweepReport(Callback):
         (Path(config.hydra.sweep.dir) / FAILURES).unlink(missing_ok=True)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Write the report, and end with an error if jobs failed.
+        """Write both reports, and end with an error if jobs failed.
 
         Raises:
             SystemExit: a job has failed.
@@ -53,6 +54,9 @@ class SweepReport(Callback):
         folder = Path(config.hydra.sweep.dir)
         with only_warned("report.md"):
             report_sweep(folder, self.published, self.kept)
+        with only_warned(PAGE):
+            if write_report([self.kept or folder], folder):
+                print(f"report: {os.path.relpath(folder / PAGE)}")
         if failed := failures(folder):
             count = f"{len(failed)} job{'s' * (len(failed) > 1)}"
             more = f"; and {len(failed) - 3} more, in {folder / FAILURES}"

@@ -153,13 +153,17 @@ def lead(rows: Sequence[Row], best: Row, reference: str) -> Estimate | None:
     return Estimate.of([100 * (a - theirs[where]) for where, a in ours if where in theirs])
 
 
+def compared(ranking: Ranking) -> list[Row]:
+    """The settings that learn the tasks one after the other, the best first; else all."""
+    done = [row for row in ranking.rows if row.accuracy]
+    return [row for row in done if row.setting.reference != "joint"] or done
+
+
 def summary(ranking: Ranking) -> list[str]:
     """Two lines for a reader in a hurry: the best setting, and how it compares."""
-    done = [row for row in ranking.rows if row.accuracy]
-    if not done:
+    if not (rows := compared(ranking)):
         return ["No run has finished."]
-    compared = [row for row in done if row.setting.reference != "joint"]
-    best, *others = compared or done
+    best, *others = rows
     assert best.accuracy
     word = "Best" if others else "Only"
     seeds = f"{best.accuracy.count} seed{'s' * (best.accuracy.count > 1)}"

@@ -20,6 +20,7 @@ from experiments.reporting.report.measures import (
     Estimate,
     Ranking,
     Row,
+    compared,
     cost_to_new_tasks,
     gain_before_training,
     ranked,
@@ -110,6 +111,7 @@ def _section(ranking: Ranking, output: Path) -> dict[str, Any]:
         "reference": ranking.reference if "intransigence" in columns else "",
         "columns": [{"name": COLUMNS[key][0], "unit": COLUMNS[key][1]} for key in columns],
         "rows": [_cells(row, columns, output) for row in ranking.rows],
+        "best": next((row.setting.name for row in compared(ranking)), ""),
         "remarks": _remarks(ranking),
     }
 
@@ -169,23 +171,25 @@ def command_of(results: Mapping[str, Any]) -> str:
     return shlex.join(["python", "-m", "experiments.run", *results["overrides"]])
 
 
-def _remarks(ranking: Ranking) -> list[dict[str, Any]]:
-    """What went wrong in the runs: each sentence once for each setting, with its runs."""
-    found = []
+def _remarks(ranking: Ranking) -> list[dict[str, str]]:
+    """What went wrong in the runs: each sentence once, with the runs that it is about."""
+    said: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for row in ranking.rows:
-        said: dict[str, list[str]] = defaultdict(list)
         for run in row.setting.runs:
-            results, seed = run.results, f"seed {run.results['seed']}"
-            if "diverged" in results:
-                said[f"Diverged: {results['diverged']}"].append(seed)
-                continue
-            for sentence in results.get("remarks", remarks(results)):
-                said[sentence].append(seed)
-        found += [
-            {"setting": row.setting.name, "sentence": sentence, "runs": ", ".join(seeds)}
-            for sentence, seeds in said.items()
-        ]
-    return found
+            results = run.results
+            sentences = [f"Diverged: {results['diverged']}"] if "diverged" in results else []
+            for sentence in sentences or results.get("remarks", remarks(results)):
+                said[sentence][row.setting.name].append(results["seed"])
+    return [
+        {
+            "sentence": sentence,
+            "runs": "; ".join(
+                f"{name} (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})"
+                for name, seeds in settings.items()
+            ),
+        }
+        for sentence, settings in said.items()
+    ]
 
 
 def _pictures(drawn: Sequence[Any], ranking: Ranking) -> dict[str, Any]:

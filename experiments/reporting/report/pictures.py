@@ -109,13 +109,17 @@ def _trade(rows: Sequence[Row], reference: str) -> Picture:
         ("intransigence", "s", SERIES[0]),
         ("forward transfer", "^", SERIES[2]),
     )
-    for number, (name, marker, colour) in enumerate(measures):
-        estimates = [getattr(row, name.replace(" ", "_")) for row in rows]
+    columns = {
+        name: [getattr(row, name.replace(" ", "_")) for row in rows] for name, *_ in measures
+    }
+    present = [measure for measure in measures if any(columns[measure[0]])]
+    for number, (name, marker, colour) in enumerate(present):
+        estimates = columns[name]
         label: str | None = name
         for place, (row, estimate) in enumerate(zip(rows, estimates, strict=True)):
             if estimate is None:
                 continue
-            y = place + 0.2 * (number - 1)
+            y = place + 0.2 * (number - (len(present) - 1) / 2)
             drawn = axes.errorbar(
                 estimate.mean, y, xerr=estimate.error or 0.0, fmt=marker, color=colour,
                 markersize=5, elinewidth=1.2, capsize=0, label=label,
@@ -243,22 +247,19 @@ def _seconds(rows: Sequence[Row]) -> Picture:
     figure, axes = _bars(rows, "seconds a run")
     picture = Picture("seconds", "Time", "Mean seconds of a run, by what they went to.", figure)
     parts = (("train", SERIES[0]), ("fisher", SERIES[1]), ("eval", SERIES[2]), ("other", MUTED))
-    for place, row in enumerate(rows):
-        seconds = [job["seconds"] for job in row.setting.jobs]
-        start = 0.0
-        for part, colour in parts:
-            known = [
-                s.get(part, _rest(s)) if part == "other" else s.get(part, 0.0) for s in seconds
-            ]
-            width = statistics.fmean(known)
-            if width <= 0:
-                continue
-            (bar,) = axes.barh(
-                place, width, left=start, height=0.62, color=colour,
-                label=part if part not in axes.get_legend_handles_labels()[1] else None,
-            )  # fmt: skip
-            picture.hover(bar, f"{row.setting.name}: {part} {width:.1f} s")
-            start += width
+    starts = [0.0] * len(rows)
+    for part, colour in parts:
+        label: str | None = part
+        for place, row in enumerate(rows):
+            seconds = [job["seconds"] for job in row.setting.jobs]
+            spent = [_rest(s) if part == "other" else s.get(part, 0.0) for s in seconds]
+            if (width := statistics.fmean(spent)) > 0:
+                (bar,) = axes.barh(
+                    place, width, left=starts[place], height=0.62, color=colour, label=label
+                )
+                picture.hover(bar, f"{row.setting.name}: {part} {width:.1f} s")
+                starts[place] += width
+                label = None
     return _finished(picture)
 
 
@@ -344,5 +345,5 @@ def _wrapped(name: str, width: int = 26) -> str:
 
 
 def _finished(picture: Picture) -> Picture:
-    legend_below(picture.figure, columns=3)
+    legend_below(picture.figure, columns=3, size=8.5)
     return picture

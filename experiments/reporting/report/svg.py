@@ -51,9 +51,7 @@ class Picture:
 
     def svg(self) -> str:
         """The picture as an element of a page, with ids that no other picture has."""
-        written = io.StringIO()
-        self.figure.savefig(written, format="svg", transparent=True)
-        text = written.getvalue()
+        text = self._saved(format="svg", transparent=True).decode()
         text = text[text.index("<svg") :]
         text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
         # The page sets the width.
@@ -70,8 +68,13 @@ class Picture:
 
     def png(self) -> bytes:
         """The picture as a PNG file on white."""
+        return self._saved(format="png", dpi=160, facecolor="white")
+
+    def _saved(self, **options: Any) -> bytes:
         written = io.BytesIO()
-        self.figure.savefig(written, format="png", dpi=160, facecolor="white")
+        self.figure.savefig(written, **options)
+        # The layout is found once, as it takes longer than the drawing.
+        self.figure.set_layout_engine("none")
         return written.getvalue()
 
 

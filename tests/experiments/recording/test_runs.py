@@ -579,7 +579,7 @@ def test_a_curve_has_the_means_of_windows_and_bounded_memory(count):
     losses = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     curve = Curve()
     for step, loss in zip(steps, losses.tolist(), strict=True):
-        curve.add({"step": step, "train/loss": loss, "train/penalty": 2 * loss})
+        curve.add({"step": step, "task": 0, "train/loss": loss, "train/penalty": 2 * loss})
     whole = count // curve.width * curve.width
     windows = losses[:whole].view(-1, curve.width).mean(1)
     assert count / 800 <= curve.width <= 1 + count / 400
