@@ -48,9 +48,10 @@ class Curve:
 
     def add(self, record: Mapping[str, float]) -> None:
         """Add the record of a step."""
-        if self._task not in (None, record["task"]):
+        task = record.get("task", self._task)
+        if self._task not in (None, task):
             self.starts.append(record["step"])
-        self._task = record["task"]
+        self._task = task
         self._open.append({name: float(record[name]) for name in CURVES})
         if len(self._open) < self.width:
             return

@@ -29,9 +29,8 @@ def _unlearnt_tasks(results: Mapping[str, Any]) -> str:
     if not guessing or not (tasks := unlearnt(matrix, guessing)):
         return ""
     reached = [matrix[task][task] for task in tasks]
-    spread = f"{100 * min(reached):.0f} to {100 * max(reached):.0f} %"
-    if len(reached) == 1:
-        spread = f"{100 * reached[0]:.0f} %"
+    ends = dict.fromkeys(f"{100 * end:.0f}" for end in (min(reached), max(reached)))
+    spread = f"{' to '.join(ends)} %"
     if tasks[0] == 0:
         cause = "optimizer.lr is too small or too large, or training is too short"
         return (

@@ -42,7 +42,7 @@ class Estimate:
     def text(self, digits: int = 1) -> str:
         """The mean ± its standard error."""
         error = "" if self.error is None else f" ± {self.error:.{digits}f}"
-        return f"{self.mean:.{digits}f}{error}"
+        return f"{self.mean:.{digits}f}{error}".replace("-", "\N{MINUS SIGN}")
 
 
 @dataclass(frozen=True)

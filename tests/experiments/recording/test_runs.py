@@ -579,7 +579,7 @@ def test_a_curve_has_the_means_of_windows_and_bounded_memory(count):
     losses = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     curve = Curve()
     for step, loss in zip(steps, losses.tolist(), strict=True):
-        curve.add({"step": step, "task": 0, "train/loss": loss, "train/penalty": 2 * loss})
+        curve.add({"step": step, "train/loss": loss, "train/penalty": 2 * loss})
     whole = count // curve.width * curve.width
     windows = losses[:whole].view(-1, curve.width).mean(1)
     assert count / 800 <= curve.width <= 1 + count / 400
@@ -588,6 +588,13 @@ def test_a_curve_has_the_means_of_windows_and_bounded_memory(count):
     for name, factor in (("train/loss", 1), ("train/penalty", 2)):
         means = torch.tensor([point.means[name] for point in curve.points], dtype=torch.float64)
         torch.testing.assert_close(means, factor * windows)
+
+
+def test_a_curve_knows_where_tasks_begin():
+    curve = Curve()
+    for step, task in [(1, 0), (2, 0), (3, 1), (4, 1), (5, 2)]:
+        curve.add({"step": step, "task": task, "train/loss": 1.0, "train/penalty": 0.0})
+    assert curve.starts == [3, 5]
 
 
 @pytest.mark.parametrize(
