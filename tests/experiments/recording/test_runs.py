@@ -139,7 +139,16 @@ def damage(directory, content):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+NOT_KEPT = {
+    "guesses of no task": json.dumps(RESULTS | {"guessing": [{"accuracy": 0.5, "error": 0.1}] * 9}),
+    "a guess without error": json.dumps(RESULTS | {"guessing": [{"accuracy": 0.5}] * 2}),
+}
+"""Damage where kept lines have nothing."""
+
+
+@pytest.mark.parametrize(
+    "content", [*DAMAGED.values(), *NOT_KEPT.values()], ids=[*DAMAGED, *NOT_KEPT]
+)
 def test_damaged_results_are_named_and_left_out(tmp_path, caplog, content):
     for name, results in (("a", RESULTS), ("c", DIVERGED)):
         (tmp_path / name).mkdir()
