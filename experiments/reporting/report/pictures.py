@@ -20,7 +20,7 @@ MOST_DRAWN = 10
 MOST_SPECTRA = 3
 """The largest number of settings whose Fisher spectra are drawn."""
 
-WIDTH = 5.2
+WIDTH = 4.4
 """The width of a picture in inches, so that its letters are legible on a phone."""
 
 
@@ -206,9 +206,9 @@ def _spectra(row: Row, place: int) -> Picture:
             points = [(r, m) for r, m in zip(ranks, means, strict=True) if m > 0]
             (line,) = axes.plot(*zip(*points, strict=True), color=colour, ls="-" if task else ":")
             if task:
-                line.set_label(name)
+                line.set_label(f"layer {name}")
             which = "the last task" if task else "task 1"
-            picture.hover(line, f"{name}, {which}: largest {means[0]:.2g}")
+            picture.hover(line, f"layer {name}, {which}: largest {means[0]:.2g}")
     axes.set(xscale="log", yscale="log")
     return _finished(picture)
 
@@ -308,7 +308,7 @@ def _estimate(values: Sequence[float]) -> Estimate:
 
 def _axes(x: str, y: str, entries: int) -> tuple[Figure, Axes]:
     """Axes with a grid, and room for a legend of some entries."""
-    figure = Figure(figsize=(WIDTH, 3.0 + 0.16 * entries), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.7 + 0.16 * entries), layout="constrained")
     axes = figure.add_subplot()
     axes.set(xlabel=x, ylabel=y)
     axes.grid(visible=True)
@@ -345,5 +345,5 @@ def _wrapped(name: str, width: int = 26) -> str:
 
 
 def _finished(picture: Picture) -> Picture:
-    legend_below(picture.figure, columns=3, size=8.5)
+    legend_below(picture.figure, columns=4, size=8.5)
     return picture
