@@ -4,6 +4,7 @@ import os
 import platform
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -14,14 +15,17 @@ import numpy as np
 import torch
 from avalanche.training.plugins import EvaluationPlugin
 from rich.console import Console
+from safetensors.torch import save_model
 from torch import nn
 
+from ewc import FisherMatrix
 from ewc import __version__ as ewc_version
 from ewc.checks import check_count, shown
 from ewc.parameters import trainable_parameters
 from experiments.configuration.command_line import sentence
 from experiments.recording.metrics import average_accuracy, backward_transfer, forgetting
-from experiments.recording.tracking import Recorder, WandB
+from experiments.recording.tracking import Recorder
+from experiments.recording.wandb_run import WandB
 from experiments.strategies.fisher import Fisher
 from experiments.strategies.strategy import Strategy
 from experiments.tasks.benchmarks import Benchmark, Tasks
@@ -271,11 +275,9 @@ class Prepared:
                 warn_of_unlearnt(course.matrix, guessing)
                 record = _task_record(number, course.matrix, course.drift(self.model))
                 if penalised and penalised.fisher is not None:
-                    information = course.describe(penalised.fisher, fisher_seconds)
-                    record[f"fisher/trace/task{number:02d}"] = information["trace"]
-                    overlap = course.overlap(penalised.fisher)
-                    record |= {f"fisher/overlap/{k}": v for k, v in overlap.items()}
-                recorder.log(record)
+                    record |= _fisher_record(course, penalised.fisher, fisher_seconds)
+                _log_task(recorder, number, record, fisher_seconds)
+                _keep_artifacts(recorder, number, self.model, penalised)
                 log.info(
                     "task %d/%d: accuracy on it %.2f %%, on all tasks so far %.2f %%",
                     number + 1,
@@ -320,8 +322,41 @@ def _task_record(number: int, matrix: list[list[float]], drift: float) -> dict[s
         record[f"eval/accuracy/task{task:02d}"] = accuracy
     record["eval/average_accuracy"] = average_accuracy(matrix)
     record["eval/forgetting"] = forgetting(matrix)
-    record[f"drift/task{number:02d}"] = drift
+    record["drift"] = drift
     return record
+
+
+def _fisher_record(course: Course, fisher: FisherMatrix, seconds: float) -> dict[str, float]:
+    """The metrics of a task's Fisher information, by name."""
+    information = course.describe(fisher, seconds)
+    record = {"fisher/trace": information["trace"]}
+    for name, layer in information["layers"].items():
+        record[f"fisher/layer_trace/{name}"] = layer["trace"]
+        if layer["eigenvalues"]:
+            record[f"fisher/largest_eigenvalue/{name}"] = layer["eigenvalues"][0]
+    overlap = course.overlap(fisher)
+    return record | {f"fisher/overlap/{name}": value for name, value in overlap.items()}
+
+
+def _log_task(
+    recorder: Recorder, number: int, record: Mapping[str, float], fisher_seconds: float
+) -> None:
+    """Log the metrics after a task; what W&B shows are curves over the tasks."""
+    kept, shown = {}, {}
+    if "fisher/trace" in record:
+        kept = {f"fisher/trace/task{number:02d}": record["fisher/trace"]}
+        shown = {"fisher/seconds": fisher_seconds}
+    recorder.log(record, kept=kept, shown=shown)
+
+
+def _keep_artifacts(
+    recorder: Recorder, number: int, model: nn.Module, penalised: PenaltyPlugin | None
+) -> None:
+    """Keep the network after a task, its Fisher information and the penalty, as artifacts."""
+    recorder.artifact("model", number, partial(save_model, model))
+    if penalised and penalised.fisher is not None:
+        recorder.artifact("fisher", number, penalised.fisher.save)
+        recorder.artifact("penalty", number, penalised.penalty.save)
 
 
 def _versions() -> dict[str, str]:

@@ -137,18 +137,20 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path, continuation:
 
     from experiments.recording.files import only_warned, write_whole
     from experiments.recording.folder import PICTURES
+    from experiments.recording.label import label_of
     from experiments.recording.tracking import Recorder
     from experiments.reporting import run_pictures, run_report
+    from experiments.reporting.heat_map import heat_map
     from experiments.reporting.remarks import remarks
 
     job, experiment = HydraConfig.get(), prepared.experiment
     choices, scenario = job.runtime.choices, experiment.benchmark.scenario
     named = {group: choices[group] for group in ("benchmark", "model", "strategy")}
     title = f"{choices['benchmark']} ({scenario}), {choices['strategy']}"
-    name = f"{choices['benchmark']}-{choices['strategy']}-seed{experiment.seed}"
-    group = Path(job.sweep.dir).name if job.mode == RunMode.MULTIRUN else None
+    sweep = Path(job.runtime.cwd) / job.sweep.dir if job.mode == RunMode.MULTIRUN else None
+    label = label_of(choices, list(job.overrides.task), experiment.seed, sweep)
     recorded = continuation.state["recorder"] if continuation.state else None
-    with Recorder(directory, experiment.wandb, config, name, group, state=recorded) as recorder:
+    with Recorder(directory, experiment.wandb, config, label, state=recorded) as recorder:
         results = prepared.run(recorder, Console(stderr=True), _log, continuation)
         results |= {"config": config, "overrides": list(job.overrides.task)}
         results |= {"choices": named, "remarks": remarks(results)}
@@ -165,7 +167,11 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path, continuation:
                 else:
                     run_pictures.draw_learning_curves(matrix, recorder.curve, title, path)
                 recorder.picture(picture, path)
+        recorder.page("accuracy_heat_map", heat_map(matrix, title))
         recorder.table("accuracy", *run_report.accuracy_table(matrix))
+        columns, rows = run_report.spectrum_table(results["fisher"])
+        if rows:
+            recorder.table("fisher_spectrum", columns, rows)
         final = ("average_accuracy", "forgetting", "backward_transfer")
         recorder.summary({key: results[key] for key in final})
     console = Console()

@@ -18,6 +18,18 @@ def accuracy_table(matrix: Sequence[Sequence[float]]) -> tuple[list[str], list[l
     return columns, rows
 
 
+def spectrum_table(
+    information: Sequence[Mapping[str, Any]],
+) -> tuple[list[str], list[list[Any]]]:
+    """One row per eigenvalue that is kept: task, layer, rank and eigenvalue."""
+    rows: list[list[Any]] = []
+    for number, fisher in enumerate(information, 1):
+        for name, layer in fisher["layers"].items():
+            pairs = zip(layer["ranks"], layer["eigenvalues"], strict=True)
+            rows += [[str(number), name, rank, value] for rank, value in pairs]
+    return ["task", "layer", "rank", "eigenvalue"], rows
+
+
 def show_results(results: Mapping[str, Any], title: str, console: Console) -> None:
     """Print the table of accuracies and the remarks."""
     columns, rows = accuracy_table(results["accuracy_matrix"])

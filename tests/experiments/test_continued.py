@@ -31,8 +31,8 @@ def stopping(monkeypatch):
     def after(records):
         seen = iter(range(1, 10**6))
 
-        def logged(self, record):
-            log(self, record)
+        def logged(self, record, **others):
+            log(self, record, **others)
             if next(seen) == records:
                 os.kill(os.getpid(), signal.SIGTERM)
 

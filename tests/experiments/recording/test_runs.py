@@ -28,9 +28,11 @@ from experiments.recording import results as result_files
 from experiments.recording.curve import Curve
 from experiments.recording.folder import OWNER, finished, owned
 from experiments.recording.kept import keep, kept_job, read_kept
+from experiments.recording.label import Label
 from experiments.recording.results import read_jobs, read_results, write_results
 from experiments.recording.sweep import failures, note_failure
-from experiments.recording.tracking import Recorder, WandB
+from experiments.recording.tracking import Recorder
+from experiments.recording.wandb_run import WandB
 from experiments.reporting.sweep import report_sweep
 from experiments.training.observers import TrainingObserver
 
@@ -485,16 +487,18 @@ def once_open(patch, fault):
 
 def full_disk(recorder):
     with Path("/dev/full").open("w") as full:
-        os.dup2(full.fileno(), recorder._file.fileno())
+        os.dup2(full.fileno(), recorder._file._file.fileno())
 
 
 FAULTS = {
     "accuracy_matrix.png": lambda patch: patch.setattr(Figure, "savefig", broken),
     "learning_curves in W&B": lambda patch: patch.setattr(wandb, "Image", broken),
     "accuracy in W&B": lambda patch: patch.setattr(wandb, "Table", broken),
-    "the summary in W&B": lambda patch: once_open(patch, lambda r: setattr(r, "run", Gone())),
-    "records in W&B": lambda patch: once_open(patch, lambda r: setattr(r, "run", Gone())),
-    "the end of the W&B run": lambda patch: once_open(patch, lambda r: setattr(r, "run", Gone())),
+    "the summary in W&B": lambda patch: once_open(patch, lambda r: setattr(r._run, "run", Gone())),
+    "records in W&B": lambda patch: once_open(patch, lambda r: setattr(r._run, "run", Gone())),
+    "the end of the W&B run": lambda patch: once_open(
+        patch, lambda r: setattr(r._run, "run", Gone())
+    ),
     "config.yaml": lambda patch: patch.setattr(OmegaConf, "to_yaml", broken),
     "metrics.jsonl": lambda patch: once_open(patch, full_disk),
     "checkpoints": lambda patch: patch.setattr(checkpoints, "write", broken),
@@ -574,7 +578,7 @@ def test_wandb_needs_no_home(tmp_path, command, monkeypatch):
 
 
 def test_curves_are_drawn_from_memory(tmp_path):
-    with Recorder(tmp_path, WandB(mode="disabled"), {}, "test", None) as recorder:
+    with Recorder(tmp_path, WandB(mode="disabled"), {}, Label("test")) as recorder:
         recorder.log({"step": 1, "train/loss": 0.5, "train/penalty": 0.0})
         recorder.log({"task": 0, "eval/accuracy/task00": 0.5})
         recorder.log({"step": 2, "train/loss": 0.25, "train/penalty": 0.125})

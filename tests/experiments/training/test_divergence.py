@@ -13,7 +13,9 @@ from ewc import EWCPenalty, Exact, MonteCarlo, fisher_information
 from experiments.configuration.command_line import CONFIGS
 from experiments.configuration.schema import build, plain
 from experiments.experiment import Experiment
-from experiments.recording.tracking import Recorder, WandB
+from experiments.recording.label import Label
+from experiments.recording.tracking import Recorder
+from experiments.recording.wandb_run import WandB
 from experiments.training.divergence import accuracy_of_guessing, warn_of_unlearnt
 
 SMALL = [
@@ -40,7 +42,7 @@ def run(directory, *overrides):
     prepared = build(config, Experiment).prepare()
     ended = None
     with (
-        Recorder(directory, WandB(mode="disabled"), {}, "test", None) as recorder,
+        Recorder(directory, WandB(mode="disabled"), {}, Label("test")) as recorder,
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always")

@@ -25,7 +25,9 @@ from experiments.configuration.targets import ConfigurationError
 from experiments.experiment import Experiment
 from experiments.recording.checkpoints import FORMAT, Checkpoints
 from experiments.recording.folder import checkpoint_files
-from experiments.recording.tracking import Recorder, WandB
+from experiments.recording.label import Label
+from experiments.recording.tracking import Recorder
+from experiments.recording.wandb_run import WandB
 from experiments.strategies.strategy import Naive
 from experiments.training.resume import Continuation, random_states, restore_random_states
 from experiments.training.stop import Stop
@@ -46,8 +48,8 @@ class Stopping(Recorder):
 
     stop, after = None, 0
 
-    def log(self, record):
-        super().log(record)
+    def log(self, record, **others):
+        super().log(record, **others)
         self.after -= 1
         if self.after == 0:
             self.stop.signal = signal.SIGTERM
@@ -68,7 +70,7 @@ def run(directory, *overrides, after=0, versions=None):
     recorded = state["recorder"] if state else None
     continuation = Continuation(checkpoints, state, Stop())
     disabled = WandB(mode="disabled")
-    with Stopping(directory, disabled, {}, "test", None, state=recorded) as recorder:
+    with Stopping(directory, disabled, {}, Label("test"), state=recorded) as recorder:
         recorder.stop, recorder.after = continuation.stop, after
         if after:
             with pytest.raises(SystemExit) as end:
@@ -261,8 +263,8 @@ def test_lost_numbers_are_not_kept(tmp_path, lost):
     files = stopped(tmp_path, *EACH, after=2)
 
     class Lost(Stopping):
-        def log(self, record):
-            super().log(record)
+        def log(self, record, **others):
+            super().log(record, **others)
             weight = prepared.model[0].weight
             state = prepared.optimizer.state[weight]
             with torch.no_grad():
@@ -274,7 +276,7 @@ def test_lost_numbers_are_not_kept(tmp_path, lost):
     state = checkpoints.newest()
     disabled = WandB(mode="disabled")
     with (
-        Lost(tmp_path, disabled, {}, "test", None, state=state["recorder"]) as recorder,
+        Lost(tmp_path, disabled, {}, Label("test"), state=state["recorder"]) as recorder,
         pytest.raises(FloatingPointError),
     ):
         prepared.run(recorder, Console(quiet=True), Silent(), Continuation(checkpoints, state))
