@@ -153,7 +153,8 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path, continuation:
     with Recorder(directory, experiment.wandb, config, label, state=recorded) as recorder:
         results = prepared.run(recorder, Console(stderr=True), _log, continuation)
         results |= {"config": config, "overrides": list(job.overrides.task)}
-        results |= {"choices": named, "remarks": remarks(results)}
+        results |= {"choices": named, "penalty_pull": recorder.curve.pull}
+        results["remarks"] = remarks(results)
         _keep(directory, results)
         matrix = results["accuracy_matrix"]
         with only_warned("config.yaml"):

@@ -102,6 +102,7 @@ class Results(Finished):
     memory: dict[str, int] = {}
     choices: dict[str, str] = {}
     guessing: list[Guessing] = []
+    penalty_pull: float = 0.0
     remarks: list[str] = []
 
     @model_validator(mode="after")

@@ -19,7 +19,8 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
         results: the content of ``results.json``; what an older version did not write is not
             judged.
     """
-    judged = (_unlearnt_tasks(results), _vanished_fisher(results), _class_incremental(results))
+    rules = (_unlearnt_tasks, _idle_penalty, _vanished_fisher, _class_incremental)
+    judged = (rule(results) for rule in rules)
     return [sentence for sentence in judged if sentence]
 
 
@@ -42,6 +43,23 @@ def _unlearnt_tasks(results: Mapping[str, Any]) -> str:
         cause = f"the strength of {strength:g} is too high, or optimizer.lr does not fit"
     first = f"where task 1 reached {100 * matrix[0][0]:.0f} %"
     return f"{_named(tasks)} reached {spread} when just learnt, {first}: {cause}."
+
+
+def _idle_penalty(results: Mapping[str, Any]) -> str:
+    """That the penalty's gradient was too small to matter in any step that was measured."""
+    if not (pull := results.get("penalty_pull", 0.0)):
+        return ""
+    # Imported here, as it brings torch, and a report finds the sentence in the results.
+    from ewc.penalty_checks import LEAST_PULL
+
+    if pull >= LEAST_PULL:
+        return ""
+    strength = results["config"].get("strategy", {}).get("strength")
+    advice = "" if strength is None else f": use a larger strength than {strength:g}"
+    return (
+        f"The penalty never mattered, as its gradient was at most {pull:.1g} times that of the "
+        f"task's loss{advice}."
+    )
 
 
 def _vanished_fisher(results: Mapping[str, Any]) -> str:

@@ -610,6 +610,15 @@ def test_a_curve_knows_where_tasks_begin():
     assert curve.starts == [3, 5]
 
 
+def test_a_curve_knows_the_largest_pull_of_the_penalty():
+    curve = Curve()
+    for step, task, penalty in [(1, 0.0, 1.0), (2, 4.0, 1.0), (3, 2.0, 0.2)]:
+        norms = {"train/task_gradient_norm": task, "train/penalty_gradient_norm": penalty}
+        curve.add({"step": step, "train/loss": 1.0, "train/penalty": 0.0, **norms})
+    curve.add({"step": 4, "train/loss": 1.0, "train/penalty": 0.0})
+    assert curve.pull == 0.25
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -50,6 +50,24 @@ def test_a_run_that_learns_nothing_is_no_fault_of_the_strategy():
 
 
 @pytest.mark.parametrize(
+    ("pull", "said"),
+    [
+        (0.0, []),  # not measured, as with implicit steps
+        (2e-4, []),
+        (
+            3e-6,
+            [
+                "The penalty never mattered, as its gradient was at most 3e-06 times that of the "
+                "task's loss: use a larger strength than 100000."
+            ],
+        ),
+    ],
+)
+def test_a_penalty_that_never_matters_is_said(pull, said):
+    assert remarks(results(0.9, 0.9, penalty_pull=pull)) == said
+
+
+@pytest.mark.parametrize(
     ("traces", "tasks"),
     [((5.0, 3.0, 0.1), None), ((5.0, 0.0, 1e-7), "tasks 2, 3"), ((0.0, 0.0), "tasks 1, 2")],
 )
