@@ -61,19 +61,28 @@ def write_report(places: Iterable[Path], output: Path) -> int:
     if not gathered.runs:
         return 0
     rankings = [ranked(benchmark) for benchmark in by_benchmark(gathered.runs)]
-    output.mkdir(parents=True, exist_ok=True)
-    pictures = output / "pictures"
-    pictures.mkdir(exist_ok=True)
-    sections = []
+    sections: list[dict[str, Any]] = []
+    drawings: dict[str, bytes] = {}
     with drawn_for_a_page():
         for number, ranking in enumerate(rankings, start=1):
             drawn = pictures_of(ranking, f"benchmark{number}")
-            for picture in drawn:
-                write_whole(pictures / f"{picture.name}.png", picture.png())
+            drawings |= {f"{picture.name}.png": picture.png() for picture in drawn}
             sections.append(_section(ranking, output) | _pictures(drawn, ranking))
-    write_whole(output / "settings.csv", _csv(_setting_records(rankings)))
-    write_whole(output / "runs.csv", _csv(_run_records(rankings, output)))
-    write_whole(output / PAGE, _rendered(gathered, sections))
+    files = {
+        "settings.csv": _csv(_setting_records(rankings)),
+        "runs.csv": _csv(_run_records(rankings, output)),
+        PAGE: _rendered(gathered, sections),
+    }
+    # Nothing is written before everything is made.
+    pictures = output / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    for earlier in pictures.glob("benchmark*.png"):
+        if earlier.name not in drawings:
+            earlier.unlink()
+    for name, content in drawings.items():
+        write_whole(pictures / name, content)
+    for name, text in files.items():
+        write_whole(output / name, text)
     return len(gathered.runs)
 
 

@@ -204,6 +204,8 @@ def _spectra(row: Row, place: int) -> Picture:
             values = [each["eigenvalues"] for each in spectra if each["ranks"] == ranks]
             means = [statistics.fmean(at_rank) for at_rank in zip(*values, strict=True)]
             points = [(r, m) for r, m in zip(ranks, means, strict=True) if m > 0]
+            if not points:
+                continue
             (line,) = axes.plot(*zip(*points, strict=True), color=colour, ls="-" if task else ":")
             if task:
                 line.set_label(f"layer {name}")

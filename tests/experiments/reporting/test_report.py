@@ -220,7 +220,8 @@ def page_of(folder):
 
 def spectra(trace):
     layer = {"trace": trace, "ranks": [1, 2, 4], "eigenvalues": [trace, trace / 2, 0.0]}
-    return {"trace": trace, "seconds": 1.0, "layers": {"0": layer, "2": layer}}
+    empty = layer | {"trace": 0.0, "eigenvalues": [0.0, 0.0, 0.0]}
+    return {"trace": trace, "seconds": 1.0, "layers": {"0": layer, "2": layer, "4": empty}}
 
 
 EVERYTHING = [
@@ -352,6 +353,8 @@ def test_kept_results_are_runs_too(tmp_path):
 
 
 def test_runs_that_all_diverged_have_a_page_without_pictures(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "benchmark1_seconds.png").touch()  # of an earlier report
     write_report([write(tmp_path / "sweep", EVERYTHING[-1])], tmp_path)
     assert "No run has finished." in " ".join(page_of(tmp_path).words)
     assert list((tmp_path / "pictures").iterdir()) == []
@@ -427,7 +430,7 @@ def test_links_lead_from_any_folder_to_the_runs(ended, tmp_path):
     [
         (["empty"], "error: there is no finished run in empty: a run leaves a results.json."),
         (["away"], "error: away does not exist: DIR is a folder with finished runs."),
-        (["sweep", "--output", "file"], "error: file: File exists; --output=DIR chooses another"),
+        (["sweep", "--output", "file"], "error: file/pictures: Not a directory; --output=DIR"),
     ],
 )
 def test_a_wrong_folder_is_one_sentence(ended, tmp_path, arguments, message):
