@@ -31,7 +31,7 @@ from experiments.strategies.strategy import Strategy
 from experiments.tasks.benchmarks import Benchmark, Tasks
 from experiments.tasks.images import default_data_root
 from experiments.training.course import Course
-from experiments.training.divergence import warn_of_unlearnt
+from experiments.training.divergence import accuracy_of_guessing, warn_of_unlearnt
 from experiments.training.memory import peak_memory, reset_peak_memory
 from experiments.training.models import Network
 from experiments.training.observers import AccuracyObserver, PenaltyPlugin, TrainingObserver
@@ -207,10 +207,11 @@ class Prepared:
 
         Returns:
             The content of ``results.json`` without the configuration.  Besides the accuracies it
-            has per task ``fisher_overlap``, the overlap of its Fisher information with that of the
-            first task by layer, and ``fisher``
-            (:func:`~experiments.training.information.described`).  ``initial_accuracies`` are those
-            of the untrained network, and ``memory`` has the ``peak`` in bytes.
+            has per task ``guessing``, the accuracy of guessing and its standard error;
+            ``fisher_overlap``, the overlap of its Fisher information with that of the first task
+            by layer; and ``fisher`` (:func:`~experiments.training.information.described`).
+            ``initial_accuracies`` are those of the untrained network, and ``memory`` has the
+            ``peak`` in bytes.
 
         Raises:
             FloatingPointError: the loss became infinite or NaN.
@@ -223,6 +224,7 @@ class Prepared:
         penalised = next((p for p in plugins if isinstance(p, PenaltyPlugin)), None)
         train_stream = self.tasks.scenario.streams["train"]
         test_stream = self.tasks.scenario.streams["test"]
+        guessing = [accuracy_of_guessing(task.data.labels) for task in test_stream]
         progress = RunProgress(console, train_stream)
         observer = TrainingObserver(recorder, penalised, training.log_every, progress)
         meter = AccuracyObserver()
@@ -271,7 +273,7 @@ class Prepared:
                 fisher_seconds = trained - observer.trained_at if penalised else 0.0
                 course.fisher_seconds += fisher_seconds
                 course.matrix.append(meter.accuracies)
-                warn_of_unlearnt(course.matrix, [task.data.labels for task in test_stream])
+                warn_of_unlearnt(course.matrix, guessing)
                 record = _task_record(number, course.matrix, course.drift(self.model))
                 if penalised and penalised.fisher is not None:
                     record |= _fisher_record(course, penalised.fisher, fisher_seconds)
@@ -294,6 +296,7 @@ class Prepared:
             "forgetting": forgetting(course.matrix),
             "backward_transfer": backward_transfer(course.matrix),
             "accuracy_matrix": course.matrix,
+            "guessing": guessing,
             "initial_accuracies": course.initial,
             "fisher": course.information,
             "fisher_overlap": course.overlaps,

@@ -60,7 +60,7 @@ def run(config: DictConfig) -> float:
         remove_empty(directory)
     if single:
         sys.exit(f"error: {reason}")
-    from experiments.reporting.sweep import note_failure
+    from experiments.recording.sweep import note_failure
 
     _log.error("%s", reason)
     sweep = Path(job.runtime.cwd) / job.sweep.dir
@@ -142,9 +142,11 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path, continuation:
     from experiments.recording.tracking import Recorder
     from experiments.reporting import run_pictures, run_report
     from experiments.reporting.heat_map import heat_map
+    from experiments.reporting.remarks import remarks
 
     job, experiment = HydraConfig.get(), prepared.experiment
     choices, scenario = job.runtime.choices, experiment.benchmark.scenario
+    named = {group: choices[group] for group in ("benchmark", "model", "strategy")}
     title = f"{choices['benchmark']} ({scenario}), {choices['strategy']}"
     sweep = Path(job.runtime.cwd) / job.sweep.dir if job.mode == RunMode.MULTIRUN else None
     label = label_of(choices, list(job.overrides.task), experiment.seed, sweep)
@@ -155,6 +157,8 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path, continuation:
         console = Console(stderr=True, force_terminal=None if alone else False)
         results = prepared.run(recorder, console, _log, continuation)
         results |= {"config": config, "overrides": list(job.overrides.task)}
+        results |= {"choices": named, "penalty_pull": recorder.curve.pull}
+        results["remarks"] = remarks(results)
         _keep(directory, results)
         matrix = results["accuracy_matrix"]
         with only_warned("config.yaml"):
@@ -176,7 +180,7 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path, continuation:
         final = ("average_accuracy", "forgetting", "backward_transfer")
         recorder.summary({key: results[key] for key in final})
     console = Console()
-    run_report.show_results(results, title, scenario, console)
+    run_report.show_results(results, title, console)
     seconds = ", ".join(f"{key} {value:.1f}" for key, value in results["seconds"].items())
     console.print(
         f"average accuracy {100 * results['average_accuracy']:.2f} %, forgetting "

@@ -30,9 +30,10 @@ from experiments.recording.folder import OWNER, finished, owned
 from experiments.recording.kept import keep, kept_job, read_kept
 from experiments.recording.label import Label
 from experiments.recording.results import read_jobs, read_results, write_results
+from experiments.recording.sweep import failures, note_failure
 from experiments.recording.tracking import Recorder
 from experiments.recording.wandb_run import WandB
-from experiments.reporting.sweep import failures, note_failure, report_sweep
+from experiments.reporting.sweep import report_sweep
 from experiments.training.observers import TrainingObserver
 
 ROOT = Path(__file__).parents[3]
@@ -140,7 +141,16 @@ def damage(directory, content):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+NOT_KEPT = {
+    "guesses of no task": json.dumps(RESULTS | {"guessing": [{"accuracy": 0.5, "error": 0.1}] * 9}),
+    "a guess without error": json.dumps(RESULTS | {"guessing": [{"accuracy": 0.5}] * 2}),
+}
+"""Damage where kept lines have nothing."""
+
+
+@pytest.mark.parametrize(
+    "content", [*DAMAGED.values(), *NOT_KEPT.values()], ids=[*DAMAGED, *NOT_KEPT]
+)
 def test_damaged_results_are_named_and_left_out(tmp_path, caplog, content):
     for name, results in (("a", RESULTS), ("c", DIVERGED)):
         (tmp_path / name).mkdir()
@@ -591,6 +601,22 @@ def test_a_curve_has_the_means_of_windows_and_bounded_memory(count):
     for name, factor in (("train/loss", 1), ("train/penalty", 2)):
         means = torch.tensor([point.means[name] for point in curve.points], dtype=torch.float64)
         torch.testing.assert_close(means, factor * windows)
+
+
+def test_a_curve_knows_where_tasks_begin():
+    curve = Curve()
+    for step, task in [(1, 0), (2, 0), (3, 1), (4, 1), (5, 2)]:
+        curve.add({"step": step, "task": task, "train/loss": 1.0, "train/penalty": 0.0})
+    assert curve.starts == [3, 5]
+
+
+def test_a_curve_knows_the_largest_pull_of_the_penalty():
+    curve = Curve()
+    for step, task, penalty in [(1, 0.0, 1.0), (2, 4.0, 1.0), (3, 2.0, 0.2)]:
+        norms = {"train/task_gradient_norm": task, "train/penalty_gradient_norm": penalty}
+        curve.add({"step": step, "train/loss": 1.0, "train/penalty": 0.0, **norms})
+    curve.add({"step": 4, "train/loss": 1.0, "train/penalty": 0.0})
+    assert curve.pull == 0.25
 
 
 @pytest.mark.parametrize(
