@@ -33,6 +33,7 @@ from experiments.strategies.fisher import Fisher
 OPTIONS = [
     f"{path.parent.relative_to(CONFIGS).as_posix()}={path.stem}"
     for path in sorted(Path(CONFIGS).glob("*/**/*.yaml"))
+    if path.relative_to(CONFIGS).parts[0] not in ("hydra", "wandb_sweep")
 ]
 
 
