@@ -1,4 +1,4 @@
-"""The report over the jobs of a sweep, and the jobs that failed."""
+"""The report over the jobs of a sweep."""
 
 import os
 import sys
@@ -17,12 +17,13 @@ from experiments.recording.files import only_warned, write_whole
 from experiments.recording.kept import read_kept
 from experiments.recording.results import read_sweep
 from experiments.recording.sweep import FAILURES, begin_sweep, failures, note_job
+from experiments.reporting.report.page import PAGE, write_report
 from experiments.reporting.tables import markdown, sweep_table
 from experiments.training.stop import AtOnce
 
 
 class SweepReport(Callback):
-    """Writes and prints ``report.md`` at the end of a sweep.
+    """Writes ``report.md`` and ``report.html`` at the end of a sweep, and prints the first.
 
     Args:
         published: published accuracies in per cent of some rows, by the row's settings as on the
@@ -57,7 +58,7 @@ class SweepReport(Callback):
             note_job(Path(runtime.cwd) / config.hydra.sweep.dir, Path(runtime.output_dir))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Write the report, and end with an error if jobs failed.
+        """Write both reports, and end with an error if jobs failed.
 
         Raises:
             SystemExit: a job has failed.
@@ -65,6 +66,9 @@ class SweepReport(Callback):
         folder = Path(config.hydra.sweep.dir)
         with only_warned("report.md"):
             report_sweep(folder, self.published, self.kept)
+        with only_warned(PAGE):
+            if write_report([self.kept or folder], folder):
+                print(f"report: {os.path.relpath(folder / PAGE)}")
         if failed := failures(folder):
             count = f"{len(failed)} job{'s' * (len(failed) > 1)}"
             more = f"; and {len(failed) - 3} more, in {folder / FAILURES}"
