@@ -138,7 +138,7 @@ def test_a_killed_search_finishes_what_is_missing(tmp_path):
     command += [f"hydra.sweep.dir={tmp_path}"]
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     cut = tmp_path / "6" / "checkpoints"
-    until = time.monotonic() + 120
+    until = time.monotonic() + 240
     while not cut.exists() or not list(cut.glob("*.safetensors")):
         assert first.poll() is None, first.stderr.read()
         assert time.monotonic() < until
