@@ -35,7 +35,12 @@ from ewc.consolidation.combination import Consolidation, Online, Separate, check
 from ewc.consolidation.implicit_step import implicit_step
 from ewc.consolidation.matching import fitted, precision_of, with_task
 from ewc.consolidation.pacing import ScaledTerms
-from ewc.consolidation.quadratic import Quadratic, QuadraticForm, value_and_gradient
+from ewc.consolidation.quadratic import (
+    Quadratic,
+    QuadraticForm,
+    gradient_kept_by,
+    value_and_gradient,
+)
 from ewc.consolidation.stiffness import Stiffness, stiffness
 from ewc.matrices.matrix import FisherMatrix
 from ewc.parameters import Parameters
@@ -78,6 +83,9 @@ class EWCPenalty(nn.Module):
             On an accelerator every call uses all, which is faster there.
 
     Attributes:
+        keeps_gradient: whether calls keep their gradient, for measurements.
+        last_gradient: the gradient of the last call by parameter, as the backward pass adds it;
+            ``None`` unless it is kept.
         num_examples: :math:`N`, the size of the task in training.  ``None`` for the size of the
             last consolidated task, so that tasks of equal size have weight 1.
 
@@ -101,6 +109,8 @@ class EWCPenalty(nn.Module):
         self.strength = strength
         self.consolidation = consolidation
         self.num_examples = None
+        self.keeps_gradient = False
+        self.last_gradient: Parameters | None = None
         self.terms: list[Quadratic] = []
         self._last_num_examples = 0
         self._attached = True
@@ -200,6 +210,7 @@ class EWCPenalty(nn.Module):
             TypeError: ``model`` is not a module.
         """
         check_model(model)
+        self.last_gradient = None
         if not self.terms:
             return next(model.parameters(), torch.zeros(())).new_zeros(())
         parameters = self._fit(model)
@@ -208,6 +219,8 @@ class EWCPenalty(nn.Module):
             terms = self._scaled_terms().paced(self.eigenvector_share).at(self._step)
             self._step += 1
         value: Tensor = QuadraticForm.apply(terms, list(parameters), *parameters.values())
+        if self.keeps_gradient and value.grad_fn is not None:
+            self.last_gradient = gradient_kept_by(value, list(parameters))
         return value
 
     @torch.no_grad()
@@ -415,8 +428,8 @@ class EWCPenalty(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle: without the scaled terms, which are computed again."""
-        return {**self.__dict__, "_scaled": None}
+        """For pickle: without what is computed again."""
+        return {**self.__dict__, "_scaled": None, "last_gradient": None}
 
     # --- matching the model -----------------------------------------------------------
 

@@ -4,6 +4,7 @@ import os
 import platform
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -14,22 +15,27 @@ import numpy as np
 import torch
 from avalanche.training.plugins import EvaluationPlugin
 from rich.console import Console
+from safetensors.torch import save_model
 from torch import nn
 
+from ewc import FisherMatrix
 from ewc import __version__ as ewc_version
 from ewc.checks import check_count, shown
 from ewc.parameters import trainable_parameters
 from experiments.configuration.command_line import sentence
 from experiments.recording.metrics import average_accuracy, backward_transfer, forgetting
-from experiments.recording.tracking import Recorder, WandB
+from experiments.recording.tracking import Recorder
+from experiments.recording.wandb_run import WandB
 from experiments.strategies.fisher import Fisher
 from experiments.strategies.strategy import Strategy
 from experiments.tasks.benchmarks import Benchmark, Tasks
 from experiments.tasks.images import default_data_root
 from experiments.training.course import Course
-from experiments.training.divergence import warn_of_unlearnt
-from experiments.training.models import MLP
+from experiments.training.divergence import accuracy_of_guessing, warn_of_unlearnt
+from experiments.training.memory import peak_memory, reset_peak_memory
+from experiments.training.models import Network
 from experiments.training.observers import AccuracyObserver, PenaltyPlugin, TrainingObserver
+from experiments.training.progress import RunProgress
 from experiments.training.protocol import Training
 from experiments.training.resume import Boundary, Continuation
 from experiments.training.schedule import CosineAnnealing, TailAverage
@@ -64,7 +70,7 @@ class Experiment:
     """
 
     benchmark: Benchmark
-    model: MLP
+    model: Network
     optimizer: partial[torch.optim.Optimizer]
     training: Training
     strategy: Strategy
@@ -201,22 +207,26 @@ class Prepared:
 
         Returns:
             The content of ``results.json`` without the configuration.  Besides the accuracies it
-            has ``fisher_overlap``: per task the overlap of its Fisher information with that of
-            the first task, by layer.
+            has per task ``guessing``, the accuracy of guessing and its standard error;
+            ``fisher_overlap``, the overlap of its Fisher information with that of the first task
+            by layer; and ``fisher`` (:func:`~experiments.training.information.described`).
+            ``initial_accuracies`` are those of the untrained network, and ``memory`` has the
+            ``peak`` in bytes.
 
         Raises:
             FloatingPointError: the loss became infinite or NaN.
             SystemExit: a signal asks for the end; there is a checkpoint.
         """
         continuation = continuation or Continuation()
+        reset_peak_memory(self.experiment.torch_device)
         experiment, training = self.experiment, self.experiment.training
         plugins = experiment.strategy.plugins(experiment.fisher)
         penalised = next((p for p in plugins if isinstance(p, PenaltyPlugin)), None)
         train_stream = self.tasks.scenario.streams["train"]
         test_stream = self.tasks.scenario.streams["test"]
-        observer = TrainingObserver(
-            recorder, penalised, len(train_stream), training.log_every, console
-        )
+        guessing = [accuracy_of_guessing(task.data.labels) for task in test_stream]
+        progress = RunProgress(console, train_stream)
+        observer = TrainingObserver(recorder, penalised, training.log_every, progress)
         meter = AccuracyObserver()
         annealing = [CosineAnnealing()] if training.anneal else []
         average = [TailAverage(training.tail_average)] if training.tail_average else []
@@ -243,29 +253,32 @@ class Prepared:
             fisher_batch_size=experiment.fisher.batch_size,
             seed=experiment.seed,
             device=experiment.torch_device,
-            plugins=all_plugins,
+            plugins=[progress, *all_plugins],
             evaluator=EvaluationPlugin(loggers=[]),
             boundary=boundary,
+            progress=progress,
         )
         try:
+            if state is None:
+                course.eval_seconds += _evaluated(strategy, test_stream)
+                course.initial = meter.accuracies
             for number, experience in enumerate(train_stream):
                 if number < begin:
                     continue
                 course.begin(self.model, goes_on=state is not None and number == begin)
                 strategy.train(experience, reset_optimizer_state=training.reset_optimizer)
                 trained = time.perf_counter()
-                strategy.eval(test_stream)
-                course.eval_seconds += time.perf_counter() - trained
+                course.eval_seconds += _evaluated(strategy, test_stream)
                 # The time after the last step is that of the Fisher pass, if there is one.
-                course.fisher_seconds += trained - observer.trained_at if penalised else 0.0
+                fisher_seconds = trained - observer.trained_at if penalised else 0.0
+                course.fisher_seconds += fisher_seconds
                 course.matrix.append(meter.accuracies)
-                warn_of_unlearnt(course.matrix, [task.data.labels for task in test_stream])
-                drift = course.drift(self.model)
-                record = _task_record(number, course.matrix, penalised, drift)
+                warn_of_unlearnt(course.matrix, guessing)
+                record = _task_record(number, course.matrix, course.drift(self.model))
                 if penalised and penalised.fisher is not None:
-                    overlap = course.overlap(penalised.fisher)
-                    record |= {f"fisher/overlap/{k}": v for k, v in overlap.items()}
-                recorder.log(record)
+                    record |= _fisher_record(course, penalised.fisher, fisher_seconds)
+                _log_task(recorder, number, record, fisher_seconds)
+                _keep_artifacts(recorder, number, self.model, penalised)
                 log.info(
                     "task %d/%d: accuracy on it %.2f %%, on all tasks so far %.2f %%",
                     number + 1,
@@ -277,14 +290,18 @@ class Prepared:
             if begin < len(train_stream):
                 boundary.ended(strategy, len(train_stream))
         finally:
-            observer.close()
+            progress.close()
         return {
             "average_accuracy": average_accuracy(course.matrix),
             "forgetting": forgetting(course.matrix),
             "backward_transfer": backward_transfer(course.matrix),
             "accuracy_matrix": course.matrix,
+            "guessing": guessing,
+            "initial_accuracies": course.initial,
+            "fisher": course.information,
             "fisher_overlap": course.overlaps,
             "seconds": course.seconds,
+            "memory": {"peak": peak_memory(experiment.torch_device)},
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "seed": experiment.seed,
             "versions": self.versions,
@@ -292,19 +309,55 @@ class Prepared:
         }
 
 
-def _task_record(
-    number: int, matrix: list[list[float]], penalised: PenaltyPlugin | None, drift: float
-) -> dict[str, float | int]:
+def _evaluated(strategy: Any, stream: Any) -> float:
+    """Evaluate on a stream; the seconds that it took."""
+    started = time.perf_counter()
+    strategy.eval(stream)
+    return time.perf_counter() - started
+
+
+def _task_record(number: int, matrix: list[list[float]], drift: float) -> dict[str, float | int]:
     """The metrics after a task, by name."""
     record: dict[str, float | int] = {"task": number}
     for task, accuracy in enumerate(matrix[-1]):
         record[f"eval/accuracy/task{task:02d}"] = accuracy
     record["eval/average_accuracy"] = average_accuracy(matrix)
     record["eval/forgetting"] = forgetting(matrix)
-    record[f"drift/task{number:02d}"] = drift
-    if penalised and penalised.fisher is not None:
-        record[f"fisher/trace/task{number:02d}"] = float(penalised.fisher.trace())
+    record["drift"] = drift
     return record
+
+
+def _fisher_record(course: Course, fisher: FisherMatrix, seconds: float) -> dict[str, float]:
+    """The metrics of a task's Fisher information, by name."""
+    information = course.describe(fisher, seconds)
+    record = {"fisher/trace": information["trace"]}
+    for name, layer in information["layers"].items():
+        record[f"fisher/layer_trace/{name}"] = layer["trace"]
+        if layer["eigenvalues"]:
+            record[f"fisher/largest_eigenvalue/{name}"] = layer["eigenvalues"][0]
+    overlap = course.overlap(fisher)
+    return record | {f"fisher/overlap/{name}": value for name, value in overlap.items()}
+
+
+def _log_task(
+    recorder: Recorder, number: int, record: Mapping[str, float], fisher_seconds: float
+) -> None:
+    """Log the metrics after a task; what W&B shows are curves over the tasks."""
+    hidden, shown = {}, {}
+    if "fisher/trace" in record:
+        hidden = {f"fisher/trace/task{number:02d}": record["fisher/trace"]}
+        shown = {"fisher/seconds": fisher_seconds}
+    recorder.log(record, hidden=hidden, shown=shown)
+
+
+def _keep_artifacts(
+    recorder: Recorder, number: int, model: nn.Module, penalised: PenaltyPlugin | None
+) -> None:
+    """Keep the network after a task, its Fisher information and the penalty, as artifacts."""
+    recorder.artifact("model", number, partial(save_model, model))
+    if penalised and penalised.fisher is not None:
+        recorder.artifact("fisher", number, penalised.fisher.save)
+        recorder.artifact("penalty", number, penalised.penalty.save)
 
 
 def _versions() -> dict[str, str]:

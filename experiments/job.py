@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.configuration.command_line import CONFIGS, ended_briefly, remove_empty, sentence
+from experiments.configuration.manual import asks_for_manual, print_manual
 from experiments.configuration.schema import build, plain
 from experiments.configuration.targets import ConfigurationError
 
@@ -59,11 +61,11 @@ def run(config: DictConfig) -> float:
         remove_empty(directory)
     if single:
         sys.exit(f"error: {reason}")
-    from experiments.reporting.sweep import note_failure
+    from experiments.recording.sweep import note_failure
 
     _log.error("%s", reason)
     sweep = Path(job.runtime.cwd) / job.sweep.dir
-    note_failure(sweep, f"job {job.job.num} ({' '.join(job.overrides.task)})", reason)
+    note_failure(sweep, job.job.num, job.overrides.task, reason)
     return math.nan
 
 
@@ -83,7 +85,10 @@ def _run(config: dict[str, Any], directory: Path, single: bool) -> float:
         return _done(done, directory)
     # A slow import, which neither a wrong option nor a finished job needs.
     from experiments.experiment import Experiment
+    from experiments.training.device import take_device
 
+    if _runs_beside_others():
+        take_device(HydraConfig.get().job.num)
     experiment = build(config, Experiment)
     try:
         prepared = experiment.prepare()
@@ -137,18 +142,27 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path, continuation:
 
     from experiments.recording.files import only_warned, write_whole
     from experiments.recording.folder import PICTURES
+    from experiments.recording.label import label_of
     from experiments.recording.tracking import Recorder
     from experiments.reporting import run_pictures, run_report
+    from experiments.reporting.heat_map import heat_map
+    from experiments.reporting.remarks import remarks
 
     job, experiment = HydraConfig.get(), prepared.experiment
     choices, scenario = job.runtime.choices, experiment.benchmark.scenario
+    named = {group: choices[group] for group in ("benchmark", "model", "strategy")}
     title = f"{choices['benchmark']} ({scenario}), {choices['strategy']}"
-    name = f"{choices['benchmark']}-{choices['strategy']}-seed{experiment.seed}"
-    group = Path(job.sweep.dir).name if job.mode == RunMode.MULTIRUN else None
+    sweep = Path(job.runtime.cwd) / job.sweep.dir if job.mode == RunMode.MULTIRUN else None
+    label = label_of(choices, list(job.overrides.task), experiment.seed, sweep)
     recorded = continuation.state["recorder"] if continuation.state else None
-    with Recorder(directory, experiment.wandb, config, name, group, state=recorded) as recorder:
-        results = prepared.run(recorder, Console(stderr=True), _log, continuation)
+    with Recorder(directory, experiment.wandb, config, label, state=recorded) as recorder:
+        # The bars of jobs that run at the same time would overwrite each other.
+        alone = job.mode == RunMode.RUN or "BasicLauncher" in job.launcher._target_
+        console = Console(stderr=True, force_terminal=None if alone else False)
+        results = prepared.run(recorder, console, _log, continuation)
         results |= {"config": config, "overrides": list(job.overrides.task)}
+        results |= {"choices": named, "penalty_pull": recorder.curve.pull}
+        results["remarks"] = remarks(results)
         _keep(directory, results)
         matrix = results["accuracy_matrix"]
         with only_warned("config.yaml"):
@@ -162,11 +176,15 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path, continuation:
                 else:
                     run_pictures.draw_learning_curves(matrix, recorder.curve, title, path)
                 recorder.picture(picture, path)
+        recorder.page("accuracy_heat_map", heat_map(matrix, title))
         recorder.table("accuracy", *run_report.accuracy_table(matrix))
+        columns, rows = run_report.spectrum_table(results["fisher"])
+        if rows:
+            recorder.table("fisher_spectrum", columns, rows)
         final = ("average_accuracy", "forgetting", "backward_transfer")
         recorder.summary({key: results[key] for key in final})
     console = Console()
-    run_report.show_results(results, title, scenario, console)
+    run_report.show_results(results, title, console)
     seconds = ", ".join(f"{key} {value:.1f}" for key, value in results["seconds"].items())
     console.print(
         f"average accuracy {100 * results['average_accuracy']:.2f} %, forgetting "
@@ -193,6 +211,13 @@ def _keep(directory: Path, results: dict[str, Any]) -> None:
         raise
     if kept := _kept_in():
         keep(kept, results)
+
+
+def _runs_beside_others() -> bool:
+    """Whether this is a job of a sweep whose launcher runs several jobs at a time."""
+    job = HydraConfig.get()
+    alone = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+    return job.mode == RunMode.MULTIRUN and job.launcher._target_ != alone
 
 
 def _kept_in() -> Path | None:
@@ -229,6 +254,9 @@ def _logged(path: Path) -> Iterator[None]:
 
 def command() -> None:
     """Run the command line; a wrong option gives a short message, not a traceback."""
+    if asks_for_manual(sys.argv[1:]):
+        print_manual(Path(CONFIGS), sys.argv[1:])
+        return
     os.environ["MPLBACKEND"] = "agg"  # pictures go into files, whatever the user's screen
     ended_briefly(_resumed_or_new, "config")
 
@@ -238,4 +266,11 @@ def _resumed_or_new() -> None:
         from experiments.continued import with_resume
 
         sys.argv[1:] = with_resume(sys.argv[1:])
-    run()
+    try:
+        run()
+    except BrokenExecutor:  # joblib's
+        from experiments.training.stop import AtOnce
+
+        sys.exit(
+            f"error: the process of a job was killed, as when memory is exhausted; {AtOnce.advice}"
+        )

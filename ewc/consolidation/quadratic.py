@@ -184,6 +184,12 @@ class QuadraticForm(torch.autograd.Function):
         return (None, None, *cast)
 
 
+def gradient_kept_by(value: Tensor, names: list[str]) -> Parameters:
+    """The gradient that a :class:`QuadraticForm` keeps for its backward pass, by parameter."""
+    form: Any = value.grad_fn
+    return dict(zip(names, form.gradient, strict=True))
+
+
 def value_and_gradient(terms: list[Quadratic], here: Parameters) -> tuple[Tensor, list[Tensor]]:
     """The sum of the quadratics at ``here``, and its gradient in the order of ``here``."""
     value: Tensor | float = 0.0

@@ -37,14 +37,26 @@ class Curve:
     Attributes:
         points: the points so far, without the records of the one that is not complete.
         width: the records of a point.
+        starts: the first step of every task but the first.
+        pull: the largest gradient of the penalty relative to that of the task's loss, as a ratio
+            of norms; 0 before a record has both.
     """
 
     points: list[Point] = field(default_factory=list)
     width: int = 1
+    starts: list[float] = field(default_factory=list)
+    pull: float = 0.0
+    _task: float | None = None
     _open: list[Mapping[str, float]] = field(default_factory=list)
 
     def add(self, record: Mapping[str, float]) -> None:
         """Add the record of a step."""
+        task = record.get("task", self._task)
+        if self._task not in (None, task):
+            self.starts.append(record["step"])
+        self._task = task
+        if norm := record.get("train/task_gradient_norm"):
+            self.pull = max(self.pull, record.get("train/penalty_gradient_norm", 0.0) / norm)
         self._open.append({name: float(record[name]) for name in CURVES})
         if len(self._open) < self.width:
             return

@@ -4,9 +4,15 @@ Row ``i`` is measured after training on task ``i``; column ``j`` is the test acc
 task ``j``, from 0 to 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 Matrix = Sequence[Sequence[float]]
+
+STANDARD_ERRORS = 3.0
+"""How far above chance an accuracy must be to count as learnt."""
+
+LEARNT_SHARE = 1 / 3
+"""The share of the first task's accuracy above chance that a learnt task reaches at least."""
 
 
 def average_accuracy(matrix: Matrix) -> float:
@@ -37,3 +43,40 @@ def backward_transfer(matrix: Matrix) -> float:
     last = len(matrix) - 1
     gains = [matrix[last][j] - matrix[j][j] for j in range(last)]
     return sum(gains) / len(gains) if gains else 0.0
+
+
+def intransigence(matrix: Matrix, reference: Matrix) -> float:
+    r""":math:`\frac1T \sum_j (A_{jj} - R_{jj})`: the accuracy that a method costs new tasks.
+
+    The reference :math:`A` is the matrix of a run that may learn freely, by Chaudhry et al. 2018
+    (arXiv:1801.10112) one that trains on all tasks so far together.  It is negative where a task
+    is learnt better than by the reference.
+    """
+    costs = [row[j] - matrix[j][j] for j, row in enumerate(reference)]
+    return sum(costs) / len(costs)
+
+
+def forward_transfer(matrix: Matrix, initial: Sequence[float]) -> float | None:
+    r""":math:`\frac{1}{T-1} \sum_{j>1} (R_{j-1,j} - b_j)` (Lopez-Paz and Ranzato 2017).
+
+    The accuracies :math:`b` are those of the untrained network.  ``None`` before there are two
+    tasks.
+    """
+    gains = [matrix[j - 1][j] - initial[j] for j in range(1, len(matrix))]
+    return sum(gains) / len(gains) if gains else None
+
+
+def unlearnt(matrix: Matrix, guessing: Sequence[Mapping[str, float]]) -> list[int]:
+    """The tasks that training has left unlearnt, counted from 0.
+
+    The accuracy on such a task is at chance after its training, or less than
+    :data:`LEARNT_SHARE` as far above chance as that on the first task was.
+
+    Args:
+        matrix: the accuracies, one row for each task learnt.
+        guessing: for each task the ``accuracy`` of guessing the most frequent class, and its
+            standard ``error`` over the test examples.
+    """
+    gains = [row[j] - guessing[j]["accuracy"] for j, row in enumerate(matrix)]
+    least = [max(STANDARD_ERRORS * g["error"], LEARNT_SHARE * gains[0]) for g in guessing]
+    return [j for j, gain in enumerate(gains) if not gain > least[j]]

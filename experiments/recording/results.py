@@ -5,9 +5,9 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from experiments.recording.files import write_whole
 
@@ -15,6 +15,9 @@ _log = logging.getLogger(__name__)
 
 
 RESULTS = "results.json"
+
+JOBS = "jobs.txt"
+"""The file of the jobs of the newest sweep in a folder: what the sweep is, then one per line."""
 
 
 class DamagedResultsError(ValueError):
@@ -61,10 +64,57 @@ class Finished(Job):
         return seconds
 
 
+class Layer(BaseModel):
+    """What is kept of the Fisher information of one layer.
+
+    ``eigenvalues`` has the eigenvalues at ``ranks``, counted from 1 for the largest.
+    """
+
+    model_config = ConfigDict(strict=True)
+    trace: float
+    ranks: list[int]
+    eigenvalues: list[float]
+
+
+class Information(BaseModel):
+    """What is kept of the Fisher information of one task."""
+
+    model_config = ConfigDict(strict=True)
+    trace: float
+    seconds: float
+    layers: dict[str, Layer]
+
+
+class Guessing(BaseModel):
+    """The accuracy of guessing the most frequent class, and its standard error."""
+
+    model_config = ConfigDict(strict=True)
+    accuracy: float
+    error: float
+
+
 class Results(Finished):
-    """The content of ``results.json`` for a run that trained every task."""
+    """The content of ``results.json`` for a run that trained every task.
+
+    Runs of earlier versions lack the entries with a default.
+    """
 
     backward_transfer: float
+    initial_accuracies: list[float] = []
+    fisher: list[Information] = []
+    memory: dict[str, int] = {}
+    choices: dict[str, str] = {}
+    guessing: list[Guessing] = []
+    penalty_pull: float = 0.0
+    remarks: list[str] = []
+
+    @model_validator(mode="after")
+    def _is_of_every_task(self) -> Self:
+        size = len(self.accuracy_matrix)
+        for name in ("initial_accuracies", "guessing"):
+            if len(getattr(self, name)) not in (0, size):
+                raise ValueError(f"{name} must be of {size} tasks, as accuracy_matrix is")
+        return self
 
 
 def parsed(text: str | bytes, finished: type[Finished]) -> dict[str, Any]:
@@ -125,11 +175,8 @@ def read_jobs(folder: Path) -> list[dict[str, Any]]:
 
 def read_sweep(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The results of a sweep's jobs, and messages on damaged ones."""
-    folders = sorted(
-        (path.parent for path in folder.glob(f"*/{RESULTS}")), key=lambda f: (len(f.name), f)
-    )
     jobs, damaged = [], []
-    for job in folders:
+    for job in _job_folders(folder):
         try:
             if results := read_results(job):
                 jobs.append(results)
@@ -137,3 +184,15 @@ def read_sweep(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
             _log.warning("%s It is left out.", error)
             damaged.append(str(error))
     return jobs, damaged
+
+
+def _job_folders(folder: Path) -> list[Path]:
+    """The folders with results of the newest sweep in a folder, in the order of the jobs.
+
+    Without :data:`JOBS` they are all folders with results.
+    """
+    folders = [path.parent for path in folder.glob(f"*/{RESULTS}")]
+    if (folder / JOBS).exists():
+        noted = set((folder / JOBS).read_text(encoding="utf-8").splitlines()[1:])
+        folders = [job for job in folders if job.name in noted]
+    return sorted(folders, key=lambda job: (len(job.name), job))

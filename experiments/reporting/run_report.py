@@ -7,9 +7,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-NEAR_CHANCE = 10.0
-"""Points over fine-tuning below which a class-incremental run prints a remark."""
-
 
 def accuracy_table(matrix: Sequence[Sequence[float]]) -> tuple[list[str], list[list[Any]]]:
     """One row per task, in per cent: accuracy when just learnt, at the end, and the difference."""
@@ -21,8 +18,20 @@ def accuracy_table(matrix: Sequence[Sequence[float]]) -> tuple[list[str], list[l
     return columns, rows
 
 
-def show_results(results: Mapping[str, Any], title: str, scenario: str, console: Console) -> None:
-    """Print the table of accuracies, and a remark on class-incremental runs near chance."""
+def spectrum_table(
+    information: Sequence[Mapping[str, Any]],
+) -> tuple[list[str], list[list[Any]]]:
+    """One row per eigenvalue that is kept: task, layer, rank and eigenvalue."""
+    rows: list[list[Any]] = []
+    for number, fisher in enumerate(information, 1):
+        for name, layer in fisher["layers"].items():
+            pairs = zip(layer["ranks"], layer["eigenvalues"], strict=True)
+            rows += [[str(number), name, rank, value] for rank, value in pairs]
+    return ["task", "layer", "rank", "eigenvalue"], rows
+
+
+def show_results(results: Mapping[str, Any], title: str, console: Console) -> None:
+    """Print the table of accuracies and the remarks."""
     columns, rows = accuracy_table(results["accuracy_matrix"])
     table = Table(title=f"{title}: test accuracy in %")
     for column in columns:
@@ -35,10 +44,5 @@ def show_results(results: Mapping[str, Any], title: str, scenario: str, console:
     final = 100 * results["average_accuracy"]
     table.add_row("mean", f"{learnt:.2f}", f"{final:.2f}", f"{final - learnt:.2f}")
     console.print(table)
-    if scenario == "class" and len(matrix) > 1 and final < 100 / len(matrix) + NEAR_CHANCE:
-        console.print(
-            f"Class-incremental: a network that is only fine-tuned ends near "
-            f"{100 / len(matrix):.0f} % (perfect on the last task, 0 on all others), and "
-            "methods that only protect weights, EWC among them, are published within a few "
-            "points of that (split MNIST: 20 %). It is no fault of the run."
-        )
+    for remark in results["remarks"]:
+        console.print(f"Remark: {remark}", highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The report over the jobs of a sweep, and the jobs that failed."""
+"""The report over the jobs of a sweep."""
 
 import os
 import sys
@@ -7,22 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from experiments.recording.files import append_whole, only_warned, write_whole
-from experiments.recording.folder import IN_USE
+from experiments.continued import command_to_continue
+from experiments.recording.files import only_warned, write_whole
 from experiments.recording.kept import read_kept
-from experiments.recording.results import RESULTS, read_sweep
+from experiments.recording.results import read_sweep
+from experiments.recording.sweep import FAILURES, begin_sweep, failures, note_job
+from experiments.reporting.report.page import PAGE, write_report
 from experiments.reporting.tables import markdown, sweep_table
-
-FAILURES = "failed.txt"
-"""The file of failed jobs in a sweep's folder, one per line."""
+from experiments.training.stop import AtOnce
 
 
 class SweepReport(Callback):
-    """Writes and prints ``report.md`` at the end of a sweep.
+    """Writes ``report.md`` and ``report.html`` at the end of a sweep, and prints the first.
 
     Args:
         published: published accuracies in per cent of some rows, by the row's settings as on the
@@ -44,11 +45,20 @@ class SweepReport(Callback):
         self.kept = Path(kept) if kept else None
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Remove the failures of an earlier sweep in the same folder, whose jobs run again."""
-        (Path(config.hydra.sweep.dir) / FAILURES).unlink(missing_ok=True)
+        """Begin the notes on the jobs, and say how the sweep is continued if a signal ends it."""
+        hydra, folder = config.hydra, Path(config.hydra.sweep.dir)
+        params = [f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()]
+        begin_sweep(folder, [*params, *hydra.overrides.task])
+        AtOnce.advice = f"to continue the sweep: {command_to_continue(folder, hydra)}"
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        """Note the job, in the process where it runs."""
+        if config.hydra.mode == RunMode.MULTIRUN:
+            runtime = config.hydra.runtime
+            note_job(Path(runtime.cwd) / config.hydra.sweep.dir, Path(runtime.output_dir))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Write the report, and end with an error if jobs failed.
+        """Write both reports, and end with an error if jobs failed.
 
         Raises:
             SystemExit: a job has failed.
@@ -56,33 +66,14 @@ class SweepReport(Callback):
         folder = Path(config.hydra.sweep.dir)
         with only_warned("report.md"):
             report_sweep(folder, self.published, self.kept)
+        with only_warned(PAGE):
+            if write_report([self.kept or folder], folder):
+                print(f"report: {os.path.relpath(folder / PAGE)}")
         if failed := failures(folder):
             count = f"{len(failed)} job{'s' * (len(failed) > 1)}"
             more = f"; and {len(failed) - 3} more, in {folder / FAILURES}"
             named = "; ".join(failed[:3]) + more * (len(failed) > 3)
             sys.exit(f"error: {count} of the sweep failed: {named}")
-
-
-def note_failure(folder: Path, job: str, reason: str) -> None:
-    """Note a failed job in a sweep's folder, where other processes can read it."""
-    with (folder / FAILURES).open("ab", buffering=0) as file:
-        append_whole(file, f"{job}: {reason}\n".encode())
-
-
-def failures(folder: Path) -> list[str]:
-    """The jobs of a sweep that failed the last time it ran, each with the reason.
-
-    A job that another process ran, and has finished meanwhile, is none of them.
-    """
-    path = folder / FAILURES
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [line for line in lines if not (IN_USE in line and _is_finished(folder, line))]
-
-
-def _is_finished(folder: Path, line: str) -> bool:
-    """Whether there are results of the job of a line in :data:`FAILURES`."""
-    number = line.removeprefix("job ").partition(" ")[0]
-    return (folder / number / RESULTS).exists()
 
 
 def report_sweep(

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from experiments.recording.metrics import average_accuracies
-from experiments.reporting.tables import Jobs, means_by_strength, options_of
+from experiments.reporting.drawing import draw_band, legend_below
+from experiments.reporting.tables import Jobs, accuracies_by_strength, options_of, standard_error
 
 SPEAKING = ("strategy", "fisher/estimator", "fisher/structure")
 """Options whose values stand without the option's name in a legend."""
@@ -28,16 +29,17 @@ def over_tasks(jobs: Jobs, title: str) -> Figure:
             runs = [average_accuracies(job["accuracy_matrix"]) for job in in_scenario]
             if not runs:
                 continue
-            mean = [100 * statistics.fmean(values) for values in zip(*runs, strict=True)]
+            mean, errors = _means(runs)
             steps = range(1, len(mean) + 1)
-            axes.plot(steps, mean, marker=".", label=label, color=f"C{place % 10}")
+            style = {"marker": ".", "label": label, "color": f"C{place % 10}"}
+            draw_band(axes, steps, mean, errors, **style)
         axes.set(xlabel="tasks learnt", title=scenario or title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("average accuracy in %")
     if len(scenarios) > 1:
         figure.suptitle(title)
-    return _labelled(figure)
+    return legend_below(figure)
 
 
 def over_single_tasks(jobs: Jobs, title: str) -> Figure:
@@ -49,24 +51,26 @@ def over_single_tasks(jobs: Jobs, title: str) -> Figure:
     for task, axes in enumerate(panels):
         for label, members in settings.items():
             columns = [[row[task] for row in job["accuracy_matrix"][task:]] for job in members]
-            mean = [100 * statistics.fmean(values) for values in zip(*columns, strict=True)]
-            axes.plot(range(task + 1, size + 1), mean, marker="o", label=label)
+            mean, errors = _means(columns)
+            draw_band(axes, range(task + 1, size + 1), mean, errors, marker="o", label=label)
         axes.set(xlabel="tasks learnt", title=f"task {task + 1}", xlim=(0.8, size + 0.2))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("test accuracy in %")
     figure.suptitle(title)
-    return _labelled(figure)
+    return legend_below(figure)
 
 
 def over_strength(jobs: Jobs, title: str) -> Figure:
     """Average accuracy against the strength, one line per other setting."""
     figure, axes = _axes(title, "strength (1 is the Bayes value)", "average accuracy in %")
     for label, members in by_setting(jobs, but=("strategy.strength",)).items():
-        means = means_by_strength(members)
-        axes.plot(list(means), list(means.values()), marker=".", label=label)
+        runs = accuracies_by_strength(members)
+        means = [statistics.fmean(values) for values in runs.values()]
+        errors = [standard_error(values) for values in runs.values()]
+        draw_band(axes, list(runs), means, errors, marker=".", label=label)
     axes.set_xscale("log")
-    return _labelled(figure)
+    return legend_below(figure)
 
 
 def overlap_by_layer(jobs: Jobs, title: str) -> Figure:
@@ -78,14 +82,11 @@ def overlap_by_layer(jobs: Jobs, title: str) -> Figure:
         names = [name for name in runs[0] if all(name in run for run in runs)]
         layers = [[run[name] for run in runs] for name in names]
         means = [statistics.fmean(values) for values in layers]
-        errors = [
-            statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-            for values in layers
-        ]
+        errors = [standard_error(values) or 0.0 for values in layers]
         axes.errorbar(range(1, len(means) + 1), means, errors, marker="o", capsize=3, label=label)
     axes.set_ylim(0, 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _labelled(figure)
+    return legend_below(figure)
 
 
 OF_SWEEPS = {
@@ -113,27 +114,15 @@ def _scenario(job: Mapping[str, Any]) -> str:
     return options_of(job).get("benchmark.scenario", "")
 
 
+def _means(runs: Sequence[Sequence[float]]) -> tuple[list[float], list[float | None]]:
+    """The means and the standard errors over runs, in per cent, at each place."""
+    places = [[100 * value for value in values] for values in zip(*runs, strict=True)]
+    return [statistics.fmean(v) for v in places], [standard_error(v) for v in places]
+
+
 def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     axes.set(xlabel=x, ylabel=y, title=title)
     axes.grid(alpha=0.3)
     return figure, axes
-
-
-def _labelled(figure: Figure) -> Figure:
-    """The figure with one legend for all panels, below them."""
-    handles: dict[str, Any] = {}
-    for axes in figure.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    # Some 20 letters of this size to the inch; a handle and its spaces are as wide as 9.
-    columns = int(20 * figure.get_figwidth() / (9 + max(map(len, handles))))
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        fontsize="x-small",
-        ncols=max(1, min(columns, 5)),
-    )
-    return figure

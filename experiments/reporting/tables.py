@@ -50,8 +50,8 @@ def sweep_table(
         total = f"{statistics.fmean(j['seconds']['total'] for j in done):.1f}" if done else ""
         rows.append(
             [
-                *(_shown(values.get(name, "")) for name in varied),
-                _seeds(members),
+                *(as_written(values.get(name, "")) for name in varied),
+                seeds_of(members),
                 accuracy,
                 drop,
                 total,
@@ -71,18 +71,26 @@ def mean_and_error(values: Sequence[float]) -> str:
     """The mean ± its standard error; one value alone, and an empty text for none."""
     if not values:
         return ""
-    mean = statistics.fmean(values)
-    if len(values) == 1:
-        return f"{mean:.2f}"
-    return f"{mean:.2f} ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}"
+    mean, error = statistics.fmean(values), standard_error(values)
+    return f"{mean:.2f}" if error is None else f"{mean:.2f} ± {error:.2f}"
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """The standard error of the mean of some values, ``None`` for a single one."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def means_by_strength(jobs: Sequence[Mapping[str, Any]]) -> dict[float, float]:
     """The mean accuracy in per cent at every strength, the smallest strength first."""
+    return {s: statistics.fmean(values) for s, values in accuracies_by_strength(jobs).items()}
+
+
+def accuracies_by_strength(jobs: Sequence[Mapping[str, Any]]) -> dict[float, list[float]]:
+    """The accuracies of all seeds in per cent at every strength, the smallest strength first."""
     accuracies: dict[float, list[float]] = {}
     for job in jobs:
         accuracies.setdefault(strength_of(job), []).append(100 * job["average_accuracy"])
-    return {strength: statistics.fmean(accuracies[strength]) for strength in sorted(accuracies)}
+    return dict(sorted(accuracies.items()))
 
 
 def strength_of(job: Mapping[str, Any]) -> float:
@@ -111,13 +119,13 @@ def _value(text: str) -> float | str:
         return text
 
 
-def _shown(text: str) -> str:
+def as_written(text: str) -> str:
     """A value as a person writes it: 1e+11, not 100000000000.0."""
     value = _value(text)
     return f"{value:g}" if isinstance(value, float) else value
 
 
-def _seeds(jobs: Sequence[Mapping[str, Any]]) -> str:
+def seeds_of(jobs: Sequence[Mapping[str, Any]]) -> str:
     """The jobs' seeds, three or more in a row as ``first to last``."""
     seeds = sorted({int(job["seed"]) for job in jobs})
     if len(seeds) > 2 and seeds[-1] - seeds[0] == len(seeds) - 1:

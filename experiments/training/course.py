@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ewc import FisherMatrix
 from ewc.parameters import flatten
 from ewc.statistics import fisher_overlap_by_layer
+from experiments.training.information import described
 
 
 @dataclass
@@ -17,7 +18,9 @@ class Course:
     """What a run has measured so far, and where the task in training began.
 
     Attributes:
+        initial: the accuracies of the untrained network, one for each task.
         matrix: the accuracies, one row for each task learnt.
+        information: what is kept of each task's Fisher information.
         overlaps: for each task the overlap of its Fisher information with that of the first, by
             layer.
         train_seconds: the time of training steps.
@@ -25,7 +28,9 @@ class Course:
         eval_seconds: the time of evaluations.
     """
 
+    initial: list[float] = field(default_factory=list)
     matrix: list[list[float]] = field(default_factory=list)
+    information: list[dict[str, Any]] = field(default_factory=list)
     overlaps: list[dict[str, float]] = field(default_factory=list)
     train_seconds: float = 0.0
     fisher_seconds: float = 0.0
@@ -51,6 +56,11 @@ class Course:
         self.overlaps.append(fisher_overlap_by_layer(self._first, fisher))
         return self.overlaps[-1]
 
+    def describe(self, fisher: FisherMatrix, seconds: float) -> dict[str, Any]:
+        """Keep and return what is kept of a task's Fisher information, which took some seconds."""
+        self.information.append(described(fisher, seconds))
+        return self.information[-1]
+
     @property
     def seconds(self) -> dict[str, float]:
         """The time of each part and in total, over all processes of the run."""
@@ -66,7 +76,9 @@ class Course:
             tensors, about = self._first.description()
             first = {"tensors": tensors, "about": about}
         return {
+            "initial": self.initial,
             "matrix": self.matrix,
+            "information": self.information,
             "overlaps": self.overlaps,
             "seconds": [self.train_seconds, self.fisher_seconds, self.eval_seconds],
             "total": self._earlier_seconds + time.perf_counter() - self._started,
@@ -83,7 +95,8 @@ class Course:
             described = state["first"]["tensors"], state["first"]["about"]
             first = FisherMatrix.from_description(*described).to(device).attached(model)
         start = None if state["start"] is None else state["start"].to(device)
-        course = cls(state["matrix"], state["overlaps"], _earlier_seconds=state["total"])
+        measured = {name: state[name] for name in ("initial", "matrix", "information", "overlaps")}
+        course = cls(**measured, _earlier_seconds=state["total"])
         course.train_seconds, course.fisher_seconds, course.eval_seconds = state["seconds"]
         course._first, course._start = first, start
         return course

@@ -2,20 +2,18 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ewc.growth import Growth
+from experiments.recording.metrics import Matrix, unlearnt
 
 _log = logging.getLogger(__name__)
 
 LOSS_GROWTH = 10.0
 """The growth of the loss above which a run counts as diverged."""
-
-STANDARD_ERRORS = 3.0
-"""How far above chance an accuracy must be to count as learnt."""
 
 
 def warn_of_loss(growth: Growth, first: float, last: float, task: int) -> None:
@@ -33,30 +31,23 @@ def warn_of_loss(growth: Growth, first: float, last: float, task: int) -> None:
         )
 
 
-def warn_of_unlearnt(matrix: Sequence[Sequence[float]], labels: Sequence[Tensor]) -> None:
-    """Warn of the first task that training has left at chance.
-
-    Chance is the share of the most frequent class.
-
-    Args:
-        matrix: the accuracies on each task, one row for each task learnt.
-        labels: the test labels of each task.
-    """
+def warn_of_unlearnt(matrix: Matrix, guessing: Sequence[Mapping[str, float]]) -> None:
+    """Warn of the first task that is not learnt; :func:`unlearnt` has the arguments."""
     number = len(matrix) - 1
-    learnt = [row[task] > _beyond_chance(labels[task]) for task, row in enumerate(matrix)]
-    if all(learnt[:number]) and not learnt[number]:
+    if unlearnt(matrix, guessing) == [number]:
         firm = "the strategy holds the parameters too firmly (strategy.strength) or "
         _log.warning(
-            "Task %d is not learnt: after its training the accuracy on it is %.1f %%, no better "
-            "than chance, so %soptimizer.lr is too small or too large%s.",
+            "Task %d is not learnt: after its training the accuracy on it is %.1f %%, where "
+            "guessing reaches %.1f %%, so %soptimizer.lr is too small or too large%s.",
             number + 1,
             100 * matrix[number][number],
+            100 * guessing[number]["accuracy"],
             firm if number else "",
             "" if number else ", or training too short",
         )
 
 
-def _beyond_chance(labels: Tensor) -> float:
-    """The accuracy that guessing exceeds with a chance of about one in a thousand."""
+def accuracy_of_guessing(labels: Tensor) -> dict[str, float]:
+    """The share of the most frequent class, and its standard error over the examples."""
     chance = float(torch.bincount(labels).max()) / len(labels)
-    return chance + STANDARD_ERRORS * math.sqrt(chance * (1 - chance) / len(labels))
+    return {"accuracy": chance, "error": math.sqrt(chance * (1 - chance) / len(labels))}

@@ -4,16 +4,24 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from avalanche.training.plugins import SupervisedPlugin
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
 from ewc import EWCPenalty, FisherMatrix
 from ewc.finite_steps import FiniteSteps, task_number
 from ewc.growth import Growth
+from ewc.parameters import Parameters
+from ewc.wrappers import named_parameters
 from experiments.recording.tracking import Recorder
 from experiments.training.divergence import warn_of_loss
+from experiments.training.progress import RunProgress
+
+NORMS_EVERY = 10
+"""Steps from one record with the gradients' norms to the next.
+
+They take a sweep over the parameters each, a tenth of a step of a small network.
+"""
 
 
 @runtime_checkable
@@ -34,17 +42,16 @@ class PenaltyPlugin(Protocol):
 
 
 class TrainingObserver(SupervisedPlugin):
-    """Records loss and penalty of the steps, draws the progress bar and measures the time.
+    """Records the steps, and measures the time.
 
-    It must be the first plugin: its ``after_training_exp`` marks the end of training, before other
-    plugins compute something after a task.
+    Only the progress bar may come before it: its ``after_training_exp`` marks the end of training,
+    before other plugins compute something after a task.
 
     Args:
         recorder: the writer of the records.
         plugin: the plugin that adds a penalty; ``None`` without one.
-        num_tasks: the number of tasks.
         log_every: training steps from one record to the next.
-        console: the console for the progress bar, which needs a terminal.
+        progress: the bar that shows the recorded loss.
 
     Attributes:
         train_seconds: the time of all training steps so far.
@@ -55,45 +62,30 @@ class TrainingObserver(SupervisedPlugin):
         self,
         recorder: Recorder,
         plugin: PenaltyPlugin | None,
-        num_tasks: int,
         log_every: int,
-        console: Console,
+        progress: RunProgress,
     ) -> None:
         super().__init__()
         self.recorder = recorder
         self.plugin = plugin
-        self.num_tasks = num_tasks
         self.log_every = log_every
-        self.console = console
+        self.progress = progress
         self.train_seconds = 0.0
         self.trained_at = 0.0
         self._started = 0.0
         self._growth = plugin.growth if plugin else Growth()
         self._finite = FiniteSteps(growth=self._growth)
         self._losses: list[Tensor] = []
-        self._progress: Progress | None = None
-        self._bar: Any = None
+        self._norms: dict[str, Tensor] = {}
+        self._steps, self._since = 0, 0.0
 
     def before_training_exp(self, strategy: Any, **_: Any) -> None:
-        """Start the clock and the task's progress bar."""
-        number = strategy.experience.current_experience + 1
-        if self.console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]:.4f}"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
-            self._bar = self._progress.add_task(
-                f"task {number}/{self.num_tasks}", total=len(strategy.dataloader), loss=0.0
-            )
-            self._progress.start()
+        """Start the clock."""
         self._finite = FiniteSteps(growth=self._growth)
         self._losses = []
         self._growth.start(strategy.model)
         self._started = time.perf_counter()
+        self._steps, self._since = 0, self._started
 
     def before_backward(self, strategy: Any, **_: Any) -> None:
         """Stop a run whose loss is not finite, where no plugin with a penalty does.
@@ -105,36 +97,66 @@ class TrainingObserver(SupervisedPlugin):
             self._finite.check_loss(strategy)
         # The task's own loss: the observer comes before the plugins that add to it.
         self._losses = [*self._losses[:1], strategy.loss.detach()]
+        if self.plugin:
+            self.plugin.penalty.keeps_gradient = self._measures_norms(_step(strategy))
 
     def before_update(self, strategy: Any, **_: Any) -> None:
-        """Note the gradients' norms on an accelerator, where no plugin with a penalty does."""
+        """Measure the gradients of a step that is recorded with them.
+
+        On an accelerator their norms are also noted where no plugin with a penalty does so.
+        """
         if not self.plugin:
             self._finite.note_gradients(strategy)
+        if self._measures_norms(_step(strategy)):
+            penalty = self.plugin.penalty.last_gradient if self.plugin else None
+            self._norms = gradient_norms(strategy.model, penalty)
+            if self.plugin:  # it takes as much memory as the parameters
+                self.plugin.penalty.last_gradient = None
 
     def after_training_iteration(self, strategy: Any, **_: Any) -> None:
         """Record the step."""
-        step = strategy.clock.train_iterations + 1  # the clock is the last plugin
+        step = _step(strategy)
+        self._steps += 1
         if step % self.log_every == 0:
-            loss = strategy.loss.item()
-            penalty = self.plugin.last_penalty.item() if self.plugin else 0.0
+            values = self._values(strategy)
             task = strategy.experience.current_experience
+            now = time.perf_counter()
+            seconds = (now - self._since) / self._steps
+            self._steps, self._since = 0, now
             self.recorder.log(
-                {"step": step, "task": task, "train/loss": loss, "train/penalty": penalty}
+                {"step": step, "task": task, **values},
+                shown={"train/seconds_per_step": seconds},
             )
-            if self._progress:
-                self._progress.update(self._bar, loss=loss)
-        if self._progress:
-            self._progress.advance(self._bar)
+            self.progress.loss = values["train/loss"]
+
+    def _measures_norms(self, step: int) -> bool:
+        """Whether a step is the first to be recorded of ten."""
+        earlier = step - self.log_every
+        return step % self.log_every == 0 and step // NORMS_EVERY > earlier // NORMS_EVERY
+
+    def _values(self, strategy: Any) -> dict[str, float]:
+        """The metrics of a step; one transfer reads all of them from an accelerator."""
+        loss = strategy.loss.detach()
+        measured = {
+            "train/loss": loss,
+            "train/penalty": self.plugin.last_penalty if self.plugin else torch.zeros(()),
+            "train/task_loss": self._losses[-1],
+            "train/accuracy": (strategy.mb_output.argmax(1) == strategy.mb_y).float().mean(),
+            **self._norms,
+        }
+        self._norms = {}
+        read = torch.stack([value.to(loss).reshape(()) for value in measured.values()]).tolist()
+        rate = float(strategy.optimizer.param_groups[0]["lr"])
+        return {**dict(zip(measured, read, strict=True)), "train/learning_rate": rate}
 
     def after_training_exp(self, strategy: Any, **_: Any) -> None:
-        """Stop the clock and the progress bar.
+        """Stop the clock.
 
         Raises:
             FloatingPointError: a loss, the parameters or the optimizer's state are not finite.
         """
         self.trained_at = time.perf_counter()
         self.train_seconds += self.trained_at - self._started
-        self.close()
         if not self.plugin:
             self._finite.look(strategy)
         task, step = task_number(strategy), strategy.clock.train_exp_iterations
@@ -156,14 +178,36 @@ class TrainingObserver(SupervisedPlugin):
         """Go on from a state."""
         self.train_seconds = state["train_seconds"]
         self._started = time.perf_counter()
+        self._steps, self._since = 0, self._started
         self._losses = [loss.to(strategy.device) for loss in state["losses"]]
         self._growth.restore(state["initial_norms"], warned=state["warned"])
 
-    def close(self) -> None:
-        """Remove the progress bar, if there is one."""
-        if self._progress:
-            self._progress.stop()
-            self._progress = None
+
+def _step(strategy: Any) -> int:
+    """The number of the present step, from 1; the clock is the last plugin."""
+    return int(strategy.clock.train_iterations) + 1
+
+
+def gradient_norms(model: nn.Module, penalty: Parameters | None) -> dict[str, Tensor]:
+    """The norm of the task's gradient, and that of the penalty's if it is known.
+
+    Args:
+        model: the network, with the gradient of the loss in ``.grad``.
+        penalty: the penalty's part of it, by parameter.
+    """
+    gradients = {n: p.grad for n, p in named_parameters(model) if p.grad is not None}
+    if penalty is None:
+        return {"train/task_gradient_norm": torch.nn.utils.get_total_norm(gradients.values())}
+    shared = [name for name in gradients if name in penalty]
+    gradients |= zip(
+        shared,
+        torch._foreach_sub([gradients[n] for n in shared], [penalty[n] for n in shared]),
+        strict=True,
+    )
+    return {
+        "train/task_gradient_norm": torch.nn.utils.get_total_norm(gradients.values()),
+        "train/penalty_gradient_norm": torch.nn.utils.get_total_norm(penalty.values()),
+    }
 
 
 class AccuracyObserver(SupervisedPlugin):

@@ -54,7 +54,10 @@ def outcome(tmp_path, command_line, monkeypatch):
 
 def left_in(directory):
     results = read_results(directory)
-    results = {k: results[k] for k in results.keys() - {"seconds", "config", "overrides"}}
+    for information in results["fisher"]:
+        del information["seconds"]
+    apart = {"seconds", "memory", "config", "overrides"}
+    results = {k: results[k] for k in results.keys() - apart}
     weights = load_file(checkpoint_files(directory)[-1])
     return weights, results, (directory / "metrics.jsonl").read_text().splitlines()
 

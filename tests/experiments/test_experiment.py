@@ -18,8 +18,10 @@ from experiments.configuration.command_line import CONFIGS
 from experiments.configuration.schema import build, plain
 from experiments.experiment import Experiment
 from experiments.recording.checkpoints import Checkpoints
+from experiments.recording.label import Label
 from experiments.recording.results import read_jobs
-from experiments.recording.tracking import Recorder, WandB
+from experiments.recording.tracking import Recorder
+from experiments.recording.wandb_run import WandB
 from experiments.reporting.tables import sweep_table
 from experiments.training.resume import Continuation
 
@@ -44,7 +46,7 @@ def run(directory, *overrides):
     config = compose(*overrides)
     prepared = build(config, Experiment).prepare()
     continuation = Continuation(Checkpoints(directory, config, prepared.deciding_versions))
-    with Recorder(directory, WandB(mode="disabled"), {}, "test", None) as recorder:
+    with Recorder(directory, WandB(mode="disabled"), {}, Label("test")) as recorder:
         return prepared.run(recorder, Console(quiet=True), Silent(), continuation)
 
 
@@ -104,6 +106,14 @@ def test_a_seed_decides_everything(tmp_path):
     assert lines[0] == lines[1]
 
 
+def test_the_untrained_network_is_measured_first(tmp_path):
+    still = run(tmp_path / "still", "optimizer.lr=1e-30", "strategy=naive")
+    initial = still["initial_accuracies"]
+    assert still["accuracy_matrix"] == [initial, initial]
+    assert run(tmp_path / "moving", "strategy=naive")["initial_accuracies"] == initial
+    assert 2**25 < still["memory"]["peak"] < 2**40
+
+
 @pytest.mark.slow
 def test_ewc_forgets_less_than_fine_tuning(tmp_path):
     """On 3 seeds of split digits: ECOSYSTEM-size margins, far from noise."""
@@ -150,7 +160,7 @@ def test_checkpoints_hold_network_and_penalty(tmp_path):
 
 def test_records_are_on_disk_as_they_come(tmp_path):
     """A run that is cut short has them."""
-    with Recorder(tmp_path, WandB(mode="disabled"), {}, "test", None) as recorder:
+    with Recorder(tmp_path, WandB(mode="disabled"), {}, Label("test")) as recorder:
         record = {"step": 1, "train/loss": 0.5, "train/penalty": 0.0}
         recorder.log(record)
         assert json.loads((tmp_path / "metrics.jsonl").read_text()) == record

@@ -28,9 +28,12 @@ from experiments.recording import results as result_files
 from experiments.recording.curve import Curve
 from experiments.recording.folder import OWNER, finished, owned
 from experiments.recording.kept import keep, kept_job, read_kept
+from experiments.recording.label import Label
 from experiments.recording.results import read_jobs, read_results, write_results
-from experiments.recording.tracking import Recorder, WandB
-from experiments.reporting.sweep import failures, note_failure, report_sweep
+from experiments.recording.sweep import begin_sweep, failures, note_failure, note_job
+from experiments.recording.tracking import Recorder
+from experiments.recording.wandb_run import WandB
+from experiments.reporting.sweep import report_sweep
 from experiments.training.observers import TrainingObserver
 
 ROOT = Path(__file__).parents[3]
@@ -138,7 +141,16 @@ def damage(directory, content):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+NOT_KEPT = {
+    "guesses of no task": json.dumps(RESULTS | {"guessing": [{"accuracy": 0.5, "error": 0.1}] * 9}),
+    "a guess without error": json.dumps(RESULTS | {"guessing": [{"accuracy": 0.5}] * 2}),
+}
+"""Damage where kept lines have nothing."""
+
+
+@pytest.mark.parametrize(
+    "content", [*DAMAGED.values(), *NOT_KEPT.values()], ids=[*DAMAGED, *NOT_KEPT]
+)
 def test_damaged_results_are_named_and_left_out(tmp_path, caplog, content):
     for name, results in (("a", RESULTS), ("c", DIVERGED)):
         (tmp_path / name).mkdir()
@@ -168,11 +180,14 @@ def test_a_line_has_what_decides_the_outcome_and_what_the_page_shows(tmp_path):
     where += ["training.checkpoint_minutes=null"]
     apart["training"] = TRAINING | {"checkpoint_minutes": None}
     overlap = [{"2": 1.0, "10": 1.0}, {"2": 0.5, "10": 0.25}]
+    information = {"trace": 1.0, "seconds": 1.0, "layers": {}}
+    apart_results = {"device": "cpu", "fisher": [information], "memory": {"peak": 1}}
     keep(
         path,
         RESULTS
+        | apart_results
         | {"config": CONFIG | apart, "overrides": ["strategy=ewc", *where, "seed=0"]}
-        | {"seconds": {"total": 1.0, "train": 0.5}, "fisher_overlap": overlap, "device": "cpu"},
+        | {"seconds": {"total": 1.0, "train": 0.5}, "fisher_overlap": overlap},
     )
     keep(path, DIVERGED | {"config": CONFIG | {"seed": 1}, "seed": 1})
     (finished_job, diverged_job), damaged = read_kept(path)
@@ -472,16 +487,18 @@ def once_open(patch, fault):
 
 def full_disk(recorder):
     with Path("/dev/full").open("w") as full:
-        os.dup2(full.fileno(), recorder._file.fileno())
+        os.dup2(full.fileno(), recorder._file._file.fileno())
 
 
 FAULTS = {
     "accuracy_matrix.png": lambda patch: patch.setattr(Figure, "savefig", broken),
     "learning_curves in W&B": lambda patch: patch.setattr(wandb, "Image", broken),
     "accuracy in W&B": lambda patch: patch.setattr(wandb, "Table", broken),
-    "the summary in W&B": lambda patch: once_open(patch, lambda r: setattr(r, "run", Gone())),
-    "records in W&B": lambda patch: once_open(patch, lambda r: setattr(r, "run", Gone())),
-    "the end of the W&B run": lambda patch: once_open(patch, lambda r: setattr(r, "run", Gone())),
+    "the summary in W&B": lambda patch: once_open(patch, lambda r: setattr(r._run, "run", Gone())),
+    "records in W&B": lambda patch: once_open(patch, lambda r: setattr(r._run, "run", Gone())),
+    "the end of the W&B run": lambda patch: once_open(
+        patch, lambda r: setattr(r._run, "run", Gone())
+    ),
     "config.yaml": lambda patch: patch.setattr(OmegaConf, "to_yaml", broken),
     "metrics.jsonl": lambda patch: once_open(patch, full_disk),
     "checkpoints": lambda patch: patch.setattr(checkpoints, "write", broken),
@@ -561,7 +578,7 @@ def test_wandb_needs_no_home(tmp_path, command, monkeypatch):
 
 
 def test_curves_are_drawn_from_memory(tmp_path):
-    with Recorder(tmp_path, WandB(mode="disabled"), {}, "test", None) as recorder:
+    with Recorder(tmp_path, WandB(mode="disabled"), {}, Label("test")) as recorder:
         recorder.log({"step": 1, "train/loss": 0.5, "train/penalty": 0.0})
         recorder.log({"task": 0, "eval/accuracy/task00": 0.5})
         recorder.log({"step": 2, "train/loss": 0.25, "train/penalty": 0.125})
@@ -584,6 +601,22 @@ def test_a_curve_has_the_means_of_windows_and_bounded_memory(count):
     for name, factor in (("train/loss", 1), ("train/penalty", 2)):
         means = torch.tensor([point.means[name] for point in curve.points], dtype=torch.float64)
         torch.testing.assert_close(means, factor * windows)
+
+
+def test_a_curve_knows_where_tasks_begin():
+    curve = Curve()
+    for step, task in [(1, 0), (2, 0), (3, 1), (4, 1), (5, 2)]:
+        curve.add({"step": step, "task": task, "train/loss": 1.0, "train/penalty": 0.0})
+    assert curve.starts == [3, 5]
+
+
+def test_a_curve_knows_the_largest_pull_of_the_penalty():
+    curve = Curve()
+    for step, task, penalty in [(1, 0.0, 1.0), (2, 4.0, 1.0), (3, 2.0, 0.2)]:
+        norms = {"train/task_gradient_norm": task, "train/penalty_gradient_norm": penalty}
+        curve.add({"step": step, "train/loss": 1.0, "train/penalty": 0.0, **norms})
+    curve.add({"step": 4, "train/loss": 1.0, "train/penalty": 0.0})
+    assert curve.pull == 0.25
 
 
 @pytest.mark.parametrize(
@@ -708,6 +741,22 @@ def test_a_job_that_fails_in_training_does_not_end_the_sweep(tmp_path, command, 
     assert (tmp_path / "run" / "report.md").exists()
 
 
+def test_a_report_holds_the_jobs_of_the_newest_sweep_only(tmp_path):
+    for seed in range(3):
+        (tmp_path / str(seed)).mkdir()
+        write_results(tmp_path / str(seed), RESULTS | {"seed": seed})
+    assert len(read_jobs(tmp_path)) == 3, "nothing is noted"
+    begin_sweep(tmp_path, ["seed=1,0", "wandb.mode=offline"])
+    for job in "10":
+        note_job(tmp_path, tmp_path / job)
+    begin_sweep(tmp_path, ["seed=1,0", "wandb.mode=disabled"])  # it goes on
+    assert [job["seed"] for job in read_jobs(tmp_path)] == [0, 1]
+    begin_sweep(tmp_path, ["seed=2"])
+    assert read_jobs(tmp_path) == []
+    note_job(tmp_path, tmp_path / "2")
+    assert [job["seed"] for job in read_jobs(tmp_path)] == [2]
+
+
 def test_a_sweep_runs_a_job_with_damaged_results_again(tmp_path, command):
     assert command("-m", "seed=0,1")[0] == 0
     path, other = (tmp_path / "run" / str(job) / "results.json" for job in (0, 1))
@@ -748,9 +797,9 @@ def test_a_finished_sweep_is_known_at_once(tmp_path, command):
 
 def test_a_job_that_another_process_ran_and_finished_is_no_failure(tmp_path, command):
     assert command("-m", "seed=0,1")[0] == 0
-    note_failure(tmp_path / "run", "job 0 (seed=0)", "0 is in use by process 7: wait for its end.")
-    note_failure(tmp_path / "run", "job 1 (seed=1)", "1 holds a finished run of another one.")
-    note_failure(tmp_path / "run", "job 2 (seed=2)", "2 is in use by process 7: wait for its end.")
+    note_failure(tmp_path / "run", 0, ["seed=0"], "0 is in use by process 7: wait for its end.")
+    note_failure(tmp_path / "run", 1, ["seed=1"], "1 holds a finished run of another one.")
+    note_failure(tmp_path / "run", 2, ["seed=2"], "2 is in use by process 7: wait for its end.")
     assert [line.partition(" (")[0] for line in failures(tmp_path / "run")] == ["job 1", "job 2"]
 
 

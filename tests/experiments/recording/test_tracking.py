@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[3]
 RECORDING = """
 import os, signal, sys, time
 from pathlib import Path
-from experiments.recording import tracking
+from experiments.recording import wandb_run
+from experiments.recording.label import Label
+from experiments.recording.tracking import Recorder
 
 def cores():
     for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -28,9 +30,9 @@ def cores():
         if "wandb-core" in command and f"--pid\\0{os.getpid()}\\0" in command + "\\0":
             yield int(path.parent.name)
 
-tracking.PATIENCE = 3.0
+wandb_run.PATIENCE = 3.0
 folder, mode, fault = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-recorder = tracking.Recorder(folder, tracking.WandB(mode=mode), {"seed": 0}, "test", None)
+recorder = Recorder(folder, wandb_run.WandB(mode=mode), {"seed": 0}, Label("test"))
 with recorder:
     for step in range(10):
         recorder.log({"step": step, "train/loss": 1.0, "train/penalty": 0.0})

@@ -13,8 +13,10 @@ from ewc import EWCPenalty, Exact, MonteCarlo, fisher_information
 from experiments.configuration.command_line import CONFIGS
 from experiments.configuration.schema import build, plain
 from experiments.experiment import Experiment
-from experiments.recording.tracking import Recorder, WandB
-from experiments.training.divergence import warn_of_unlearnt
+from experiments.recording.label import Label
+from experiments.recording.tracking import Recorder
+from experiments.recording.wandb_run import WandB
+from experiments.training.divergence import accuracy_of_guessing, warn_of_unlearnt
 
 SMALL = [
     "benchmark.num_tasks=2",
@@ -40,7 +42,7 @@ def run(directory, *overrides):
     prepared = build(config, Experiment).prepare()
     ended = None
     with (
-        Recorder(directory, WandB(mode="disabled"), {}, "test", None) as recorder,
+        Recorder(directory, WandB(mode="disabled"), {}, Label("test")) as recorder,
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always")
@@ -144,12 +146,15 @@ def test_a_short_run_above_chance_is_not_said(tmp_path, caplog):
         ([[0.55], [0.5, 0.55]], False),  # said after the first one
         ([[0.55]], True),
         ([[0.70]], False),
+        ([[0.98], [0.9, 0.64]], True),  # 14 points above chance, where the first was 48
+        ([[0.70], [0.6, 0.64]], True),  # at chance, by its standard error of 5 points
         ([[0.98], [0.9, 0.55], [0.9, 0.5, 0.5]], False),  # said before
     ],
 )
 def test_an_accuracy_no_better_than_chance_is_not_learnt(caplog, matrix, said):
     halves = torch.arange(100) % 2
-    warn_of_unlearnt([row + [0.0] * (3 - len(row)) for row in matrix], [halves] * 3)
+    guessing = [accuracy_of_guessing(halves)] * 3
+    warn_of_unlearnt([row + [0.0] * (3 - len(row)) for row in matrix], guessing)
     assert bool(caplog.records) == said
 
 

@@ -25,7 +25,9 @@ from experiments.configuration.targets import ConfigurationError
 from experiments.experiment import Experiment
 from experiments.recording.checkpoints import FORMAT, Checkpoints
 from experiments.recording.folder import checkpoint_files
-from experiments.recording.tracking import Recorder, WandB
+from experiments.recording.label import Label
+from experiments.recording.tracking import Recorder
+from experiments.recording.wandb_run import WandB
 from experiments.strategies.strategy import Naive
 from experiments.training.resume import Continuation, random_states, restore_random_states
 from experiments.training.stop import Stop
@@ -46,8 +48,8 @@ class Stopping(Recorder):
 
     stop, after = None, 0
 
-    def log(self, record):
-        super().log(record)
+    def log(self, record, **others):
+        super().log(record, **others)
         self.after -= 1
         if self.after == 0:
             self.stop.signal = signal.SIGTERM
@@ -68,7 +70,7 @@ def run(directory, *overrides, after=0, versions=None):
     recorded = state["recorder"] if state else None
     continuation = Continuation(checkpoints, state, Stop())
     disabled = WandB(mode="disabled")
-    with Stopping(directory, disabled, {}, "test", None, state=recorded) as recorder:
+    with Stopping(directory, disabled, {}, Label("test"), state=recorded) as recorder:
         recorder.stop, recorder.after = continuation.stop, after
         if after:
             with pytest.raises(SystemExit) as end:
@@ -84,8 +86,14 @@ def outcome(directory, *overrides, stops=()):
     for after in stops:
         assert run(directory, *overrides, after=after) is None
     results, weights, curve = run(directory, *overrides)
-    del results["seconds"]
-    return results, weights, curve, (directory / "metrics.jsonl").read_text()
+    return without_measurements(results), weights, curve, (directory / "metrics.jsonl").read_text()
+
+
+def without_measurements(results):
+    """The results without what the machine decides: times and memory."""
+    for information in results["fisher"]:
+        del information["seconds"]
+    return {key: results[key] for key in results.keys() - {"seconds", "memory"}}
 
 
 def assert_same(one, other):
@@ -255,8 +263,8 @@ def test_lost_numbers_are_not_kept(tmp_path, lost):
     files = stopped(tmp_path, *EACH, after=2)
 
     class Lost(Stopping):
-        def log(self, record):
-            super().log(record)
+        def log(self, record, **others):
+            super().log(record, **others)
             weight = prepared.model[0].weight
             state = prepared.optimizer.state[weight]
             with torch.no_grad():
@@ -268,7 +276,7 @@ def test_lost_numbers_are_not_kept(tmp_path, lost):
     state = checkpoints.newest()
     disabled = WandB(mode="disabled")
     with (
-        Lost(tmp_path, disabled, {}, "test", None, state=state["recorder"]) as recorder,
+        Lost(tmp_path, disabled, {}, Label("test"), state=state["recorder"]) as recorder,
         pytest.raises(FloatingPointError),
     ):
         prepared.run(recorder, Console(quiet=True), Silent(), Continuation(checkpoints, state))
@@ -330,8 +338,8 @@ def finish(directory, *overrides):
     out, _ = process.communicate(timeout=280)
     assert process.returncode == 0, out
     results = json.loads((directory / "results.json").read_text())
-    for name in ("seconds", "config", "overrides"):
-        del results[name]
+    results = without_measurements(results)
+    del results["config"], results["overrides"]
     tensors = load_file(checkpoint_files(directory)[-1])
     return results, tensors, (directory / "metrics.jsonl").read_text(), out
 

@@ -14,7 +14,9 @@ from ewc.consolidation.update import ImplicitSteps
 from ewc.parameters import flatten
 from experiments.experiment import Experiment
 from experiments.recording.checkpoints import Checkpoints
-from experiments.recording.tracking import Recorder, WandB
+from experiments.recording.label import Label
+from experiments.recording.tracking import Recorder
+from experiments.recording.wandb_run import WandB
 from experiments.strategies.ewc import EWC, OnlineEWC
 from experiments.strategies.strategy import Naive, Strategy
 from experiments.tasks.benchmarks import Split
@@ -44,7 +46,7 @@ def run(folder, training, strategy):
     experiment = Experiment(Split(Digits(), 2), MLP([8]), optimizer, training, strategy)
     prepared = experiment.prepare()
     checkpoints = Checkpoints(folder, {}, {})
-    with Recorder(folder, WandB("disabled"), {}, "x", None) as recorder:
+    with Recorder(folder, WandB("disabled"), {}, Label("x")) as recorder:
         prepared.run(recorder, Console(quiet=True), logging.getLogger(), Continuation(checkpoints))
     return prepared.model, checkpoints.newest()
 

@@ -1,0 +1,20 @@
+"""The largest amount of memory that a run has used."""
+
+import resource
+import sys
+
+import torch
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new peak on CUDA; that of a process on a CPU has no start but the process's."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The peak in bytes: of the tensors on CUDA, else of the process since it began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
