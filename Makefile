@@ -1,7 +1,7 @@
 # `make` lists the targets. They run in the active virtual environment.
 .DEFAULT_GOAL := help
 EWC_DATA ?= ../shared/data
-.PHONY: help install lint lock test slow coverage studies bench results docs
+.PHONY: help install lint lock test slow coverage mutation studies bench results docs
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -26,6 +26,9 @@ slow: ## Run the slow tests
 
 coverage: ## Run all tests, and show the lines that none of them reaches
 	pytest -n auto -m "slow or not slow" --cov
+
+mutation: ## See that the tests find a tenth of the mutants of penalty and matrices; needs mutmut
+	python -m mutmut run "*__mutmut_*3"
 
 studies: ## Measure what theory says of the matrix, every topic
 	python -m studies all

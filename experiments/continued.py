@@ -10,7 +10,7 @@ from typing import Any
 from hydra.types import RunMode
 
 from experiments.configuration.paths import DATA, lies_inside
-from experiments.configuration.schema import NO_OUTCOME
+from experiments.configuration.schema import NO_OUTCOME, sets_no_outcome
 from experiments.configuration.targets import ConfigurationError
 from experiments.recording.folder import OWNER, read_owner
 
@@ -31,7 +31,7 @@ def with_resume(arguments: Sequence[str]) -> list[str]:
     if not given:
         return others
     for argument in others:
-        if not any(_sets(argument, option) for option in NO_OUTCOME):
+        if not sets_no_outcome(argument):
             raise ConfigurationError(
                 f"resume=DIR continues a run with its own options, so {argument!r} is not taken: "
                 f"allowed are those that do not change the results, {', '.join(NO_OUTCOME)}."
@@ -85,11 +85,6 @@ def _is_option(override: Any) -> bool:
     """Whether an entry of ``run.json`` is an option of a run, and none of Hydra or its flags."""
     pattern = r"[+~]*(?!hydra\b)[A-Za-z_][\w/@.]*(=.*)?"
     return isinstance(override, str) and re.fullmatch(pattern, override, re.S) is not None
-
-
-def _sets(argument: str, option: str) -> bool:
-    """Whether an argument sets an option, or something in it."""
-    return _name(argument) == option or _name(argument).startswith(f"{option}.")
 
 
 def _name(argument: str) -> str:

@@ -33,8 +33,9 @@ from experiments.tasks.images import default_data_root
 from experiments.training.course import Course
 from experiments.training.divergence import accuracy_of_guessing, warn_of_unlearnt
 from experiments.training.memory import peak_memory, reset_peak_memory
-from experiments.training.models import MLP
+from experiments.training.models import Network
 from experiments.training.observers import AccuracyObserver, PenaltyPlugin, TrainingObserver
+from experiments.training.progress import RunProgress
 from experiments.training.protocol import Training
 from experiments.training.resume import Boundary, Continuation
 from experiments.training.schedule import CosineAnnealing, TailAverage
@@ -69,7 +70,7 @@ class Experiment:
     """
 
     benchmark: Benchmark
-    model: MLP
+    model: Network
     optimizer: partial[torch.optim.Optimizer]
     training: Training
     strategy: Strategy
@@ -224,9 +225,8 @@ class Prepared:
         train_stream = self.tasks.scenario.streams["train"]
         test_stream = self.tasks.scenario.streams["test"]
         guessing = [accuracy_of_guessing(task.data.labels) for task in test_stream]
-        observer = TrainingObserver(
-            recorder, penalised, len(train_stream), training.log_every, console
-        )
+        progress = RunProgress(console, train_stream)
+        observer = TrainingObserver(recorder, penalised, training.log_every, progress)
         meter = AccuracyObserver()
         annealing = [CosineAnnealing()] if training.anneal else []
         average = [TailAverage(training.tail_average)] if training.tail_average else []
@@ -253,9 +253,10 @@ class Prepared:
             fisher_batch_size=experiment.fisher.batch_size,
             seed=experiment.seed,
             device=experiment.torch_device,
-            plugins=all_plugins,
+            plugins=[progress, *all_plugins],
             evaluator=EvaluationPlugin(loggers=[]),
             boundary=boundary,
+            progress=progress,
         )
         try:
             if state is None:
@@ -289,7 +290,7 @@ class Prepared:
             if begin < len(train_stream):
                 boundary.ended(strategy, len(train_stream))
         finally:
-            observer.close()
+            progress.close()
         return {
             "average_accuracy": average_accuracy(course.matrix),
             "forgetting": forgetting(course.matrix),
@@ -342,11 +343,11 @@ def _log_task(
     recorder: Recorder, number: int, record: Mapping[str, float], fisher_seconds: float
 ) -> None:
     """Log the metrics after a task; what W&B shows are curves over the tasks."""
-    kept, shown = {}, {}
+    hidden, shown = {}, {}
     if "fisher/trace" in record:
-        kept = {f"fisher/trace/task{number:02d}": record["fisher/trace"]}
+        hidden = {f"fisher/trace/task{number:02d}": record["fisher/trace"]}
         shown = {"fisher/seconds": fisher_seconds}
-    recorder.log(record, kept=kept, shown=shown)
+    recorder.log(record, hidden=hidden, shown=shown)
 
 
 def _keep_artifacts(

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.configuration.command_line import CONFIGS, ended_briefly, remove_empty, sentence
+from experiments.configuration.manual import asks_for_manual, print_manual
 from experiments.configuration.schema import build, plain
 from experiments.configuration.targets import ConfigurationError
 
@@ -63,7 +65,7 @@ def run(config: DictConfig) -> float:
 
     _log.error("%s", reason)
     sweep = Path(job.runtime.cwd) / job.sweep.dir
-    note_failure(sweep, f"job {job.job.num} ({' '.join(job.overrides.task)})", reason)
+    note_failure(sweep, job.job.num, job.overrides.task, reason)
     return math.nan
 
 
@@ -83,7 +85,10 @@ def _run(config: dict[str, Any], directory: Path, single: bool) -> float:
         return _done(done, directory)
     # A slow import, which neither a wrong option nor a finished job needs.
     from experiments.experiment import Experiment
+    from experiments.training.device import take_device
 
+    if _runs_beside_others():
+        take_device(HydraConfig.get().job.num)
     experiment = build(config, Experiment)
     try:
         prepared = experiment.prepare()
@@ -151,7 +156,10 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path, continuation:
     label = label_of(choices, list(job.overrides.task), experiment.seed, sweep)
     recorded = continuation.state["recorder"] if continuation.state else None
     with Recorder(directory, experiment.wandb, config, label, state=recorded) as recorder:
-        results = prepared.run(recorder, Console(stderr=True), _log, continuation)
+        # The bars of jobs that run at the same time would overwrite each other.
+        alone = job.mode == RunMode.RUN or "BasicLauncher" in job.launcher._target_
+        console = Console(stderr=True, force_terminal=None if alone else False)
+        results = prepared.run(recorder, console, _log, continuation)
         results |= {"config": config, "overrides": list(job.overrides.task)}
         results |= {"choices": named, "penalty_pull": recorder.curve.pull}
         results["remarks"] = remarks(results)
@@ -205,6 +213,13 @@ def _keep(directory: Path, results: dict[str, Any]) -> None:
         keep(kept, results)
 
 
+def _runs_beside_others() -> bool:
+    """Whether this is a job of a sweep whose launcher runs several jobs at a time."""
+    job = HydraConfig.get()
+    alone = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+    return job.mode == RunMode.MULTIRUN and job.launcher._target_ != alone
+
+
 def _kept_in() -> Path | None:
     """The file with the kept results of the sweep's jobs, if the sweep has one."""
     job: Any = HydraConfig.get()  # a container, whatever its annotation says
@@ -239,6 +254,9 @@ def _logged(path: Path) -> Iterator[None]:
 
 def command() -> None:
     """Run the command line; a wrong option gives a short message, not a traceback."""
+    if asks_for_manual(sys.argv[1:]):
+        print_manual(Path(CONFIGS), sys.argv[1:])
+        return
     os.environ["MPLBACKEND"] = "agg"  # pictures go into files, whatever the user's screen
     ended_briefly(_resumed_or_new, "config")
 
@@ -248,4 +266,11 @@ def _resumed_or_new() -> None:
         from experiments.continued import with_resume
 
         sys.argv[1:] = with_resume(sys.argv[1:])
-    run()
+    try:
+        run()
+    except BrokenExecutor:  # joblib's
+        from experiments.training.stop import AtOnce
+
+        sys.exit(
+            f"error: the process of a job was killed, as when memory is exhausted; {AtOnce.advice}"
+        )

@@ -16,6 +16,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigLoadError
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -62,6 +63,11 @@ class CheckedLoader(ConfigLoaderImpl):
         self._jobs[key] = pickle.dumps(composed)
         return composed
 
+    def _load_single_config(self, default: Any, repo: Any) -> Any:
+        """One file; Hydra would merge it into a plugin's configuration of the same name."""
+        without: Any = _WithoutSchemas(repo)
+        return super()._load_single_config(default, without)
+
     def load_configuration(
         self,
         config_name: str | None,
@@ -88,6 +94,19 @@ class CheckedLoader(ConfigLoaderImpl):
         for folder in (hydra_section["run"]["dir"], hydra_section["sweep"]["dir"]):
             remember_folders(str(folder))
         return config
+
+
+class _WithoutSchemas:
+    """A repository of configurations without those that plugins store as schemas."""
+
+    def __init__(self, repository: Any) -> None:
+        self.repository = repository
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.repository, name)
+
+    def get_schema_source(self) -> Any:
+        raise ConfigLoadError("no schema")
 
 
 @contextmanager
@@ -137,6 +156,8 @@ def ended_briefly(command: Callable[[], Any], config_name: str) -> None:
         if "Config group override" not in str(error):
             raise
         sys.exit(f"error: {short_message(error, config_name)}")
+    except ConnectionError as error:  # of a launcher's cluster
+        sys.exit(f"error: {sentence(error)}")
     except OSError as error:  # of the folders that Hydra makes
         sys.exit(
             f"error: {sentence(error)}; hydra.run.dir=DIR chooses another folder for a run, "

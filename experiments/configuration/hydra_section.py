@@ -13,14 +13,39 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.configuration.targets import ConfigurationError, checked_target, located
+from experiments.configuration.targets import (
+    ConfigurationError,
+    check_installed,
+    checked_target,
+    is_within,
+    located,
+)
+
+OURS = "hydra_plugins.ewc_sweeps"
+
+WITHIN = ("experiments.sweeping.samplers",)
+"""The modules of what these objects may hold."""
 
 PLACES: dict[str, tuple[type, tuple[str, ...]]] = {
     "callbacks": (Callback, ("experiments", "hydra.experimental.callbacks")),
-    "launcher": (Launcher, ("hydra._internal.core_plugins", "hydra_plugins.hydra_joblib_launcher")),
-    "sweeper": (Sweeper, ("hydra._internal.core_plugins",)),
+    "launcher": (
+        Launcher,
+        (
+            "hydra._internal.core_plugins",
+            "hydra_plugins.hydra_joblib_launcher",
+            "hydra_plugins.hydra_ray_launcher",
+            OURS,
+        ),
+    ),
+    "sweeper": (Sweeper, ("hydra._internal.core_plugins", OURS)),
 }
 """The places where Hydra builds objects: the base class, and the modules of its subclasses."""
+
+EXTRAS = {
+    "hydra_plugins.hydra_joblib_launcher": "experiments",
+    "hydra_plugins.hydra_ray_launcher": "ray",
+}
+"""The extras that bring the plugins of others."""
 
 HANDLERS = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler")
 
@@ -53,7 +78,7 @@ def check_hydra_section(section: DictConfig, trusted: Sequence[str]) -> None:
         tree = _resolved(section, place)
         for name, value in tree.items() if place == "callbacks" else [("", tree)]:
             option = f"hydra.{place}.{name}".rstrip(".")
-            _check_built(value, option, wanted, (*modules, *trusted), trusted)
+            _check_built(value, option, wanted, (*modules, *trusted), (*WITHIN, *trusted))
         with open_dict(section):
             section[place] = tree  # without interpolations: what is built is what was checked
     for name in ("env_copy", "env_set"):
@@ -76,12 +101,15 @@ def _resolved(section: DictConfig, place: str) -> dict[str, Any]:
 
 
 def _check_built(
-    value: Any, option: str, wanted: type, modules: Sequence[str], trusted: Sequence[str]
+    value: Any, option: str, wanted: type, modules: Sequence[str], within: Sequence[str]
 ) -> None:
-    """Check a node that Hydra builds; nodes within it must be of trusted modules."""
+    """Check a node that Hydra builds, of ``modules``; nodes within it must be of ``within``."""
     if isinstance(value, Mapping):
         if "_target_" in value:
             name, named = value["_target_"], f"{option}._target_"
+            for plugin, extra in EXTRAS.items():
+                if is_within(str(name), [plugin]):
+                    check_installed(plugin, extra)
             checked_target(located(name, named, modules), name, named, [wanted])
         value = {f"{option}.{key}": element for key, element in value.items()}
     elif isinstance(value, list):
@@ -89,7 +117,7 @@ def _check_built(
     else:
         return
     for inner, element in value.items():
-        _check_built(element, inner, object, trusted, trusted)
+        _check_built(element, inner, object, within, within)
 
 
 def _check_logging(value: Any, option: str) -> None:

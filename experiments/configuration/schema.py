@@ -29,7 +29,15 @@ from experiments.configuration.targets import (
     shown,
 )
 
-__all__ = ["NO_OUTCOME", "ConfigurationError", "build", "deciding", "plain", "same_outcome"]
+__all__ = [
+    "NO_OUTCOME",
+    "ConfigurationError",
+    "build",
+    "deciding",
+    "plain",
+    "same_outcome",
+    "sets_no_outcome",
+]
 
 Built = TypeVar("Built")
 
@@ -48,19 +56,20 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()}
 
 
-def build(config: Mapping[str, Any], wanted: type[Built]) -> Built:
+def build(config: Mapping[str, Any], wanted: type[Built], path: str = "") -> Built:
     """The object that a configuration describes, its children first.
 
     Args:
         config: ``{_target_: dotted.name, [_partial_: true], argument: value, ...}``; the
             modules in its ``trusted`` may be named by targets, which the command line checks.
         wanted: the class of the object.
+        path: the option that holds the configuration, for messages.
 
     Raises:
         ConfigurationError: a node does not fit its target, or a target does not fit its place.
     """
     trusted = _checked(config.get("trusted", []), list[str], "trusted")
-    built: Built = _built(config, [wanted], "", (*PACKAGES, *trusted))
+    built: Built = _built(config, [wanted], path, (*PACKAGES, *trusted))
     return built
 
 
@@ -150,6 +159,12 @@ def deciding(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
         if (option := _option(path, key)) not in NO_OUTCOME:
             options[key] = deciding(value, option) if isinstance(value, Mapping) else value
     return options
+
+
+def sets_no_outcome(override: str) -> bool:
+    """Whether an override of the command line sets an option that does not change the results."""
+    name = override.lstrip("+~").partition("=")[0]
+    return any(name == option or name.startswith(f"{option}.") for option in NO_OUTCOME)
 
 
 def same_outcome(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:

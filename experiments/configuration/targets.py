@@ -5,6 +5,7 @@ packages below, or of a module that the user trusts on the command line.  The cl
 with the annotation of its place before anything is called.
 """
 
+import importlib.util
 import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -79,6 +80,22 @@ def located(name: object, option: str, modules: Sequence[str]) -> Any:
     except (ImportError, ValueError, HydraException) as error:
         reason = str(error).splitlines()[0]
         raise ConfigurationError(f"Option {option!r} is {shown(name)}: {reason}") from error
+
+
+def check_installed(module: str, extra: str) -> None:
+    """Check that an optional package is there, before it is imported.
+
+    Args:
+        module: the package.
+        extra: the extra that brings it.
+
+    Raises:
+        ConfigurationError: it is not installed.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise ConfigurationError(
+            f"{module} is not installed: pip install -e '.[{extra}]' installs it."
+        )
 
 
 def checked_target(target: Any, name: object, option: str, wanted: Sequence[type]) -> None:

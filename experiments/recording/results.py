@@ -16,6 +16,9 @@ _log = logging.getLogger(__name__)
 
 RESULTS = "results.json"
 
+JOBS = "jobs.txt"
+"""The file of the jobs of the newest sweep in a folder: what the sweep is, then one per line."""
+
 
 class DamagedResultsError(ValueError):
     """A ``results.json`` that is not what :func:`write_results` writes."""
@@ -172,11 +175,8 @@ def read_jobs(folder: Path) -> list[dict[str, Any]]:
 
 def read_sweep(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The results of a sweep's jobs, and messages on damaged ones."""
-    folders = sorted(
-        (path.parent for path in folder.glob(f"*/{RESULTS}")), key=lambda f: (len(f.name), f)
-    )
     jobs, damaged = [], []
-    for job in folders:
+    for job in _job_folders(folder):
         try:
             if results := read_results(job):
                 jobs.append(results)
@@ -184,3 +184,15 @@ def read_sweep(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
             _log.warning("%s It is left out.", error)
             damaged.append(str(error))
     return jobs, damaged
+
+
+def _job_folders(folder: Path) -> list[Path]:
+    """The folders with results of the newest sweep in a folder, in the order of the jobs.
+
+    Without :data:`JOBS` they are all folders with results.
+    """
+    folders = [path.parent for path in folder.glob(f"*/{RESULTS}")]
+    if (folder / JOBS).exists():
+        noted = set((folder / JOBS).read_text(encoding="utf-8").splitlines()[1:])
+        folders = [job for job in folders if job.name in noted]
+    return sorted(folders, key=lambda job: (len(job.name), job))

@@ -75,18 +75,19 @@ class Recorder:
         self,
         record: Mapping[str, float | int],
         *,
-        kept: Mapping[str, float] | None = None,
+        hidden: Mapping[str, float] | None = None,
         shown: Mapping[str, float] | None = None,
     ) -> None:
         """Write one record of scalars.
 
         Args:
             record: what both get; it names its axis, ``step`` or ``task``.
-            kept: what ``metrics.jsonl`` has besides.
+            hidden: what has no panel of its own in W&B.
             shown: what W&B has besides, such as times: ``metrics.jsonl`` is the same each time.
         """
-        self._file.add({**record, **(kept or {})})
-        self._run.log({**record, **(shown or {})})
+        hidden = hidden or {}
+        self._file.add({**record, **hidden})
+        self._run.log({**record, **hidden, **(shown or {})}, hidden)
 
     def state(self) -> dict[str, Any]:
         """What a recorder needs to go on from here, after the records have reached the disk."""

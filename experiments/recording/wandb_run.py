@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -176,11 +176,13 @@ class WandBRun:
                 wandb.teardown()
         self._closing.close()
 
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Show one record of scalars, unless an earlier one could not be shown."""
+    def log(self, record: Mapping[str, Any], hidden: Iterable[str] = ()) -> None:
+        """Show one record of scalars, some without a panel, unless an earlier one failed."""
         if self._shows:
             self._shows = False
             with self._guarded("records in W&B"):
+                for name in hidden:
+                    self.run.define_metric(name, hidden=True)
                 self.run.log(dict(record))
                 self._shows = True
 

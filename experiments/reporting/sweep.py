@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from experiments.continued import command_to_continue
 from experiments.recording.files import only_warned, write_whole
 from experiments.recording.kept import read_kept
 from experiments.recording.results import read_sweep
-from experiments.recording.sweep import FAILURES, failures
+from experiments.recording.sweep import FAILURES, begin_sweep, failures, note_job
 from experiments.reporting.report.page import PAGE, write_report
 from experiments.reporting.tables import markdown, sweep_table
+from experiments.training.stop import AtOnce
 
 
 class SweepReport(Callback):
@@ -42,8 +45,17 @@ class SweepReport(Callback):
         self.kept = Path(kept) if kept else None
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Remove the failures of an earlier sweep in the same folder, whose jobs run again."""
-        (Path(config.hydra.sweep.dir) / FAILURES).unlink(missing_ok=True)
+        """Begin the notes on the jobs, and say how the sweep is continued if a signal ends it."""
+        hydra, folder = config.hydra, Path(config.hydra.sweep.dir)
+        params = [f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()]
+        begin_sweep(folder, [*params, *hydra.overrides.task])
+        AtOnce.advice = f"to continue the sweep: {command_to_continue(folder, hydra)}"
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        """Note the job, in the process where it runs."""
+        if config.hydra.mode == RunMode.MULTIRUN:
+            runtime = config.hydra.runtime
+            note_job(Path(runtime.cwd) / config.hydra.sweep.dir, Path(runtime.output_dir))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Write both reports, and end with an error if jobs failed.

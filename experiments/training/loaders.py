@@ -13,6 +13,7 @@ from avalanche.training import Naive
 from torch import Tensor
 
 from experiments.tasks.benchmarks import TaskData
+from experiments.training.progress import RunProgress
 from experiments.training.resume import Boundary
 
 
@@ -102,6 +103,7 @@ class InMemoryNaive(Naive):
             for the Fisher information.
         seed: the seed for shuffling.
         boundary: what happens between two training steps, checkpoints for one.
+        progress: the bar that passes over a task move.
         options: the arguments of Avalanche's template.
     """
 
@@ -115,24 +117,29 @@ class InMemoryNaive(Naive):
         fisher_batch_size: int,
         seed: int,
         boundary: Boundary | None = None,
+        progress: RunProgress | None = None,
         **options: Any,
     ) -> None:
         super().__init__(train_epochs=1, **options)
         self.boundary = boundary
+        self.progress = progress
         self.iterations = iterations
         self.epochs = epochs
         self.fisher_batch_size = fisher_batch_size
         self.generator = torch.Generator().manual_seed(seed)
 
-    def training_tasks(self) -> list[TaskData]:
-        """The tasks in training."""
-        return [self.experience.data]
+    def training_tasks(self, experience: Any) -> list[TaskData]:
+        """The tasks in training with an experience."""
+        return [experience.data]
+
+    def num_steps(self, experience: Any) -> int:
+        """The training steps with an experience."""
+        size = sum(len(task) for task in self.training_tasks(experience))
+        return self.iterations or self.epochs * math.ceil(size / self.train_mb_size)
 
     def make_train_dataloader(self, **_: Any) -> None:
         """Batches by index in place of Avalanche's loader."""
-        tasks = self.training_tasks()
-        size = sum(len(task) for task in tasks)
-        steps = self.iterations or self.epochs * math.ceil(size / self.train_mb_size)
+        tasks, steps = self.training_tasks(self.experience), self.num_steps(self.experience)
         self.dataloader = TrainingBatches(tasks, self.train_mb_size, steps, self.generator)
 
     def training_epoch(self, **options: Any) -> None:
@@ -155,7 +162,9 @@ class InMemoryNaive(Naive):
         """Batches by index in place of Avalanche's loader."""
         # The rounding of what training uses must not depend on how the evaluation is cut.
         size = self.fisher_batch_size if self.is_training else self.eval_mb_size
-        self.dataloader = EvaluationBatches(self.experience.data, size)
+        batches = EvaluationBatches(self.experience.data, size)
+        kind = "Fisher pass" if self.is_training else "evaluation"
+        self.dataloader = self.progress.watched(batches, kind) if self.progress else batches
 
 
 class InMemoryJoint(InMemoryNaive):
@@ -164,8 +173,8 @@ class InMemoryJoint(InMemoryNaive):
     The network and the number of iterations per task are those of fine-tuning.
     """
 
-    def training_tasks(self) -> list[TaskData]:
-        """The present task and all before it."""
-        stream = self.experience.logging().origin_stream
-        number = self.experience.logging().current_experience
+    def training_tasks(self, experience: Any) -> list[TaskData]:
+        """The task of the experience and all before it."""
+        stream = experience.logging().origin_stream
+        number = experience.logging().current_experience
         return [experience.data for experience in stream[: number + 1]]

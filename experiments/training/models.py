@@ -1,5 +1,6 @@
 """The networks of the experiments."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,8 +9,27 @@ from avalanche.models import MultiTaskModule
 from torch import Tensor, nn
 
 
+class Network(ABC):
+    """A network of the experiments: a body, and the heads that a benchmark asks for."""
+
+    @abstractmethod
+    def body(self, num_inputs: int) -> tuple[nn.Sequential, int]:
+        """The layers below the head, and the number of their outputs.
+
+        Args:
+            num_inputs: the size of an input; the body gets ``[n, num_inputs]``.
+        """
+
+    def build(self, num_inputs: int, num_outputs: int, num_heads: int | None) -> nn.Module:
+        """The network, with one head, or with ``num_heads`` for known tasks."""
+        body, num_features = self.body(num_inputs)
+        if num_heads is None:
+            return nn.Sequential(*body, nn.Linear(num_features, num_outputs))
+        return MultiHead(body, num_features, num_outputs, num_heads)
+
+
 @dataclass(frozen=True)
-class MLP:
+class MLP(Network):
     """A fully connected network with ReLU.
 
     Attributes:
@@ -33,16 +53,14 @@ class MLP:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")
 
-    def build(self, num_inputs: int, num_outputs: int, num_heads: int | None) -> nn.Module:
-        """The network, with one head, or with ``num_heads`` for known tasks."""
+    def body(self, num_inputs: int) -> tuple[nn.Sequential, int]:
+        """The hidden layers."""
         layers: list[nn.Module] = [nn.Dropout(self.input_dropout)] if self.input_dropout else []
         for width in self.hidden:
             layers += [nn.Linear(num_inputs, width), nn.ReLU()]
             layers += [nn.Dropout(self.dropout)] if self.dropout else []
             num_inputs = width
-        if num_heads is None:
-            return nn.Sequential(*layers, nn.Linear(num_inputs, num_outputs))
-        return MultiHead(nn.Sequential(*layers), num_inputs, num_outputs, num_heads)
+        return nn.Sequential(*layers), num_inputs
 
 
 class MultiHead(MultiTaskModule):

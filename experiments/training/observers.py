@@ -6,8 +6,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from avalanche.training.plugins import SupervisedPlugin
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from ewc import EWCPenalty, FisherMatrix
@@ -17,6 +15,7 @@ from ewc.parameters import Parameters
 from ewc.wrappers import named_parameters
 from experiments.recording.tracking import Recorder
 from experiments.training.divergence import warn_of_loss
+from experiments.training.progress import RunProgress
 
 NORMS_EVERY = 10
 """Steps from one record with the gradients' norms to the next.
@@ -43,17 +42,16 @@ class PenaltyPlugin(Protocol):
 
 
 class TrainingObserver(SupervisedPlugin):
-    """Records the steps, draws the progress bar and measures the time.
+    """Records the steps, and measures the time.
 
-    It must be the first plugin: its ``after_training_exp`` marks the end of training, before other
-    plugins compute something after a task.
+    Only the progress bar may come before it: its ``after_training_exp`` marks the end of training,
+    before other plugins compute something after a task.
 
     Args:
         recorder: the writer of the records.
         plugin: the plugin that adds a penalty; ``None`` without one.
-        num_tasks: the number of tasks.
         log_every: training steps from one record to the next.
-        console: the console for the progress bar, which needs a terminal.
+        progress: the bar that shows the recorded loss.
 
     Attributes:
         train_seconds: the time of all training steps so far.
@@ -64,16 +62,14 @@ class TrainingObserver(SupervisedPlugin):
         self,
         recorder: Recorder,
         plugin: PenaltyPlugin | None,
-        num_tasks: int,
         log_every: int,
-        console: Console,
+        progress: RunProgress,
     ) -> None:
         super().__init__()
         self.recorder = recorder
         self.plugin = plugin
-        self.num_tasks = num_tasks
         self.log_every = log_every
-        self.console = console
+        self.progress = progress
         self.train_seconds = 0.0
         self.trained_at = 0.0
         self._started = 0.0
@@ -82,25 +78,9 @@ class TrainingObserver(SupervisedPlugin):
         self._losses: list[Tensor] = []
         self._norms: dict[str, Tensor] = {}
         self._steps, self._since = 0, 0.0
-        self._progress: Progress | None = None
-        self._bar: Any = None
 
     def before_training_exp(self, strategy: Any, **_: Any) -> None:
-        """Start the clock and the task's progress bar."""
-        number = strategy.experience.current_experience + 1
-        if self.console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]:.4f}"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
-            self._bar = self._progress.add_task(
-                f"task {number}/{self.num_tasks}", total=len(strategy.dataloader), loss=0.0
-            )
-            self._progress.start()
+        """Start the clock."""
         self._finite = FiniteSteps(growth=self._growth)
         self._losses = []
         self._growth.start(strategy.model)
@@ -147,10 +127,7 @@ class TrainingObserver(SupervisedPlugin):
                 {"step": step, "task": task, **values},
                 shown={"train/seconds_per_step": seconds},
             )
-            if self._progress:
-                self._progress.update(self._bar, loss=values["train/loss"])
-        if self._progress:
-            self._progress.advance(self._bar)
+            self.progress.loss = values["train/loss"]
 
     def _measures_norms(self, step: int) -> bool:
         """Whether a step is the first to be recorded of ten."""
@@ -173,14 +150,13 @@ class TrainingObserver(SupervisedPlugin):
         return {**dict(zip(measured, read, strict=True)), "train/learning_rate": rate}
 
     def after_training_exp(self, strategy: Any, **_: Any) -> None:
-        """Stop the clock and the progress bar.
+        """Stop the clock.
 
         Raises:
             FloatingPointError: a loss, the parameters or the optimizer's state are not finite.
         """
         self.trained_at = time.perf_counter()
         self.train_seconds += self.trained_at - self._started
-        self.close()
         if not self.plugin:
             self._finite.look(strategy)
         task, step = task_number(strategy), strategy.clock.train_exp_iterations
@@ -205,12 +181,6 @@ class TrainingObserver(SupervisedPlugin):
         self._steps, self._since = 0, self._started
         self._losses = [loss.to(strategy.device) for loss in state["losses"]]
         self._growth.restore(state["initial_norms"], warned=state["warned"])
-
-    def close(self) -> None:
-        """Remove the progress bar, if there is one."""
-        if self._progress:
-            self._progress.stop()
-            self._progress = None
 
 
 def _step(strategy: Any) -> int:

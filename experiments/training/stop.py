@@ -15,12 +15,18 @@ from typing import Any, Self
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
 """The exit codes by signal: Ctrl-C, the usual end of a job, and Slurm's warning before one."""
 
+REQUEUE = signal.SIGUSR2
+"""The signal after which a scheduler that handles it in this process starts the job again."""
+
 
 class Stop:
     """Notes the first signal that asks the process to end (a context manager).
 
     A second one ends the process at once.  A signal that the process ignores stays ignored.  The
     worker of a sweep whose process has died gets no signal: it counts as hung up, ``SIGHUP``.
+
+    Where a scheduler handles :data:`REQUEUE`, its handler is called at the end.  Such a scheduler
+    sends other signals beside it, so there a second signal does not end the process at once.
 
     Attributes:
         signal: the first signal; ``None`` before one has come.
@@ -36,7 +42,10 @@ class Stop:
             for number in CODES:
                 if (before := signal.getsignal(number)) is not signal.SIG_IGN:
                     self._before[number] = before
-                    signal.signal(number, self._note)
+            if callable(scheduler := signal.getsignal(REQUEUE)):
+                self._before[REQUEUE] = scheduler
+            for number in self._before:
+                signal.signal(number, self._note)
         return self
 
     def __exit__(
@@ -51,8 +60,9 @@ class Stop:
                 signal.signal(number, before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        for each in self._before:
+        if self.signal != REQUEUE:
+            self.signal = signal.Signals(number)
+        for each in self._before if REQUEUE not in self._before else ():
             signal.signal(each, signal.SIG_DFL)
 
     def asked(self) -> bool:
@@ -65,20 +75,34 @@ class Stop:
         """End the process if it is asked to.
 
         Raises:
-            SystemExit: with 130 after Ctrl-C, 129 for a worker without its sweep, else with 143.
+            SystemExit: with 130 after Ctrl-C, 129 for a worker without its sweep, 143 otherwise,
+                or what the scheduler's handler says.
         """
         if self.asked():
             assert self.signal is not None
+            if self.signal == REQUEUE:
+                self._before[REQUEUE](REQUEUE, None)
             raise SystemExit(CODES.get(self.signal, 128 + self.signal))
 
 
 class AtOnce(Stop):
-    """Ends the process at the first signal, where no training step can be lost."""
+    """Ends the process at the first signal, where no training step can be lost.
+
+    Attributes:
+        advice: what the message says besides the signal; a sweep says how it is continued.
+    """
+
+    advice = ""
+
+    def __enter__(self) -> Self:
+        """Catch the signals, with the message of a process that is no sweep."""
+        AtOnce.advice = "stopped outside of training."
+        return super().__enter__()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         super()._note(number, frame)
         logging.disable(logging.INFO)  # what imported libraries say at the end
-        print(f"{signal.Signals(number).name}: stopped outside of training.", file=sys.stderr)
+        print(f"{signal.Signals(number).name}: {AtOnce.advice}", file=sys.stderr)
         self.check()
 
     def __exit__(

@@ -81,6 +81,9 @@ def test_the_step_is_the_minimum_of_its_definition(structure, strength):
         lambda p: torch.optim.Adam(p, lr=0.01),
         lambda p: torch.optim.AdamW(p, lr=0.01, betas=(0.5, 0.9), weight_decay=0),
         lambda p: torch.optim.RMSprop(p, lr=0.01),
+        lambda p: torch.optim.Adam(p, lr=0.01, eps=0.7),
+        lambda p: torch.optim.RMSprop(p, lr=0.01, eps=0.7),
+        lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.5, dampening=0.3),
         lambda p: torch.optim.SGD(p, lr=0.01),
     ],
 )

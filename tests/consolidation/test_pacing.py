@@ -1,5 +1,7 @@
 """Kronecker penalties by paced eigenvectors: exact over a period, cheap and reproducible."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -245,6 +247,53 @@ def test_eigenvectors_are_made_once_a_task(monkeypatch):
     penalty.consolidate(information(model, 2), model)
     gradients(penalty, model, 2)
     assert len(made) == 6
+
+
+def test_another_share_counts_from_the_next_step_on():
+    """And the same share does not plan its turns again in every step."""
+    penalty, model = remembered(0.05, Online())
+    gradients(penalty, model, 3)
+    terms = penalty._scaled_terms()
+    assert terms.paced(0.05) is terms.paced(0.05)
+    penalty.eigenvector_share = 0.6
+    fresh, _ = remembered(0.6, Online())
+    fresh._step = 3
+    ((value, gradient),) = gradients(penalty, model, 1)
+    ((expected, of_fresh),) = gradients(fresh, model, 1)
+    assert value == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(gradient, of_fresh, **EXACT)
+
+
+class Wide(nn.Module):
+    """Many inputs in every layer, but two groups in one and one-hot inputs in the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(PERIOD + 6, 3)
+        self.grouped = nn.Conv1d(2 * (PERIOD + 6), 4, 1, groups=2)
+        self.head = nn.Linear(7, 3)
+
+    def forward(self, x):
+        words = self.words((3 * x[:, 0, 0]).long().abs())
+        return self.head(torch.cat([words, self.grouped(x)[..., 0]], 1))
+
+
+def test_layers_in_groups_and_one_hot_inputs_are_whole_in_every_step():
+    torch.manual_seed(0)
+    model = Wide().double()
+    x = torch.randn(30, 2 * (PERIOD + 6), 1, dtype=torch.float64)
+    data = [(x, torch.randint(3, (30,)))]
+    fisher = fisher_information(model, data, structure=Kronecker())
+    values = []
+    for share in (0.05, 1.0):
+        penalty = EWCPenalty(1.0, eigenvector_share=share)
+        penalty.consolidate(fisher, model)
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in moved.parameters():
+                parameter.add_(1.0)
+        values.append([v for v, _ in gradients(penalty, moved, 3)])
+    assert values[0] == pytest.approx(values[1], rel=1e-12)
 
 
 def test_the_share_is_kept_and_checked():

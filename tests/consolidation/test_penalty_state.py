@@ -107,6 +107,29 @@ def test_a_single_precision_copy_leaves_the_anchors_of_the_model():
 
 
 @pytest.mark.parametrize("kind", HALF, ids=str)
+def test_the_anchor_between_two_tasks_is_not_rounded_to_half_precision(kind):
+    """Diagonal tasks are one quadratic around a point that a half-precision model cannot reach."""
+    model, penalty = nn.Linear(6, 5).to(kind), EWCPenalty()
+    tasks = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+        entries = {n: torch.rand(p.shape) for n, p in model.named_parameters()}
+        penalty.consolidate(DiagonalFisher(entries, 20), model)
+        anchor = {n: p.detach().double() for n, p in model.named_parameters()}
+        tasks.append((entries, anchor))
+    expected = sum(
+        0.5 * float((entries[n].double() * (p.detach().double() - anchor[n]).square()).sum())
+        for entries, anchor in tasks
+        for n, p in model.named_parameters()
+    )
+    assert value(penalty, model) == pytest.approx(expected, rel=1e-5)
+    assert {t.dtype for t in penalty.terms[0].anchor.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", HALF, ids=str)
 def test_a_penalty_in_half_precision_does_not_overflow(kind):
     """N F is beyond half precision: the matrix stays in single precision."""
     model, penalty = network(), EWCPenalty()
@@ -224,6 +247,28 @@ ONE_SIDED = {
     "sum": lambda skewed: diagonal(5.0) + dense(skewed),
     "blocks": lambda skewed: BlockDiagonalFisher([dense(skewed)], SHAPES, 9),
 }
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_the_scale_of_a_matrix_does_not_excuse_it(scale):
+    """Nor another group whose entries are larger."""
+    model, penalty = nn.Linear(2, 2, bias=False), EWCPenalty()
+    with pytest.raises(ValueError, match="of weight has a negative eigenvalue"):
+        penalty.consolidate(scale * dense(INDEFINITE), model)
+    skewed = DenseFisher(torch.block_diag(torch.tensor(INDEFINITE).triu(), torch.eye(2)), SHAPES, 9)
+    with pytest.raises(ValueError, match="of weight is not symmetric"):
+        penalty.consolidate(scale * skewed, model)
+    weights = LayerWeights("weight", None, WeightLayout(torch.Size([6, 2, 1]), 3))
+    factors = torch.tensor([ONE, ONE, ONE])
+    groups = KroneckerProduct(
+        weights, factors, factors * torch.tensor([1, scale, 1 / scale])[:, None, None], 9
+    )
+    groups.check_entries()
+    for group in range(3):
+        damaged = groups.inputs.clone()
+        damaged[group, 0, 1] = damaged[group, 1, 0] = 2 * damaged[group, 0, 0]
+        with pytest.raises(ValueError, match="of weight has a negative eigenvalue"):
+            KroneckerProduct(weights, factors, damaged, 9).check_entries()
 
 
 @pytest.mark.parametrize("skewed", [[[1.0, 9.0], [0.0, 1.0]], [[1.0, 0.0], [9.0, 1.0]]])

@@ -34,6 +34,7 @@ OPTIONS = [
     {},
     {"momentum": 0.9},
     {"momentum": 0.5, "dampening": 0.3},
+    {"dampening": 0.3},  # counts only beside momentum
     {"momentum": 0.9, "nesterov": True},
     {"weight_decay": 0.5},
 ]
@@ -82,9 +83,10 @@ def test_the_product_is_that_of_the_largest_eigenvalue(structure, consolidation)
 
 
 @pytest.mark.parametrize("structure", [Diagonal(), Kronecker(), Dense()])
-def test_each_layer_has_its_learning_rate(structure):
+@pytest.mark.parametrize("consolidation", [Separate(), Online()])
+def test_each_layer_has_its_learning_rate(structure, consolidation):
     model = network()
-    penalty = consolidated(model, structure, Online())
+    penalty = consolidated(model, structure, consolidation)
     groups = [
         {"params": model[0].parameters(), "lr": 100.0},
         {"params": model[2].weight, "lr": 3.0},  # the last bias is frozen
@@ -167,7 +169,27 @@ def test_weight_decay_adds_to_each_layer(structure, consolidation):
     largest = float(torch.linalg.eigvalsh(matrix).max())
     stiffness = penalty.stiffness(model, torch.optim.SGD(groups))
     assert largest > stiffness.limit == 2
+    assert stiffness.decay == pytest.approx(max(100 * 0.01, 3 * 0.2))
     assert 0.95 * largest < stiffness.product < largest * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("structure", [Diagonal(), Kronecker(), Dense()])
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_far_below_the_limit_it_is_that_of_the_stiffest_task(structure, decay, tasks):
+    """The sum of all tasks is below the limit: no power iteration is needed to say so."""
+    model = network()
+    penalty = consolidated(model, structure, Separate(), tasks)
+    largest = float(torch.linalg.eigvalsh(hessian(penalty, model)).max())
+    rate = 0.1 / largest
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, weight_decay=decay)
+    scale = 3.0 / 30
+    each = [scale * float(term.precision.eigenvalues()[-1]) for term in penalty.terms]
+    stiffness = penalty.stiffness(model, optimizer)
+    assert stiffness.decay == pytest.approx(rate * decay)
+    least = max(*(rate * one for one in each), rate * decay)
+    assert 0.95 * least < stiffness.product < (rate * (largest + decay)) * (1 + 1e-9)
+    assert stiffness.ratio == stiffness.product / 2 < 1
 
 
 def test_weight_decay_moves_a_parameter_without_gradient():

@@ -20,6 +20,7 @@ EXAMPLE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 WITH_EXAMPLES = [page for page in PAGES[1:] if EXAMPLE.search(page.read_text())]
 GROUPS = sorted(
     {path.parent.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("*/**/*.yaml")}
+    - {"wandb_sweep"}  # W&B's files, not Hydra's
 )
 
 
@@ -137,9 +138,13 @@ def choices(group):
 
 def options_of(group, choice):
     """The options of a choice with their defaults; those of inner groups are not among them."""
+    place = group.replace("/", ".")
+    if group.startswith("hydra/"):  # of plugins, which need not be installed
+        file = OmegaConf.load(CONFIGS / group / f"{choice}.yaml")
+        given = flat(OmegaConf.to_container(file, resolve=False), f"{place}.")
+        return {o: d for o, d in given.items() if o not in (f"{place}.defaults", f"{place}.params")}
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = hydra.compose("config", overrides=[f"{group}={choice}"])
-    place = group.replace("/", ".")
     inner = tuple(
         f"{other.replace('/', '.')}." for other in GROUPS if other.startswith(f"{group}/")
     )
@@ -156,7 +161,7 @@ def flat(node, prefix=""):
     for key, value in node.items():
         if isinstance(value, dict):
             values |= flat(value, f"{prefix}{key}.")
-        elif key not in ("_target_", "_partial_"):
+        elif not key.startswith("_"):
             values[f"{prefix}{key}"] = shown(value)
     return values
 

@@ -1,6 +1,7 @@
 """What ``pip install ewc`` brings: the library alone, which needs four packages."""
 
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import distribution, distributions, packages_distributions
@@ -102,3 +103,42 @@ def test_wheel_needs_four_packages_and_imports_without_any_other(wheel, tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(tmp_path / "ewc" / "__init__.py"), "avalanche"]
+
+
+COMPLETE = """
+eval "$(ewc-run -sc install=bash)"
+complete -p ewc-run
+for COMP_LINE in "ewc-run strategy=k" "ewc-run training.i" "ewc-run fisher/structure=low"; do
+    COMP_CWORD=1
+    hydra_bash_completion
+    echo "${COMPREPLY[@]}"
+done
+"""
+
+
+def test_editable_install_has_a_command_whose_options_the_shell_completes(tmp_path):
+    if not shutil.which("bash"):
+        pytest.skip("bash is not installed")
+    build = f"from hatchling.build import build_editable; build_editable({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=ROOT, check=True, timeout=100)
+    (path,) = tmp_path.glob("*.whl")
+    (name,) = (name for name in ZipFile(path).namelist() if ".data/scripts/" in name)
+    assert Path(name).name == "ewc-run"
+    assert (ZipFile(path).getinfo(name).external_attr >> 16) & 0o111 == 0o111
+    script = tmp_path / "ewc-run"
+    # An installer writes the path of Python in place of the first line's word.
+    script.write_text(ZipFile(path).read(name).decode().replace("#!python", f"#!{sys.executable}"))
+    script.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", COMPLETE],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    rule, *replies = done.stdout.splitlines()
+    assert rule.endswith("-F hydra_bash_completion ewc-run")
+    assert replies == ["strategy=kfac_ewc", "training.iterations=", "fisher/structure=low_rank"]

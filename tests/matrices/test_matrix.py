@@ -123,10 +123,13 @@ def test_every_verb_agrees_with_the_dense_matrix(fisher):
     inverse = fisher.damped_inverse(damping)
     for _ in range(2):  # it serves many vectors
         close(flatten(inverse(v)), torch.linalg.solve(damped, flat))
+    shuffled = dict(reversed(v.items()))
+    close(inverse(shuffled), unflatten(torch.linalg.solve(damped, flat), fisher.shapes))
     close(flatten(fisher.inverse_diagonal(damping)), torch.linalg.inv(damped).diagonal())
     many = [vector(fisher) for _ in range(3)]
     rows = torch.stack([flatten(one) for one in many])
     together = {name: torch.stack([one[name] for one in many]) for name in reversed(fisher.shapes)}
+    close(inverse.rows(rows, fisher.shapes), rows @ torch.linalg.inv(damped))
     expected = (rows @ torch.linalg.inv(damped) * rows).sum(1)
     close(fisher.inverse_quadratic_forms(together, damping), expected)
     expected = torch.linalg.slogdet(damped).logabsdet
@@ -187,6 +190,39 @@ def test_conversion_keeps_the_structure(fisher):
     assert type(single) is type(fisher)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.to_dense().double(), fisher.to_dense(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", [name for name in PLAIN if name != "implicit"])
+def test_matrices_stay_on_the_device_they_were_moved_to(name):
+    """No entry is left behind, and none is made elsewhere: the device ``meta`` mixes with none."""
+    fisher = PLAIN[name]()
+    away, shapes = fisher.to("meta"), {"first": torch.Size([2]), **fisher.shapes}
+    moved = {
+        "itself": away,
+        "scaled": away.scaled(2.0),
+        "embedded": away.embedded(shapes),
+        "shrunk": away.shrunk(0.5) if away.has_units else away,
+    }
+    for what, matrix in moved.items():
+        assert type(matrix) is type(fisher), what
+        assert matrix.device.type == "meta", what
+        places = {(t.device.type, t.dtype) for t in matrix.state()[0].values()}
+        assert places == {("meta", torch.float64)}, what
+    v = {name: tensor.to("meta") for name, tensor in vector(fisher).items()}
+    for found in (away.matvec(v), away.diagonal(), away.embedded(shapes).diagonal()):
+        assert {tensor.device.type for tensor in found.values()} == {"meta"}
+    assert away.to_dense().device.type == away.trace().device.type == "meta"
+
+
+def test_the_sum_of_a_list_is_that_of_its_matrices(plain_fisher):
+    """``sum`` starts with 0, which is the only number that can be added."""
+    fisher = plain_fisher
+    total = sum([fisher, 2 * fisher, fisher])
+    torch.testing.assert_close(total.to_dense(), 4 * fisher.to_dense(), **CLOSE)
+    assert total.num_examples == 3 * fisher.num_examples
+    assert sum([fisher]) is fisher
+    with pytest.raises(TypeError, match="unsupported operand"):
+        _ = 1 + fisher
 
 
 def implicit_sum():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ewc.checks import check_not_negative
-from ewc.matrices.layers.layer_matrix import LayerMatrix, LayerWeights, one_more
+from ewc.matrices.layers.layer_matrix import LayerMatrix, LayerWeights, more_entries, one_more
 from ewc.matrices.layers.leading import leading_columns
 from ewc.matrices.matrix import ROUNDING, DampedInverse, State
 from ewc.parameters import Parameters, check_shape
@@ -152,11 +152,7 @@ class EigenvalueCorrectedProduct(LayerMatrix):
         if inputs is not None:
             inputs = one_more(inputs, more[1], identity=True, keep_last=bias)
         spectrum = torch.nn.functional.pad(self.spectrum, (0, 0, 0, more[0]))
-        if more[1]:
-            last = spectrum[..., -1:] if bias else spectrum[..., :0]
-            first = spectrum[..., :-1] if bias else spectrum
-            zeros = first.new_zeros(*first.shape[:-1], more[1])
-            spectrum = torch.cat([first, zeros, last], -1)
+        spectrum = more_entries(spectrum, more[1], keep_last=bias)
         return self._with(weights, outputs, inputs, spectrum)
 
     def seen_in(self, basis: "EigenvalueCorrectedProduct") -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ewc.checks import check_not_negative
 from ewc.linalg.krylov import largest_eigenvalues
 from ewc.matrices.layers.eigenvalue_corrected import EigenbasisInverse, EigenvalueCorrectedProduct
-from ewc.matrices.layers.layer_matrix import LayerMatrix, LayerWeights, one_more
+from ewc.matrices.layers.layer_matrix import LayerMatrix, LayerWeights, more_entries, one_more
 from ewc.matrices.layers.leading import leading_inverse
 from ewc.matrices.matrix import DampedInverse, InputFactor, State
 from ewc.parameters import Parameters, check_shape
@@ -170,10 +170,10 @@ class KroneckerProduct(LayerMatrix):
     def enlarged(self, weights: LayerWeights) -> "KroneckerProduct":
         outputs = one_more(self.outputs, weights.new_outputs(self.weights), identity=False)
         more = weights.new_inputs(self.weights)
+        bias = self.weights.bias is not None
         if self.inputs.dim() == 2:
-            inputs = torch.nn.functional.pad(self.inputs, (0, more))
+            inputs = more_entries(self.inputs, more, keep_last=bias)
         else:
-            bias = self.weights.bias is not None
             inputs = one_more(self.inputs, more, identity=False, keep_last=bias)
         return KroneckerProduct(weights, outputs, inputs, self.num_examples)
 

@@ -179,3 +179,15 @@ def one_more(matrix: Tensor, count: int, *, identity: bool, keep_last: bool = Fa
             count, dtype=matrix.dtype, device=matrix.device
         )
     return larger
+
+
+def more_entries(tensor: Tensor, count: int, *, keep_last: bool) -> Tensor:
+    """A tensor with new entries of 0 along its last dimension.
+
+    Args:
+        tensor: ``[..., d]``.
+        count: the number of new entries.
+        keep_last: whether the last entry stays last.
+    """
+    first, last = tensor.tensor_split([tensor.shape[-1] - keep_last], -1)
+    return torch.cat([first, first.new_zeros(*first.shape[:-1], count), last], -1)

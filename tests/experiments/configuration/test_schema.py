@@ -33,6 +33,7 @@ from experiments.strategies.fisher import Fisher
 OPTIONS = [
     f"{path.parent.relative_to(CONFIGS).as_posix()}={path.stem}"
     for path in sorted(Path(CONFIGS).glob("*/**/*.yaml"))
+    if path.relative_to(CONFIGS).parts[0] not in ("hydra", "wandb_sweep")
 ]
 
 
@@ -309,7 +310,7 @@ def test_the_whole_is_of_the_class_that_is_wanted(target):
 @pytest.mark.parametrize(
     ("place", "node", "message"),
     [
-        ("model", {"_target_": "experiments.training.models.MLP", "_partial_": True}, "MLP"),
+        ("model", {"_target_": "experiments.training.models.MLP", "_partial_": True}, "Network"),
         ("optimizer", {"_target_": "torch.optim.SGD", "lr": 0.1}, "partial.*Optimizer"),
     ],
 )

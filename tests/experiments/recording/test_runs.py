@@ -30,7 +30,7 @@ from experiments.recording.folder import OWNER, finished, owned
 from experiments.recording.kept import keep, kept_job, read_kept
 from experiments.recording.label import Label
 from experiments.recording.results import read_jobs, read_results, write_results
-from experiments.recording.sweep import failures, note_failure
+from experiments.recording.sweep import begin_sweep, failures, note_failure, note_job
 from experiments.recording.tracking import Recorder
 from experiments.recording.wandb_run import WandB
 from experiments.reporting.sweep import report_sweep
@@ -741,6 +741,22 @@ def test_a_job_that_fails_in_training_does_not_end_the_sweep(tmp_path, command, 
     assert (tmp_path / "run" / "report.md").exists()
 
 
+def test_a_report_holds_the_jobs_of_the_newest_sweep_only(tmp_path):
+    for seed in range(3):
+        (tmp_path / str(seed)).mkdir()
+        write_results(tmp_path / str(seed), RESULTS | {"seed": seed})
+    assert len(read_jobs(tmp_path)) == 3, "nothing is noted"
+    begin_sweep(tmp_path, ["seed=1,0", "wandb.mode=offline"])
+    for job in "10":
+        note_job(tmp_path, tmp_path / job)
+    begin_sweep(tmp_path, ["seed=1,0", "wandb.mode=disabled"])  # it goes on
+    assert [job["seed"] for job in read_jobs(tmp_path)] == [0, 1]
+    begin_sweep(tmp_path, ["seed=2"])
+    assert read_jobs(tmp_path) == []
+    note_job(tmp_path, tmp_path / "2")
+    assert [job["seed"] for job in read_jobs(tmp_path)] == [2]
+
+
 def test_a_sweep_runs_a_job_with_damaged_results_again(tmp_path, command):
     assert command("-m", "seed=0,1")[0] == 0
     path, other = (tmp_path / "run" / str(job) / "results.json" for job in (0, 1))
@@ -781,9 +797,9 @@ def test_a_finished_sweep_is_known_at_once(tmp_path, command):
 
 def test_a_job_that_another_process_ran_and_finished_is_no_failure(tmp_path, command):
     assert command("-m", "seed=0,1")[0] == 0
-    note_failure(tmp_path / "run", "job 0 (seed=0)", "0 is in use by process 7: wait for its end.")
-    note_failure(tmp_path / "run", "job 1 (seed=1)", "1 holds a finished run of another one.")
-    note_failure(tmp_path / "run", "job 2 (seed=2)", "2 is in use by process 7: wait for its end.")
+    note_failure(tmp_path / "run", 0, ["seed=0"], "0 is in use by process 7: wait for its end.")
+    note_failure(tmp_path / "run", 1, ["seed=1"], "1 holds a finished run of another one.")
+    note_failure(tmp_path / "run", 2, ["seed=2"], "2 is in use by process 7: wait for its end.")
     assert [line.partition(" (")[0] for line in failures(tmp_path / "run")] == ["job 1", "job 2"]
 
 

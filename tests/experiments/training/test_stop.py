@@ -1,5 +1,6 @@
 """Signals that end a process, and workers whose sweep has died."""
 
+import json
 import logging
 import os
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from experiments.recording.results import read_results
-from experiments.training.stop import CODES, AtOnce, Stop
+from experiments.training.stop import CODES, REQUEUE, AtOnce, Stop
 
 ROOT = Path(__file__).parents[3]
 SMALL = ["benchmark=permuted_digits", "benchmark.num_tasks=2", "model.hidden=[30]"]
@@ -38,6 +39,41 @@ def test_a_signal_outside_of_training_ends_the_process_at_once(capsys, number, c
     assert end.value.code == code
     assert capsys.readouterr().err == f"{number.name}: stopped outside of training.\n"
     assert signal.getsignal(number) == before
+
+
+def stopped_by(*numbers):
+    """What a scheduler's handler gets when signals come in training, and the exit code."""
+    seen = []
+    before = signal.signal(REQUEUE, lambda number, _: seen.append(number))
+    try:
+        with Stop() as stop:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+            assert seen == []
+            with pytest.raises(SystemExit) as end:
+                stop.check()
+    finally:
+        signal.signal(REQUEUE, before)
+    return seen, end.value.code
+
+
+@pytest.mark.parametrize(
+    ("numbers", "requeued"),
+    [
+        ([REQUEUE], True),
+        ([signal.SIGTERM], False),  # scancel
+        ([signal.SIGTERM, REQUEUE], True),  # pre-emption
+        ([REQUEUE, signal.SIGTERM], True),
+    ],
+)
+def test_a_scheduler_gets_its_signal_at_the_end(numbers, requeued):
+    code = 128 + (REQUEUE if requeued else signal.SIGTERM)
+    assert stopped_by(*numbers) == ([REQUEUE] * requeued, code)
+
+
+def test_without_a_scheduler_its_signal_is_not_caught():
+    with Stop():
+        assert signal.getsignal(REQUEUE) is signal.SIG_DFL
 
 
 def test_an_import_may_hide_the_end():
@@ -187,3 +223,31 @@ def test_a_sweep_whose_first_process_was_killed_goes_on_at_once(tmp_path):
     assert "SIGHUP: the run stops in task" in (tmp_path / "0" / "run.log").read_text()
     lengths = [len(path.read_text().splitlines()) for path in records]
     assert lengths == [2 * 300 + 2] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["Ctrl-C", "a killed job"])
+def test_a_sweep_side_by_side_ends_in_one_sentence(tmp_path, by):
+    sweep = ["-m", *SMALL, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1"]
+    sweep += ["training.iterations=600", f"hydra.sweep.dir={tmp_path}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.run", *sweep],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    job = tmp_path / "1"
+    wait_for(lambda: process.poll() or (job / "metrics.jsonl").exists())
+    if by == "Ctrl-C":
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    else:
+        os.kill(json.loads((job / "run.json").read_text())["pid"], signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    start = {"Ctrl-C": "SIGINT: ", "a killed job": "error: the process of a job was killed"}[by]
+    (said,) = [line for line in err.splitlines() if line.startswith(start)]
+    where = os.path.relpath(tmp_path, ROOT)
+    assert said.endswith(f"to continue the sweep: the same command with hydra.sweep.dir={where}")
+    assert "Traceback" not in err
+    assert process.returncode == (130 if by == "Ctrl-C" else 1)

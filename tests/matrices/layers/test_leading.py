@@ -10,12 +10,18 @@ from ewc import (
     MonteCarlo,
     fisher_information,
 )
-from ewc.matrices.layers.eigenvalue_corrected import EigenbasisInverse
+from ewc.linalg.weight_layout import WeightLayout
+from ewc.matrices.layers.eigenvalue_corrected import (
+    EigenbasisInverse,
+    EigenvalueCorrectedProduct,
+)
 from ewc.matrices.layers.kronecker import KroneckerProduct
+from ewc.matrices.layers.layer_matrix import LayerWeights
 from ewc.matrices.layers.leading import (
     FIRST_VECTORS,
     WIDTH,
     LeadingInverse,
+    leading_columns,
     leading_inverse,
     leading_vectors,
 )
@@ -130,3 +136,90 @@ def test_without_tolerance_or_where_it_saves_nothing_it_is_exact(
             block.damped_inverse(*wrong)
         with pytest.raises(ValueError, match=r"damping must|tolerance must"):
             block.eigen.damped_inverse(*wrong)
+
+
+def stepped(size: int, large: int) -> Tensor:
+    """Some eigenvalues of 1, and the others far below what a tolerance of 1 % leaves."""
+    return torch.where(torch.arange(size) < large, 1.0, 1e-9).double()
+
+
+def layer(groups: int, outputs: int, inputs: int, large: int) -> KroneckerProduct:
+    """A layer some of whose inputs matter, in every group."""
+    weights = LayerWeights("w", None, WeightLayout(torch.Size([groups * outputs, inputs]), groups))
+    left = torch.eye(outputs, dtype=torch.float64).repeat(groups, 1, 1)
+    right = positive(stepped(inputs, large)).repeat(groups, 1, 1)
+    return KroneckerProduct(weights, left, right, 9)
+
+
+@pytest.mark.parametrize("inputs", [20, 21, 160])
+@pytest.mark.parametrize("kind", ["factors", "eigenvectors"])
+def test_up_to_half_of_the_columns_are_faster_than_all(inputs: int, kind: str) -> None:
+    """With one more it costs as much as the whole basis, and is left out."""
+    for more in (0, 1):
+        block: FisherMatrix = layer(1, 2, inputs, inputs // 2 + more)
+        if kind == "eigenvectors":
+            assert isinstance(block, KroneckerProduct)
+            block = block.eigen
+        found = block.damped_inverse(0.1, 0.01)
+        assert isinstance(found, EigenbasisInverse if more else LeadingInverse)
+        if isinstance(found, LeadingInverse):
+            assert found.inputs.shape == (inputs, inputs // 2)
+        exact = torch.linalg.inv(block.to_dense() + 0.1 * torch.eye(2 * inputs).double())
+        torch.testing.assert_close(dense_inverse(block, 0.1, 0.01), exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["factors", "eigenvectors"])
+def test_layers_in_groups_and_with_one_hot_inputs_are_exact(kind: str) -> None:
+    """Their inverse is that of every group, not that of the first one for all."""
+    groups = layer(2, 2, 12, 3)
+    groups.outputs[1] *= 5
+    one_hot = KroneckerProduct(
+        layer(1, 2, 12, 3).weights, torch.eye(2).double()[None], stepped(12, 3)[None], 9
+    )
+    for product in (groups, one_hot):
+        block = product if kind == "factors" else product.eigen
+        assert isinstance(block.damped_inverse(0.1, 0.01), EigenbasisInverse)
+        size = block.num_parameters
+        exact = torch.linalg.inv(block.to_dense() + 0.1 * torch.eye(size).double())
+        torch.testing.assert_close(dense_inverse(block, 0.1, 0.01), exact)
+
+
+def test_rows_and_columns_with_an_eigenvalue_above_the_bound_are_kept() -> None:
+    """Whichever row or column has one: the bound is the tolerance times the damping."""
+    generator = torch.Generator().manual_seed(2)
+    spectrum = 1e-6 * torch.rand(1, 6, 10, generator=generator, dtype=torch.float64)
+    spectrum[0, 1, 7], spectrum[0, 4, 2], spectrum[0, 4, 9] = 0.5, 0.0101, 0.0099
+    weights = LayerWeights("w", "b", WeightLayout(torch.Size([6, 9])))
+    outputs, inputs = (positive_basis(size)[None] for size in (6, 10))
+    block = EigenvalueCorrectedProduct(weights, outputs, inputs, spectrum, 9)
+    found = leading_columns(weights, outputs, inputs, spectrum, damping=0.1, tolerance=0.1)
+    assert found is not None
+    torch.testing.assert_close(found.outputs, outputs[0][:, [1, 4]])
+    torch.testing.assert_close(found.inputs, inputs[0][:, [2, 7]])
+    kept = spectrum[0][[1, 4]][:, [2, 7]]
+    torch.testing.assert_close(found.shares, kept / (kept + 0.1))
+    ratios = torch.linalg.eigvals(
+        (block.to_dense() + 0.1 * torch.eye(60).double()) @ dense_inverse(block, 0.1, 0.1)
+    )
+    assert float(ratios.real.min()) >= 1 - 1e-9
+    assert 1.05 < float(ratios.real.max()) <= 1.1
+
+
+def positive_basis(size: int) -> Tensor:
+    return torch.linalg.eigh(positive(torch.linspace(1, 2, size).double())).eigenvectors
+
+
+def test_a_right_hand_side_that_does_not_fit_is_named(
+    seen: tuple[nn.Module, list[tuple[Tensor, Tensor]]],
+) -> None:
+    network, data = seen
+    block = fisher_information(network, data, structure=Kronecker()).blocks[0]
+    for tolerance in (0.5, 0.0):
+        inverse = block.damped_inverse(0.1 * float(block.trace()), tolerance)
+        kind = LeadingInverse if tolerance else EigenbasisInverse
+        assert isinstance(inverse, kind)
+        with pytest.raises(ValueError, match=r"has the unknown parameter 'other'"):
+            inverse(
+                {name: torch.ones(s).double() for name, s in block.shapes.items()}
+                | {"other": torch.ones(1)}
+            )

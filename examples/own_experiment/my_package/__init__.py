@@ -1,0 +1,1 @@
+"""A network, data and a strategy of one's own: docs/own_experiment.md."""

@@ -1,0 +1,170 @@
+"""A search with Optuna: its trials, its end, and how it goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+SMALL = ["benchmark=permuted_digits", "benchmark.num_tasks=2", "model.hidden=[10]"]
+SMALL += ["wandb.mode=disabled", "training.iterations=2"]
+SEARCH = ["-m", "hydra/sweeper=optuna", "strategy.strength=tag(log,interval(1,1000))", *SMALL]
+
+
+@pytest.fixture
+def search(tmp_path, command_line):
+    def run(*arguments, into="search"):
+        return command_line(*arguments, f"hydra.sweep.dir={tmp_path / into}")
+
+    return run
+
+
+def summary(folder):
+    return json.loads((folder / "optimization.json").read_text())
+
+
+def ends(folder):
+    """When each job wrote its results."""
+    return {p.parent.name: p.stat().st_mtime_ns for p in folder.glob("*/results.json")}
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_as_if_it_had_not_stopped(search, tmp_path):
+    code, out, _ = search(*SEARCH, "hydra.sweeper.n_trials=4", into="whole")
+    assert code == 0
+    whole = summary(tmp_path / "whole")
+    best = whole["best"]
+    assert best["value"] == max(trial["value"] for trial in whole["trials"])
+    assert f"best of 4 trials: job {best['trial']}, " in out
+    assert best["command"] in out
+    assert search(*SEARCH, "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1")[0] == 0
+    before = ends(tmp_path / "search")
+    assert sorted(before) == ["0", "1"]
+    assert search(*SEARCH, "hydra.sweeper.n_trials=4")[0] == 0
+    after = ends(tmp_path / "search")
+    assert sorted(after) == [str(number) for number in range(4)]
+    assert before.items() <= after.items()
+    assert summary(tmp_path / "search") == whole
+    strengths = {trial["options"]["strategy.strength"] for trial in whole["trials"]}
+    assert len(strengths) == 4
+    again = search(*SEARCH, "hydra.sweeper.n_trials=4")
+    assert again[0] == 0
+    assert ends(tmp_path / "search") == after
+
+
+@pytest.mark.slow
+def test_the_command_of_the_best_trial_gives_its_accuracy(search, tmp_path, command_line):
+    assert search(*SEARCH, "hydra.sweeper.n_trials=2")[0] == 0
+    best = summary(tmp_path / "search")["best"]
+    words = best["command"].split()
+    assert words[:3] == ["python", "-m", "experiments.run"]
+    options = [word.strip("'") for word in words[3:]]
+    assert command_line(*options, f"hydra.run.dir={tmp_path}/best")[0] == 0
+    results = json.loads((tmp_path / "best" / "results.json").read_text())
+    assert results["average_accuracy"] == best["value"]
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_is_the_worst_and_ends_nothing(search, tmp_path):
+    failing = ["-m", "hydra/sweeper=optuna", *SMALL, "strategy=ewc", "strategy.strength=1,-1"]
+    failing += ["hydra.sweeper.n_trials=8", "hydra.sweeper.n_jobs=2"]
+    code, _, err = search(*failing, into="failing")
+    trials = summary(tmp_path / "failing")["trials"]
+    wrong = [t for t in trials if t["options"]["strategy.strength"] == "-1"]
+    assert code == 1
+    assert len(trials) == 8
+    assert 1 <= len(wrong) <= 4, "it keeps away from what fails"
+    assert all(trial["value"] == 0 for trial in wrong)
+    assert f"error: {len(wrong)} job" in err
+    assert f"job {wrong[0]['trial']} (" in err
+    code, _, again = search(*failing, into="failing")  # nothing runs, and they are still named
+    assert code == 1
+    assert again.splitlines()[-1] == err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_job_that_diverges_is_the_worst(search, tmp_path):
+    wild = ["-m", "hydra/sweeper=optuna", *SMALL, "strategy=naive", "training.iterations=40"]
+    wild += ["optimizer=sgd", "optimizer.lr=1e30,0.01", "hydra.sweeper.n_trials=4"]
+    code, _, err = search(*wild)
+    assert code == 0, err
+    for trial in summary(tmp_path / "search")["trials"]:
+        assert (trial["value"] == 0) == (trial["options"]["optimizer.lr"] == "1e+30")
+
+
+def test_another_search_in_the_folder_is_refused(search, tmp_path):
+    assert search(*SEARCH, "hydra.sweeper.n_trials=1")[0] == 0
+    before = ends(tmp_path / "search")
+    others = [
+        [*SEARCH[:2], "strategy.strength=interval(1,1000)", *SMALL],
+        [*SEARCH, "optimizer=adam,sgd"],
+        [*SEARCH, "seed=3"],
+        [*SEARCH, "hydra.sweeper.direction=minimize"],
+    ]
+    for other in others:
+        code, _, err = search(*other)
+        assert code == 1
+        assert "holds another search" in err
+        assert "hydra.sweep.dir=DIR" in err
+    assert ends(tmp_path / "search") == before
+    assert search(*SEARCH, "hydra.sweeper.n_trials=1", "wandb.project=other")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("hydra.sweeper.n_trials=0", "n_trials must be at least 1"),
+        ("hydra.sweeper.direction=up", "'hydra.sweeper.direction' is 'up'"),
+        ("+hydra.sweeper.trials=3", "Unknown option 'hydra.sweeper.trials'"),
+        ("hydra.sweeper.sampler._target_=experiments.job.run", "'hydra.sweeper.sampler._target_'"),
+        ("strategy=ewc,bogus", "Could not find 'strategy/bogus'"),
+        ("strategy.strenght=interval(1,2)", "Unknown option 'strategy.strenght'"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_first_trial(search, tmp_path, option, message):
+    code, _, err = search(*SEARCH, "hydra.sweeper.n_trials=2", option)
+    assert code == 1
+    assert message in err
+    assert "Traceback" not in err
+    assert ends(tmp_path / "search") == {}
+
+
+@pytest.mark.slow
+def test_a_minimum_can_be_searched_for(search, tmp_path):
+    code, *_ = search(*SEARCH, "hydra.sweeper.n_trials=3", "hydra.sweeper.direction=minimize")
+    found = summary(tmp_path / "search")
+    assert code == 0
+    assert found["best"]["value"] == min(trial["value"] for trial in found["trials"])
+
+
+@pytest.mark.slow
+def test_a_killed_search_finishes_what_is_missing(tmp_path):
+    command = [sys.executable, "-m", "experiments.run", *SEARCH, "training.iterations=60"]
+    command += ["hydra.sweeper.n_trials=12", "training.checkpoint_minutes=0"]
+    command += [f"hydra.sweep.dir={tmp_path}"]
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    cut = tmp_path / "6" / "checkpoints"
+    until = time.monotonic() + 120
+    while not cut.exists() or not list(cut.glob("*.safetensors")):
+        assert first.poll() is None, first.stderr.read()
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    before = ends(tmp_path)
+    assert sorted(before) == [str(number) for number in range(6)]
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr
+    after = ends(tmp_path)
+    assert sorted(after, key=int) == [str(number) for number in range(12)]
+    assert before.items() <= after.items()
+    log = (tmp_path / "6" / "run.log").read_text()
+    assert "the run goes on" in log or "continues" in log
+    found = summary(tmp_path)["trials"]
+    assert [trial["trial"] for trial in found] == list(range(12))
+    assert len({trial["options"]["strategy.strength"] for trial in found}) == 12
