@@ -176,7 +176,7 @@ def read_jobs(folder: Path) -> list[dict[str, Any]]:
 def read_sweep(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The results of a sweep's jobs, and messages on damaged ones."""
     jobs, damaged = [], []
-    for job in _job_folders(folder):
+    for job in job_folders(folder):
         try:
             if results := read_results(job):
                 jobs.append(results)
@@ -186,7 +186,7 @@ def read_sweep(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return jobs, damaged
 
 
-def _job_folders(folder: Path) -> list[Path]:
+def job_folders(folder: Path) -> list[Path]:
     """The folders with results of the newest sweep in a folder, in the order of the jobs.
 
     Without :data:`JOBS` they are all folders with results.

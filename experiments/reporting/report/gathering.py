@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from experiments.recording.kept import read_kept
-from experiments.recording.results import RESULTS, DamagedResultsError, read_results
+from experiments.recording.results import (
+    JOBS,
+    RESULTS,
+    DamagedResultsError,
+    job_folders,
+    read_results,
+)
 from experiments.recording.sweep import FAILURES, failures
 
 
@@ -65,8 +71,13 @@ def gather(places: Iterable[Path]) -> Gathered:
 
 
 def _files(place: Path) -> Iterator[Path]:
-    """The results and the lists of failed jobs below a folder; job 10 comes after job 9."""
+    """The results and the lists of failed jobs below a folder; job 10 comes after job 9.
+
+    Of a sweep's folder they are those of its newest sweep.
+    """
     for folder, inner, names in os.walk(place):
+        if JOBS in names:
+            inner[:] = [job.name for job in job_folders(Path(folder))]
         inner.sort(key=lambda name: (len(name), name))
         yield from (Path(folder) / name for name in (FAILURES, RESULTS) if name in names)
 

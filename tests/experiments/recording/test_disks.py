@@ -16,6 +16,7 @@ from experiments.recording.kept import keep, read_kept
 from experiments.recording.results import read_results, write_results
 from experiments.recording.tracking import Recorder
 from experiments.reporting.picture_file import write_picture
+from experiments.reporting.report.page import write_report
 from experiments.reporting.sweep import report_sweep
 
 SMALL = ["model.hidden=[50]", "training.iterations=20", "training.batch_size=16"]
@@ -159,6 +160,22 @@ def test_a_report_that_does_not_fit_leaves_the_earlier_one(disk):
         report_sweep(disk.folder)
     assert (disk.folder / "report.md").read_bytes() == before
     assert not list(disk.folder.glob("*.part"))
+
+
+def test_a_page_that_does_not_fit_leaves_the_earlier_one(disk):
+    disk.mount("size=2m")
+    (disk.folder / "0").mkdir()
+    write_results(disk.folder / "0", RESULTS)
+    write_report([disk.folder], disk.folder)
+    files = [path for path in disk.folder.rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
+    statistics = os.statvfs(disk.folder)
+    (disk.folder / "ballast").write_bytes(bytes(statistics.f_bavail * statistics.f_frsize))
+    with pytest.raises(OSError, match=r"pictures/.*\.png"):
+        write_report([disk.folder], disk.folder)
+    (disk.folder / "ballast").unlink()
+    assert {path for path in disk.folder.rglob("*") if path.is_file()} == before.keys()
+    assert all(path.read_bytes() == content for path, content in before.items())
 
 
 def test_a_line_that_did_not_fit_is_kept_later(disk):

@@ -11,6 +11,7 @@ from urllib.parse import unquote
 import pytest
 
 from experiments import report
+from experiments.recording.sweep import begin_sweep, note_job
 from experiments.reporting.report.gathering import gather
 from experiments.reporting.report.measures import Estimate, ranked, summary
 from experiments.reporting.report.page import write_report
@@ -181,6 +182,14 @@ def test_a_run_that_is_found_twice_counts_once(tmp_path):
     copied = write(tmp_path / "copy", *EWC)
     (benchmark,) = by_benchmark(gather([sweep, copied]).runs)
     assert ranked(benchmark).rows[0].accuracy == close(82, 2, 2)
+
+
+def test_jobs_of_an_earlier_sweep_in_the_folder_do_not_count(tmp_path):
+    sweep = write(tmp_path / "sweep", *EWC, *NAIVE)
+    begin_sweep(sweep, ["strategy=ewc"])
+    for job in ("0", "1"):
+        note_job(sweep, sweep / job)
+    assert [run.results for run in gather([tmp_path]).runs] == EWC
 
 
 class Page(HTMLParser):
