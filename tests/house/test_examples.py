@@ -40,3 +40,17 @@ def test_ewc_forgets_less(name, tmp_path):
     assert min(ewc) > 70
     assert sum(ewc) / len(ewc) > sum(naive) / len(naive) + 15
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_logger_shows_a_row_for_every_evaluation(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "wandb_logger.py")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "offline" in done.stderr
