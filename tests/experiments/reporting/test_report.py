@@ -139,7 +139,7 @@ def test_forward_transfer_is_against_the_untrained_network(tmp_path):
         (
             EWC,
             [
-                "Only: ewc, 82.0 ± 2.0 % average accuracy (2 seeds).",
+                "ewc, 82.0 ± 2.0 % average accuracy (2 seeds).",
                 "Nothing to compare it with: run naive and joint with the same seeds.",
             ],
         ),
@@ -150,7 +150,7 @@ def test_forward_transfer_is_against_the_untrained_network(tmp_path):
                 "0.8 points over the next, l2.",
             ],
         ),
-        (JOINT, ["Only: joint, 91.0 % average accuracy (1 seed).",
+        (JOINT, ["joint, 91.0 % average accuracy (1 seed).",
                  "Nothing to compare it with: run naive and joint with the same seeds."]),
         ([{"diverged": "in task 2", "config": {}, "overrides": [], "seed": 0}],
          ["No run has finished."]),
