@@ -25,7 +25,8 @@ GROUPS = {
     "training": "how each task is trained",
     "wandb": "how the run appears in Weights & Biases",
     "hydra/launcher": "where and how many at a time the jobs of a sweep run",
-    "hydra/sweeper": "which jobs a sweep runs",
+    "hydra/sweeper": "which jobs a sweep runs; without one, all combinations",
+    "hydra/sweeper/sampler": "how a search chooses the next job",
     "sweep": "a named set of jobs",
     "experiment": "a named recipe, which overrides all other groups",
 }
@@ -138,7 +139,8 @@ def read_choice(path: Path, package: str) -> Choice:
                 options[".".join(names)] = Option(match["value"], match["about"] or "")
             else:
                 parents.append((indent, match["key"]))
-    hidden = re.compile(r"(.*\.)?_\w+_|(hydra|defaults)\..*")
+    section = "" if package.startswith("hydra") else "|hydra"
+    hidden = re.compile(rf"(.*\.)?_\w+_|(defaults{section})\..*")
     texts = (line for line in about if not line.startswith(COMMAND))
     return Choice(" ".join(texts), {n: o for n, o in options.items() if not hidden.fullmatch(n)})
 

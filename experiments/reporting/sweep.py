@@ -17,7 +17,6 @@ from experiments.recording.files import only_warned, write_whole
 from experiments.recording.kept import read_kept
 from experiments.recording.results import read_sweep
 from experiments.recording.sweep import FAILURES, begin_sweep, failures, note_job
-from experiments.reporting.report.page import PAGE, write_report
 from experiments.reporting.tables import markdown, sweep_table
 from experiments.training.stop import AtOnce
 
@@ -63,6 +62,9 @@ class SweepReport(Callback):
         Raises:
             SystemExit: a job has failed.
         """
+        # Imported here, as every run makes this callback, and few draw a report.
+        from experiments.reporting.report.page import PAGE, write_report
+
         folder = Path(config.hydra.sweep.dir)
         with only_warned("report.md"):
             report_sweep(folder, self.published, self.kept)

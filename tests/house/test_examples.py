@@ -92,3 +92,17 @@ def test_an_example_refuses_a_package_that_is_not_trusted(tmp_path):
     )
     assert done.returncode == 1
     assert done.stderr.startswith("error: Option 'model._target_' is 'my_package.network.ConvNet'")
+
+
+@pytest.mark.slow
+def test_the_logger_shows_a_row_for_every_evaluation(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "wandb_logger.py")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "offline" in done.stderr

@@ -141,6 +141,8 @@ def test_every_verb_agrees_with_the_dense_matrix(fisher):
     else:
         close(fisher.logdet(damping), expected)
     close(fisher.eigenvalues(), torch.linalg.eigvalsh(matrix))
+    largest = float(torch.linalg.eigvalsh(matrix)[-1])
+    assert 0.9 * largest < fisher.largest_eigenvalue() < largest * (1 + 1e-9)
     close((fisher + fisher).to_dense(), 2 * matrix)
     close((0.5 * fisher).to_dense(), 0.5 * matrix)
     close((0.5 * fisher).quadratic_form(v), 0.5 * flat @ matrix @ flat)

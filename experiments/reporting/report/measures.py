@@ -165,9 +165,8 @@ def summary(ranking: Ranking) -> list[str]:
         return ["No run has finished."]
     best, *others = rows
     assert best.accuracy
-    word = "Best" if others else "Only"
     seeds = f"{best.accuracy.count} seed{'s' * (best.accuracy.count > 1)}"
-    first = f"{word}: {best.setting.name}, {best.accuracy.text()} % average accuracy ({seeds})"
+    first = f"{'Best: ' if others else ''}{best.setting.name}, {best.accuracy.text()} % average accuracy ({seeds})"
     if others and (near := _indistinct(best, others[0])):
         first += f"; not clearly above {near}"
     second = []

@@ -207,7 +207,7 @@ def _spectra(row: Row, place: int) -> Picture:
             if not points:
                 continue
             (line,) = axes.plot(*zip(*points, strict=True), color=colour, ls="-" if task else ":")
-            if task:
+            if f"layer {name}" not in axes.get_legend_handles_labels()[1]:
                 line.set_label(f"layer {name}")
             which = "the last task" if task else "task 1"
             picture.hover(line, f"layer {name}, {which}: largest {means[0]:.2g}")

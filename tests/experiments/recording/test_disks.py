@@ -16,6 +16,7 @@ from experiments.recording.kept import keep, read_kept
 from experiments.recording.results import read_results, write_results
 from experiments.recording.tracking import Recorder
 from experiments.reporting.picture_file import write_picture
+from experiments.reporting.report.page import write_report
 from experiments.reporting.sweep import report_sweep
 
 SMALL = ["model.hidden=[50]", "training.iterations=20", "training.batch_size=16"]
@@ -161,6 +162,22 @@ def test_a_report_that_does_not_fit_leaves_the_earlier_one(disk):
     assert not list(disk.folder.glob("*.part"))
 
 
+def test_a_page_that_does_not_fit_leaves_the_earlier_one(disk):
+    disk.mount("size=2m")
+    (disk.folder / "0").mkdir()
+    write_results(disk.folder / "0", RESULTS)
+    write_report([disk.folder], disk.folder)
+    files = [path for path in disk.folder.rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
+    statistics = os.statvfs(disk.folder)
+    (disk.folder / "ballast").write_bytes(bytes(statistics.f_bavail * statistics.f_frsize))
+    with pytest.raises(OSError, match=r"pictures/.*\.png"):
+        write_report([disk.folder], disk.folder)
+    (disk.folder / "ballast").unlink()
+    assert {path for path in disk.folder.rglob("*") if path.is_file()} == before.keys()
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
 def test_a_line_that_did_not_fit_is_kept_later(disk):
     disk.mount("size=20k")
     keep(disk.folder / "recipe.jsonl", RESULTS)
@@ -251,14 +268,14 @@ def test_records_wait_for_a_full_disk(disk, command_line, monkeypatch):
     ballast = disk.folder / "ballast"
     log, count = Recorder.log, []
 
-    def filled(recorder, record, **others):
-        count.append(record)
+    def filled(recorder, record, hidden=None, **others):
+        count.append({**record, **(hidden or {})})
         if len(count) == 5:
             statistics = os.statvfs(disk.folder)
             ballast.write_bytes(bytes(statistics.f_bavail * statistics.f_frsize))
         if len(count) == 95:
             ballast.unlink()
-        log(recorder, record, **others)
+        log(recorder, record, hidden=hidden, **others)
 
     monkeypatch.setattr(Recorder, "log", filled)
     options = [*SMALL, "wandb.mode=disabled", f"hydra.run.dir={disk.folder}/run"]

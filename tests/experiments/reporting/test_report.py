@@ -11,6 +11,7 @@ from urllib.parse import unquote
 import pytest
 
 from experiments import report
+from experiments.recording.sweep import begin_sweep, note_job
 from experiments.reporting.report.gathering import gather
 from experiments.reporting.report.measures import Estimate, ranked, summary
 from experiments.reporting.report.page import write_report
@@ -138,7 +139,7 @@ def test_forward_transfer_is_against_the_untrained_network(tmp_path):
         (
             EWC,
             [
-                "Only: ewc, 82.0 ± 2.0 % average accuracy (2 seeds).",
+                "ewc, 82.0 ± 2.0 % average accuracy (2 seeds).",
                 "Nothing to compare it with: run naive and joint with the same seeds.",
             ],
         ),
@@ -149,7 +150,7 @@ def test_forward_transfer_is_against_the_untrained_network(tmp_path):
                 "0.8 points over the next, l2.",
             ],
         ),
-        (JOINT, ["Only: joint, 91.0 % average accuracy (1 seed).",
+        (JOINT, ["joint, 91.0 % average accuracy (1 seed).",
                  "Nothing to compare it with: run naive and joint with the same seeds."]),
         ([{"diverged": "in task 2", "config": {}, "overrides": [], "seed": 0}],
          ["No run has finished."]),
@@ -181,6 +182,14 @@ def test_a_run_that_is_found_twice_counts_once(tmp_path):
     copied = write(tmp_path / "copy", *EWC)
     (benchmark,) = by_benchmark(gather([sweep, copied]).runs)
     assert ranked(benchmark).rows[0].accuracy == close(82, 2, 2)
+
+
+def test_jobs_of_an_earlier_sweep_in_the_folder_do_not_count(tmp_path):
+    sweep = write(tmp_path / "sweep", *EWC, *NAIVE)
+    begin_sweep(sweep, ["strategy=ewc"])
+    for job in ("0", "1"):
+        note_job(sweep, sweep / job)
+    assert [run.results for run in gather([tmp_path]).runs] == EWC
 
 
 class Page(HTMLParser):

@@ -14,7 +14,9 @@ from rich.console import Console
 from experiments.configuration.command_line import CONFIGS
 from experiments.configuration.schema import build, plain
 from experiments.experiment import Experiment
-from experiments.recording.tracking import Recorder, WandB
+from experiments.recording.label import Label
+from experiments.recording.tracking import Recorder
+from experiments.recording.wandb_run import WandB
 from experiments.training import progress as module
 from experiments.training.progress import RunProgress
 
@@ -29,7 +31,7 @@ def shown(tmp_path, *, terminal):
     text = io.StringIO()
     console = Console(file=text, force_terminal=terminal, width=120)
     prepared = build(config, Experiment).prepare()
-    with Recorder(tmp_path, WandB(mode="disabled"), {}, "test", None) as recorder:
+    with Recorder(tmp_path, WandB(mode="disabled"), {}, Label("test")) as recorder:
         prepared.run(recorder, console, logging.getLogger("test"))
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.getvalue())
 
