@@ -166,7 +166,8 @@ def summary(ranking: Ranking) -> list[str]:
     best, *others = rows
     assert best.accuracy
     seeds = f"{best.accuracy.count} seed{'s' * (best.accuracy.count > 1)}"
-    first = f"{'Best: ' if others else ''}{best.setting.name}, {best.accuracy.text()} % average accuracy ({seeds})"
+    name = f"Best: {best.setting.name}" if others else best.setting.name
+    first = f"{name}, {best.accuracy.text()} % average accuracy ({seeds})"
     if others and (near := _indistinct(best, others[0])):
         first += f"; not clearly above {near}"
     second = []
