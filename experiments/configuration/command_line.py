@@ -88,7 +88,7 @@ class CheckedLoader(ConfigLoaderImpl):
                 f"Option 'trusted' is {trusted!r} where the command line has {self.trusted}: a "
                 "file or a sweep cannot trust modules, only the command line, trusted=[MODULE]."
             )
-        check_hydra_section(config.hydra, self.trusted)
+        check_hydra_section(config.hydra, self.trusted, sys.argv[1:])
         check_paths(config, sys.argv[1:])
         hydra_section = written["hydra"]
         for folder in (hydra_section["run"]["dir"], hydra_section["sweep"]["dir"]):

@@ -33,7 +33,7 @@ PLACES: dict[str, tuple[type, tuple[str, ...]]] = {
         (
             "hydra._internal.core_plugins",
             "hydra_plugins.hydra_joblib_launcher",
-            "hydra_plugins.hydra_ray_launcher",
+            "hydra_plugins.hydra_ray_launcher.ray_launcher",
             OURS,
         ),
     ),
@@ -47,6 +47,12 @@ EXTRAS = {
 }
 """The extras that bring the plugins of others."""
 
+RAY = {
+    "init": ("address", "object_store_memory", "log_to_driver"),
+    "remote": ("num_cpus", "num_gpus", "max_retries"),
+}
+"""What a configuration may tell Ray; other options of Ray run code on its nodes."""
+
 HANDLERS = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler")
 
 FILES = (
@@ -58,16 +64,19 @@ REFERENCES = ("ext://sys.stdout", "ext://sys.stderr", *FILES)
 """What a logging configuration may refer to: the console, and Hydra's files."""
 
 
-def check_hydra_section(section: DictConfig, trusted: Sequence[str]) -> None:
+def check_hydra_section(
+    section: DictConfig, trusted: Sequence[str], arguments: Sequence[str] = ()
+) -> None:
     """Reject what would run code, or copy the environment into files.
 
     Args:
         section: the composed ``hydra`` section, of which nothing is built yet.
         trusted: modules whose classes it may name too.
+        arguments: the command line, which alone names a Ray cluster of another machine.
 
     Raises:
-        ConfigurationError: it names another class, another logging handler, or environment
-            variables.
+        ConfigurationError: it names another class, another logging handler, another cluster, or
+            environment variables.
     """
     written = OmegaConf.to_container(section, resolve=False)
     assert isinstance(written, dict)
@@ -76,6 +85,8 @@ def check_hydra_section(section: DictConfig, trusted: Sequence[str]) -> None:
         _check_logging(written[place], f"hydra.{place}")
     for place, (wanted, modules) in PLACES.items():
         tree = _resolved(section, place)
+        if place == "launcher" and "ray" in tree:
+            _check_ray(tree["ray"], arguments)
         for name, value in tree.items() if place == "callbacks" else [("", tree)]:
             option = f"hydra.{place}.{name}".rstrip(".")
             _check_built(value, option, wanted, (*modules, *trusted), (*WITHIN, *trusted))
@@ -118,6 +129,25 @@ def _check_built(
         return
     for inner, element in value.items():
         _check_built(element, inner, object, within, within)
+
+
+def _check_ray(ray: Any, arguments: Sequence[str]) -> None:
+    """Check what Ray is told: a cluster runs what it is sent, and sends back what is run here."""
+    for part, options in ray.items() if isinstance(ray, Mapping) else ():
+        for name in options if isinstance(options, Mapping) else ():
+            if name not in RAY.get(part, ()):
+                allowed = " and ".join(RAY.get(part, ())) or "none"
+                raise ConfigurationError(
+                    f"Option 'hydra.launcher.ray.{part}.{name}' is not taken: allowed are "
+                    f"{allowed}."
+                )
+    option = "hydra.launcher.ray.init.address"
+    address = ray["init"]["address"]
+    if address != "auto" and not any(a.startswith(f"{option}=") for a in arguments):
+        raise ConfigurationError(
+            f"Option {option!r} is {address!r}, which a file may not choose: it must be auto, or "
+            f"be given on the command line, {option}=HOST:PORT."
+        )
 
 
 def _check_logging(value: Any, option: str) -> None:

@@ -18,6 +18,7 @@ WRITTEN = (
     "hydra.sweep.dir",
     "hydra.sweep.subdir",
     "hydra.callbacks.report.kept",
+    "hydra.launcher.temp_folder",
 )
 """The options with a folder or a file that is written."""
 

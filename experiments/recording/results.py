@@ -176,7 +176,7 @@ def read_jobs(folder: Path) -> list[dict[str, Any]]:
 def read_sweep(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The results of a sweep's jobs, and messages on damaged ones."""
     jobs, damaged = [], []
-    for job in job_folders(folder):
+    for job in _job_folders(folder):
         try:
             if results := read_results(job):
                 jobs.append(results)
@@ -186,13 +186,17 @@ def read_sweep(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return jobs, damaged
 
 
-def job_folders(folder: Path) -> list[Path]:
-    """The folders with results of the newest sweep in a folder, in the order of the jobs.
+def noted_jobs(folder: Path) -> set[str] | None:
+    """The names of the folders of the newest sweep's jobs; ``None`` if no jobs are noted there."""
+    try:
+        return set((folder / JOBS).read_text(encoding="utf-8").splitlines()[1:])
+    except FileNotFoundError:
+        return None
 
-    Without :data:`JOBS` they are all folders with results.
-    """
+
+def _job_folders(folder: Path) -> list[Path]:
+    """The folders with results of the newest sweep in a folder, in the order of the jobs."""
     folders = [path.parent for path in folder.glob(f"*/{RESULTS}")]
-    if (folder / JOBS).exists():
-        noted = set((folder / JOBS).read_text(encoding="utf-8").splitlines()[1:])
+    if (noted := noted_jobs(folder)) is not None:
         folders = [job for job in folders if job.name in noted]
     return sorted(folders, key=lambda job: (len(job.name), job))

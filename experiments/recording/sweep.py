@@ -30,9 +30,12 @@ def begin_sweep(folder: Path, overrides: Sequence[str]) -> None:
 
 
 def note_job(folder: Path, job: Path) -> None:
-    """Note that a folder is that of a job of the sweep."""
+    """Note that a folder is that of a job of the sweep, unless it is noted already."""
+    name = os.path.relpath(job, folder)
+    if name in (folder / JOBS).read_text(encoding="utf-8").splitlines()[1:]:
+        return
     with (folder / JOBS).open("ab", buffering=0) as file:
-        append_whole(file, f"{os.path.relpath(job, folder)}\n".encode())
+        append_whole(file, f"{name}\n".encode())
 
 
 def note_failure(folder: Path, number: int, overrides: Sequence[str], reason: str) -> None:

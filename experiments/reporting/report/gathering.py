@@ -8,10 +8,9 @@ from typing import Any
 
 from experiments.recording.kept import read_kept
 from experiments.recording.results import (
-    JOBS,
     RESULTS,
     DamagedResultsError,
-    job_folders,
+    noted_jobs,
     read_results,
 )
 from experiments.recording.sweep import FAILURES, failures
@@ -73,11 +72,11 @@ def gather(places: Iterable[Path]) -> Gathered:
 def _files(place: Path) -> Iterator[Path]:
     """The results and the lists of failed jobs below a folder; job 10 comes after job 9.
 
-    Of a sweep's folder they are those of its newest sweep.
+    Jobs of an earlier sweep in a sweep's folder are left out.
     """
     for folder, inner, names in os.walk(place):
-        if JOBS in names:
-            inner[:] = [job.name for job in job_folders(Path(folder))]
+        if (noted := noted_jobs(Path(folder))) is not None:
+            inner[:] = [name for name in inner if name in noted]
         inner.sort(key=lambda name: (len(name), name))
         yield from (Path(folder) / name for name in (FAILURES, RESULTS) if name in names)
 

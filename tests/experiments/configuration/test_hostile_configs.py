@@ -132,6 +132,16 @@ RECIPES = {
     "sweep folder": ("hydra: {sweep: {dir: ../outside}}", "hydra.sweep.dir"),
     "job folder": ("hydra: {sweep: {subdir: ../../outside}}", "hydra.sweep.subdir"),
     "kept": ("hydra: {callbacks: {report: {kept: ../outside}}}", "hydra.callbacks.report.kept"),
+    "joblib": (
+        "defaults: [{override /hydra/launcher: joblib}]\n"
+        "hydra: {launcher: {temp_folder: ../outside}}",
+        "hydra.launcher.temp_folder",
+    ),
+    "Ray": (
+        "defaults: [{override /hydra/launcher: ray_cluster}]\n"
+        "hydra: {launcher: {ray: {init: {address: 'elsewhere:6379'}}}}",
+        "hydra.launcher.ray.init.address",
+    ),
     "data": ("data_root: FOLDER/outside", "data_root"),
     "data above": ("data_root: a/../../outside", "data_root"),
 }

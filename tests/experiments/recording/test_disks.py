@@ -268,14 +268,14 @@ def test_records_wait_for_a_full_disk(disk, command_line, monkeypatch):
     ballast = disk.folder / "ballast"
     log, count = Recorder.log, []
 
-    def filled(recorder, record, **others):
-        count.append(record)
+    def filled(recorder, record, hidden=None, **others):
+        count.append({**record, **(hidden or {})})
         if len(count) == 5:
             statistics = os.statvfs(disk.folder)
             ballast.write_bytes(bytes(statistics.f_bavail * statistics.f_frsize))
         if len(count) == 95:
             ballast.unlink()
-        log(recorder, record, **others)
+        log(recorder, record, hidden=hidden, **others)
 
     monkeypatch.setattr(Recorder, "log", filled)
     options = [*SMALL, "wandb.mode=disabled", f"hydra.run.dir={disk.folder}/run"]

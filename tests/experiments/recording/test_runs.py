@@ -33,6 +33,7 @@ from experiments.recording.results import read_jobs, read_results, write_results
 from experiments.recording.sweep import begin_sweep, failures, note_failure, note_job
 from experiments.recording.tracking import Recorder
 from experiments.recording.wandb_run import WandB
+from experiments.reporting.report.gathering import gather
 from experiments.reporting.sweep import report_sweep
 from experiments.training.observers import TrainingObserver
 
@@ -755,6 +756,7 @@ def test_a_report_holds_the_jobs_of_the_newest_sweep_only(tmp_path):
     assert read_jobs(tmp_path) == []
     note_job(tmp_path, tmp_path / "2")
     assert [job["seed"] for job in read_jobs(tmp_path)] == [2]
+    assert [run.results["seed"] for run in gather([tmp_path]).runs] == [2]
 
 
 def test_a_sweep_runs_a_job_with_damaged_results_again(tmp_path, command):

@@ -102,9 +102,7 @@ def test_another_search_in_the_folder_is_refused(search, tmp_path):
     before = ends(tmp_path / "search")
     others = [
         [*SEARCH[:2], "strategy.strength=interval(1,1000)", *SMALL],
-        [*SEARCH, "optimizer=adam,sgd"],
         [*SEARCH, "seed=3"],
-        [*SEARCH, "hydra.sweeper.direction=minimize"],
     ]
     for other in others:
         code, _, err = search(*other)
@@ -112,7 +110,6 @@ def test_another_search_in_the_folder_is_refused(search, tmp_path):
         assert "holds another search" in err
         assert "hydra.sweep.dir=DIR" in err
     assert ends(tmp_path / "search") == before
-    assert search(*SEARCH, "hydra.sweeper.n_trials=1", "wandb.project=other")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -135,16 +132,8 @@ def test_what_is_wrong_is_said_before_the_first_trial(search, tmp_path, option, 
 
 
 @pytest.mark.slow
-def test_a_minimum_can_be_searched_for(search, tmp_path):
-    code, *_ = search(*SEARCH, "hydra.sweeper.n_trials=3", "hydra.sweeper.direction=minimize")
-    found = summary(tmp_path / "search")
-    assert code == 0
-    assert found["best"]["value"] == min(trial["value"] for trial in found["trials"])
-
-
-@pytest.mark.slow
 def test_a_killed_search_finishes_what_is_missing(tmp_path):
-    command = [sys.executable, "-m", "experiments.run", *SEARCH, "training.iterations=60"]
+    command = [sys.executable, "-m", "experiments.run", *SEARCH, "training.iterations=20"]
     command += ["hydra.sweeper.n_trials=12", "training.checkpoint_minutes=0"]
     command += [f"hydra.sweep.dir={tmp_path}"]
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -164,7 +153,7 @@ def test_a_killed_search_finishes_what_is_missing(tmp_path):
     assert sorted(after, key=int) == [str(number) for number in range(12)]
     assert before.items() <= after.items()
     log = (tmp_path / "6" / "run.log").read_text()
-    assert "the run goes on" in log or "continues" in log
+    assert "continued in task" in log
     found = summary(tmp_path)["trials"]
     assert [trial["trial"] for trial in found] == list(range(12))
     assert len({trial["options"]["strategy.strength"] for trial in found}) == 12
