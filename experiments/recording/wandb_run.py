@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +30,9 @@ PATIENCE = 30.0
 
 ARTIFACT_BYTES = 100 * 2**20
 """The size of all artifacts of a run alone, where nothing else is asked for."""
+
+SLOW = 5.0
+"""Seconds for one artifact after which a run hands over no more: W&B asks its server for each."""
 
 AXES = {
     "step": ["train/*"],
@@ -225,7 +229,11 @@ class WandBRun:
             artifact.add_file(
                 str(path), name=f"{kind}.safetensors", policy="immutable", skip_cache=True
             )
+            started = time.monotonic()
             self.run.log_artifact(artifact, aliases=[alias, "latest"])
+            if time.monotonic() - started > SLOW:
+                self._left = 0
+                _log.warning("W&B is slow to take artifacts: it gets no more of this run.")
 
     def summary(self, values: Mapping[str, float]) -> None:
         """Set the final figures."""
