@@ -241,8 +241,8 @@ def _setting_records(rankings: Sequence[Ranking]) -> list[dict[str, Any]]:
             }
             for key, (_, unit) in COLUMNS.items():
                 estimate: Estimate | None = getattr(row, key)
-                record[f"{key} ({unit})"] = estimate.mean if estimate else ""
-                record[f"{key} standard error"] = (estimate.error if estimate else None) or ""
+                record[f"{key} ({unit})"] = _blank(estimate.mean if estimate else None)
+                record[f"{key} standard error"] = _blank(estimate.error if estimate else None)
             records.append(record)
     return records
 
