@@ -30,6 +30,7 @@ class Job(BaseModel):
     model_config = ConfigDict(strict=True)
     config: dict[str, Any]
     overrides: list[str]
+    flags: list[str] = []
     seed: int
 
 

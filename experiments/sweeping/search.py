@@ -17,6 +17,7 @@ import numpy as np
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.configuration.command_line import flags_of
 from experiments.configuration.schema import sets_no_outcome
 from experiments.configuration.targets import ConfigurationError, check_installed
 from experiments.recording.files import only_warned, write_whole
@@ -105,13 +106,18 @@ class Search:
             study = self._study(folder, space)
             OmegaConf.save(config, folder / "multirun.yaml")
             run: set[int] = set()
+
+            def command(values: dict[str, Any]) -> str:
+                words = [*flags_of(config.hydra), *space.overrides(values)]
+                return shlex.join(["python", "-m", "experiments.run", *words])
+
             while batch := self._next(study, space, run):
                 for trials in _consecutive(batch):
                     self._run(trials, study, space, folder, launcher)
                 run |= {trial.number for trial in batch}
                 with only_warned(SUMMARY):
-                    write_whole(folder / SUMMARY, json.dumps(_summary(study, space), indent=2))
-        return _report(study, space)
+                    write_whole(folder / SUMMARY, json.dumps(_summary(study, command), indent=2))
+        return _report(study, command)
 
     def _study(self, folder: Path, space: Space) -> Any:
         """The study in the folder, which is made if there is none."""
@@ -208,23 +214,23 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _summary(study: Any, space: Space) -> dict[str, Any]:
+def _summary(study: Any, command: Callable[[dict[str, Any]], str]) -> dict[str, Any]:
     """The trials of a study that have ended, and the best of them with its command."""
     ended = [trial for trial in study.get_trials(deepcopy=False) if trial.value is not None]
     summary: dict[str, Any] = {"direction": study.direction.name.lower()}
     if ended:
         best = study.best_trial
-        command = shlex.join(["python", "-m", "experiments.run", *space.overrides(best.params)])
-        summary["best"] = {"trial": best.number, "value": best.value, "command": command}
+        words = command(best.params)
+        summary["best"] = {"trial": best.number, "value": best.value, "command": words}
     summary["trials"] = [
         {"trial": trial.number, "value": trial.value, "options": trial.params} for trial in ended
     ]
     return summary
 
 
-def _report(study: Any, space: Space) -> float:
+def _report(study: Any, command: Callable[[dict[str, Any]], str]) -> float:
     """Print the best trial; its value, NaN if none has ended."""
-    summary = _summary(study, space)
+    summary = _summary(study, command)
     if "best" not in summary:
         return math.nan
     best = summary["best"]

@@ -177,7 +177,8 @@ def _url(path: Path, output: Path) -> str:
 
 def command_of(results: Mapping[str, Any]) -> str:
     """The command line that runs a job again, alone."""
-    return shlex.join(["python", "-m", "experiments.run", *results["overrides"]])
+    words = [*results.get("flags", []), *results["overrides"]]
+    return shlex.join(["python", "-m", "experiments.run", *words])
 
 
 def _remarks(ranking: Ranking) -> list[dict[str, str]]:
