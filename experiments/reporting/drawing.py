@@ -87,11 +87,13 @@ def legend_below(figure: Figure, columns: int = 5, size: float = 7.0) -> Figure:
         return figure
     # Some 20 letters of 7 points to the inch; a handle and its spaces are as wide as 9.
     fitting = int(140 / size * figure.get_figwidth() / (9 + max(map(len, handles))))
-    figure.legend(
+    legend = figure.legend(
         handles.values(),
         handles.keys(),
         loc="outside lower center",
         fontsize=size,
         ncols=max(1, min(fitting, columns)),
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # names are no formulas
     return figure

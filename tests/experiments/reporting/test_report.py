@@ -392,6 +392,12 @@ def test_hostile_names_stay_text(tmp_path):
     assert shlex.split(command)[3:] == job["overrides"]
 
 
+def test_a_name_is_no_formula(tmp_path):
+    jobs = [results("ewc", choices={"strategy": r"a$\frac$b", "benchmark": "x"}), *NAIVE]
+    assert write_report([write(tmp_path, *jobs)], tmp_path) == 3
+    assert r"a$\frac$b" in (tmp_path / "report.html").read_text()
+
+
 def test_kept_results_are_runs_too(tmp_path):
     kept = tmp_path / "recipe.jsonl"
     kept.write_text("".join(json.dumps(job) + "\n" for job in [*EWC, *NAIVE]) + "{\n")
