@@ -10,7 +10,7 @@ that kind (:mod:`experiments.configuration.targets`).
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import UnionType
 from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -187,6 +187,36 @@ def _same(first: Any, second: Any) -> bool:
         _same(*(node.get(key, defaults.get(key, missing)) for node in (first, second)))
         for key in first.keys() | second.keys()
     )
+
+
+def completed(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Configurations with the options that only later ones have, at their defaults."""
+    known: dict[tuple[str, Any], set[str]] = {}
+    for config in configs:
+        for path, node in _nodes(config):
+            known.setdefault((path, node.get("_target_")), set()).update(node)
+    return [_completed(config, known) for config in configs]
+
+
+def _nodes(node: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """All groups of options in a configuration, with their places."""
+    yield path, node
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _nodes(value, _option(path, key))
+
+
+def _completed(
+    node: Mapping[str, Any], known: Mapping[tuple[str, Any], set[str]], path: str = ""
+) -> dict[str, Any]:
+    full = {
+        key: _completed(value, known, _option(path, key)) if isinstance(value, Mapping) else value
+        for key, value in node.items()
+    }
+    if missing := known[path, node.get("_target_")] - node.keys():
+        defaults = _defaults(node.get("_target_"))
+        full |= {key: defaults[key] for key in sorted(missing & defaults.keys())}
+    return full
 
 
 def _defaults(name: object) -> dict[str, Any]:

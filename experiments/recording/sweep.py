@@ -22,7 +22,7 @@ def begin_sweep(folder: Path, overrides: Sequence[str]) -> None:
         overrides: what the sweep is over, as on the command line.
     """
     (folder / FAILURES).unlink(missing_ok=True)
-    first = json.dumps([override for override in overrides if not sets_no_outcome(override)])
+    first = json.dumps(sorted(o for o in overrides if not sets_no_outcome(o)))
     path = folder / JOBS
     if not path.exists() or path.read_text(encoding="utf-8").partition("\n")[0] != first:
         folder.mkdir(parents=True, exist_ok=True)

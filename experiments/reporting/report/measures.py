@@ -42,7 +42,8 @@ class Estimate:
     def text(self, digits: int = 1) -> str:
         """The mean ± its standard error."""
         error = "" if self.error is None else f" ± {self.error:.{digits}f}"
-        return f"{self.mean:.{digits}f}{error}".replace("-", "\N{MINUS SIGN}")
+        mean = round(self.mean, digits) + 0.0  # not -0.0
+        return f"{mean:.{digits}f}{error}".replace("-", "\N{MINUS SIGN}")
 
 
 @dataclass(frozen=True)
@@ -166,15 +167,18 @@ def summary(ranking: Ranking) -> list[str]:
     best, *others = rows
     assert best.accuracy
     seeds = f"{best.accuracy.count} seed{'s' * (best.accuracy.count > 1)}"
-    first = f"{'Best: ' if others else ''}{best.setting.name}, {best.accuracy.text()} % average accuracy ({seeds})"
+    name = f"Best: {best.setting.name}" if others else best.setting.name
+    first = f"{name}, {best.accuracy.text()} % average accuracy ({seeds})"
     if others and (near := _indistinct(best, others[0])):
         first += f"; not clearly above {near}"
     second = []
-    for reference, word in (("naive", "over"), ("joint", "under")):
+    for reference in ("naive", "joint"):
         if best.setting.reference == reference:
             continue
-        if difference := lead(ranking.rows, best, reference):
-            points = difference if word == "over" else _negated(difference)
+        if points := lead(ranking.rows, best, reference):
+            word = "over"
+            if points.mean < 0:
+                points, word = Estimate(-points.mean, points.error, points.count), "under"
             second.append(f"{points.text()} points {word} {reference}")
     if second:
         return [f"{first}.", f"{' and '.join(second)}, on the same seeds."]
@@ -183,10 +187,6 @@ def summary(ranking: Ranking) -> list[str]:
         behind = best.accuracy.mean - others[0].accuracy.mean
         return [f"{first}.", f"{behind:.1f} points over the next, {others[0].setting.name}."]
     return [f"{first}.", "Nothing to compare it with: run naive and joint with the same seeds."]
-
-
-def _negated(estimate: Estimate) -> Estimate:
-    return Estimate(-estimate.mean, estimate.error, estimate.count)
 
 
 def _indistinct(best: Row, other: Row) -> str:

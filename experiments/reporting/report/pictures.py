@@ -249,9 +249,10 @@ def _seconds(rows: Sequence[Row]) -> Picture:
     figure, axes = _bars(rows, "seconds a run")
     picture = Picture("seconds", "Time", "Mean seconds of a run, by what they went to.", figure)
     parts = (("train", SERIES[0]), ("fisher", SERIES[1]), ("eval", SERIES[2]), ("other", MUTED))
+    only_total = all(job["seconds"].keys() == {"total"} for row in rows for job in row.setting.jobs)
     starts = [0.0] * len(rows)
     for part, colour in parts:
-        label: str | None = part
+        label: str | None = "total" if only_total else part
         for place, row in enumerate(rows):
             seconds = [job["seconds"] for job in row.setting.jobs]
             spent = [_rest(s) if part == "other" else s.get(part, 0.0) for s in seconds]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.configuration.schema import deciding
+from experiments.configuration.schema import completed, deciding
 from experiments.reporting.report.gathering import Run
 from experiments.reporting.tables import as_written, finished, options_of
 
@@ -53,9 +53,15 @@ class Benchmark:
 
 def by_benchmark(runs: Sequence[Run]) -> list[Benchmark]:
     """The runs by benchmark and setting, in the order in which they came."""
+    # A run of an earlier version has the defaults of options that came later.
+    configs = completed([deciding(run.results["config"]) for run in runs])
+    runs = [
+        Run(run.results | {"config": config}, run.folder)
+        for run, config in zip(runs, configs, strict=True)
+    ]
     groups: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
-        groups[json.dumps(_config(run).get("benchmark"), sort_keys=True)].append(run)
+        groups[json.dumps(_config(run).get("benchmark"), sort_keys=True, default=str)].append(run)
     firsts = [members[0] for members in groups.values()]
     options = [_under(_flat(_config(run)), "benchmark.") for run in firsts]
     names = _told_apart([_benchmark(run) for run in firsts], options)
@@ -83,7 +89,7 @@ def _settings(runs: Sequence[Run]) -> list[Setting]:
     groups: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         config = {key: value for key, value in _config(run).items() if key != "seed"}
-        groups[json.dumps(config, sort_keys=True)].append(run)
+        groups[json.dumps(config, sort_keys=True, default=str)].append(run)
     flats = [_flat(_config(members[0])) for members in groups.values()]
     strategies = [strategy_of(members[0].results) for members in groups.values()]
     of_strategy = [_under(flat, *_OF_STRATEGY) for flat in flats]
@@ -142,7 +148,8 @@ def _benchmark(run: Run) -> str:
 
 
 def _config(run: Run) -> dict[str, Any]:
-    return deciding(run.results["config"])
+    config: dict[str, Any] = run.results["config"]
+    return config
 
 
 def _under(flat: Mapping[str, str], *prefixes: str) -> dict[str, str]:

@@ -167,6 +167,26 @@ def test_settings_are_told_apart_by_what_differs(tmp_path):
     assert set(rows) == {"ewc, strength 1", "ewc, strength 1e+11", "l2"}
 
 
+def test_a_run_from_before_an_option_existed_has_its_default(tmp_path):
+    target = {"_target_": "experiments.training.protocol.Training", "iterations": 100}
+    older = results("ewc", 0, training=target)
+    newer = results("ewc", 1, training=target | {"tail_average": 0.0})
+    other = results("ewc", 1, training=target | {"tail_average": 0.5})
+    rows, _, _ = measured(tmp_path, older, newer, other)
+    assert {name: row.setting.seeds for name, row in rows.items()} == {
+        "ewc, tail_average 0": [0, 1],
+        "ewc, tail_average 0.5": [1],
+    }
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "text"),
+    [(1.25, None, "1.2"), (-0.04, 0.02, "0.0 ± 0.0"), (-1.26, 0.1, "\N{MINUS SIGN}1.3 ± 0.1")],
+)
+def test_an_estimate_is_written_without_a_negative_zero(mean, error, text):
+    assert Estimate(mean, error, 2).text() == text
+
+
 def test_benchmarks_are_not_compared(tmp_path):
     other = results("ewc", benchmark={"scenario": "class"})
     benchmarks = by_benchmark(gather([write(tmp_path, EWC[0], other)]).runs)
