@@ -164,8 +164,7 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path, continuation:
     recorded = continuation.state["recorder"] if continuation.state else None
     with Recorder(directory, experiment.wandb, config, label, state=recorded) as recorder:
         # The bars of jobs that run at the same time would overwrite each other.
-        alone = job.mode == RunMode.RUN or "BasicLauncher" in job.launcher._target_
-        console = Console(stderr=True, force_terminal=None if alone else False)
+        console = Console(stderr=True, force_terminal=False if _runs_beside_others() else None)
         results = prepared.run(recorder, console, _log, continuation)
         results |= {"config": config, "overrides": list(job.overrides.task)}
         results |= {"flags": flags_of(job), "choices": named, "penalty_pull": recorder.curve.pull}

@@ -56,19 +56,26 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()}
 
 
-def build(config: Mapping[str, Any], wanted: type[Built], path: str = "") -> Built:
+def build(
+    config: Mapping[str, Any],
+    wanted: type[Built],
+    path: str = "",
+    trusted: Sequence[str] | None = None,
+) -> Built:
     """The object that a configuration describes, its children first.
 
     Args:
-        config: ``{_target_: dotted.name, [_partial_: true], argument: value, ...}``; the
-            modules in its ``trusted`` may be named by targets, which the command line checks.
+        config: ``{_target_: dotted.name, [_partial_: true], argument: value, ...}``.
         wanted: the class of the object.
         path: the option that holds the configuration, for messages.
+        trusted: modules that targets may name besides the known packages; ``None`` for those in
+            the ``trusted`` of a whole configuration, which the command line checks.
 
     Raises:
         ConfigurationError: a node does not fit its target, or a target does not fit its place.
     """
-    trusted = _checked(config.get("trusted", []), list[str], "trusted")
+    if trusted is None:
+        trusted = _checked(config.get("trusted", []), list[str], "trusted")
     built: Built = _built(config, [wanted], path, (*PACKAGES, *trusted))
     return built
 

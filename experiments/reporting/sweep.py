@@ -72,10 +72,13 @@ class SweepReport(Callback):
             if write_report([self.kept or folder], folder):
                 print(f"report: {os.path.relpath(folder / PAGE)}")
         if failed := failures(folder):
-            count = f"{len(failed)} job{'s' * (len(failed) > 1)}"
-            more = f"; and {len(failed) - 3} more, in {folder / FAILURES}"
-            named = "; ".join(failed[:3]) + more * (len(failed) > 3)
-            sys.exit(f"error: {count} of the sweep failed: {named}")
+            if len(failed) == 1:
+                sys.exit(f"error: 1 job of the sweep failed: {failed[0]}")
+            numbers = ", ".join(line.removeprefix("job ").partition(" ")[0] for line in failed)
+            sys.exit(
+                f"error: {len(failed)} jobs of the sweep failed, {numbers}: {failed[0]}; the "
+                f"others are in {folder / FAILURES}"
+            )
 
 
 def report_sweep(

@@ -41,8 +41,8 @@ class OptunaSweeper(Sweeper):
         from experiments.sweeping.search import Search
 
         options = {"_target_": "experiments.sweeping.search.Search", **self.options}
-        search = build(options, Search, "hydra.sweeper")
         assert self.config is not None
+        search = build(options, Search, "hydra.sweeper", self.config.trusted)
         assert self.launcher is not None
         return search.run(arguments, self.config, self.launcher, self.validate_batch_is_legal)
 
@@ -73,7 +73,8 @@ class SubmititLauncher(Launcher):
         from experiments.sweeping.submitted import Submission
 
         options = {"_target_": "experiments.sweeping.submitted.Submission", **self.options}
-        submission = build(options, Submission, "hydra.launcher")
+        assert self.config is not None
+        submission = build(options, Submission, "hydra.launcher", self.config.trusted)
         return submission.run(
             job_overrides, initial_job_idx, self.hydra_context, self.config, self.task_function
         )
