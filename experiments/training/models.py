@@ -8,6 +8,8 @@ import torch
 from avalanche.models import MultiTaskModule
 from torch import Tensor, nn
 
+from ewc.checks import shown
+
 
 class Network(ABC):
     """A network of the experiments: a body, and the heads that a benchmark asks for."""
@@ -48,7 +50,7 @@ class MLP(Network):
     def __post_init__(self) -> None:
         """Check the numbers."""
         if any(width < 1 for width in self.hidden):
-            raise ValueError(f"hidden must hold widths of 1 or more, got {self.hidden}.")
+            raise ValueError(f"hidden must hold widths of 1 or more, got {shown(self.hidden)}.")
         for name in ("dropout", "input_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")
