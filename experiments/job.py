@@ -17,7 +17,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.configuration.command_line import CONFIGS, ended_briefly, remove_empty, sentence
+from experiments.configuration.command_line import (
+    CONFIGS,
+    ended_briefly,
+    flags_first,
+    remove_empty,
+    sentence,
+)
 from experiments.configuration.manual import asks_for_manual, print_manual
 from experiments.configuration.schema import build, plain
 from experiments.configuration.targets import ConfigurationError
@@ -257,6 +263,7 @@ def command() -> None:
     if asks_for_manual(sys.argv[1:]):
         print_manual(Path(CONFIGS), sys.argv[1:])
         return
+    sys.argv[1:] = flags_first(sys.argv[1:])
     os.environ["MPLBACKEND"] = "agg"  # pictures go into files, whatever the user's screen
     ended_briefly(_resumed_or_new, "config")
 
