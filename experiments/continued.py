@@ -9,12 +9,15 @@ from typing import Any
 
 from hydra.types import RunMode
 
+from experiments.configuration.command_line import flags_of
 from experiments.configuration.paths import DATA, lies_inside
 from experiments.configuration.schema import NO_OUTCOME, sets_no_outcome
 from experiments.configuration.targets import ConfigurationError
 from experiments.recording.folder import OWNER, read_owner
 
 RESUME = "resume="
+
+CONFIG_DIR = "--config-dir="
 
 
 def with_resume(arguments: Sequence[str]) -> list[str]:
@@ -30,11 +33,14 @@ def with_resume(arguments: Sequence[str]) -> list[str]:
     others = [argument for argument in arguments if not argument.startswith(RESUME)]
     if not given:
         return others
+    flags = [argument for argument in others if argument.startswith(CONFIG_DIR)]
+    others = [argument for argument in others if argument not in flags]
     for argument in others:
         if not sets_no_outcome(argument):
             raise ConfigurationError(
                 f"resume=DIR continues a run with its own options, so {argument!r} is not taken: "
-                f"allowed are those that do not change the results, {', '.join(NO_OUTCOME)}."
+                f"allowed are those that do not change the results, {', '.join(NO_OUTCOME)}, and "
+                f"{CONFIG_DIR}DIR."
             )
     directory = Path(given[-1].removeprefix(RESUME))
     if directory == Path() or not (directory / OWNER).exists():
@@ -58,7 +64,7 @@ def with_resume(arguments: Sequence[str]) -> list[str]:
             )
     quoted = str(directory).replace("\\", "\\\\").replace("'", "\\'")
     # A recipe may make a sweep of a command; this is one job of it.
-    return [*kept, *others, f"hydra.run.dir='{quoted}'", "hydra.mode=RUN"]
+    return [*flags, *kept, *others, f"hydra.run.dir='{quoted}'", "hydra.mode=RUN"]
 
 
 def command_to_continue(directory: Path, job: Any) -> str:
@@ -71,12 +77,13 @@ def command_to_continue(directory: Path, job: Any) -> str:
     if job.mode == RunMode.MULTIRUN:
         sweep = os.path.relpath(Path(job.runtime.cwd) / job.sweep.dir)
         return f"the same command with hydra.sweep.dir={sweep}"
-    words = [f"{RESUME}{os.path.relpath(directory)}"]
-    # A folder of data elsewhere is taken from the command line only.
+    words = [*flags_of(job), f"{RESUME}{os.path.relpath(directory)}"]
+    # Trusted modules and a folder of data elsewhere are taken from the command line only.
     words += [
         override
         for override in job.overrides.task
-        if _name(override) == DATA and not lies_inside(DATA, override.partition("=")[2])
+        if _name(override) == "trusted"
+        or (_name(override) == DATA and not lies_inside(DATA, override.partition("=")[2]))
     ]
     return f"python -m experiments.run {shlex.join(words)}"
 

@@ -21,6 +21,7 @@ from experiments.configuration.command_line import (
     CONFIGS,
     ended_briefly,
     flags_first,
+    flags_of,
     remove_empty,
     sentence,
 )
@@ -113,6 +114,7 @@ def _run(config: dict[str, Any], directory: Path, single: bool) -> float:
             _log.error("diverged: %s", error)
             # A sweep keeps that the job has run, and how it ended.
             job = {"seed": experiment.seed, "config": config, "overrides": overrides}
+            job["flags"] = flags_of(HydraConfig.get())
             _keep(directory, {"diverged": str(error), **job})
             return math.nan
 
@@ -159,7 +161,7 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path, continuation:
     named = {group: choices[group] for group in ("benchmark", "model", "strategy")}
     title = f"{choices['benchmark']} ({scenario}), {choices['strategy']}"
     sweep = Path(job.runtime.cwd) / job.sweep.dir if job.mode == RunMode.MULTIRUN else None
-    label = label_of(choices, list(job.overrides.task), experiment.seed, sweep)
+    label = label_of(choices, list(job.overrides.task), experiment.seed, sweep, flags_of(job))
     recorded = continuation.state["recorder"] if continuation.state else None
     with Recorder(directory, experiment.wandb, config, label, state=recorded) as recorder:
         # The bars of jobs that run at the same time would overwrite each other.
@@ -167,7 +169,7 @@ def _train(prepared: Any, config: dict[str, Any], directory: Path, continuation:
         console = Console(stderr=True, force_terminal=None if alone else False)
         results = prepared.run(recorder, console, _log, continuation)
         results |= {"config": config, "overrides": list(job.overrides.task)}
-        results |= {"choices": named, "penalty_pull": recorder.curve.pull}
+        results |= {"flags": flags_of(job), "choices": named, "penalty_pull": recorder.curve.pull}
         results["remarks"] = remarks(results)
         _keep(directory, results)
         matrix = results["accuracy_matrix"]

@@ -230,6 +230,17 @@ def remove_empty(directory: Path) -> None:
             return
 
 
+def flags_of(job: Any) -> list[str]:
+    """The flags that a command needs besides its options: the folders of configurations it adds.
+
+    Args:
+        job: Hydra's configuration.
+    """
+    sources = job.runtime.config_sources
+    added = [source.path for source in sources if source.provider == "command-line"]
+    return [f"--config-dir={os.path.relpath(path)}" for path in added]
+
+
 def sentence(error: Exception) -> str:
     """The first line of an error's message; for an error of the system with the file's name."""
     if isinstance(error, OSError) and error.strerror:

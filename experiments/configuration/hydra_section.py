@@ -146,7 +146,7 @@ def _check_ray(ray: Any, arguments: Sequence[str]) -> None:
                     f"{allowed}."
                 )
     option = "hydra.launcher.ray.init.address"
-    address = ray["init"]["address"]
+    address = (ray.get("init") or {}).get("address")
     if address != "auto" and not any(a.startswith(f"{option}=") for a in arguments):
         raise ConfigurationError(
             f"Option {option!r} is {address!r}, which a file may not choose: it must be auto, or "

@@ -24,8 +24,10 @@ WRITTEN = (
 
 DATA = "data_root"
 
-KNOWN = re.compile(r"\$\{(now:[^{}]*|hydra[.:](job|runtime\.choices)\.\w+)\}")
-"""Interpolations that are no folders: the time, and names of the job and of its choices."""
+KNOWN = re.compile(
+    r"\$\{(?:now:(?P<time>[^{}]*)|hydra[.:](?P<name>(?:job|runtime\.choices)\.\w+))\}"
+)
+"""Interpolations that a folder may have: the time, and names of the job and of its choices."""
 
 
 def check_paths(config: DictConfig, arguments: Sequence[str]) -> None:
@@ -45,21 +47,35 @@ def check_paths(config: DictConfig, arguments: Sequence[str]) -> None:
         written = _written(config, option)
         if written is None:
             continue
-        if not lies_inside(option, written):
+        if not lies_inside(option, _filled(str(written), config)):
             raise ConfigurationError(
-                f"Option {option!r} is {shown(written)}, which a file may not choose: it must lie "
-                f"in the present folder, or be given on the command line, {option}=PATH."
+                f"Option {option!r} is {shown(written)}, which a file may not choose: it must be a "
+                f"printable name in the present folder, or be given on the command line, "
+                f"{option}=PATH."
             )
 
 
-def lies_inside(option: str, written: object) -> bool:
+def lies_inside(option: str, text: str) -> bool:
     """Whether a folder lies where a file may choose it."""
     roots = [Path.cwd()]
     if option == DATA and "EWC_DATA" in os.environ:
         roots.append(Path(os.environ["EWC_DATA"]))
-    text = KNOWN.sub("x", str(written))
     folder = Path(os.path.normpath(Path.cwd() / Path(text).expanduser()))
-    return "${" not in text and any(folder.is_relative_to(root.absolute()) for root in roots)
+    # A line break would begin a line of the script that Slurm gets.
+    is_plain = "${" not in text and text.isprintable()
+    return is_plain and any(folder.is_relative_to(root.absolute()) for root in roots)
+
+
+def _filled(text: str, config: DictConfig) -> str:
+    """A folder with the names that it takes from the configuration, as a file sets them too."""
+
+    def value(match: re.Match[str]) -> str:
+        if match["name"] is None:
+            return match["time"]  # a format, whose other characters stay
+        name = OmegaConf.select(config, f"hydra.{match['name']}")
+        return "x" if name is None else str(name)  # the number of a job comes later
+
+    return KNOWN.sub(value, text)
 
 
 def _written(config: DictConfig, option: str) -> object:

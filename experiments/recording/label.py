@@ -47,6 +47,7 @@ def label_of(
     overrides: Sequence[str],
     seed: int,
     sweep: Path | None = None,
+    flags: Sequence[str] = (),
 ) -> Label:
     """The label of a run, with all options that were given and change its results.
 
@@ -55,6 +56,7 @@ def label_of(
         overrides: the options of the command line.
         seed: the seed.
         sweep: the folder of the sweep; ``None`` for a run alone.
+        flags: the flags of the command line that its options need.
     """
     chosen = {
         group: choice
@@ -65,15 +67,15 @@ def label_of(
     given = _named(overrides)
     recipe = [chosen[group] for group in ("experiment", "sweep") if group in chosen]
     tags = [*first, *recipe, *given]
-    command = f"python -m experiments.run {shlex.join(overrides)}".strip()
-    group = None
+    command = f"python -m experiments.run {shlex.join([*flags, *overrides])}".strip()
+    group, last = None, f" seed={seed}"
     if sweep:
         raw = _sweep_overrides(sweep)
         group = " ".join([*(recipe or _swept(raw)), _dated(sweep)])[:LONGEST_NAME]
         if raw:
-            command += f"\na job of: python -m experiments.run -m {shlex.join(raw)}"
+            command += f"\na job of: python -m experiments.run -m {shlex.join([*flags, *raw])}"
     return Label(
-        name=" ".join([*first, *given, f"seed={seed}"])[:LONGEST_NAME],
+        name=f"{' '.join([*first, *given])[: LONGEST_NAME - len(last)]}{last}",
         group=group,
         tags=[tag for tag in dict.fromkeys(tags) if len(tag) <= LONGEST_TAG],
         job_type="sweep" if sweep else "train",

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,6 +30,7 @@ class Job(BaseModel):
     model_config = ConfigDict(strict=True)
     config: dict[str, Any]
     overrides: list[str]
+    flags: list[str] = []
     seed: int
 
 
@@ -186,17 +187,25 @@ def read_sweep(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return jobs, damaged
 
 
-def noted_jobs(folder: Path) -> set[str] | None:
-    """The names of the folders of the newest sweep's jobs; ``None`` if no jobs are noted there."""
+def noted_jobs(folder: Path) -> list[Path] | None:
+    """The folders with results of the newest sweep in a folder, in the order of the jobs.
+
+    ``None`` if no jobs are noted there.
+    """
     try:
-        return set((folder / JOBS).read_text(encoding="utf-8").splitlines()[1:])
+        names = (folder / JOBS).read_text(encoding="utf-8").splitlines()[1:]
     except FileNotFoundError:
         return None
+    return _in_order(folder / name for name in names if (folder / name / RESULTS).exists())
 
 
 def _job_folders(folder: Path) -> list[Path]:
-    """The folders with results of the newest sweep in a folder, in the order of the jobs."""
-    folders = [path.parent for path in folder.glob(f"*/{RESULTS}")]
+    """The folders with results in a sweep's folder, which may be of before jobs were noted."""
     if (noted := noted_jobs(folder)) is not None:
-        folders = [job for job in folders if job.name in noted]
-    return sorted(folders, key=lambda job: (len(job.name), job))
+        return noted
+    return _in_order(path.parent for path in folder.glob(f"*/{RESULTS}"))
+
+
+def _in_order(jobs: Iterable[Path]) -> list[Path]:
+    """Job 10 comes after job 9."""
+    return sorted(jobs, key=lambda job: (len(job.name), job))

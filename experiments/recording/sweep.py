@@ -40,13 +40,9 @@ def note_job(folder: Path, job: Path) -> None:
 
 def note_failure(folder: Path, number: int, overrides: Sequence[str], reason: str) -> None:
     """Note a failed job in a sweep's folder, where other processes can read it."""
-    note_failed(folder, f"{_start(number)}({' '.join(overrides)}): {reason}")
-
-
-def note_failed(folder: Path, line: str) -> None:
-    """Note a line of :func:`failures` again."""
+    line = f"{_start(number)}({' '.join(overrides)}): {reason}\n"
     with (folder / FAILURES).open("ab", buffering=0) as file:
-        append_whole(file, f"{line}\n".encode())
+        append_whole(file, line.encode())
 
 
 def failures(folder: Path) -> list[str]:

@@ -95,11 +95,13 @@ def legend_below(figure: Figure, columns: int = 5, size: float = 7.0) -> Figure:
     fitting = int(letters / (beside + max(len(line) for lines in labels for line in lines)))
     more = sum(len(lines) - 1 for lines in labels)
     figure.set_figheight(figure.get_figheight() + more * 1.3 * size / 72)
-    figure.legend(
+    legend = figure.legend(
         handles.values(),
         ["\n".join(lines) for lines in labels],
         loc="outside lower center",
         fontsize=size,
         ncols=max(1, min(fitting, columns)),
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # names are no formulas
     return figure

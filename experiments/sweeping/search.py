@@ -17,11 +17,12 @@ import numpy as np
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.configuration.command_line import flags_of
 from experiments.configuration.schema import sets_no_outcome
 from experiments.configuration.targets import ConfigurationError, check_installed
 from experiments.recording.files import only_warned, write_whole
 from experiments.recording.folder import IN_USE
-from experiments.recording.sweep import failure_of, note_failed
+from experiments.recording.sweep import failure_of
 from experiments.sweeping.samplers import Bayesian, Sampler
 from experiments.sweeping.space import Space
 
@@ -44,9 +45,10 @@ class Search:
     with the same folder goes on: a trial that was cut short is finished first.  A trial depends
     on those before it and the seed alone, so a search that was cut short finds the same.
 
-    A job that diverges or fails counts as the worst accuracy there is: 0, or 1 where the smallest
-    is searched for.  The sampler then keeps away from it.  It orders trials by their values, so
-    how bad the value is does not matter.
+    A job that diverges counts as the worst accuracy there is: 0, or 1 where the smallest is
+    searched for.  The sampler then keeps away from it.  It orders trials by their values, so how
+    bad the value is does not matter.  A job that fails has no value, as its options need not be
+    the cause.  The sampler keeps away from it too, and the next command runs it again.
 
     Attributes:
         direction: ``maximize`` or ``minimize``.
@@ -103,15 +105,19 @@ class Search:
         with _locked(folder):
             study = self._study(folder, space)
             OmegaConf.save(config, folder / "multirun.yaml")
-            self._note_earlier_failures(folder, study)
-            while batch := self._next(study, space):
+            run: set[int] = set()
+
+            def command(values: dict[str, Any]) -> str:
+                words = [*flags_of(config.hydra), *space.overrides(values)]
+                return shlex.join(["python", "-m", "experiments.run", *words])
+
+            while batch := self._next(study, space, run):
                 for trials in _consecutive(batch):
                     self._run(trials, study, space, folder, launcher)
+                run |= {trial.number for trial in batch}
                 with only_warned(SUMMARY):
-                    write_whole(folder / SUMMARY, json.dumps(_summary(study, space), indent=2))
-                if any(trial.number in _unfinished(study) for trial in batch):
-                    break  # another process has one of the jobs
-        return _report(study, space)
+                    write_whole(folder / SUMMARY, json.dumps(_summary(study, command), indent=2))
+        return _report(study, command)
 
     def _study(self, folder: Path, space: Space) -> Any:
         """The study in the folder, which is made if there is none."""
@@ -141,8 +147,14 @@ class Search:
         study.set_user_attr("search", here)
         return study
 
-    def _next(self, study: Any, space: Space) -> list[Any]:
-        """The trials that run next: those that were cut short, then new ones."""
+    def _next(self, study: Any, space: Space, run: set[int]) -> list[Any]:
+        """The trials that run next: those that were cut short or failed, then new ones.
+
+        Args:
+            study: the study.
+            space: its space.
+            run: the numbers of trials that this command has run.
+        """
         from optuna.trial import TrialState
 
         unfinished = _unfinished(study)
@@ -150,8 +162,8 @@ class Search:
             if len(trial.params) < len(space.searched):  # cut short before it had options
                 study.tell(number, state=TrialState.FAIL)
                 del unfinished[number]
-        if unfinished:
-            return [unfinished[number] for number in sorted(unfinished)]
+        if earlier := sorted(unfinished.keys() - run):
+            return [unfinished[number] for number in earlier]
         made = len(study.get_trials(deepcopy=False))
         trials = []
         for number in range(made, min(made + self.n_jobs, self.n_trials)):
@@ -168,21 +180,11 @@ class Search:
         overrides = [space.overrides(trial.params) for trial in trials]
         returned = launcher.launch(overrides, initial_job_idx=trials[0].number)
         for trial, job in zip(trials, returned, strict=True):
-            failure = failure_of(folder, trial.number)
-            if failure and IN_USE in failure:
+            if failure_of(folder, trial.number):
                 continue
-            if failure:
-                study.set_user_attr(f"failure of {trial.number}", failure)
             value = float(job.return_value)
             worst = 0.0 if self.direction == "maximize" else 1.0
             study.tell(trial.number, worst if math.isnan(value) else value)
-
-    @staticmethod
-    def _note_earlier_failures(folder: Path, study: Any) -> None:
-        """Note the trials that failed under an earlier command: they do not run again."""
-        for key, failure in study.user_attrs.items():
-            if key.startswith("failure of "):
-                note_failed(folder, failure)
 
 
 def _unfinished(study: Any) -> dict[int, Any]:
@@ -212,23 +214,23 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _summary(study: Any, space: Space) -> dict[str, Any]:
+def _summary(study: Any, command: Callable[[dict[str, Any]], str]) -> dict[str, Any]:
     """The trials of a study that have ended, and the best of them with its command."""
     ended = [trial for trial in study.get_trials(deepcopy=False) if trial.value is not None]
     summary: dict[str, Any] = {"direction": study.direction.name.lower()}
     if ended:
         best = study.best_trial
-        command = shlex.join(["python", "-m", "experiments.run", *space.overrides(best.params)])
-        summary["best"] = {"trial": best.number, "value": best.value, "command": command}
+        words = command(best.params)
+        summary["best"] = {"trial": best.number, "value": best.value, "command": words}
     summary["trials"] = [
         {"trial": trial.number, "value": trial.value, "options": trial.params} for trial in ended
     ]
     return summary
 
 
-def _report(study: Any, space: Space) -> float:
+def _report(study: Any, command: Callable[[dict[str, Any]], str]) -> float:
     """Print the best trial; its value, NaN if none has ended."""
-    summary = _summary(study, space)
+    summary = _summary(study, command)
     if "best" not in summary:
         return math.nan
     best = summary["best"]

@@ -95,8 +95,10 @@ class TrainingObserver(SupervisedPlugin):
         """
         if not self.plugin:
             self._finite.check_loss(strategy)
-        # The task's own loss: the observer comes before the plugins that add to it.
-        self._losses = [*self._losses[:1], strategy.loss.detach()]
+        # The task's own loss: the observer comes before the plugins that add to it.  Those of
+        # Avalanche do so in place.
+        loss = strategy.loss.detach()
+        self._losses = [*self._losses[:1], loss if self.plugin else loss.clone()]
         if self.plugin:
             self.plugin.penalty.keeps_gradient = self._measures_norms(_step(strategy))
 
@@ -137,17 +139,21 @@ class TrainingObserver(SupervisedPlugin):
     def _values(self, strategy: Any) -> dict[str, float]:
         """The metrics of a step; one transfer reads all of them from an accelerator."""
         loss = strategy.loss.detach()
+        added = self.plugin.last_penalty if self.plugin else loss - self._losses[-1]
         measured = {
             "train/loss": loss,
-            "train/penalty": self.plugin.last_penalty if self.plugin else torch.zeros(()),
+            "train/penalty": added,
             "train/task_loss": self._losses[-1],
             "train/accuracy": (strategy.mb_output.argmax(1) == strategy.mb_y).float().mean(),
             **self._norms,
         }
         self._norms = {}
         read = torch.stack([value.to(loss).reshape(()) for value in measured.values()]).tolist()
-        rate = float(strategy.optimizer.param_groups[0]["lr"])
-        return {**dict(zip(measured, read, strict=True)), "train/learning_rate": rate}
+        values = dict(zip(measured, read, strict=True))
+        if not self.plugin and values["train/penalty"] != 0:
+            # Of what another plugin adds to the loss the gradient is not known.
+            values.pop("train/task_gradient_norm", None)
+        return {**values, "train/learning_rate": float(strategy.optimizer.param_groups[0]["lr"])}
 
     def after_training_exp(self, strategy: Any, **_: Any) -> None:
         """Stop the clock.

@@ -148,3 +148,20 @@ def test_a_folder_chooses_no_data_elsewhere(tmp_path, command_line, stopping):
     assert (code, len(err.splitlines())) == (1, 1)
     assert f"has data_root={elsewhere}, which a file may not choose" in err
     assert command_line(*command)[0] == 0
+
+
+def test_a_run_of_a_configuration_of_ones_own_is_continued(tmp_path, command_line, stopping):
+    own = tmp_path / "configs" / "model"
+    own.mkdir(parents=True)
+    (own / "mine.yaml").write_text("_target_: experiments.training.models.MLP\nhidden: [8]\n")
+    flag = f"--config-dir={os.path.relpath(tmp_path / 'configs')}"
+    given = [flag, *SMALL[1:], "model=mine", "trusted=[counting]"]
+    stopping(25)
+    code, out, _ = command_line(*given, f"hydra.run.dir={tmp_path}/run")
+    assert code == 143
+    (line,) = [line for line in out.splitlines() if "SIGTERM: " in line]
+    command = shlex.split(line.partition("checkpoint: python -m experiments.run ")[2])
+    assert command == [flag, f"resume={os.path.relpath(tmp_path / 'run')}", "trusted=[counting]"]
+    code, _, err = command_line(*command)
+    assert code == 0, err
+    assert read_results(tmp_path / "run")["flags"] == [flag]

@@ -74,11 +74,13 @@ def _files(place: Path) -> Iterator[Path]:
 
     Jobs of an earlier sweep in a sweep's folder are left out.
     """
-    for folder, inner, names in os.walk(place):
-        if (noted := noted_jobs(Path(folder))) is not None:
-            inner[:] = [name for name in inner if name in noted]
+    for name, inner, names in os.walk(place):
+        folder = Path(name)
+        if (noted := noted_jobs(folder)) is not None:
+            inner.clear()
         inner.sort(key=lambda name: (len(name), name))
-        yield from (Path(folder) / name for name in (FAILURES, RESULTS) if name in names)
+        yield from (folder / name for name in (FAILURES, RESULTS) if name in names)
+        yield from (job / RESULTS for job in noted or ())
 
 
 def _short(path: Path) -> str:

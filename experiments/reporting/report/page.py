@@ -177,7 +177,8 @@ def _url(path: Path, output: Path) -> str:
 
 def command_of(results: Mapping[str, Any]) -> str:
     """The command line that runs a job again, alone."""
-    return shlex.join(["python", "-m", "experiments.run", *results["overrides"]])
+    words = [*results.get("flags", []), *results["overrides"]]
+    return shlex.join(["python", "-m", "experiments.run", *words])
 
 
 def _remarks(ranking: Ranking) -> list[dict[str, str]]:
@@ -241,8 +242,8 @@ def _setting_records(rankings: Sequence[Ranking]) -> list[dict[str, Any]]:
             }
             for key, (_, unit) in COLUMNS.items():
                 estimate: Estimate | None = getattr(row, key)
-                record[f"{key} ({unit})"] = estimate.mean if estimate else ""
-                record[f"{key} standard error"] = (estimate.error if estimate else None) or ""
+                record[f"{key} ({unit})"] = _blank(estimate.mean if estimate else None)
+                record[f"{key} standard error"] = _blank(estimate.error if estimate else None)
             records.append(record)
     return records
 

@@ -323,7 +323,8 @@ def _bars(rows: Sequence[Row], x: str, height: float = 0.34) -> tuple[Figure, Ax
     """Axes with a row for each setting, the first one on top."""
     figure = Figure(figsize=(WIDTH, 1.0 + height * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_yticks(range(len(rows)), [_wrapped(row.setting.name) for row in rows])
+    names = [_wrapped(row.setting.name) for row in rows]
+    axes.set_yticks(range(len(rows)), names, parse_math=False)
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.set(xlabel=x, ylim=(len(rows) - 0.4, -0.6))
     axes.grid(visible=True, axis="x")

@@ -129,6 +129,12 @@ RECIPES = {
     "home": ("hydra: {run: {dir: '~/outside'}}", "hydra.run.dir"),
     "by the environment": ("hydra: {run: {dir: '${oc.env:HOME}/outside'}}", "hydra.run.dir"),
     "by a way round": ("hydra: {run: {dir: '${more}'}}\nmore: ../outside", "hydra.run.dir"),
+    "by the job's name": (
+        "hydra: {job: {name: ../../outside}, run: {dir: 'x/${hydra.job.name}'}}",
+        "hydra.run.dir",
+    ),
+    "by a time": ("hydra: {run: {dir: '${now:../outside}'}}", "hydra.run.dir"),
+    "line break": ('hydra: {sweep: {dir: "x\\nls #"}}', "hydra.sweep.dir"),
     "sweep folder": ("hydra: {sweep: {dir: ../outside}}", "hydra.sweep.dir"),
     "job folder": ("hydra: {sweep: {subdir: ../../outside}}", "hydra.sweep.subdir"),
     "kept": ("hydra: {callbacks: {report: {kept: ../outside}}}", "hydra.callbacks.report.kept"),
@@ -140,6 +146,11 @@ RECIPES = {
     "Ray": (
         "defaults: [{override /hydra/launcher: ray_cluster}]\n"
         "hydra: {launcher: {ray: {init: {address: 'elsewhere:6379'}}}}",
+        "hydra.launcher.ray.init.address",
+    ),
+    "Ray without an address": (
+        "defaults: [{override /hydra/launcher: ray_cluster}]\n"
+        "hydra: {launcher: {ray: {init: null}}}",
         "hydra.launcher.ray.init.address",
     ),
     "data": ("data_root: FOLDER/outside", "data_root"),

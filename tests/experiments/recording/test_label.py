@@ -37,6 +37,7 @@ def test_options_with_the_same_last_word_are_told_apart():
 def test_what_wandb_would_refuse_is_cut_or_left_out():
     label = label_of(CHOICES, [f"model.hidden=[{'9, ' * 60}]", "optimizer.lr=1"], 0)
     assert len(label.name) == LONGEST_NAME
+    assert label.name.endswith(" seed=0")
     assert label.tags == ["split_digits", "ewc", "lr=1"]
     assert max(map(len, label.tags)) <= LONGEST_TAG
 

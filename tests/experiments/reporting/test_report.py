@@ -11,6 +11,7 @@ from urllib.parse import unquote
 import pytest
 
 from experiments import report
+from experiments.recording.results import read_jobs
 from experiments.recording.sweep import begin_sweep, note_job
 from experiments.reporting.report.gathering import gather
 from experiments.reporting.report.measures import Estimate, ranked, summary
@@ -212,6 +213,18 @@ def test_jobs_of_an_earlier_sweep_in_the_folder_do_not_count(tmp_path):
     assert [run.results for run in gather([tmp_path]).runs] == EWC
 
 
+def test_jobs_in_folders_of_folders_count(tmp_path):
+    """As with ``hydra.sweep.subdir=${strategy}/${seed}``."""
+    sweep = tmp_path / "sweep"
+    write(sweep / "ewc", *EWC)
+    write(sweep / "naive", *NAIVE)
+    begin_sweep(sweep, ["strategy=ewc"])
+    for job in ("ewc/0", "ewc/1"):
+        note_job(sweep, sweep / job)
+    assert [run.results for run in gather([tmp_path]).runs] == EWC
+    assert read_jobs(sweep) == EWC
+
+
 class Page(HTMLParser):
     """The page, after a check that every element is closed in its turn."""
 
@@ -353,6 +366,13 @@ def test_tables_have_the_numbers(everything):
     assert [run["diverged"] for run in runs].count("in task 2") == 1
 
 
+def test_an_error_of_zero_is_a_number(tmp_path):
+    write_report([write(tmp_path, results("ewc", 0), results("ewc", 1))], tmp_path)
+    with (tmp_path / "settings.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert row["accuracy standard error"] == "0.0"
+
+
 def test_hostile_names_stay_text(tmp_path):
     evil = "<script>alert(1)</script>"
     job = results(evil, options={"note": '"><img src=x>'}) | {
@@ -370,6 +390,12 @@ def test_hostile_names_stay_text(tmp_path):
     assert evil in " ".join(page.words)
     command = next(word for word in page.words if word.startswith("python -m"))
     assert shlex.split(command)[3:] == job["overrides"]
+
+
+def test_a_name_is_no_formula(tmp_path):
+    jobs = [results("ewc", choices={"strategy": r"a$\frac$b", "benchmark": "x"}), *NAIVE]
+    assert write_report([write(tmp_path, *jobs)], tmp_path) == 3
+    assert r"a$\frac$b" in (tmp_path / "report.html").read_text()
 
 
 def test_kept_results_are_runs_too(tmp_path):

@@ -1,12 +1,15 @@
 """A search with Optuna: its trials, its end, and how it goes on."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from experiments.recording.sweep import failures
 
 ROOT = Path(__file__).parents[3]
 SMALL = ["benchmark=permuted_digits", "benchmark.num_tasks=2", "model.hidden=[10]"]
@@ -68,21 +71,37 @@ def test_the_command_of_the_best_trial_gives_its_accuracy(search, tmp_path, comm
 
 
 @pytest.mark.slow
-def test_a_job_that_fails_is_the_worst_and_ends_nothing(search, tmp_path):
+def test_a_search_keeps_away_from_what_fails(search, tmp_path):
     failing = ["-m", "hydra/sweeper=optuna", *SMALL, "strategy=ewc", "strategy.strength=1,-1"]
     failing += ["hydra.sweeper.n_trials=8", "hydra.sweeper.n_jobs=2"]
-    code, _, err = search(*failing, into="failing")
-    trials = summary(tmp_path / "failing")["trials"]
-    wrong = [t for t in trials if t["options"]["strategy.strength"] == "-1"]
+    code, _, err = search(*failing)
+    trials = summary(tmp_path / "search")["trials"]
+    failed = failures(tmp_path / "search")
     assert code == 1
-    assert len(trials) == 8
-    assert 1 <= len(wrong) <= 4, "it keeps away from what fails"
-    assert all(trial["value"] == 0 for trial in wrong)
-    assert f"error: {len(wrong)} job" in err
-    assert f"job {wrong[0]['trial']} (" in err
-    code, _, again = search(*failing, into="failing")  # nothing runs, and they are still named
+    assert {trial["options"]["strategy.strength"] for trial in trials} == {"1"}
+    assert len(trials) + len(failed) == 8
+    assert 1 <= len(failed) <= 4
+    assert f"error: {len(failed)} job" in err
+    before = ends(tmp_path / "search")
+    code, _, again = search(*failing)  # only they run, and are named again
     assert code == 1
     assert again.splitlines()[-1] == err.splitlines()[-1]
+    assert ends(tmp_path / "search") == before
+
+
+@pytest.mark.slow
+def test_a_job_that_failed_runs_again(search, tmp_path, command_line):
+    """Here its folder belongs to another run at first."""
+    other = tmp_path / "search" / "0"
+    assert command_line(*SMALL, "seed=5", f"hydra.run.dir={other}")[0] == 0
+    code, out, err = search(*SEARCH, "hydra.sweeper.n_trials=1")
+    assert code == 1
+    assert "error: 1 job of the sweep failed: job 0 (" in err
+    assert "best of" not in out
+    shutil.rmtree(other)
+    code, out, err = search(*SEARCH, "hydra.sweeper.n_trials=1")
+    assert code == 0, err
+    assert "best of 1 trials: job 0, " in out
 
 
 @pytest.mark.slow

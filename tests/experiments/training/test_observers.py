@@ -22,7 +22,8 @@ from experiments.strategies.ewc import EWC
 from experiments.training.observers import gradient_norms
 
 SMALL = ["benchmark=permuted_digits", "benchmark.num_tasks=2", "model.hidden=[10]"]
-SMALL += ["training.iterations=24", "strategy=ewc", "strategy.strength=10"]
+SMALL += ["training.iterations=24"]
+EWC_OF_TEN = ["strategy=ewc", "strategy.strength=10"]
 
 
 def total(gradients):
@@ -58,10 +59,10 @@ def test_the_parts_of_the_gradient_are_those_of_autograd(structure):
     assert penalty.last_gradient is None
 
 
-def run(folder, *overrides, plugin=None, monkeypatch=None):
+def run(folder, *overrides, strategy=EWC_OF_TEN, plugin=None, monkeypatch=None):
     """The records of the steps of a run."""
     with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
-        config = plain(hydra.compose("config", overrides=[*SMALL, *overrides]))
+        config = plain(hydra.compose("config", overrides=[*SMALL, *strategy, *overrides]))
     prepared = build(config, Experiment).prepare()
     if plugin:
         plugins = EWC.plugins
@@ -121,6 +122,20 @@ def test_a_record_is_what_autograd_says_of_the_step(tmp_path, monkeypatch):
         assert len(names) >= 5
         for name in names:
             assert record[name] == pytest.approx(measured[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("strategy", ["lwf", "avalanche_ewc"])
+def test_what_avalanche_adds_to_the_loss_is_the_penalty(tmp_path, strategy):
+    records = run(tmp_path / "run", strategy=[f"strategy={strategy}"])
+    first, second = records[:24], records[26:]
+    assert all(record["train/penalty"] == 0 for record in first)
+    for record in second:
+        parts = record["train/task_loss"] + record["train/penalty"]
+        assert record["train/loss"] == pytest.approx(parts, rel=1e-6)
+        assert record["train/penalty"] > 0
+    # The gradients of the parts are not known.
+    with_norm = [r["step"] for r in records if "train/task_gradient_norm" in r]
+    assert with_norm == [10, 20]
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, [10, 20, 30, 40]), (3, [12, 21, 30, 42]),
