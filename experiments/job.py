@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.configuration.command_line import (
     CONFIGS,
     ended_briefly,
+    flags_first,
     flags_of,
     remove_empty,
     sentence,
@@ -263,6 +264,7 @@ def command() -> None:
     if asks_for_manual(sys.argv[1:]):
         print_manual(Path(CONFIGS), sys.argv[1:])
         return
+    sys.argv[1:] = flags_first(sys.argv[1:])
     os.environ["MPLBACKEND"] = "agg"  # pictures go into files, whatever the user's screen
     ended_briefly(_resumed_or_new, "config")
 

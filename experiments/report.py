@@ -29,6 +29,11 @@ def main() -> None:
     for place in places:
         if not place.exists():
             sys.exit(f"error: {place} does not exist: DIR is a folder with finished runs.")
+        if place.is_file() and place.suffix != ".jsonl":
+            sys.exit(
+                f"error: {place} is a file: DIR is a folder with finished runs, or a file of kept "
+                "results, results/RECIPE.jsonl."
+            )
     output: Path = arguments.output or (
         places[0] if len(places) == 1 and places[0].is_dir() else Path("report")
     )

@@ -13,6 +13,7 @@ from typing import Any
 import hydra
 import hydra._internal.hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -29,6 +30,27 @@ CONFIGS = str(Path(__file__).resolve().parents[2] / "configs")
 
 MOST_JOBS = 64
 """Jobs of a sweep that are looked at for the one that a wrong option belongs to."""
+
+SAID = (
+    (
+        r"Ambiguous value for argument '([^']+)'",
+        "{!r} is several values: -m runs one job for each.",
+    ),
+    (
+        r"Sweep parameters '([^']+)' requires --multirun",
+        "{!r} is searched: -m hydra/sweeper=optuna runs a job for each value that it tries.",
+    ),
+    (
+        "BasicSweeper does not support sweep type",
+        "An interval is searched with hydra/sweeper=optuna; without it an option takes a list of "
+        "values, such as 1,2,3.",
+    ),
+    (
+        r"Error parsing override '([^'=]+)'\s+missing EQUAL",
+        "{!r} has no value: an option is written OPTION=VALUE.",
+    ),
+)
+"""How messages of Hydra begin, and what is said instead."""
 
 
 class CheckedLoader(ConfigLoaderImpl):
@@ -129,6 +151,21 @@ def _trusted(arguments: list[str]) -> list[str]:
     return list(values[-1]) if values and isinstance(values[-1], list) else []
 
 
+def flags_first(arguments: list[str]) -> list[str]:
+    """The arguments with flags before options, as Hydra's parser reads no options after a flag.
+
+    ``strategy=naive,ewc -m seed=0,1`` becomes ``-m strategy=naive,ewc seed=0,1``.
+    """
+    options = get_args_parser().parse_intermixed_args(arguments).overrides
+    flags, left = [], list(options)
+    for argument in arguments:
+        if left and argument == left[0]:
+            left.pop(0)
+        else:
+            flags.append(argument)
+    return [*flags, *options]
+
+
 def ended_briefly(command: Callable[[], Any], config_name: str) -> None:
     """Run a command line; a wrong option gives a short message, not a traceback.
 
@@ -220,8 +257,9 @@ def short_message(error: Exception, config_name: str) -> str:
         r"Could not find '([^']+)'\s+Available options in.*?:\n(.*?)\n\S", text, re.S
     ):
         return f"Could not find {str(choice[1])!r}: allowed are {', '.join(choice[2].split())}."
-    if unused := re.match(r"Ambiguous value for argument '([^']+)'", text):
-        return f"{unused[1]!r} is several values: -m runs one job for each."
+    for pattern, said in SAID:
+        if known := re.match(pattern, text):
+            return said.format(*known.groups())
     if "Config group override must be a string" in text:
         return _no_group(config_name)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -244,9 +282,9 @@ def _unknown_option(option: str, config_name: str) -> str:
     """What is wrong with an option that the first job to fail does not have."""
     for overrides in _jobs():
         try:
-            with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
+            with _checked_loader(), hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
                 config = hydra.compose(config_name, overrides=overrides, return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException):
+        except (ConfigurationError, HydraException, OmegaConfBaseException):
             continue
         if option and _node(config, option) is not None:
             continue  # another job of the sweep is at fault

@@ -23,6 +23,8 @@ from experiments.configuration.targets import (
 
 OURS = "hydra_plugins.ewc_sweeps"
 
+JOBLIB = "hydra_plugins.hydra_joblib_launcher"
+
 WITHIN = ("experiments.sweeping.samplers",)
 """The modules of what these objects may hold."""
 
@@ -32,7 +34,7 @@ PLACES: dict[str, tuple[type, tuple[str, ...]]] = {
         Launcher,
         (
             "hydra._internal.core_plugins",
-            "hydra_plugins.hydra_joblib_launcher",
+            JOBLIB,
             "hydra_plugins.hydra_ray_launcher.ray_launcher",
             OURS,
         ),
@@ -42,7 +44,7 @@ PLACES: dict[str, tuple[type, tuple[str, ...]]] = {
 """The places where Hydra builds objects: the base class, and the modules of its subclasses."""
 
 EXTRAS = {
-    "hydra_plugins.hydra_joblib_launcher": "experiments",
+    JOBLIB: "experiments",
     "hydra_plugins.hydra_ray_launcher": "ray",
 }
 """The extras that bring the plugins of others."""
@@ -90,6 +92,8 @@ def check_hydra_section(
         for name, value in tree.items() if place == "callbacks" else [("", tree)]:
             option = f"hydra.{place}.{name}".rstrip(".")
             _check_built(value, option, wanted, (*modules, *trusted), (*WITHIN, *trusted))
+        if place == "launcher" and is_within(tree["_target_"], [JOBLIB]):
+            _check_joblib(tree)
         with open_dict(section):
             section[place] = tree  # without interpolations: what is built is what was checked
     for name in ("env_copy", "env_set"):
@@ -148,6 +152,19 @@ def _check_ray(ray: Any, arguments: Sequence[str]) -> None:
             f"Option {option!r} is {address!r}, which a file may not choose: it must be auto, or "
             f"be given on the command line, {option}=HOST:PORT."
         )
+
+
+def _check_joblib(launcher: Mapping[str, Any]) -> None:
+    """Check what joblib is told, by joblib itself, before a job begins."""
+    from joblib import Parallel, effective_n_jobs
+
+    options = {name: value for name, value in launcher.items() if not name.startswith("_")}
+    try:
+        Parallel(**options)
+        effective_n_jobs(options["n_jobs"])
+    except (TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError(f"Option 'hydra.launcher': {reason}.") from error
 
 
 def _check_logging(value: Any, option: str) -> None:

@@ -1,6 +1,7 @@
 """What all pictures share: curves with error bands, heat maps of accuracies, and the legend."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,7 +79,10 @@ def draw_accuracies(axes: Axes, matrix: Matrix, fontsize: float | None = None) -
 
 
 def legend_below(figure: Figure, columns: int = 5, size: float = 7.0) -> Figure:
-    """The figure with one legend for all panels, below them, in letters of a size in points."""
+    """The figure with one legend for all panels, below them, in letters of a size in points.
+
+    A label that is wider than the figure is wrapped, and the figure grows by the lines.
+    """
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -86,10 +90,14 @@ def legend_below(figure: Figure, columns: int = 5, size: float = 7.0) -> Figure:
     if not handles:
         return figure
     # Some 20 letters of 7 points to the inch; a handle and its spaces are as wide as 9.
-    fitting = int(140 / size * figure.get_figwidth() / (9 + max(map(len, handles))))
+    letters, beside = 140 / size * figure.get_figwidth(), 9
+    labels = [textwrap.wrap(label, max(1, int(letters) - beside)) for label in handles]
+    fitting = int(letters / (beside + max(len(line) for lines in labels for line in lines)))
+    more = sum(len(lines) - 1 for lines in labels)
+    figure.set_figheight(figure.get_figheight() + more * 1.3 * size / 72)
     legend = figure.legend(
         handles.values(),
-        handles.keys(),
+        ["\n".join(lines) for lines in labels],
         loc="outside lower center",
         fontsize=size,
         ncols=max(1, min(fitting, columns)),

@@ -96,9 +96,17 @@ def missing_table(recipes: Sequence[Path], jobs: Mapping[str, Jobs]) -> list[str
 
 def main() -> None:
     """Write the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=Path("results"))
-    parser.add_argument("--page", type=Path, default=Path("RESULTS.md"))
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.results", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--results", type=Path, default=Path("results"), metavar="DIR",
+        help="the folder of kept results; default: results/",
+    )  # fmt: skip
+    parser.add_argument(
+        "--page", type=Path, default=Path("RESULTS.md"), metavar="FILE",
+        help="the page to write; default: RESULTS.md",
+    )  # fmt: skip
     arguments = parser.parse_args()
     recipes = sorted((Path(CONFIGS) / "experiment").glob("*.yaml"))
     jobs = {}

@@ -419,7 +419,7 @@ def test_a_wrong_option_removes_only_folders_of_the_run(tmp_path, command_line, 
 
 
 def test_the_choice_of_a_sweep_that_lacks_an_option_is_named(tmp_path, command_line):
-    sweep = ["-m", "strategy=ewc,si", "strategy.shrinkage=0.1,0.2"]
+    sweep = ["strategy=ewc,si", "-m", "strategy.shrinkage=0.1,0.2"]
     code, _, errors = command_line(*sweep, f"hydra.sweep.dir={tmp_path / 'sweep'}")
     assert code != 0
     assert "'strategy.shrinkage' with strategy=si: allowed are strategy.strength, " in errors
@@ -469,6 +469,21 @@ def test_the_choice_of_a_sweep_that_lacks_an_option_is_named(tmp_path, command_l
             "in task 1, step 2, as the outputs of 'heads.0' (Linear) are not finite: use",
         ),
         (["seed="], "seed"),
+        (["seed"], "'seed' has no value: an option is written OPTION=VALUE."),
+        (["seed=interval(0,3)"], "-m hydra/sweeper=optuna runs a job for each value"),
+        (["-m", "seed=interval(0,3)"], "An interval is searched with hydra/sweeper=optuna;"),
+        (
+            ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=0"],
+            "Option 'hydra.launcher': n_jobs == 0 in Parallel has no meaning.",
+        ),
+        (
+            ["-m", "hydra/launcher=joblib", "hydra.launcher.prefer=fibres"],
+            "Option 'hydra.launcher': prefer=fibres is not a valid backend hint",
+        ),
+        (
+            ["-m", "hydra/launcher=joblib", "hydra.launcher.njobs=2"],
+            "Unknown option 'hydra.launcher.njobs': allowed are hydra.launcher.n_jobs,",
+        ),
     ],
 )
 def test_a_wrong_command_line_ends_in_one_message(tmp_path, command_line, arguments, message):

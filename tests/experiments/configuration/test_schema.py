@@ -23,7 +23,7 @@ from ewc import (
     LowRank,
     MonteCarlo,
 )
-from experiments.configuration.command_line import CONFIGS
+from experiments.configuration.command_line import CONFIGS, flags_first
 from experiments.configuration.schema import build, plain, same_outcome
 from experiments.configuration.targets import ConfigurationError
 from experiments.experiment import Experiment
@@ -492,3 +492,19 @@ def refused(done, trace, message):
     assert message in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sorted_ones"),
+    [
+        (["strategy=naive,ewc", "-m", "seed=0,1"], ["-m", "strategy=naive,ewc", "seed=0,1"]),
+        (["seed=1", "--cfg", "job", "-p", "model", "threads=2", "seed=0"],
+         ["--cfg", "job", "-p", "model", "seed=1", "threads=2", "seed=0"]),
+        (["a=1", "--config-dir=a=1", "a=1", "--multirun"],
+         ["--config-dir=a=1", "--multirun", "a=1", "a=1"]),
+        (["resume=there"], ["resume=there"]),
+        ([], []),
+    ],
+)  # fmt: skip
+def test_flags_may_stand_anywhere(arguments, sorted_ones):
+    assert flags_first(arguments) == sorted_ones

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.reporting.drawing import draw_accuracies, draw_band, legend_below
@@ -53,3 +54,16 @@ def test_a_legend_has_every_curve_once():
     legend_below(figure)
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["ewc"]
+
+
+def test_a_legend_of_long_names_stays_within_the_figure():
+    name = "ewc, strength 30, optimizer Adam, lr 0.001, tail_average 0.2, betas [0.9, 0.999]"
+    figure = Figure(figsize=(4.4, 3.0), layout="constrained")
+    figure.subplots().plot([1, 2], label=name)
+    legend_below(figure, columns=4, size=8.5)
+    (legend,) = figure.legends
+    FigureCanvasAgg(figure).draw()
+    box = legend.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+    assert legend.get_texts()[0].get_text().replace("\n", " ") == name

@@ -496,3 +496,11 @@ def test_a_wrong_folder_is_one_sentence(ended, tmp_path, arguments, message):
     assert code.startswith(message)
     assert said == ""
     assert {path.name for path in tmp_path.iterdir()} == {"empty", "file", "sweep"}
+
+
+def test_another_file_is_refused_in_one_sentence(ended, tmp_path):
+    (tmp_path / "notes.md").write_text("one\ntwo\n")
+    code, said = ended("notes.md")
+    assert code.startswith("error: notes.md is a file: DIR is a folder with finished runs, or a")
+    assert said == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.md"]
