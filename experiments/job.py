@@ -87,6 +87,7 @@ def _run(config: dict[str, Any], directory: Path, single: bool) -> float:
     if kept and (done := kept_job(kept, config)):
         return _done(done, kept)
     if done := folder.finished(directory, config):
+        _note(directory)
         if kept:  # the process may have died before it kept the line
             keep(kept, done)
         return _done(done, directory)
@@ -103,6 +104,7 @@ def _run(config: dict[str, Any], directory: Path, single: bool) -> float:
         raise ConfigurationError(str(error)) from error
     overrides = list(HydraConfig.get().overrides.task)
     with folder.owned(directory, config, overrides) as done, _logged(directory / "run.log"):
+        _note(directory)
         if done:  # by another process meanwhile
             return _done(done, directory)
         try:
@@ -117,6 +119,15 @@ def _run(config: dict[str, Any], directory: Path, single: bool) -> float:
             job["flags"] = flags_of(HydraConfig.get())
             _keep(directory, {"diverged": str(error), **job})
             return math.nan
+
+
+def _note(directory: Path) -> None:
+    """Note that a folder is that of a job of the sweep, now that the job has it."""
+    from experiments.recording.sweep import note_job
+
+    job = HydraConfig.get()
+    if job.mode == RunMode.MULTIRUN:
+        note_job(Path(job.runtime.cwd) / job.sweep.dir, directory)
 
 
 def _done(results: dict[str, Any], place: Path) -> float:
@@ -229,9 +240,11 @@ def _runs_beside_others() -> bool:
 
 def _kept_in() -> Path | None:
     """The file with the kept results of the sweep's jobs, if the sweep has one."""
+    from experiments.recording.kept import varied_by
+
     job: Any = HydraConfig.get()  # a container, whatever its annotation says
     kept = OmegaConf.select(job, "callbacks.report.kept")
-    if job.mode != RunMode.MULTIRUN or not kept:
+    if job.mode != RunMode.MULTIRUN or not kept or varied_by(job):
         return None
     return Path(job.runtime.cwd) / str(kept)
 

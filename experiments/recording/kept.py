@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.configuration.schema import NO_OUTCOME, deciding, same_outcome
+from experiments.configuration.schema import NO_OUTCOME, deciding, same_outcome, sets_no_outcome
 from experiments.recording.files import append_whole
 from experiments.recording.results import Finished, parsed
 
@@ -83,6 +83,23 @@ def kept_job(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """
     jobs, _ = read_kept(path)
     return next((job for job in jobs if same_outcome(job["config"], config)), None)
+
+
+def varied_by(hydra: Any) -> list[str]:
+    """The options that make the jobs of a recipe others than its own; a sweep over them is not.
+
+    Args:
+        hydra: Hydra's configuration of a sweep or of a job of it.
+    """
+    if not hydra.runtime.choices.get("experiment"):
+        return []
+    swept = hydra.sweeper.get("params") or {}
+    return [
+        override
+        for override in hydra.overrides.task
+        if not sets_no_outcome(override)
+        and override.lstrip("+~").partition("=")[0] not in ("experiment", *swept)
+    ]
 
 
 def keep(path: Path, results: Mapping[str, Any]) -> None:

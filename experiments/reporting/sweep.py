@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from experiments.continued import command_to_continue
 from experiments.recording.files import only_warned, write_whole
-from experiments.recording.kept import read_kept
+from experiments.recording.kept import read_kept, varied_by
 from experiments.recording.results import read_sweep
-from experiments.recording.sweep import FAILURES, begin_sweep, failures, note_job
+from experiments.recording.sweep import FAILURES, begin_sweep, failures
 from experiments.reporting.tables import markdown, sweep_table
 from experiments.training.stop import AtOnce
 
@@ -48,13 +47,10 @@ class SweepReport(Callback):
         hydra, folder = config.hydra, Path(config.hydra.sweep.dir)
         params = [f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()]
         begin_sweep(folder, [*params, *hydra.overrides.task])
+        if self.kept and varied_by(hydra):
+            print(f"{self.kept} does not keep these jobs, as options vary the recipe.")
+            self.kept = None
         AtOnce.advice = f"to continue the sweep: {command_to_continue(folder, hydra)}"
-
-    def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        """Note the job, in the process where it runs."""
-        if config.hydra.mode == RunMode.MULTIRUN:
-            runtime = config.hydra.runtime
-            note_job(Path(runtime.cwd) / config.hydra.sweep.dir, Path(runtime.output_dir))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Write both reports, and end with an error if jobs failed.

@@ -27,7 +27,7 @@ from experiments.recording import checkpoints, folder
 from experiments.recording import results as result_files
 from experiments.recording.curve import Curve
 from experiments.recording.folder import OWNER, finished, owned
-from experiments.recording.kept import keep, kept_job, read_kept
+from experiments.recording.kept import keep, kept_job, read_kept, varied_by
 from experiments.recording.label import Label
 from experiments.recording.results import read_jobs, read_results, write_results
 from experiments.recording.sweep import begin_sweep, failures, note_failure, note_job
@@ -757,6 +757,36 @@ def test_a_report_holds_the_jobs_of_the_newest_sweep_only(tmp_path):
     note_job(tmp_path, tmp_path / "2")
     assert [job["seed"] for job in read_jobs(tmp_path)] == [2]
     assert [run.results["seed"] for run in gather([tmp_path]).runs] == [2]
+
+
+def test_a_refused_job_is_not_in_the_report(tmp_path, command):
+    assert command("-m", "strategy=naive", "seed=0,1")[0] == 0
+    code, _, err = command("-m", "strategy=naive", "seed=0,2")
+    assert code == 1
+    assert "job 1 (" in err
+    assert "holds a finished run of another configuration" in err
+    assert [job["seed"] for job in read_jobs(tmp_path / "run")] == [0]
+
+
+@pytest.mark.parametrize(
+    ("choice", "task", "varied"),
+    [
+        ("a_recipe", ["experiment=a_recipe", "strategy=ewc", "seed=7"], []),
+        ("a_recipe", ["experiment=a_recipe", "data_root=/data", "wandb.mode=disabled"], []),
+        ("a_recipe", ["experiment=a_recipe", "training.iterations=3"], ["training.iterations=3"]),
+        ("a_recipe", ["strategy=ewc", "+optimizer.eps=1"], ["+optimizer.eps=1"]),
+        (None, ["training.iterations=3"], []),
+    ],
+)
+def test_a_try_of_a_recipe_with_other_options_is_not_kept(choice, task, varied):
+    hydra = OmegaConf.create(
+        {
+            "runtime": {"choices": {"experiment": choice}},
+            "sweeper": {"params": {"strategy": "naive,ewc", "seed": "0,1"}},
+            "overrides": {"task": task},
+        }
+    )
+    assert varied_by(hydra) == varied
 
 
 def test_a_sweep_runs_a_job_with_damaged_results_again(tmp_path, command):
