@@ -23,8 +23,18 @@ class Network(ABC):
         """
 
     def build(self, num_inputs: int, num_outputs: int, num_heads: int | None) -> nn.Module:
-        """The network, with one head, or with ``num_heads`` for known tasks."""
-        body, num_features = self.body(num_inputs)
+        """The network, with one head, or with ``num_heads`` for known tasks.
+
+        Raises:
+            TypeError: :meth:`body` returns something else than it should.
+        """
+        made = self.body(num_inputs)
+        if not (isinstance(made, tuple) and [*map(type, made)] == [nn.Sequential, int]):
+            raise TypeError(
+                f"{type(self).__name__}.body() must return an nn.Sequential and the number of its "
+                f"outputs, got {shown(made)}."
+            )
+        body, num_features = made
         if num_heads is None:
             return nn.Sequential(*body, nn.Linear(num_features, num_outputs))
         return MultiHead(body, num_features, num_outputs, num_heads)
