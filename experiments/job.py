@@ -150,7 +150,9 @@ def _trained(prepared: Any, config: dict[str, Any], directory: Path) -> float:
         average = _train(prepared, config, directory, continuation)
         if stop.asked():
             assert stop.signal
-            _log.warning("%s: stopped after the end of a run.", stop.signal.name)
+            in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+            more = f"; to continue the sweep: {command}" if in_sweep else ""
+            _log.warning("%s: stopped after the end of a run%s.", stop.signal.name, more)
             stop.check()
     return average
 

@@ -4,6 +4,7 @@ Hydra builds these before a run starts, and its logging imports and calls what i
 known classes may be built, and logging may write to the console and to the job's file only.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from experiments.configuration.targets import (
     checked_target,
     is_within,
     located,
+    shown,
 )
 
 OURS = "hydra_plugins.ewc_sweeps"
@@ -165,6 +167,13 @@ def _check_joblib(launcher: Mapping[str, Any]) -> None:
     except (TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigurationError(f"Option 'hydra.launcher': {reason}.") from error
+    # joblib evaluates it later, in the sweep.
+    given = options.get("pre_dispatch", "all")
+    if not re.fullmatch(r"all|\d+|(\d+ ?\* ?)?n_jobs", str(given)):
+        raise ConfigurationError(
+            f"Option 'hydra.launcher.pre_dispatch' is {shown(given)}: allowed are all, a number, "
+            "and a multiple such as 2*n_jobs."
+        )
 
 
 def _check_logging(value: Any, option: str) -> None:

@@ -481,6 +481,10 @@ def test_the_choice_of_a_sweep_that_lacks_an_option_is_named(tmp_path, command_l
             "Option 'hydra.launcher': prefer=fibres is not a valid backend hint",
         ),
         (
+            ["-m", "hydra/launcher=joblib", "hydra.launcher.pre_dispatch='3*os.getpid()'"],
+            "Option 'hydra.launcher.pre_dispatch' is '3*os.getpid()': allowed are all, a number,",
+        ),
+        (
             ["-m", "hydra/launcher=joblib", "hydra.launcher.njobs=2"],
             "Unknown option 'hydra.launcher.njobs': allowed are hydra.launcher.n_jobs,",
         ),
