@@ -70,9 +70,11 @@ class Outcome(NamedTuple):
 
 
 def outcome(directory: Path) -> Outcome:
-    """What a finished run has left, without the time it took."""
+    """What a finished run has left, without the time and the memory it took."""
     results = json.loads((directory / "results.json").read_text())
-    del results["seconds"]
+    del results["seconds"], results["memory"]
+    for information in results["fisher"]:
+        del information["seconds"]
     tensors = load_file(checkpoint_files(directory)[-1])
     weights = {name: (t.dtype, t.shape, t.numpy().tobytes()) for name, t in tensors.items()}
     return Outcome(weights, results, (directory / "metrics.jsonl").read_bytes())
@@ -100,7 +102,7 @@ def started(arguments: Sequence[str], log: Path, stack: Path) -> int:
         with log.open("a") as file, stack.open("w") as stack_file:
             for stream in (1, 2):
                 os.dup2(file.fileno(), stream)
-            faulthandler.register(signal.SIGUSR2, file=stack_file)
+            faulthandler.register(signal.SIGUSR2, file=stack_file, all_threads=False)
             sys.argv[1:] = arguments
             command_line()
             code = 0
@@ -119,8 +121,7 @@ def ended(process: int, wait: bool = False) -> int | None:
 
 def phase_of(stack: Path) -> str:
     """What a process was doing when it wrote its stack."""
-    # The most recent call comes first; the main thread is the last one.
-    text = stack.read_text().rpartition("thread 0x")[2]
+    text = stack.read_text()
     return next(phase for phase, pattern in PHASES.items() if re.search(pattern, text))
 
 
@@ -134,7 +135,8 @@ def killed(arguments: Sequence[str], directory: Path, moment: Moment) -> str | N
             deadline = time.monotonic() + moment.seconds
         if deadline is not None and time.monotonic() >= deadline:
             os.kill(process, signal.SIGUSR2)
-            while (code := ended(process)) is None and "most recent" not in stack.read_text():
+            # The last call is the fork of this process.
+            while (code := ended(process)) is None and "in started" not in stack.read_text():
                 time.sleep(0.001)
             if code is None:
                 os.kill(process, signal.SIGKILL)
