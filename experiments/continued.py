@@ -11,7 +11,7 @@ from hydra.types import RunMode
 
 from experiments.configuration.command_line import flags_of
 from experiments.configuration.paths import DATA, lies_inside
-from experiments.configuration.schema import NO_OUTCOME, sets_no_outcome
+from experiments.configuration.schema import NO_OUTCOME, option_of, sets_no_outcome
 from experiments.configuration.targets import ConfigurationError
 from experiments.recording.folder import OWNER, read_owner
 
@@ -54,10 +54,10 @@ def with_resume(arguments: Sequence[str]) -> list[str]:
             f"{directory / OWNER} does not say how a run was started: resume=DIR takes the folder "
             "of a run. A sweep is continued by its own command with hydra.sweep.dir=DIR."
         )
-    replaced = {"trusted", *map(_name, others)}
-    kept = [override for override in overrides if _name(override) not in replaced]
+    replaced = {"trusted", *map(option_of, others)}
+    kept = [override for override in overrides if option_of(override) not in replaced]
     for override in kept:
-        if _name(override) == DATA and not lies_inside(DATA, override.partition("=")[2]):
+        if option_of(override) == DATA and not lies_inside(DATA, override.partition("=")[2]):
             raise ConfigurationError(
                 f"{directory / OWNER} has {override}, which a file may not choose: give it again, "
                 f"resume={directory} {override}."
@@ -82,8 +82,8 @@ def command_to_continue(directory: Path, job: Any) -> str:
     words += [
         override
         for override in job.overrides.task
-        if _name(override) == "trusted"
-        or (_name(override) == DATA and not lies_inside(DATA, override.partition("=")[2]))
+        if option_of(override) == "trusted"
+        or (option_of(override) == DATA and not lies_inside(DATA, override.partition("=")[2]))
     ]
     return f"python -m experiments.run {shlex.join(words)}"
 
@@ -92,7 +92,3 @@ def _is_option(override: Any) -> bool:
     """Whether an entry of ``run.json`` is an option of a run, and none of Hydra or its flags."""
     pattern = r"[+~]*(?!hydra\b)[A-Za-z_][\w/@.]*(=.*)?"
     return isinstance(override, str) and re.fullmatch(pattern, override, re.S) is not None
-
-
-def _name(argument: str) -> str:
-    return argument.lstrip("+~").partition("=")[0]

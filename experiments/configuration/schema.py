@@ -34,6 +34,7 @@ __all__ = [
     "ConfigurationError",
     "build",
     "deciding",
+    "option_of",
     "plain",
     "same_outcome",
     "sets_no_outcome",
@@ -168,9 +169,14 @@ def deciding(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     return options
 
 
+def option_of(override: str) -> str:
+    """The option that an override of the command line adds, sets or deletes."""
+    return override.lstrip("+~").partition("=")[0]
+
+
 def sets_no_outcome(override: str) -> bool:
     """Whether an override of the command line sets an option that does not change the results."""
-    name = override.lstrip("+~").partition("=")[0]
+    name = option_of(override)
     return any(name == option or name.startswith(f"{option}.") for option in NO_OUTCOME)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.configuration.schema import NO_OUTCOME, deciding, same_outcome, sets_no_outcome
+from experiments.configuration.schema import deciding, option_of, same_outcome, sets_no_outcome
 from experiments.recording.files import append_whole
 from experiments.recording.results import Finished, parsed
 
@@ -29,13 +29,12 @@ def line_of(results: Mapping[str, Any]) -> str:
     It lacks the recipe's name and the options that do not change the results.
     """
     job = {key: results[key] for key in KEYS if key in results}
-    apart = ("experiment", *NO_OUTCOME)
     config = deciding(results["config"])
     job["config"] = {key: value for key, value in config.items() if key != "experiment"}
     job["overrides"] = [
         override
         for override in results["overrides"]
-        if not any(_sets(override.lstrip("+~").partition("=")[0], option) for option in apart)
+        if not sets_no_outcome(override) and option_of(override) != "experiment"
     ]
     if "fisher_overlap" in job:
         job["fisher_overlap"] = job["fisher_overlap"][-1:]
@@ -43,11 +42,6 @@ def line_of(results: Mapping[str, Any]) -> str:
         job["seconds"] = {"total": job["seconds"]["total"]}
     # Only the top level is sorted, as the order of the layers has a meaning.
     return json.dumps(dict(sorted(job.items())), separators=(",", ":")) + "\n"
-
-
-def _sets(name: str, option: str) -> bool:
-    """Whether an override of this name sets an option, or something in it."""
-    return name == option or name.startswith(f"{option}.")
 
 
 def read_kept(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -97,8 +91,7 @@ def varied_by(hydra: Any) -> list[str]:
     return [
         override
         for override in hydra.overrides.task
-        if not sets_no_outcome(override)
-        and override.lstrip("+~").partition("=")[0] not in ("experiment", *swept)
+        if not sets_no_outcome(override) and option_of(override) not in ("experiment", *swept)
     ]
 
 

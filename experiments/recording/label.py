@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from experiments.configuration.schema import NO_OUTCOME
+from experiments.configuration.schema import option_of, sets_no_outcome
 
 LONGEST_NAME = 128
 """The largest number of characters of a name or a group that W&B takes."""
@@ -88,9 +88,9 @@ def _named(overrides: Sequence[str]) -> list[str]:
     """Overrides as ``key=value``, with the key's last word where it is the only one."""
     options: dict[str, str] = {}
     for override in overrides:
-        key, _, value = override.lstrip("+~").partition("=")
-        if key not in _APART and not any(f"{key}.".startswith(f"{name}.") for name in NO_OUTCOME):
-            options[key] = value
+        key = option_of(override)
+        if key not in _APART and not sets_no_outcome(override):
+            options[key] = override.partition("=")[2]
     last = {key: re.split(r"[./]", key)[-1] for key in options}
     words = list(last.values())
     return [
@@ -110,9 +110,9 @@ def _sweep_overrides(sweep: Path) -> list[str]:
 def _swept(overrides: Sequence[str]) -> list[str]:
     """The last words of the options with several values."""
     keys = [
-        key.lstrip("+~")
-        for key, _, value in (override.partition("=") for override in overrides)
-        if re.search(r",|^(choice|range|interval|tag|glob)\(", value)
+        option_of(override)
+        for override in overrides
+        if re.search(r",|^(choice|range|interval|tag|glob)\(", override.partition("=")[2])
     ]
     return [re.split(r"[./]", key)[-1] for key in keys]
 
