@@ -1,23 +1,241 @@
-"""What other libraries' Fisher matrices are, in units of ours: measured, as a table.
+"""What public codes and other libraries compute as the Fisher information, beside the exact one.
 
     python scripts/conventions.py
 
-Every library computes on the same small network and data what its documentation calls the Fisher
-information, the GGN or the importances.  The factor is the median over entries of their value over
-ours, and the spread how far single entries are from it: a spread of 0 means the same quantity in
-other units.  Needs the extra ``bench``.
+Its tables are those of docs/conventions.md.  Eight public codes take a small convolutional
+network and scikit-learn's digits, untrained and trained.  Avalanche's own code runs, the others are
+restated in ``public_codes.py``.  This needs the extra ``experiments``.  The last table is of
+BackPACK, nngeometry and laplace-torch.  It needs the extra ``bench``, or is left out.
 """
 
-from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
+from public_codes import CODES, Diagonal, fusion_bench, llm_ewc, mammoth, squares_of_batch_means
+from scipy.stats import spearmanr
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from ewc import Categorical, Empirical, Exact, Kronecker, fisher_information
+from ewc import Empirical, Kronecker, fisher_information
 from ewc.matrices.layers.kronecker import KroneckerProduct
 
-N, BATCH = 64, 16
+N = 500
+FIRST_LAYER = 72  # parameters of the convolution
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """N handwritten digits ``[N, 1, 8, 8]`` with pixels in [0, 1], and their labels."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    chosen = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))[:N]
+    return torch.tensor(data.images[chosen])[:, None] / 16, torch.tensor(data.target[chosen])
+
+
+def untrained(x: Tensor) -> nn.Sequential:
+    """A convolutional network with random weights, and the data's BatchNorm statistics."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(72, 10),
+    ).double()
+    for _ in range(20):
+        for inputs in x.split(125):
+            model(inputs)
+    return model.eval()
+
+
+def trained(x: Tensor, y: Tensor) -> nn.Sequential:
+    """The network after training until it is nearly certain of every label."""
+    model = untrained(x).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(150):
+        for chosen in torch.randperm(N, generator=generator).split(125):
+            optimizer.zero_grad()
+            cross_entropy(model(x[chosen]), y[chosen]).backward()
+            optimizer.step()
+    return model.eval()
+
+
+def flat(diagonal: dict[str, Tensor]) -> Tensor:
+    """All entries as one vector ``[p]``."""
+    return torch.cat([entries.flatten() for entries in diagonal.values()])
+
+
+def exact_diagonal(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """``1/N sum_n sum_y p_ny g_ny^2``, ``[p]``."""
+    return flat(fisher_information(model, [(x, y)]).diagonal())
+
+
+def avalanche(model: nn.Module, x: Tensor, y: Tensor, *, batch: int = 128) -> Tensor:
+    """``EWCPlugin.compute_importances`` itself."""
+    from avalanche.training.plugins import EWCPlugin
+    from torch.utils.data import TensorDataset
+
+    model = deepcopy(model)
+    importances = EWCPlugin(1.0).compute_importances(
+        model,
+        nn.CrossEntropyLoss(),
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        TensorDataset(x, y, torch.zeros_like(y)),
+        torch.device("cpu"),
+        batch,
+    )
+    return flat({name: value.data for name, value in importances.items()})
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Theirs beside the exact diagonal, over the entries that are not 0 there.
+
+    ``factor`` is the median of theirs / exact, ``low`` and ``high`` its deciles 1 and 9,
+    ``rank`` Spearman's correlation.
+    """
+
+    trace: float
+    factor: float
+    low: float
+    high: float
+    rank: float
+
+    @classmethod
+    def of(cls, theirs: Tensor, exact: Tensor) -> "Comparison":
+        """Compare two diagonals."""
+        theirs = theirs.double()
+        ratio = (theirs / exact)[exact > 0]
+        low, factor, high = ratio.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=ratio.dtype))
+        rank = float(spearmanr(theirs, exact).statistic)
+        return cls(float(theirs.sum()), float(factor), float(low), float(high), rank)
+
+    def cells(self) -> str:
+        """The numbers as cells of a table."""
+        return (
+            f"{short(self.trace)} | {short(self.factor)} | {short(self.low)} to {short(self.high)}"
+            f" | {self.rank:.2f}"
+        )
+
+
+def short(number: float) -> str:
+    """Three digits."""
+    return f"{number:.3g}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def formulas() -> list[str]:
+    """The table of formulas, a line each."""
+    lines = [
+        "| code | formula | batch | mean or sum | what differs |",
+        "|---|---|---|---|---|",
+        "| exact | `1/N sum_n sum_y p_ny g_ny^2` | any | mean over examples | |",
+    ]
+    for code in CODES:
+        cells = [code.name, f"`{code.formula}`", str(code.batch), code.normalisation, code.differs]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def sources() -> list[str]:
+    """The table of what was read, a line each."""
+    lines = ["| code | repository | commit | file | function |", "|---|---|---|---|---|"]
+    for code in CODES:
+        repository, commit, file, function = code.source
+        name = code.name.split(",", maxsplit=1)[0]
+        line = f"| {name} | {repository} | {commit} | `{file}` | `{function}` |"
+        lines += [line] if line not in lines else []
+    return lines
+
+
+def diagonals(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """The exact diagonal and those of the codes, by name."""
+    exact = {"exact": exact_diagonal(model, x, y)}
+    return exact | {
+        code.name: (avalanche if code.name == "Avalanche" else code.diagonal)(model, x, y)
+        for code in CODES
+    }
+
+
+def numbers(results: dict[str, Tensor]) -> list[str]:
+    """The table of one state of the network, a line each."""
+    lines = [
+        "| code | trace | theirs / exact | of 80 % of entries | rank correlation |",
+        "|---|---|---|---|---|",
+    ]
+    return lines + [
+        f"| {name} | {Comparison.of(theirs, results['exact']).cells()} |"
+        for name, theirs in results.items()
+    ]
+
+
+def rescaled(model: nn.Module, factor: float) -> nn.Module:
+    """The network that takes inputs ``factor`` times larger to the same outputs."""
+    model = deepcopy(model)
+    with torch.no_grad():
+        next(model.parameters()).div_(factor)
+    return model
+
+
+def importance_of_few(diagonal: Diagonal, model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """The mean diagonal of 32 examples over that of all, as a median over entries.
+
+    The 32 are every group of 32 in turn, so that a mean over examples gives 1.
+    """
+    groups = zip(x[:480].split(32), y[:480].split(32), strict=True)
+    few = torch.stack([diagonal(model, inputs, labels) for inputs, labels in groups]).mean(0)
+    return float((few / diagonal(model, x[:480], y[:480])).median())
+
+
+def faults(results: dict[str, Tensor], model: nn.Module, x: Tensor, y: Tensor) -> dict[str, str]:
+    """What the factors alone do not show, as numbers by name."""
+    exact = results["exact"]
+    evaluated = mammoth(model, x, y, training=False)
+    single = Comparison.of(fusion_bench(model, x, y, batch=1), exact)
+    large, inputs = rescaled(model, 1024), 1024 * x
+    capped = llm_ewc(large, inputs, y)[:FIRST_LAYER] == 100
+    values = exact_diagonal(large, inputs, y)[:FIRST_LAYER]
+    few = [importance_of_few(d, model, x, y) for d in (squares_of_batch_means, exact_diagonal)]
+    return {
+        "exact entries above PyCIL's clamp": share(exact > 1e-4),
+        "PyCIL's entries at its clamp": share(results["PyCIL"] == 1e-4),
+        "mammoth / exact, in evaluation mode": short(Comparison.of(evaluated, exact).factor),
+        "LLM_EWC's entries rounded to 0": share(results["LLM_EWC"] == 0),
+        "inputs times 1024: first layer's entries set to 100": share(capped),
+        "the exact values of this layer, median": short(float(values.median())),
+        "FusionBench with batches of 1, theirs / exact": short(single.factor),
+        "the same, rank correlation": f"{single.rank:.2f}",
+        "SSD, 32 random examples / all": short(few[0]),
+        "the same, exact": short(few[1]),
+    }
+
+
+def share(entries: Tensor) -> str:
+    """The share of entries that are true."""
+    return f"{float(entries.double().mean()):.1%}".replace("%", " %")
+
+
+def code_tables() -> list[str]:
+    """The tables of the eight codes, in Markdown."""
+    x, y = digits()
+    lines, columns = [*sources(), "", *formulas()], []
+    for state, model in (("Untrained", untrained(x)), ("Trained", trained(x, y))):
+        likely = model(x).softmax(1)[torch.arange(N), y].mean()
+        results = diagonals(model, x, y)
+        lines += ["", f"{state}: mean probability of the label {likely:.3f}", ""]
+        lines += numbers(results)
+        columns.append(faults(results, model, x, y))
+    first, second = columns
+    lines += ["", "| | untrained | trained |", "|---|---|---|"]
+    return lines + [f"| {name} | {first[name]} | {second[name]} |" for name in first]
+
+
+# --- BackPACK, nngeometry, laplace-torch --------------------------------------------------
+
+EXAMPLES = 64
 
 
 def network() -> nn.Sequential:
@@ -27,58 +245,20 @@ def network() -> nn.Sequential:
 
 
 def batches(size: int) -> list[tuple[Tensor, Tensor]]:
-    """The examples in batches of a size."""
+    """Its examples in batches of a size."""
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(N, 8, generator=generator, dtype=torch.float64)
-    y = torch.randint(3, (N,), generator=generator)
+    x = torch.randn(EXAMPLES, 8, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (EXAMPLES,), generator=generator)
     return list(zip(x.split(size), y.split(size), strict=True))
-
-
-class ObservedProbability(Categorical):
-    """The observed label's score, weighted by its probability."""
-
-    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The score times the root of the weight, ``[n, c]``."""
-        weights = self.log_prob(outputs, targets).exp().sqrt()
-        return weights[:, None] * super().score(outputs, targets)
-
-
-def ours(estimator: Exact | Empirical, likelihood: Categorical | None = None) -> Tensor:
-    """Our diagonal."""
-    fisher = fisher_information(
-        network(), batches(N), likelihood or Categorical(), estimator=estimator
-    )
-    return torch.cat([entries.flatten() for entries in fisher.diagonal().values()])
 
 
 def our_product() -> Tensor:
     """Our Kronecker matrix of the first layer's weight, without its bias, as a matrix."""
-    model = network()
-    fisher = fisher_information(model, batches(N), structure=Kronecker(), parameters=["0.weight"])
+    data = batches(EXAMPLES)
+    fisher = fisher_information(network(), data, structure=Kronecker(), parameters=["0.weight"])
     block = fisher.blocks[0]
     assert isinstance(block, KroneckerProduct)
     return block.to_dense().flatten()
-
-
-def avalanche(size: int) -> Tensor:
-    """``EWCPlugin.compute_importances`` over batches of a size."""
-    import avalanche.training.plugins.ewc as module
-
-    model = network()
-    loader = module.DataLoader
-    module.DataLoader = lambda *_, **__: [(x, y, torch.zeros_like(y)) for x, y in batches(size)]
-    try:
-        importances = module.EWCPlugin(1.0).compute_importances(
-            model,
-            nn.CrossEntropyLoss(),
-            torch.optim.SGD(model.parameters(), lr=0.1),
-            [],
-            torch.device("cpu"),
-            size,
-        )
-    finally:
-        module.DataLoader = loader
-    return torch.cat([value.data.flatten() for value in importances.values()])
 
 
 def backpack(extension: str, reduction: str) -> Tensor:
@@ -88,7 +268,7 @@ def backpack(extension: str, reduction: str) -> Tensor:
 
     model = library.extend(network())
     loss = library.extend(nn.CrossEntropyLoss(reduction=reduction))
-    ((x, y),) = batches(N)
+    ((x, y),) = batches(EXAMPLES)
     kind = getattr(extensions, extension)()
     with library.backpack(kind):
         loss(model(x), y).backward()
@@ -104,9 +284,9 @@ def nngeometry() -> Tensor:
     from nngeometry.object import PMatDiag
     from torch.utils.data import DataLoader, TensorDataset
 
-    ((x, y),) = batches(N)
+    ((x, y),) = batches(EXAMPLES)
     model = network().float()
-    loader = DataLoader(TensorDataset(x.float(), y), batch_size=BATCH)
+    loader = DataLoader(TensorDataset(x.float(), y), batch_size=16)
     matrix = FIM(model=model, loader=loader, representation=PMatDiag)
     return matrix.get_diag().double()
 
@@ -115,84 +295,71 @@ def laplace(kind: str) -> Tensor:
     """A backend's ``diag`` summed over batches, as its ``fit`` does."""
     from laplace import curvature
 
-    model = deepcopy(network()).float()
+    model = network().float()
     backend = getattr(curvature, kind)(model, "classification")
     total = torch.zeros(())
-    for x, y in batches(BATCH):
+    for x, y in batches(16):
         model.zero_grad()
         total = total + backend.diag(x.float(), y)[1]
     return total.double()
 
 
-def mammoth() -> Tensor:
-    """The loop of ``EwcOn.end_task`` in mammoth's ``models/ewc_on.py``, repeated."""
-    model = network()
-    total = torch.zeros(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
-    for x, y in batches(1):
-        model.zero_grad()
-        log_probability = model(x).log_softmax(1)[0, y[0]]
-        log_probability.backward()
-        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        total += log_probability.detach().exp() * gradient.square()
-    return total / N
+def library_table() -> list[str]:
+    """The table of the libraries, in Markdown."""
+    data = batches(EXAMPLES)
+    exact = flat(fisher_information(network(), data).diagonal())
+    empirical = flat(fisher_information(network(), data, estimator=Empirical()).diagonal())
+    rows = [
+        ("BackPACK `DiagGGNExact`, mean", "`Exact`", exact, backpack("DiagGGNExact", "mean")),
+        ("the same, reduction sum", "`Exact`", exact, backpack("DiagGGNExact", "sum")),
+        (
+            "BackPACK `SumGradSquared`, mean",
+            "`Empirical`",
+            empirical,
+            backpack("SumGradSquared", "mean"),
+        ),
+        ("the same, reduction sum", "`Empirical`", empirical, backpack("SumGradSquared", "sum")),
+        (
+            "BackPACK `KFLR`, mean",
+            "`Exact`, `Kronecker`, weights only",
+            our_product(),
+            backpack("KFLR", "mean"),
+        ),
+        ("nngeometry `FIM`, `PMatDiag`", "`Exact`", exact, nngeometry()),
+        ("laplace-torch `CurvlinopsGGN.diag`", "`Exact`", exact, laplace("CurvlinopsGGN")),
+        (
+            "laplace-torch `CurvlinopsEF.diag`",
+            "`Empirical`",
+            empirical,
+            laplace("CurvlinopsEF"),
+        ),
+    ]
+    head = ["| theirs | ours | theirs / ours | spread |", "|---|---|---|---|"]
+    return head + [
+        f"| {name} | {quantity} | {factor:.4g} | {spread:.0%} |".replace("%", " %")
+        for name, quantity, expected, theirs in rows
+        for factor, spread in [factor_and_spread(theirs, expected)]
+    ]
+
+
+def factor_and_spread(theirs: Tensor, ours: Tensor) -> tuple[float, float]:
+    """The median of theirs / ours, and how far 90 % of the entries are from it at most."""
+    ratio = theirs / ours
+    factor = float(ratio.median())
+    return factor, float((ratio / factor - 1).abs().quantile(0.9))
 
 
 def main() -> None:
-    """Measure every factor and print the table."""
-    exact, empirical, product = ours(Exact()), ours(Empirical()), our_product()
-    weighted = ours(Empirical(), ObservedProbability())
-    rows: list[tuple[str, str, Tensor, Callable[[], Tensor]]] = [
-        ("Avalanche, importances, batch 1", "Empirical, diagonal", empirical, lambda: avalanche(1)),
-        (f"the same, batch {BATCH}", "Empirical, diagonal", empirical, lambda: avalanche(BATCH)),
-        (
-            "BackPACK DiagGGNExact, mean",
-            "Exact, diagonal",
-            exact,
-            lambda: backpack("DiagGGNExact", "mean"),
-        ),
-        (
-            "the same, reduction sum",
-            "Exact, diagonal",
-            exact,
-            lambda: backpack("DiagGGNExact", "sum"),
-        ),
-        (
-            "BackPACK SumGradSquared, mean",
-            "Empirical, diagonal",
-            empirical,
-            lambda: backpack("SumGradSquared", "mean"),
-        ),
-        (
-            "the same, reduction sum",
-            "Empirical, diagonal",
-            empirical,
-            lambda: backpack("SumGradSquared", "sum"),
-        ),
-        ("BackPACK KFLR, mean", "Exact, Kronecker", product, lambda: backpack("KFLR", "mean")),
-        ("nngeometry FIM, PMatDiag", "Exact, diagonal", exact, nngeometry),
-        (
-            "laplace-torch CurvlinopsGGN.diag",
-            "Exact, diagonal",
-            exact,
-            lambda: laplace("CurvlinopsGGN"),
-        ),
-        (
-            "laplace-torch CurvlinopsEF.diag",
-            "Empirical, diagonal",
-            empirical,
-            lambda: laplace("CurvlinopsEF"),
-        ),
-        ("mammoth ewc_on", "Empirical, ObservedProbability, diagonal", weighted, mammoth),
-        ("the same", "Empirical, diagonal", empirical, mammoth),
-    ]
-    print(f"N = {N} examples")
-    print("| theirs | ours | theirs / ours | spread |")
-    print("|---|---|---|---|")
-    for name, quantity, expected, compute in rows:
-        ratio = compute() / expected
-        factor = float(ratio.median())
-        spread = float((ratio / factor - 1).abs().quantile(0.9))
-        print(f"| {name} | {quantity} | {factor:.4g} | {spread:.1%} |")
+    """Print the tables."""
+    print("\n".join(code_tables()))
+    missing = [name for name in ("backpack", "nngeometry", "laplace") if find_spec(name) is None]
+    if missing:
+        print(
+            f"\nThe table of other libraries needs {', '.join(missing)}: install the extra bench."
+        )
+    else:
+        print(f"\nN = {EXAMPLES} examples\n")
+        print("\n".join(library_table()))
 
 
 if __name__ == "__main__":
