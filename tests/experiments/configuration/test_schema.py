@@ -53,7 +53,8 @@ def test_every_shipped_configuration_builds(option):
 
 
 @pytest.mark.parametrize(
-    "strategy", ["naive", "joint", "ewc", "online_ewc", "si", "mas", "l2", "lwf"]
+    "strategy",
+    ["naive", "joint", "ewc", "online_ewc", "si", "mas", "l2", "lwf", "pseudo_rehearsal"],
 )
 @pytest.mark.parametrize("experiment", ["permuted_mnist", "split_mnist"])
 def test_every_recipe_takes_every_strategy(experiment, strategy):

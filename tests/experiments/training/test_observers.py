@@ -124,8 +124,8 @@ def test_a_record_is_what_autograd_says_of_the_step(tmp_path, monkeypatch):
             assert record[name] == pytest.approx(measured[name], rel=1e-4, abs=1e-6), name
 
 
-@pytest.mark.parametrize("strategy", ["lwf", "avalanche_ewc"])
-def test_what_avalanche_adds_to_the_loss_is_the_penalty(tmp_path, strategy):
+@pytest.mark.parametrize("strategy", ["lwf", "pseudo_rehearsal", "avalanche_ewc"])
+def test_what_a_plugin_adds_to_the_loss_is_the_penalty(tmp_path, strategy):
     records = run(tmp_path / "run", strategy=[f"strategy={strategy}"])
     first, second = records[:24], records[26:]
     assert all(record["train/penalty"] == 0 for record in first)

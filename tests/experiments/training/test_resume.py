@@ -115,12 +115,14 @@ CASES = {
     "mas": ["strategy=mas"],
     "l2": ["strategy=l2"],
     "lwf": ["strategy=lwf"],
+    "pseudo-rehearsal": ["strategy=pseudo_rehearsal"],
     "avalanche": ["strategy=avalanche_ewc"],
     "sgd": ["strategy=naive", "optimizer=sgd", "optimizer.momentum=0.9"],
     "annealed": ["strategy=ewc", "training.anneal=true", "training.reset_optimizer=false"],
     "averaged": ["strategy=ewc", "training.tail_average=0.8"],
     "heads": ["strategy=kfac_ewc", "benchmark.scenario=task"],
     "heads, lwf": ["strategy=lwf", "benchmark.scenario=task"],
+    "heads, pseudo-rehearsal": ["strategy=pseudo_rehearsal", "benchmark.scenario=task"],
 }
 
 
