@@ -77,7 +77,7 @@ class ClassGaussians:
         """
         means, factors, counts = [], [], []
         for label in torch.unique(labels):
-            pixels = images[labels == label].double()
+            pixels = images[labels == label]
             mean = pixels.mean(0)
             deviations = pixels - mean
             covariance = deviations.T @ deviations / len(pixels)
@@ -87,8 +87,8 @@ class ClassGaussians:
             factors.append((vectors[:, -rank:] * roots).T)
             counts.append(len(pixels))
         return cls(
-            torch.stack(means).to(images),
-            torch.stack(factors).to(images),
+            torch.stack(means),
+            torch.stack(factors),
             torch.tensor(counts, device=images.device),
             torch.full((len(counts),), -1 if task is None else task, device=images.device),
         )
