@@ -32,7 +32,7 @@ from experiments.tasks.benchmarks import Benchmark, Tasks
 from experiments.tasks.images import default_data_root
 from experiments.training.course import Course
 from experiments.training.divergence import accuracy_of_guessing, warn_of_unlearnt
-from experiments.training.memory import peak_memory, reset_peak_memory
+from experiments.training.memory import kept_bytes, peak_memory, reset_peak_memory
 from experiments.training.models import Network
 from experiments.training.observers import AccuracyObserver, PenaltyPlugin, TrainingObserver
 from experiments.training.progress import RunProgress
@@ -210,8 +210,8 @@ class Prepared:
             has per task ``guessing``, the accuracy of guessing and its standard error;
             ``fisher_overlap``, the overlap of its Fisher information with that of the first task
             by layer; and ``fisher`` (:func:`~experiments.training.information.described`).
-            ``initial_accuracies`` are those of the untrained network, and ``memory`` has the
-            ``peak`` in bytes.
+            ``initial_accuracies`` are those of the untrained network.  ``memory`` has the ``peak``
+            of the run and what the strategy has ``kept`` after the last task, in bytes.
 
         Raises:
             FloatingPointError: the loss became infinite or NaN.
@@ -301,7 +301,10 @@ class Prepared:
             "fisher": course.information,
             "fisher_overlap": course.overlaps,
             "seconds": course.seconds,
-            "memory": {"peak": peak_memory(experiment.torch_device)},
+            "memory": {
+                "peak": peak_memory(experiment.torch_device),
+                "kept": sum(kept_bytes(plugin.state()) for plugin in plugins),
+            },
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "seed": experiment.seed,
             "versions": self.versions,

@@ -1,9 +1,11 @@
-"""The largest amount of memory that a run has used."""
+"""The largest amount of memory that a run has used, and what a strategy keeps."""
 
 import contextlib
 import resource
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,3 +28,14 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def kept_bytes(state: Any) -> int:
+    """The bytes of the tensors in a state of nested mappings and sequences."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, Mapping):
+        return sum(map(kept_bytes, state.values()))
+    if isinstance(state, Sequence) and not isinstance(state, str):
+        return sum(map(kept_bytes, state))
+    return 0

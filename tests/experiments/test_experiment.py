@@ -119,6 +119,17 @@ def test_the_untrained_network_is_measured_first(tmp_path):
     assert 2**25 < still["memory"]["peak"] < 2**40
 
 
+def test_what_a_strategy_keeps_is_counted(tmp_path):
+    assert run(tmp_path / "naive", "strategy=naive")["memory"]["kept"] == 0
+    l2 = run(tmp_path / "l2", "strategy=l2")
+    # An anchor and a diagonal, in single precision, and the penalty's last value.
+    assert l2["memory"]["kept"] == 4 * (2 * l2["parameters"] + 1)
+    rehearsal = run(tmp_path / "rehearsal", "strategy=pseudo_rehearsal", "strategy.rank=3")
+    # For each of the ten digits a mean, three components, a count and a task.
+    expected = 4 * rehearsal["parameters"] + 10 * (4 * 64 * (1 + 3) + 8 + 8)
+    assert rehearsal["memory"]["kept"] == expected
+
+
 @pytest.mark.slow
 def test_ewc_forgets_less_than_fine_tuning(tmp_path):
     """On 3 seeds of split digits: ECOSYSTEM-size margins, far from noise."""
