@@ -13,16 +13,27 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
-from public_codes import CODES, Diagonal, fusion_bench, llm_ewc, mammoth, squares_of_batch_means
+from public_codes import (
+    CODES,
+    Diagonal,
+    batch_means,
+    drawn_labels,
+    fusion_bench,
+    llm_ewc,
+    mammoth,
+    squares_of_batch_means,
+)
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ewc import Empirical, Kronecker, fisher_information
+from ewc import Empirical, Kronecker, MonteCarlo, fisher_information
 from ewc.matrices.layers.kronecker import KroneckerProduct
 
 N = 500
 FIRST_LAYER = 72  # parameters of the convolution
+SEEDS = 100  # draws of labels
+LLM_EWC_BATCHES = 3511  # 14,042 questions in batches of 4
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -180,14 +191,51 @@ def rescaled(model: nn.Module, factor: float) -> nn.Module:
     return model
 
 
-def importance_of_few(diagonal: Diagonal, model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """The mean diagonal of 32 examples over that of all, as a median over entries.
+def importance_of_few(
+    diagonal: Diagonal, model: nn.Module, x: Tensor, y: Tensor, *, size: int
+) -> float:
+    """The mean diagonal of ``size`` examples over that of all, as a median over entries.
 
-    The 32 are every group of 32 in turn, so that a mean over examples gives 1.
+    They are every group of this size in turn, so that a mean over examples gives 1.
     """
-    groups = zip(x[:480].split(32), y[:480].split(32), strict=True)
+    groups = list(zip(x.split(size), y.split(size), strict=True))[: len(x) // size]
     few = torch.stack([diagonal(model, inputs, labels) for inputs, labels in groups]).mean(0)
-    return float((few / diagonal(model, x[:480], y[:480])).median())
+    inputs, labels = (torch.cat(parts) for parts in zip(*groups, strict=True))
+    return float((few / diagonal(model, inputs, labels)).median())
+
+
+def traces_of_sampled_labels(model: nn.Module, x: Tensor) -> Tensor:
+    """The trace of ``van_de_ven_sample`` with every seed, ``[SEEDS]``.
+
+    It draws from the squares ``|g_ny|^2`` of all labels, so that they are computed once.
+    """
+    squares = torch.stack(
+        [
+            torch.stack([g.square().sum() for _, g in batch_means(model, x, label, 1)])
+            for label in torch.arange(model(x).shape[1])[:, None].expand(-1, len(x))
+        ],
+        dim=1,
+    )
+    drawn = torch.stack([drawn_labels(model, x, seed) for seed in range(SEEDS)])
+    return squares.gather(1, drawn.T).sum(0) / (len(x) - 1)
+
+
+def traces_of_monte_carlo(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The trace with our ``MonteCarlo(1)`` with every seed, ``[SEEDS]``."""
+    fishers = [
+        fisher_information(model, [(x, y)], estimator=MonteCarlo(1, seed=seed))
+        for seed in range(SEEDS)
+    ]
+    return torch.stack([flat(fisher.diagonal()).sum() for fisher in fishers])
+
+
+def equal_terms_summed(terms: int) -> Tensor:
+    """Which of equal terms a running sum in half precision takes, ``[terms]``."""
+    total, taken = torch.zeros((), dtype=torch.float16), []
+    for _ in range(terms):
+        taken.append(total + 1 > total)
+        total = total + 1
+    return torch.stack(taken)
 
 
 def faults(results: dict[str, Tensor], model: nn.Module, x: Tensor, y: Tensor) -> dict[str, str]:
@@ -196,21 +244,43 @@ def faults(results: dict[str, Tensor], model: nn.Module, x: Tensor, y: Tensor) -
     evaluated = mammoth(model, x, y, training=False)
     single = Comparison.of(fusion_bench(model, x, y, batch=1), exact)
     large, inputs = rescaled(model, 1024), 1024 * x
-    capped = llm_ewc(large, inputs, y)[:FIRST_LAYER] == 100
-    values = exact_diagonal(large, inputs, y)[:FIRST_LAYER]
-    few = [importance_of_few(d, model, x, y) for d in (squares_of_batch_means, exact_diagonal)]
+    halved, values = llm_ewc(large, inputs, y), exact_diagonal(large, inputs, y)
+    ratio = halved / values  # nan where both are 0
+    first, others = slice(FIRST_LAYER), slice(FIRST_LAYER, None)
+    drawn = torch.stack([drawn_labels(model, x, seed) for seed in range(SEEDS)])
+    likely_only = (drawn == model(x).argmax(1)).all(1)
+    few = {
+        f"SSD, {size} random examples / all, {name}": short(
+            importance_of_few(diagonal, model, x, y, size=size)
+        )
+        for size in (100, 83, 32)
+        for name, diagonal in (("theirs", squares_of_batch_means), ("exact", exact_diagonal))
+    }
     return {
         "exact entries above PyCIL's clamp": share(exact > 1e-4),
         "PyCIL's entries at its clamp": share(results["PyCIL"] == 1e-4),
         "mammoth / exact, in evaluation mode": short(Comparison.of(evaluated, exact).factor),
+        "van de Ven, sample: trace over 100 seeds": spread(traces_of_sampled_labels(model, x)),
+        "the same, seeds that draw only the likeliest labels": share(likely_only),
+        "our `MonteCarlo(1)`: trace over 100 seeds": spread(traces_of_monte_carlo(model, x, y)),
         "LLM_EWC's entries rounded to 0": share(results["LLM_EWC"] == 0),
-        "inputs times 1024: first layer's entries set to 100": share(capped),
-        "the exact values of this layer, median": short(float(values.median())),
+        "LLM_EWC, 3511 equal terms: those that are summed": share(
+            equal_terms_summed(LLM_EWC_BATCHES)
+        ),
+        "inputs times 1024: first layer's entries set to 100": share(halved[first] == 100),
+        "the exact values of this layer, median": short(float(values[first].median())),
+        "theirs / exact in this layer, median": short(float(ratio[first].nanmedian())),
+        "theirs / exact in the other layers, median": short(float(ratio[others].nanmedian())),
         "FusionBench with batches of 1, theirs / exact": short(single.factor),
         "the same, rank correlation": f"{single.rank:.2f}",
-        "SSD, 32 random examples / all": short(few[0]),
-        "the same, exact": short(few[1]),
+        **few,
     }
+
+
+def spread(values: Tensor) -> str:
+    """Mean and range."""
+    low, high = values.aminmax()
+    return f"{short(float(values.mean()))} ({short(float(low))} to {short(float(high))})"
 
 
 def share(entries: Tensor) -> str:

@@ -23,7 +23,8 @@ class Code:
 
     ``p_ny`` is the model's probability of label ``y`` of example ``n``, ``g_ny`` the gradient of
     ``log p_ny``, ``g_n`` that of the observed label, ``gbar_b`` the mean of ``g_n`` over batch
-    ``b`` and ``n_b`` its size.  ``K`` is the number of batches, ``N`` that of examples.
+    ``b`` and ``n_b`` its size.  ``K`` is the number of batches, ``N`` that of examples.  ``B`` is
+    the size of the loader's batches, where gradients are taken one example at a time.
     ``source`` is repository, commit, file and function.
     """
 
@@ -96,13 +97,17 @@ def van_de_ven_all(model: nn.Module, x: Tensor, _y: Tensor) -> Tensor:
     return total / (len(x) - 1)
 
 
-def van_de_ven_sample(model: nn.Module, x: Tensor, _y: Tensor) -> Tensor:
-    """``1/(N - 1) sum_n g_ny^2`` with one label ``y`` drawn from the model for every example."""
-    model = in_mode(model, training=False)
-    generator = torch.Generator().manual_seed(0)
+def drawn_labels(model: nn.Module, x: Tensor, seed: int) -> Tensor:
+    """A label of every example ``[n]``, drawn from the model."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        drawn = torch.multinomial(model(x).softmax(1), 1, generator=generator)[:, 0]
-    return van_de_ven_true(model, x, drawn)
+        probabilities = in_mode(model, training=False)(x).softmax(1)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+def van_de_ven_sample(model: nn.Module, x: Tensor, _y: Tensor, *, seed: int = 0) -> Tensor:
+    """``1/(N - 1) sum_n g_ny^2`` with one label ``y`` drawn from the model for every example."""
+    return van_de_ven_true(model, x, drawn_labels(model, x, seed))
 
 
 def van_de_ven_true(model: nn.Module, x: Tensor, y: Tensor, *, batch: int = 1) -> Tensor:
@@ -129,7 +134,8 @@ def llm_ewc(
 ) -> Tensor:
     """``1/K sum_b gbar_b^2`` with everything in half precision, infinities set to 100.
 
-    The loss is not scaled: a square below 3e-8 becomes 0, one above 65504 infinite.
+    The loss is not scaled: a square below 3e-8 becomes 0, one above 65504 infinite.  The sum over
+    batches is in half precision too: a term below about a 2048th of it is lost.
     """
     half = in_mode(model, training=False).half()
     total = torch.zeros((), dtype=torch.float16)
@@ -200,12 +206,12 @@ CODES = [
         van_de_ven_all,
     ),
     Code(
-        "van de Ven, sample",
+        "van de Ven, sample, one draw",
         VAN_DE_VEN,
         "1/(N-1) sum_n g_ny^2, y ~ p_n",
         1,
         "mean over examples, N - 1",
-        "unbiased, noisy",
+        "unbiased, very noisy",
         van_de_ven_sample,
     ),
     Code(
@@ -227,9 +233,9 @@ CODES = [
         partial(van_de_ven_true, batch=128),
     ),
     Code(
-        "EWC-LoRA",
+        "EWC-LoRA, by a fork",
         (
-            "marawangamal/low-rank-cl, a fork",
+            "marawangamal/low-rank-cl, a fork (the authors' file was not read)",
             "3ca77fc",
             "methods/ewclora.py",
             "FisherComputer.compute",
@@ -253,9 +259,9 @@ CODES = [
         "FusionBench",
         (
             "tanganke/fusion_bench",
-            "1a28175",
-            "fusion_bench/method/fisher_merging/fisher_merging.py",
-            "fisher_merging",
+            "5bc76b8",
+            "fusion_bench/method/fisher_merging/clip_fisher_merging.py",
+            "FisherMergingForCLIPVisionModel.get_fisher_weights",
         ),
         "1/N sum_b (sum_n sum_y sqrt(p_ny) g_ny)^2",
         32,
