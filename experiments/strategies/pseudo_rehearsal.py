@@ -15,7 +15,7 @@ from ewc.checks import check_count
 from experiments.strategies.fisher import Fisher
 from experiments.strategies.strategy import Strategy
 
-CLASSES_PER_STEP = 16
+DRAWS_PER_STEP = 16
 """The draws of a class for one batch of pseudo-images; each reads the factor of its class."""
 
 
@@ -77,15 +77,10 @@ class ClassGaussians:
         """
         means, factors, counts = [], [], []
         for label in torch.unique(labels):
-            pixels = images[labels == label]
-            mean = pixels.mean(0)
-            deviations = pixels - mean
-            covariance = deviations.T @ deviations / len(pixels)
-            eigenvalues, vectors = torch.linalg.eigh(covariance)
-            roots = eigenvalues[-rank:].clamp_min(0).sqrt()
-            means.append(mean)
-            factors.append((vectors[:, -rank:] * roots).T)
-            counts.append(len(pixels))
+            of_class = images[labels == label]
+            means.append(of_class.mean(0))
+            factors.append(_principal_components(of_class - means[-1], rank))
+            counts.append(len(of_class))
         return cls(
             torch.stack(means),
             torch.stack(factors),
@@ -105,23 +100,43 @@ class ClassGaussians:
     def draw(self, num_images: int) -> tuple[Tensor, Tensor]:
         """Pseudo-images ``[n, pixels]``, and their task labels ``[n]``.
 
-        They come from :data:`CLASSES_PER_STEP` draws of a class by systematic sampling: the share
-        of a class is in proportion to its count.  Every draw has the same number of images, so
-        ``n`` is ``num_images`` rounded up to a multiple of the draws.
+        They come from :data:`DRAWS_PER_STEP` draws of a class by systematic sampling: the expected
+        share of a class is in proportion to its count.  Every draw has the same number of images,
+        so ``n`` is ``num_images`` rounded up to a multiple of the draws.
         """
-        parts = min(CLASSES_PER_STEP, num_images)
+        device = self.means.device
+        draws = min(DRAWS_PER_STEP, num_images)
         ends = self.counts.cumsum(0)
-        spots = (torch.arange(parts) + torch.rand(())).to(self.means) / parts
-        chosen = torch.searchsorted(ends, spots * ends[-1], right=True).clamp_max(len(ends) - 1)
-        each = -(-num_images // parts)
-        noise = torch.randn(parts, each, self.factors.shape[1]).to(self.means)
+        positions = (torch.arange(draws, device=device) + torch.rand((), device=device)) / draws
+        chosen = torch.searchsorted(ends, positions * ends[-1], right=True)
+        chosen = chosen.clamp_max(len(ends) - 1)  # a position may round up to the end
+        shape = draws, -(-num_images // draws), self.factors.shape[1]
+        noise = torch.randn(shape, dtype=self.means.dtype, device=device)
         images = torch.baddbmm(self.means[chosen, None], noise, self.factors[chosen])
-        tasks = self.tasks[chosen].repeat_interleave(each)
-        return images.flatten(0, 1), tasks
+        return images.flatten(0, 1), self.tasks[chosen].repeat_interleave(shape[1])
 
     def state(self) -> dict[str, Tensor]:
         """The tensors by name."""
         return dict(vars(self))
+
+
+def _principal_components(deviations: Tensor, rank: int) -> Tensor:
+    r"""The rows :math:`\sqrt{\lambda_i} v_i` of the covariance, ``[min(rank, pixels), pixels]``.
+
+    There are fewer rows that are not 0 where there are fewer images.
+    """
+    num_images, num_pixels = deviations.shape
+    rank = min(rank, num_pixels)
+    # Pixels that are nearly always 0 give covariances on which eigh fails in single precision.
+    if num_images < num_pixels:
+        _left, values, vectors = torch.linalg.svd(deviations.double(), full_matrices=False)
+        rows: Tensor = values[:rank, None] / num_images**0.5 * vectors[:rank]
+        rows = nn.functional.pad(rows, (0, 0, 0, rank - len(rows)))
+    else:
+        covariance = deviations.T @ deviations / num_images
+        eigenvalues, columns = torch.linalg.eigh(covariance.double())
+        rows = (columns[:, -rank:] * eigenvalues[-rank:].clamp_min(0).sqrt()).T
+    return rows.to(deviations)
 
 
 class PseudoRehearsalPlugin(SupervisedPlugin):
@@ -132,13 +147,15 @@ class PseudoRehearsalPlugin(SupervisedPlugin):
     .. math:: \frac{M}{N} \, E_x \, KL(p_{old}(\cdot \mid x) \| p_\theta(\cdot \mid x))
 
     with :math:`x` from :class:`ClassGaussians` and the network before the task as teacher.  The
-    Fisher information is the second derivative of this divergence at the old parameters, so EWC's
-    penalty is its second-order approximation, on the images themselves.  Here it is exact far
-    from the old parameters, on images that are alike in their first two moments only.  There is
-    no strength to tune: every image of every task counts once.
+    Fisher information is the second derivative of this divergence at the old parameters.  Online
+    EWC with the full matrix is therefore its second-order approximation, on the images themselves.
+    Here it is exact far from the old parameters, on images that are alike in their first two
+    moments only.  There is no strength to tune: a task weighs as many images as it had.
 
-    Source: A. Robins, *Catastrophic forgetting, rehearsal and pseudorehearsal*, Connection Science
-    7, 1995 (doi:10.1080/09540099550039318), with uniform noise as pseudo-images.
+    Sources: A. Robins, *Catastrophic forgetting, rehearsal and pseudorehearsal*, Connection Science
+    7, 1995 (doi:10.1080/09540099550039318), with uniform noise as pseudo-images; H. Shin et al.,
+    *Continual learning with deep generative replay*, 2017 (arXiv:1705.08690), with a trained
+    generator.
 
     Args:
         rank: the principal components that are kept of a class's images.
@@ -151,6 +168,20 @@ class PseudoRehearsalPlugin(SupervisedPlugin):
         self.batch_size = batch_size
         self.gaussians: ClassGaussians | None = None
         self.teacher: nn.Module | None = None
+
+    def before_training_exp(self, strategy: Any, **_: Any) -> None:
+        """Check the images of the task.
+
+        Raises:
+            ValueError: they are not rows of floating-point numbers.
+        """
+        data = strategy.experience.data
+        images, *_rest = data.batch(torch.arange(1, device=data.labels.device))
+        if images.dim() != 2 or not images.is_floating_point():
+            raise ValueError(
+                "pseudo_rehearsal needs images as rows of floating-point numbers, [n, pixels], got "
+                f"{list(images.shape)} of {images.dtype}."
+            )
 
     def before_backward(self, strategy: Any, **_: Any) -> None:
         """Add the divergence to the loss of the current mini-batch."""
