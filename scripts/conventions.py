@@ -260,9 +260,13 @@ def faults(results: dict[str, Tensor], model: nn.Module, x: Tensor, y: Tensor) -
         "exact entries above PyCIL's clamp": share(exact > 1e-4),
         "PyCIL's entries at its clamp": share(results["PyCIL"] == 1e-4),
         "mammoth / exact, in evaluation mode": short(Comparison.of(evaluated, exact).factor),
-        "van de Ven, sample: trace over 100 seeds": spread(traces_of_sampled_labels(model, x)),
+        "van de Ven, sample: trace over 100 seeds": mean_and_range(
+            traces_of_sampled_labels(model, x)
+        ),
         "the same, seeds that draw only the likeliest labels": share(likely_only),
-        "our `MonteCarlo(1)`: trace over 100 seeds": spread(traces_of_monte_carlo(model, x, y)),
+        "our `MonteCarlo(1)`: trace over 100 seeds": mean_and_range(
+            traces_of_monte_carlo(model, x, y)
+        ),
         "LLM_EWC's entries rounded to 0": share(results["LLM_EWC"] == 0),
         "LLM_EWC, 3511 equal terms: those that are summed": share(
             equal_terms_summed(LLM_EWC_BATCHES)
@@ -277,7 +281,7 @@ def faults(results: dict[str, Tensor], model: nn.Module, x: Tensor, y: Tensor) -
     }
 
 
-def spread(values: Tensor) -> str:
+def mean_and_range(values: Tensor) -> str:
     """Mean and range."""
     low, high = values.aminmax()
     return f"{short(float(values.mean()))} ({short(float(low))} to {short(float(high))})"
