@@ -37,7 +37,7 @@ from experiments.training.models import Network
 from experiments.training.observers import AccuracyObserver, PenaltyPlugin, TrainingObserver
 from experiments.training.progress import RunProgress
 from experiments.training.protocol import Training
-from experiments.training.resume import Boundary, Continuation
+from experiments.training.resume import Boundary, Continuation, Stateful
 from experiments.training.schedule import CosineAnnealing, TailAverage
 
 MOST_THREADS = 1024
@@ -211,7 +211,8 @@ class Prepared:
             ``fisher_overlap``, the overlap of its Fisher information with that of the first task
             by layer; and ``fisher`` (:func:`~experiments.training.information.described`).
             ``initial_accuracies`` are those of the untrained network.  ``memory`` has the ``peak``
-            of the run and what the strategy has ``kept`` after the last task, in bytes.
+            of the run and what the strategy's plugins with a state have ``kept`` after the last
+            task, in bytes.
 
         Raises:
             FloatingPointError: the loss became infinite or NaN.
@@ -303,7 +304,7 @@ class Prepared:
             "seconds": course.seconds,
             "memory": {
                 "peak": peak_memory(experiment.torch_device),
-                "kept": sum(kept_bytes(plugin.state()) for plugin in plugins),
+                "kept": sum(kept_bytes(p.state()) for p in plugins if isinstance(p, Stateful)),
             },
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "seed": experiment.seed,
