@@ -201,7 +201,7 @@ class PseudoRehearsalPlugin(SupervisedPlugin):
         images, labels, *_rest = data.batch(torch.arange(len(data), device=data.labels.device))
         new = ClassGaussians.of(images, labels, self.rank, data.task)
         self.gaussians = new if self.gaussians is None else self.gaussians + new
-        self.teacher = copy.deepcopy(strategy.model).eval().requires_grad_(False)
+        self.teacher = _frozen(strategy.model)
 
     def state(self) -> dict[str, Any]:
         """The Gaussians, and the network after the last task."""
@@ -216,5 +216,10 @@ class PseudoRehearsalPlugin(SupervisedPlugin):
         if state["teacher"] is not None:
             tensors = {name: t.to(strategy.device) for name, t in state["gaussians"].items()}
             self.gaussians = ClassGaussians(**tensors)
-            self.teacher = copy.deepcopy(strategy.model).eval().requires_grad_(False)
+            self.teacher = _frozen(strategy.model)
             self.teacher.load_state_dict(state["teacher"])
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    """A copy for evaluation, without gradients."""
+    return copy.deepcopy(model).eval().requires_grad_(False)

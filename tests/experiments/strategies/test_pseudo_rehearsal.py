@@ -1,7 +1,5 @@
 """Pseudo-rehearsal against its definition: drawn images, their shares, and the divergence."""
 
-import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -61,11 +59,8 @@ def test_a_class_may_have_fewer_images_than_pixels(num_images):
     torch.testing.assert_close(factor.T @ factor, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_pixels_that_are_nearly_always_0_do_no_harm():
-    root = Path(os.environ.get("EWC_DATA", "../shared/data"))
-    if not (root / "MNIST" / "raw").exists():
-        pytest.skip(f"MNIST is not in {root}")
-    train, _ = MNIST().load(root)
+def test_pixels_that_are_nearly_always_0_do_no_harm(mnist_root):
+    train, _ = MNIST().load(mnist_root)
     ones = train.pixels[train.labels == 1]
     torch.set_flush_denormal(False)  # with denormal numbers eigh fails in single precision
     factor = ClassGaussians.of(ones, torch.ones(len(ones)), 50, task=None).factors[0]
@@ -87,7 +82,6 @@ def test_other_images_are_refused_before_training(bad):
 
 
 def test_drawn_images_have_the_moments_of_the_classes():
-    torch.manual_seed(0)
     pixels, labels = images(num_classes=1)
     gaussians = ClassGaussians.of(pixels, labels, PIXELS, task=None)
     drawn, _ = gaussians.draw(40_000)
@@ -101,7 +95,6 @@ def test_drawn_images_have_the_moments_of_the_classes():
 
 
 def test_tasks_are_drawn_in_proportion_to_their_images():
-    torch.manual_seed(0)
     counts, tasks = torch.tensor([5, 1, 30, 24]), torch.tensor([3, 1, 0, 2])
     factors = torch.zeros(4, 2, PIXELS)
     gaussians = ClassGaussians(torch.zeros(4, PIXELS), factors, counts, tasks)
@@ -121,7 +114,6 @@ def learnt(model, plugin, pixels, labels, task=None):
 
 @pytest.mark.parametrize("heads", [None, 2])
 def test_the_loss_gains_the_divergence_from_the_old_network(heads):
-    torch.manual_seed(0)
     pixels, labels = images()
     model = MLP(hidden=[5]).build(PIXELS, 3, heads)
     plugin = PseudoRehearsalPlugin(rank=2, batch_size=DRAWS_PER_STEP)
