@@ -33,7 +33,7 @@ RIDGE = 1e-2
 
 def gaussian_scores(train: Images, test: Images, rank: int) -> Tensor:
     """The log-densities of the test images by class, ``[n, classes]``."""
-    gaussians = ClassGaussians.of(train.pixels, train.labels, rank, task=None)
+    gaussians = ClassGaussians.of(train.pixels, train.labels, rank)
     scores = []
     for label in range(CLASSES):
         mean, factor = gaussians.means[label].double(), gaussians.factors[label].double()

@@ -24,7 +24,8 @@ def bars_table(bars: Sequence[Mapping[str, Any]], jobs: Mapping[str, Jobs]) -> l
     is the decades of strength within a point of the best, at least the bar.  With ``default`` it is
     the points by which this strength is under the best one, at most the bar.  Strengths are
     compared on the seeds that both have.  There is no verdict if the default is the smallest or
-    largest strength.
+    largest strength.  With ``values`` it is the mean of these accuracies in percent, of the command
+    that the remark names, and there is no recipe.
 
     Args:
         bars: the bars, each with ``name``, ``published``, ``bar``, ``recipe``, the ``settings`` of
@@ -36,7 +37,7 @@ def bars_table(bars: Sequence[Mapping[str, Any]], jobs: Mapping[str, Jobs]) -> l
     for bar in bars:
         members = [
             job
-            for job in finished(jobs.get(bar["recipe"], []))
+            for job in finished(jobs.get(bar.get("recipe", ""), []))
             if has_options(options_of(job), bar["settings"])
         ]
         value, shown = measured(bar, members)
@@ -56,6 +57,9 @@ def bars_table(bars: Sequence[Mapping[str, Any]], jobs: Mapping[str, Jobs]) -> l
 
 def measured(bar: Mapping[str, Any], jobs: Jobs) -> tuple[float | None, str]:
     """The value of a bar, ``None`` if there is none, and how the table shows it."""
+    if values := bar.get("values"):
+        value = statistics.fmean(values)
+        return value, f"{value:.2f} ({_number_of_seeds(values)})"
     if not jobs:
         return None, "not run"
     if bar.get("decades"):

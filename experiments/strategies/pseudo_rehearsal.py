@@ -1,22 +1,22 @@
 """Pseudo-rehearsal: the old outputs are held on images drawn from each class's moments."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from avalanche.models import avalanche_forward
 from avalanche.training.plugins import SupervisedPlugin
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from ewc import Categorical
 from ewc.checks import check_count
 from experiments.strategies.fisher import Fisher
 from experiments.strategies.strategy import Strategy
 
-DRAWS_PER_STEP = 16
-"""The draws of a class for one batch of pseudo-images; each reads the factor of its class."""
+BATCHES_PER_DRAW = 16
+"""Mini-batches of pseudo-images that are drawn at once, so that a class's factor is read once."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class PseudoRehearsal(Strategy):
 
 
 class ClassGaussians:
-    r"""A Gaussian for the images of each class of each task: sums over images, no image.
+    r"""A Gaussian for the images of each class of a task: sums over images, no image.
 
     A pseudo-image is :math:`m + \sum_i z_i \sqrt{\lambda_i} v_i` with :math:`z \sim N(0, I)`.
     :math:`m` is the mean of the class, and :math:`\lambda_i`, :math:`v_i` are the leading
@@ -55,25 +55,22 @@ class ClassGaussians:
     Attributes:
         means: ``[g, pixels]``.
         factors: the rows :math:`\sqrt{\lambda_i} v_i`, ``[g, rank, pixels]``.
-        counts: the images of every class, ``[g]``.
-        tasks: the task label of every class, -1 where the task is not known, ``[g]``.
+        counts: the images of every class.
     """
 
-    def __init__(self, means: Tensor, factors: Tensor, counts: Tensor, tasks: Tensor) -> None:
+    def __init__(self, means: Tensor, factors: Tensor, counts: list[int]) -> None:
         self.means = means
         self.factors = factors
         self.counts = counts
-        self.tasks = tasks
 
     @classmethod
-    def of(cls, images: Tensor, labels: Tensor, rank: int, task: int | None) -> "ClassGaussians":
-        """The Gaussians of one task.
+    def of(cls, images: Tensor, labels: Tensor, rank: int) -> "ClassGaussians":
+        """The Gaussians of a task.
 
         Args:
             images: ``[n, pixels]``.
             labels: ``[n]``.
             rank: the eigenvectors that are kept, of at most as many as there are pixels.
-            task: the task label, if the task is known.
         """
         means, factors, counts = [], [], []
         for label in torch.unique(labels):
@@ -81,43 +78,50 @@ class ClassGaussians:
             means.append(of_class.mean(0))
             factors.append(_principal_components(of_class - means[-1], rank))
             counts.append(len(of_class))
-        return cls(
-            torch.stack(means),
-            torch.stack(factors),
-            torch.tensor(counts, device=images.device),
-            torch.full((len(counts),), -1 if task is None else task, device=images.device),
-        )
+        return cls(torch.stack(means), torch.stack(factors), counts)
 
-    def __add__(self, other: "ClassGaussians") -> "ClassGaussians":
-        """The Gaussians of both."""
-        return ClassGaussians(
-            torch.cat([self.means, other.means]),
-            torch.cat([self.factors, other.factors]),
-            torch.cat([self.counts, other.counts]),
-            torch.cat([self.tasks, other.tasks]),
-        )
+    def draw(self, numbers: Sequence[int], generator: Generator, out: Tensor) -> None:
+        """Draw so many pseudo-images of every class into the rows of ``out``, ``[n, pixels]``."""
+        classes = zip(self.means, self.factors, torch.split(out, list(numbers)), strict=True)
+        for mean, factor, rows in classes:
+            shape = len(rows), len(factor)
+            noise = torch.randn(shape, generator=generator, dtype=mean.dtype, device=mean.device)
+            torch.addmm(mean, noise, factor, out=rows)
 
-    def draw(self, num_images: int) -> tuple[Tensor, Tensor]:
-        """Pseudo-images ``[n, pixels]``, and their task labels ``[n]``.
 
-        They come from :data:`DRAWS_PER_STEP` draws of a class by systematic sampling: the expected
-        share of a class is in proportion to its count.  Every draw has the same number of images,
-        so ``n`` is ``num_images`` rounded up to a multiple of the draws.
-        """
-        device = self.means.device
-        draws = min(DRAWS_PER_STEP, num_images)
-        ends = self.counts.cumsum(0)
-        positions = (torch.arange(draws, device=device) + torch.rand((), device=device)) / draws
-        chosen = torch.searchsorted(ends, positions * ends[-1], right=True)
-        chosen = chosen.clamp_max(len(ends) - 1)  # a position may round up to the end
-        shape = draws, -(-num_images // draws), self.factors.shape[1]
-        noise = torch.randn(shape, dtype=self.means.dtype, device=device)
-        images = torch.baddbmm(self.means[chosen, None], noise, self.factors[chosen])
-        return images.flatten(0, 1), self.tasks[chosen].repeat_interleave(shape[1])
+@dataclass(frozen=True)
+class PastTask:
+    """What is kept of a task.
 
-    def state(self) -> dict[str, Tensor]:
-        """The tensors by name."""
-        return dict(vars(self))
+    Attributes:
+        gaussians: the moments of its classes.
+        teacher: the network after it.
+        label: the task label, if the task is known.
+    """
+
+    gaussians: ClassGaussians
+    teacher: nn.Module
+    label: int | None
+
+    def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The teacher's outputs, and the task labels."""
+        labels = torch.full((len(images),), self.label or 0, device=images.device)
+        with torch.no_grad():
+            return avalanche_forward(self.teacher, images, labels), labels
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        teacher = self.teacher.state_dict()
+        return {"gaussians": dict(vars(self.gaussians)), "teacher": teacher, "label": self.label}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], strategy: Any) -> "PastTask":
+        """What :meth:`state` was taken of, with a teacher as the network of ``strategy``."""
+        kept = state["gaussians"]
+        means, factors = (kept[name].to(strategy.device) for name in ("means", "factors"))
+        teacher = _frozen(strategy.model)
+        teacher.load_state_dict(state["teacher"])
+        return cls(ClassGaussians(means, factors, kept["counts"]), teacher, state["label"])
 
 
 def _principal_components(deviations: Tensor, rank: int) -> Tensor:
@@ -139,18 +143,89 @@ def _principal_components(deviations: Tensor, rank: int) -> Tensor:
     return rows.to(deviations)
 
 
+class PseudoImages:
+    """Mini-batches of pseudo-images of all past tasks, with the outputs of each task's teacher.
+
+    Args:
+        past: what is kept of the tasks.
+        batch_size: the pseudo-images in a mini-batch.
+    """
+
+    def __init__(self, past: Sequence[PastTask], batch_size: int) -> None:
+        self.past = past
+        self.batch_size = batch_size
+        self.counts = [count for task in past for count in task.gaussians.counts]
+        means = past[0].gaussians.means
+        # Written again in each draw: fresh memory would take longer than the images.
+        self._images = means.new_empty(BATCHES_PER_DRAW * batch_size, means.shape[1])
+        self._outputs = self._labels = self._images
+        self._batches: list[Tensor] = []
+        self._seed: int | None = None
+
+    def batch(self) -> list[Tensor]:
+        """Pseudo-images ``[n, pixels]``, their old outputs ``[n, c]`` and task labels ``[n]``."""
+        if not self._batches:
+            self._draw(int(torch.randint(2**62, ())))
+        rows = self._batches.pop()
+        return [of_all[rows] for of_all in (self._images, self._outputs, self._labels)]
+
+    def _draw(self, seed: int) -> None:
+        """Draw the images of the next mini-batches, and shuffle them."""
+        device = self._images.device
+        generator = torch.Generator(device).manual_seed(seed)
+        numbers = iter(self._shares(generator))
+        shares = [[next(numbers) for _ in task.gaussians.counts] for task in self.past]
+        of_tasks = torch.split(self._images, [sum(share) for share in shares])
+        recalled = []
+        for task, share, images in zip(self.past, shares, of_tasks, strict=True):
+            if len(images):
+                task.gaussians.draw(share, generator, out=images)
+                recalled.append(task.outputs(images))
+        self._outputs, self._labels = (torch.cat(parts) for parts in zip(*recalled, strict=True))
+        order = torch.randperm(len(self._images), generator=generator, device=device)
+        self._batches, self._seed = list(torch.split(order, self.batch_size)), seed
+
+    def _shares(self, generator: Generator) -> list[int]:
+        """The images to draw of every class, by systematic sampling.
+
+        A class has its share by its count, rounded up or down at random.
+        """
+        device, num_images = self._images.device, len(self._images)
+        start = torch.rand((), generator=generator, dtype=torch.double, device=device).cpu()
+        positions = (torch.arange(num_images) + start) * (sum(self.counts) / num_images)
+        ends = torch.tensor(self.counts).cumsum(0)
+        chosen = torch.searchsorted(ends, positions, right=True)
+        chosen = chosen.clamp_max(len(ends) - 1)  # a position may round up to the end
+        shares: list[int] = torch.bincount(chosen, minlength=len(ends)).tolist()
+        return shares
+
+    def state(self) -> dict[str, Any]:
+        """Which images are drawn, and how many mini-batches of them are left."""
+        return {"seed": self._seed, "left": len(self._batches)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        if state["seed"] is not None:
+            self._draw(state["seed"])
+            del self._batches[state["left"] :]
+
+
 class PseudoRehearsalPlugin(SupervisedPlugin):
-    r"""The network's old outputs are held on pseudo-images of the old classes.
+    r"""The outputs that each old task was left with are held on pseudo-images of its classes.
 
-    With :math:`N` images in the task and :math:`M` before it the loss gains the penalty
+    With :math:`N` images in the task, :math:`M_k` in the old task :math:`k`, and the parameters
+    :math:`\theta_k` after it, the loss gains
 
-    .. math:: \frac{M}{N} \, E_x \, KL(p_{old}(\cdot \mid x) \| p_\theta(\cdot \mid x))
+    .. math:: \sum_k \frac{M_k}{N} \, E_{x \sim k} \,
+              KL(p_{\theta_k}(\cdot \mid x) \| p_\theta(\cdot \mid x))
 
-    with :math:`x` from :class:`ClassGaussians` and the network before the task as teacher.  The
-    Fisher information is the second derivative of this divergence at the old parameters.  Online
-    EWC with the full matrix is therefore its second-order approximation, on the images themselves.
-    Here it is exact far from the old parameters, on images that are alike in their first two
-    moments only.  There is no strength to tune: a task weighs as many images as it had.
+    with :math:`x` from the task's :class:`ClassGaussians`.  The Fisher information is the second
+    derivative of this divergence at :math:`\theta_k`: EWC with a quadratic per task and the full
+    matrix is its second-order approximation, on the images themselves.  Here it is exact far from
+    the old parameters, on images that are alike in their first two moments only.  There is no
+    strength to tune: a task weighs as many images as it had.
+
+    Every task has its own teacher, so that errors do not add up over tasks.
 
     Sources: A. Robins, *Catastrophic forgetting, rehearsal and pseudorehearsal*, Connection Science
     7, 1995 (doi:10.1080/09540099550039318), with uniform noise as pseudo-images; H. Shin et al.,
@@ -166,8 +241,8 @@ class PseudoRehearsalPlugin(SupervisedPlugin):
         super().__init__()
         self.rank = rank
         self.batch_size = batch_size
-        self.gaussians: ClassGaussians | None = None
-        self.teacher: nn.Module | None = None
+        self.past: list[PastTask] = []
+        self.rehearsal: PseudoImages | None = None
 
     def before_training_exp(self, strategy: Any, **_: Any) -> None:
         """Check the images of the task.
@@ -182,42 +257,39 @@ class PseudoRehearsalPlugin(SupervisedPlugin):
                 "pseudo_rehearsal needs images as rows of floating-point numbers, [n, pixels], got "
                 f"{list(images.shape)} of {images.dtype}."
             )
+        if self.past:
+            self.rehearsal = PseudoImages(self.past, self.batch_size)
 
     def before_backward(self, strategy: Any, **_: Any) -> None:
         """Add the divergence to the loss of the current mini-batch."""
-        if self.gaussians is None or self.teacher is None:
+        if self.rehearsal is None:
             return
-        images, tasks = self.gaussians.draw(self.batch_size)
-        with torch.no_grad():
-            old = avalanche_forward(self.teacher, images, tasks)
-        new = avalanche_forward(strategy.model, images, tasks)
-        divergence = Categorical().kl(old, new).mean()
-        weight = self.gaussians.counts.sum() / len(strategy.experience.data)
-        strategy.loss = strategy.loss + weight * divergence
+        images, old, labels = self.rehearsal.batch()
+        new = avalanche_forward(strategy.model, images, labels)
+        weight = sum(self.rehearsal.counts) / len(strategy.experience.data)
+        strategy.loss = strategy.loss + weight * Categorical().kl(old, new).mean()
 
     def after_training_exp(self, strategy: Any, **_: Any) -> None:
         """Keep the network, and the Gaussians of the task."""
         data = strategy.experience.data
         images, labels, *_rest = data.batch(torch.arange(len(data), device=data.labels.device))
-        new = ClassGaussians.of(images, labels, self.rank, data.task)
-        self.gaussians = new if self.gaussians is None else self.gaussians + new
-        self.teacher = _frozen(strategy.model)
+        gaussians = ClassGaussians.of(images, labels, self.rank)
+        self.past.append(PastTask(gaussians, _frozen(strategy.model), data.task))
+        self.rehearsal = None
 
     def state(self) -> dict[str, Any]:
-        """The Gaussians, and the network after the last task."""
-        gaussians = None if self.gaussians is None else self.gaussians.state()
+        """What is kept of every task, and which pseudo-images are drawn."""
         return {
-            "gaussians": gaussians,
-            "teacher": None if self.teacher is None else self.teacher.state_dict(),
+            "past": [task.state() for task in self.past],
+            "drawn": None if self.rehearsal is None else self.rehearsal.state(),
         }
 
     def restore(self, state: Mapping[str, Any], strategy: Any) -> None:
         """Go on from a state."""
-        if state["teacher"] is not None:
-            tensors = {name: t.to(strategy.device) for name, t in state["gaussians"].items()}
-            self.gaussians = ClassGaussians(**tensors)
-            self.teacher = _frozen(strategy.model)
-            self.teacher.load_state_dict(state["teacher"])
+        self.past = [PastTask.from_state(kept, strategy) for kept in state["past"]]
+        if state["drawn"] is not None:
+            self.rehearsal = PseudoImages(self.past, self.batch_size)
+            self.rehearsal.restore(state["drawn"])
 
 
 def _frozen(model: nn.Module) -> nn.Module:

@@ -125,8 +125,9 @@ def test_what_a_strategy_keeps_is_counted(tmp_path):
     # An anchor and a diagonal, in single precision, and the penalty's last value.
     assert l2["memory"]["kept"] == 4 * (2 * l2["parameters"] + 1)
     rehearsal = run(tmp_path / "rehearsal", "strategy=pseudo_rehearsal", "strategy.rank=3")
-    # For each of the ten digits a mean, three components, a count and a task.
-    expected = 4 * rehearsal["parameters"] + 10 * (4 * 64 * (1 + 3) + 8 + 8)
+    # A network for each of the tasks, and for each of the ten digits a mean and three components.
+    networks = len(rehearsal["accuracy_matrix"]) * rehearsal["parameters"]
+    expected = 4 * (networks + 10 * 64 * (1 + 3))
     assert rehearsal["memory"]["kept"] == expected
 
 

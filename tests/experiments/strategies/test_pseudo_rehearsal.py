@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from experiments.strategies.pseudo_rehearsal import (
-    DRAWS_PER_STEP,
+    BATCHES_PER_DRAW,
     ClassGaussians,
+    PastTask,
+    PseudoImages,
     PseudoRehearsalPlugin,
 )
 from experiments.tasks.benchmarks import TaskData
@@ -29,8 +31,8 @@ def images(num_images=60, num_classes=3):
 
 def test_the_moments_are_those_of_each_class():
     pixels, labels = images()
-    gaussians = ClassGaussians.of(pixels, labels, PIXELS, task=None)
-    assert gaussians.counts.tolist() == [int((labels == k).sum()) for k in labels.unique()]
+    gaussians = ClassGaussians.of(pixels, labels, PIXELS)
+    assert gaussians.counts == [int((labels == k).sum()) for k in labels.unique()]
     for row, label in enumerate(labels.unique()):
         of_class = [pixels[i] for i in range(len(pixels)) if labels[i] == label]
         mean = sum(of_class) / len(of_class)
@@ -42,7 +44,7 @@ def test_the_moments_are_those_of_each_class():
 
 def test_a_low_rank_keeps_the_principal_components():
     pixels, labels = images(num_classes=1)
-    factor = ClassGaussians.of(pixels, labels, 2, task=None).factors[0]
+    factor = ClassGaussians.of(pixels, labels, 2).factors[0]
     _left, values, right = torch.linalg.svd(pixels - pixels.mean(0), full_matrices=False)
     best = (right[:2].T * values[:2].square() / len(pixels)) @ right[:2]
     torch.testing.assert_close(factor.T @ factor, best, rtol=1e-4, atol=1e-5)
@@ -52,7 +54,7 @@ def test_a_low_rank_keeps_the_principal_components():
 def test_a_class_may_have_fewer_images_than_pixels(num_images):
     pixels, _ = images(num_images=num_images)
     labels = torch.zeros(num_images, dtype=torch.long)
-    gaussians = ClassGaussians.of(pixels, labels, 5, task=None)
+    gaussians = ClassGaussians.of(pixels, labels, 5)
     assert gaussians.factors.shape == (1, 5, PIXELS)
     factor, deviations = gaussians.factors[0], pixels - pixels.mean(0)
     expected = deviations.T @ deviations / num_images
@@ -63,7 +65,7 @@ def test_pixels_that_are_nearly_always_0_do_no_harm(mnist_root):
     train, _ = MNIST().load(mnist_root)
     ones = train.pixels[train.labels == 1]
     torch.set_flush_denormal(False)  # with denormal numbers eigh fails in single precision
-    factor = ClassGaussians.of(ones, torch.ones(len(ones)), 50, task=None).factors[0]
+    factor = ClassGaussians.of(ones, torch.ones(len(ones)), 50).factors[0]
     deviations = (ones - ones.mean(0)).double()
     _left, values, _right = torch.linalg.svd(deviations, full_matrices=False)
     variances = values[:50].square() / len(ones)
@@ -83,8 +85,9 @@ def test_other_images_are_refused_before_training(bad):
 
 def test_drawn_images_have_the_moments_of_the_classes():
     pixels, labels = images(num_classes=1)
-    gaussians = ClassGaussians.of(pixels, labels, PIXELS, task=None)
-    drawn, _ = gaussians.draw(40_000)
+    gaussians = ClassGaussians.of(pixels, labels, PIXELS)
+    drawn = torch.empty(40_000, PIXELS)
+    gaussians.draw([len(drawn)], torch.Generator().manual_seed(0), out=drawn)
     covariance = gaussians.factors[0].T @ gaussians.factors[0]
     error = covariance.diagonal().sqrt() / len(drawn) ** 0.5
     assert float(((drawn.mean(0) - gaussians.means[0]) / error).abs().max()) < 4
@@ -94,16 +97,52 @@ def test_drawn_images_have_the_moments_of_the_classes():
     assert float(((torch.cov(drawn.T, correction=0) - covariance) / spread).abs().max()) < 4
 
 
-def test_tasks_are_drawn_in_proportion_to_their_images():
-    counts, tasks = torch.tensor([5, 1, 30, 24]), torch.tensor([3, 1, 0, 2])
-    factors = torch.zeros(4, 2, PIXELS)
-    gaussians = ClassGaussians(torch.zeros(4, PIXELS), factors, counts, tasks)
-    drawn = torch.cat([gaussians.draw(DRAWS_PER_STEP)[1] for _ in range(2000)])
-    for count, task in zip(counts, tasks, strict=True):
-        share = float((drawn == task).double().mean())
-        expected = float(count / counts.sum())
-        # Systematic draws vary less than independent ones.
-        assert abs(share - expected) < 4 * (expected / len(drawn)) ** 0.5
+def test_so_many_images_of_every_class_are_drawn():
+    pixels, labels = images()
+    gaussians = ClassGaussians.of(pixels, labels, PIXELS)
+    gaussians.factors.zero_()
+    drawn = torch.empty(5, PIXELS)
+    gaussians.draw([3, 2], torch.Generator(), out=drawn)
+    torch.testing.assert_close(drawn, gaussians.means[[0, 0, 0, 1, 1]])
+
+
+def drawn(rehearsal):
+    """All mini-batches of one draw: images, outputs, and task labels."""
+    batches = [rehearsal.batch() for _ in range(BATCHES_PER_DRAW)]
+    return [torch.cat(parts) for parts in zip(*batches, strict=True)]
+
+
+def test_classes_are_drawn_in_proportion_to_their_images():
+    past = []
+    for task, counts in enumerate([[5, 1], [30, 24]]):
+        # The pixels of an image say which class it is of.
+        means = torch.tensor([[2.0 * task], [2.0 * task + 1]])
+        gaussians = ClassGaussians(means, torch.zeros(2, 1, 1), counts)
+        past.append(PastTask(gaussians, nn.Linear(1, 2), task))
+    rehearsal = PseudoImages(past, 25)
+    num_images = 25 * BATCHES_PER_DRAW
+    numbers = torch.zeros(4)
+    for _ in range(200):
+        images, _outputs, labels = drawn(rehearsal)
+        assert len(images) == num_images
+        assert torch.equal(labels, images[:, 0].long() // 2)
+        of_draw = torch.bincount(images[:, 0].long(), minlength=4)
+        expected = torch.tensor([5, 1, 30, 24]) * (num_images / 60)
+        assert float((of_draw - expected).abs().max()) < 1
+        numbers += of_draw
+        # No batch is made of a few classes only.
+        assert set(images[:25, 0].tolist()) >= {2.0, 3.0}
+    # A share is rounded up or down at random: 33.33, 6.67, 200 and 160 in the mean.
+    torch.testing.assert_close(numbers / 200, expected, rtol=0, atol=0.15)
+
+
+def test_drawn_images_are_used_once():
+    pixels, labels = images()
+    plugin = PseudoRehearsalPlugin(rank=2, batch_size=4)
+    learnt(MLP(hidden=[5]).build(PIXELS, 3, None), plugin, pixels, labels)
+    rehearsal = PseudoImages(plugin.past, 4)
+    seen = torch.cat([drawn(rehearsal)[0] for _ in range(3)])
+    assert len(seen.unique(dim=0)) == len(seen)
 
 
 def learnt(model, plugin, pixels, labels, task=None):
@@ -113,39 +152,45 @@ def learnt(model, plugin, pixels, labels, task=None):
 
 
 @pytest.mark.parametrize("heads", [None, 2])
-def test_the_loss_gains_the_divergence_from_the_old_network(heads):
+def test_the_loss_gains_the_divergence_from_the_network_after_each_task(heads):
     pixels, labels = images()
     model = MLP(hidden=[5]).build(PIXELS, 3, heads)
-    plugin = PseudoRehearsalPlugin(rank=2, batch_size=DRAWS_PER_STEP)
+    plugin = PseudoRehearsalPlugin(rank=2, batch_size=16)
+    states = []
     for task in range(2):
-        learnt(model, plugin, pixels, labels, None if heads is None else task)
-    old = {name: value.clone() for name, value in model.state_dict().items()}
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter))  # the teacher must be a copy
+        shifted = pixels + 100 * task  # so that an image tells its task
+        learnt(model, plugin, shifted, labels, None if heads is None else task)
+        states.append({name: value.clone() for name, value in model.state_dict().items()})
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))  # the teacher must be a copy
     new = {name: value.clone() for name, value in model.state_dict().items()}
 
     data = TaskData(Images(pixels[:40], labels[:40]), labels[:40], None, None, None)
     strategy = SimpleNamespace(
         model=model, loss=torch.tensor(0.7), experience=SimpleNamespace(data=data)
     )
+    plugin.rehearsal = PseudoImages(plugin.past, plugin.batch_size)
     torch.manual_seed(1)
     plugin.before_backward(strategy)
     torch.manual_seed(1)
-    drawn, tasks = plugin.gaussians.draw(DRAWS_PER_STEP)
-    assert set(tasks.tolist()) == ({-1} if heads is None else {0, 1})
+    images_of_step, _outputs, _labels = PseudoImages(plugin.past, plugin.batch_size).batch()
 
     total = 0.0
-    for image, task in zip(drawn, tasks, strict=True):
+    seen = set()
+    for image in images_of_step:
+        task = int(image.mean() > 50)
+        seen.add(task)
         logits = []
-        for state in (old, new):
+        for state in (states[task], new):
             model.load_state_dict(state)
-            arguments = () if heads is None else (task[None],)
+            arguments = () if heads is None else (torch.tensor([task]),)
             logits.append(model(image[None], *arguments)[0].detach().double())
-        p, q = (values.exp() / values.exp().sum() for values in logits)
-        total += sum(float(a * (a / b).log()) for a, b in zip(p, q, strict=True))
+        log_p, log_q = (values.log_softmax(0) for values in logits)
+        total += float((log_p.exp() * (log_p - log_q)).sum())
+    assert seen == {0, 1}
     # Two tasks of 60 images stand against the 40 in training.
-    expected = 0.7 + 120 / 40 * total / len(drawn)
+    expected = 0.7 + 120 / 40 * total / len(images_of_step)
     assert expected > 1
     assert strategy.loss.item() == pytest.approx(expected, rel=1e-4)
 
@@ -154,3 +199,47 @@ def test_the_first_task_is_trained_as_by_fine_tuning():
     strategy = SimpleNamespace(model=nn.Linear(PIXELS, 3), loss=torch.tensor(0.7))
     PseudoRehearsalPlugin(2, 16).before_backward(strategy)
     assert float(strategy.loss) == pytest.approx(0.7)
+
+
+def test_the_next_task_draws_from_the_one_that_has_ended():
+    pixels, labels = images()
+    model = MLP(hidden=[5]).build(PIXELS, 3, None)
+    plugin = PseudoRehearsalPlugin(rank=2, batch_size=16)
+    learnt(model, plugin, pixels, labels)
+    data = TaskData(Images(pixels, labels), labels, None, None, None)
+    strategy = SimpleNamespace(model=model, experience=SimpleNamespace(data=data))
+    plugin.before_training_exp(strategy)
+    assert plugin.rehearsal.batch()[0].max() < 50
+    learnt(model, plugin, pixels + 100, labels)
+    assert plugin.state()["drawn"] is None
+    plugin.before_training_exp(strategy)
+    assert plugin.rehearsal.batch()[0].max() > 50
+
+
+def test_a_task_without_an_image_in_the_draw_is_left_out():
+    rare = ClassGaussians(torch.zeros(1, 1), torch.zeros(1, 1, 1), [1])
+    frequent = ClassGaussians(torch.ones(1, 1), torch.zeros(1, 1, 1), [10**6])
+    network = MLP(hidden=[3]).build(1, 2, 2)
+    past = [PastTask(rare, network, 0), PastTask(frequent, network, 1)]
+    images, _outputs, labels = drawn(PseudoImages(past, 1))
+    assert images.min() == labels.min() == 1
+
+
+@pytest.mark.parametrize("used", [0, 3, BATCHES_PER_DRAW])
+def test_a_restored_plugin_goes_on_with_the_same_images(used):
+    pixels, labels = images()
+    model = MLP(hidden=[5]).build(PIXELS, 3, None)
+    plugin = PseudoRehearsalPlugin(rank=2, batch_size=16)
+    learnt(model, plugin, pixels, labels)
+    plugin.rehearsal = PseudoImages(plugin.past, plugin.batch_size)
+    for _ in range(used):
+        plugin.rehearsal.batch()
+    random, state = torch.get_rng_state(), plugin.state()
+    expected = [plugin.rehearsal.batch() for _ in range(20)]
+
+    other = PseudoRehearsalPlugin(rank=2, batch_size=16)
+    other.restore(state, SimpleNamespace(model=model, device=torch.device("cpu")))
+    torch.set_rng_state(random)
+    for batch in expected:
+        for one, two in zip(batch, other.rehearsal.batch(), strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=0)
