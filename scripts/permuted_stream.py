@@ -1,13 +1,15 @@
-"""A stream of permuted MNIST tasks, one pass, one image at a time.
+"""A stream of permuted MNIST tasks, learnt one image at a time.
 
     python scripts/permuted_stream.py [--data-root DIR] [--tasks 200] [--seeds 0 1 2]
 
-The protocol of MESU (Bonnet et al., Nature Communications 2025): 200 tasks of 60,000 images,
-a network 784-512-10, batches of one image, and the accuracy on the last five tasks.  EWC keeps one
-quadratic whose information fades (``Online(decay)``), and takes an implicit step of it every
-hundred images.  The information is taken after each task from its last images.
+The protocol of MESU (Nature Communications 2025, doi:10.1038/s41467-025-64601-w): 200 tasks of
+60,000 images, a network 784-512-10, one pass of batches of one image, and the accuracy on the last
+five tasks.  EWC keeps one quadratic whose information fades (``Online(decay)``), and takes an
+implicit step of it every hundred images.  Unlike MESU it is told where a task ends.  There it reads
+the last 5,000 images of the task a second time, for their Fisher information.  Strength and decay
+were chosen on seed 100 with 16 tasks.
 
-The experiment runner needs a millisecond for a step, five hours for such a stream.  The step here
+A step of the experiment runner takes 1.4 ms, which is five hours for such a stream.  The step here
 reads and writes only the weights of pixels that are not 0, and is an exact step of gradient descent
 (``tests/scripts/test_permuted_stream.py``).
 """
@@ -15,6 +17,7 @@ reads and writes only the weights of pixels that are not 0, and is an exact step
 import argparse
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +30,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ewc import EWCPenalty, Online, fisher_information
+from ewc.checks import check_count
 from experiments.tasks.images import MNIST, Images, default_data_root
 
 Indices = NDArray[np.int64]
@@ -45,7 +49,7 @@ EVERY = 10
 
 
 def network(num_inputs: int, units: int, num_outputs: int) -> nn.Sequential:
-    """A network with one hidden layer, whose weights lie together by input."""
+    """A network with one hidden layer; the weights of one input lie side by side."""
     first = nn.Linear(num_inputs, units)
     first.weight.data = first.weight.data.T.contiguous().T
     return nn.Sequential(first, nn.ReLU(), nn.Linear(units, num_outputs))
@@ -63,7 +67,7 @@ def step(model: nn.Sequential, inputs: Indices, values: Tensor, label: int, lr: 
         lr: the learning rate.
     """
     first, second = model[0], model[2]
-    by_input = first.weight.detach().numpy().T  # which torch writes five times as slowly
+    by_input = first.weight.detach().numpy().T  # numpy writes rows five times as fast
     rows = torch.from_numpy(by_input[inputs])
     hidden = torch.addmv(first.bias, rows.T, values).relu_()
     error = torch.addmv(second.bias, second.weight, hidden).softmax(0)
@@ -93,16 +97,15 @@ def permuted(pixels: Tensor, permutation: Tensor) -> Tensor:
 def run(
     train: Images, test: Images, seed: int, options: argparse.Namespace
 ) -> tuple[list[float], float]:
-    """The accuracies on the last tasks after the stream, and the mean of those on a new task."""
+    """The accuracies on the last tasks in the end, and the mean accuracy on a task just learnt."""
     torch.manual_seed(seed)
     model = network(train.pixels.shape[1], options.units, 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=options.lr)  # its learning rate is read
     penalty = EWCPenalty(options.strength, Online(options.decay))
-    penalty.num_examples = len(train)
     active = [row.nonzero()[:, 0].numpy() for row in train.pixels]
     values = [row[row != 0] for row in train.pixels]
     labels = train.labels.tolist()
-    permutations: list[Tensor] = []
+    permutations: deque[Tensor] = deque(maxlen=LAST)
     learnt: list[float] = []
     last: list[float] = []
     started = time.perf_counter()
@@ -121,7 +124,7 @@ def run(
                 model, zip(images, train.labels[rows].split(1000), strict=True)
             )
             penalty.consolidate(fisher, model, num_examples=len(train))
-        last = [accuracy(model, test, permutation) for permutation in permutations[-LAST:]]
+        last = [accuracy(model, test, permutation) for permutation in permutations]
         learnt.append(last[-1])
         if task % EVERY == 0 or task == options.tasks:
             print(_line(seed, task, last, time.perf_counter() - started), flush=True)
@@ -144,7 +147,8 @@ def main() -> None:
     parser.add_argument("--strength", type=float, default=10.0, help="0 for fine-tuning")
     parser.add_argument("--decay", type=float, default=0.7)
     options = parser.parse_args()
-    torch.set_flush_denormal(True)
+    check_count(options.tasks, "--tasks")
+    torch.set_flush_denormal(True)  # denormal numbers are up to six times as slow
     train, test = MNIST().load(options.data_root)
     print(
         f"| seed | tasks | mean of the last {LAST} | each, in % | seconds |\n|---|---|---|---|---|"

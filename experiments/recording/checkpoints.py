@@ -19,7 +19,7 @@ from experiments.recording.folder import CHECKPOINTS, METRICS, checkpoint_files
 
 _log = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 """The format of the files; one of another format is refused."""
 
 KEEP = 2

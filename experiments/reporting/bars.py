@@ -24,8 +24,8 @@ def bars_table(bars: Sequence[Mapping[str, Any]], jobs: Mapping[str, Jobs]) -> l
     is the decades of strength within a point of the best, at least the bar.  With ``default`` it is
     the points by which this strength is under the best one, at most the bar.  Strengths are
     compared on the seeds that both have.  There is no verdict if the default is the smallest or
-    largest strength.  With ``values`` it is the mean of these accuracies in percent, of the command
-    that the remark names, and there is no recipe.
+    largest strength.  A bar without a recipe has ``values``, accuracies in percent, and the
+    ``command`` that printed them.
 
     Args:
         bars: the bars, each with ``name``, ``published``, ``bar``, ``recipe``, the ``settings`` of
@@ -37,7 +37,7 @@ def bars_table(bars: Sequence[Mapping[str, Any]], jobs: Mapping[str, Jobs]) -> l
     for bar in bars:
         members = [
             job
-            for job in finished(jobs.get(bar.get("recipe", ""), []))
+            for job in ([] if "values" in bar else finished(jobs.get(bar["recipe"], [])))
             if has_options(options_of(job), bar["settings"])
         ]
         value, shown = measured(bar, members)
@@ -49,7 +49,8 @@ def bars_table(bars: Sequence[Mapping[str, Any]], jobs: Mapping[str, Jobs]) -> l
         rows.append([bar["name"], published, limit, shown, verdict])
     remarks = []
     for bar in bars:
-        if sentences := bar.get("remark"):
+        command = [f"`{bar['command']}`"] if "values" in bar else []
+        if sentences := [*command, *bar.get("remark", [])]:
             remarks += [f"- {bar['name']}", *(f"  - {sentence}" for sentence in sentences)]
     table = markdown(["benchmark", "published", "bar", "measured", "met"], rows)
     return [*table, *([""] if remarks else []), *remarks]

@@ -45,12 +45,12 @@ class PseudoRehearsal(Strategy):
 
 
 class ClassGaussians:
-    r"""A Gaussian for the images of each class of a task: sums over images, no image.
+    r"""A Gaussian for the images of each class of a task.
 
-    A pseudo-image is :math:`m + \sum_i z_i \sqrt{\lambda_i} v_i` with :math:`z \sim N(0, I)`.
-    :math:`m` is the mean of the class, and :math:`\lambda_i`, :math:`v_i` are the leading
-    eigenvalues and eigenvectors of its covariance.  Pixels are not cut to the range of images,
-    which would shift the mean.
+    It keeps sums over images, and no image.  A pseudo-image is
+    :math:`m + \sum_i z_i \sqrt{\lambda_i} v_i` with :math:`z \sim N(0, I)`.  :math:`m` is the mean
+    of the class, and :math:`\lambda_i`, :math:`v_i` are the leading eigenvalues and eigenvectors of
+    its covariance.  Pixels are not cut to the range of images, which would shift the mean.
 
     Attributes:
         means: ``[g, pixels]``.
@@ -81,7 +81,13 @@ class ClassGaussians:
         return cls(torch.stack(means), torch.stack(factors), counts)
 
     def draw(self, numbers: Sequence[int], generator: Generator, out: Tensor) -> None:
-        """Draw so many pseudo-images of every class into the rows of ``out``, ``[n, pixels]``."""
+        """Draw ``numbers[i]`` pseudo-images of class ``i`` into ``out``, class by class.
+
+        Args:
+            numbers: the images to draw of each class.
+            generator: a generator on the device of the means.
+            out: ``[n, pixels]`` with ``n`` the sum of ``numbers``.
+        """
         classes = zip(self.means, self.factors, torch.split(out, list(numbers)), strict=True)
         for mean, factor, rows in classes:
             shape = len(rows), len(factor)
@@ -116,7 +122,7 @@ class PastTask:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], strategy: Any) -> "PastTask":
-        """What :meth:`state` was taken of, with a teacher as the network of ``strategy``."""
+        """The task that ``state`` describes; its teacher is built like the strategy's network."""
         kept = state["gaussians"]
         means, factors = (kept[name].to(strategy.device) for name in ("means", "factors"))
         teacher = _frozen(strategy.model)
@@ -127,7 +133,7 @@ class PastTask:
 def _principal_components(deviations: Tensor, rank: int) -> Tensor:
     r"""The rows :math:`\sqrt{\lambda_i} v_i` of the covariance, ``[min(rank, pixels), pixels]``.
 
-    There are fewer rows that are not 0 where there are fewer images.
+    Rows beyond the number of images are 0.
     """
     num_images, num_pixels = deviations.shape
     rank = min(rank, num_pixels)
@@ -158,16 +164,16 @@ class PseudoImages:
         means = past[0].gaussians.means
         # Written again in each draw: fresh memory would take longer than the images.
         self._images = means.new_empty(BATCHES_PER_DRAW * batch_size, means.shape[1])
-        self._outputs = self._labels = self._images
-        self._batches: list[Tensor] = []
-        self._seed: int | None = None
+        self._drawn: list[Tensor] = []  # images, outputs, labels
+        self._batches: list[Tensor] = []  # the rows of each mini-batch that is left
+        self._seed = 0
 
     def batch(self) -> list[Tensor]:
         """Pseudo-images ``[n, pixels]``, their old outputs ``[n, c]`` and task labels ``[n]``."""
         if not self._batches:
             self._draw(int(torch.randint(2**62, ())))
         rows = self._batches.pop()
-        return [of_all[rows] for of_all in (self._images, self._outputs, self._labels)]
+        return [of_all[rows] for of_all in self._drawn]
 
     def _draw(self, seed: int) -> None:
         """Draw the images of the next mini-batches, and shuffle them."""
@@ -180,8 +186,9 @@ class PseudoImages:
         for task, share, images in zip(self.past, shares, of_tasks, strict=True):
             if len(images):
                 task.gaussians.draw(share, generator, out=images)
-                recalled.append(task.outputs(images))
-        self._outputs, self._labels = (torch.cat(parts) for parts in zip(*recalled, strict=True))
+                recalled += [task.outputs(part) for part in torch.split(images, self.batch_size)]
+        outputs, labels = (torch.cat(parts) for parts in zip(*recalled, strict=True))
+        self._drawn = [self._images, outputs, labels]
         order = torch.randperm(len(self._images), generator=generator, device=device)
         self._batches, self._seed = list(torch.split(order, self.batch_size)), seed
 
@@ -205,7 +212,7 @@ class PseudoImages:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
-        if state["seed"] is not None:
+        if state["left"]:
             self._draw(state["seed"])
             del self._batches[state["left"] :]
 
@@ -220,12 +227,12 @@ class PseudoRehearsalPlugin(SupervisedPlugin):
               KL(p_{\theta_k}(\cdot \mid x) \| p_\theta(\cdot \mid x))
 
     with :math:`x` from the task's :class:`ClassGaussians`.  The Fisher information is the second
-    derivative of this divergence at :math:`\theta_k`: EWC with a quadratic per task and the full
-    matrix is its second-order approximation, on the images themselves.  Here it is exact far from
-    the old parameters, on images that are alike in their first two moments only.  There is no
-    strength to tune: a task weighs as many images as it had.
+    derivative of this divergence at :math:`\theta_k`: EWC at strength 1, with a quadratic per task
+    and the full matrix, is its second-order approximation on the images themselves.  Here it is
+    exact far from the old parameters, on images that have only the class means and the leading part
+    of the covariances.  There is no strength to tune: a task weighs as many images as it had.
 
-    Every task has its own teacher, so that errors do not add up over tasks.
+    Every task has its own teacher, so that the errors of one are not passed on to the next.
 
     Sources: A. Robins, *Catastrophic forgetting, rehearsal and pseudorehearsal*, Connection Science
     7, 1995 (doi:10.1080/09540099550039318), with uniform noise as pseudo-images; H. Shin et al.,

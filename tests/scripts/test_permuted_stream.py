@@ -1,11 +1,13 @@
 """The sparse step against torch's own gradient descent, and the stream on a few images."""
 
 import argparse
+import copy
 
 import permuted_stream
 import torch
 from torch import nn
 
+from ewc import EWCPenalty
 from experiments.tasks.images import Images
 
 
@@ -23,7 +25,7 @@ def test_a_step_is_gradient_descent_on_the_cross_entropy():
         torch.testing.assert_close(value.detach(), wanted)
 
 
-def test_a_permuted_image_has_its_pixels_where_the_step_writes():
+def test_a_pixel_moves_to_its_place_in_the_permutation():
     pixels = torch.rand(3, 6)
     permutation = torch.randperm(6)
     moved = permuted_stream.permuted(pixels, permutation)
@@ -32,15 +34,18 @@ def test_a_permuted_image_has_its_pixels_where_the_step_writes():
             assert other[permutation[place]] == value
 
 
-def test_the_penalty_keeps_old_tasks(monkeypatch, capsys):
-    monkeypatch.setattr(permuted_stream, "FISHER_IMAGES", 200)
+def some_images():
+    """600 images of ten classes, of which most pixels are 0."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(600) % 10
-    prototypes = torch.rand(10, 64, generator=generator) * (
-        torch.rand(10, 64, generator=generator) < 0.3
-    )
-    noise = torch.rand(600, 64, generator=generator)
-    images = Images(prototypes[labels] * noise, labels)
+    prototypes = torch.rand(10, 64, generator=generator)
+    prototypes *= torch.rand(10, 64, generator=generator) < 0.3
+    return Images(prototypes[labels] * torch.rand(600, 64, generator=generator), labels)
+
+
+def test_the_penalty_keeps_old_tasks(monkeypatch, capsys):
+    monkeypatch.setattr(permuted_stream, "FISHER_IMAGES", 200)
+    images = some_images()
     options = {"tasks": 4, "units": 32, "lr": 0.05, "decay": 1.0}
     firsts = []
     for strength in (0.0, 30.0):
@@ -52,3 +57,41 @@ def test_the_penalty_keeps_old_tasks(monkeypatch, capsys):
         firsts.append(last[0])
     assert firsts[1] > firsts[0] + 10
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_the_information_is_of_the_permuted_images_and_fades(monkeypatch, capsys):
+    seen = []
+    consolidate = EWCPenalty.consolidate
+
+    def spy(penalty, fisher, model, *, num_examples):
+        consolidate(penalty, fisher, model, num_examples=num_examples)
+        seen.append((penalty, fisher, copy.deepcopy(model), num_examples))
+
+    monkeypatch.setattr(EWCPenalty, "consolidate", spy)
+    monkeypatch.setattr(permuted_stream, "FISHER_IMAGES", 600)
+    images = some_images()
+    options = argparse.Namespace(tasks=2, units=8, lr=0.05, decay=0.6, strength=5.0)
+    permuted_stream.run(images, images, 3, options)
+
+    torch.manual_seed(3)
+    permuted_stream.network(64, 8, 10)
+    diagonals = []
+    for _penalty, fisher, model, num_examples in seen:
+        places = torch.randperm(64)
+        torch.randperm(600)  # the order of the images
+        expected = torch.zeros_like(model[0].weight)
+        for pixels in permuted_stream.permuted(images.pixels, places):
+            outputs = model(pixels)
+            for label, share in enumerate(outputs.detach().softmax(0)):
+                loss = nn.functional.cross_entropy(outputs, torch.tensor(label))
+                (gradient,) = torch.autograd.grad(loss, [model[0].weight], retain_graph=True)
+                expected += share * gradient.square() / 600
+        torch.testing.assert_close(fisher.diagonal()["0.weight"], expected, rtol=1e-3, atol=1e-6)
+        assert num_examples == 600
+        diagonals.append(expected)
+    # The penalty is half of strength times the faded sum, relative to the images of a task.
+    penalty, _fisher, moved, _num_examples = seen[-1]
+    with torch.no_grad():
+        moved[0].weight += 0.1
+    wanted = 5.0 / 2 * 0.01 * (0.6 * diagonals[0] + diagonals[1]).sum()
+    torch.testing.assert_close(penalty(moved).detach(), wanted, rtol=1e-3, atol=0)

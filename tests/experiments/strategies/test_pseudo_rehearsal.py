@@ -1,11 +1,13 @@
 """Pseudo-rehearsal against its definition: drawn images, their shares, and the divergence."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from ewc.tensor_file import joined, separated
 from experiments.strategies.pseudo_rehearsal import (
     BATCHES_PER_DRAW,
     ClassGaussians,
@@ -20,7 +22,7 @@ from experiments.training.models import MLP
 PIXELS = 6
 
 
-def images(num_images=60, num_classes=3):
+def some_images(num_images=60, num_classes=3):
     """Correlated images with a mean of their own in every class, of unequal sizes."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(num_images) ** 2 % num_classes
@@ -30,7 +32,7 @@ def images(num_images=60, num_classes=3):
 
 
 def test_the_moments_are_those_of_each_class():
-    pixels, labels = images()
+    pixels, labels = some_images()
     gaussians = ClassGaussians.of(pixels, labels, PIXELS)
     assert gaussians.counts == [int((labels == k).sum()) for k in labels.unique()]
     for row, label in enumerate(labels.unique()):
@@ -43,7 +45,7 @@ def test_the_moments_are_those_of_each_class():
 
 
 def test_a_low_rank_keeps_the_principal_components():
-    pixels, labels = images(num_classes=1)
+    pixels, labels = some_images(num_classes=1)
     factor = ClassGaussians.of(pixels, labels, 2).factors[0]
     _left, values, right = torch.linalg.svd(pixels - pixels.mean(0), full_matrices=False)
     best = (right[:2].T * values[:2].square() / len(pixels)) @ right[:2]
@@ -52,7 +54,7 @@ def test_a_low_rank_keeps_the_principal_components():
 
 @pytest.mark.parametrize("num_images", [1, 4])
 def test_a_class_may_have_fewer_images_than_pixels(num_images):
-    pixels, _ = images(num_images=num_images)
+    pixels, _ = some_images(num_images=num_images)
     labels = torch.zeros(num_images, dtype=torch.long)
     gaussians = ClassGaussians.of(pixels, labels, 5)
     assert gaussians.factors.shape == (1, 5, PIXELS)
@@ -84,7 +86,7 @@ def test_other_images_are_refused_before_training(bad):
 
 
 def test_drawn_images_have_the_moments_of_the_classes():
-    pixels, labels = images(num_classes=1)
+    pixels, labels = some_images(num_classes=1)
     gaussians = ClassGaussians.of(pixels, labels, PIXELS)
     drawn = torch.empty(40_000, PIXELS)
     gaussians.draw([len(drawn)], torch.Generator().manual_seed(0), out=drawn)
@@ -97,8 +99,8 @@ def test_drawn_images_have_the_moments_of_the_classes():
     assert float(((torch.cov(drawn.T, correction=0) - covariance) / spread).abs().max()) < 4
 
 
-def test_so_many_images_of_every_class_are_drawn():
-    pixels, labels = images()
+def test_each_class_gets_its_number_of_images():
+    pixels, labels = some_images()
     gaussians = ClassGaussians.of(pixels, labels, PIXELS)
     gaussians.factors.zero_()
     drawn = torch.empty(5, PIXELS)
@@ -106,7 +108,7 @@ def test_so_many_images_of_every_class_are_drawn():
     torch.testing.assert_close(drawn, gaussians.means[[0, 0, 0, 1, 1]])
 
 
-def drawn(rehearsal):
+def all_of_a_draw(rehearsal):
     """All mini-batches of one draw: images, outputs, and task labels."""
     batches = [rehearsal.batch() for _ in range(BATCHES_PER_DRAW)]
     return [torch.cat(parts) for parts in zip(*batches, strict=True)]
@@ -123,7 +125,7 @@ def test_classes_are_drawn_in_proportion_to_their_images():
     num_images = 25 * BATCHES_PER_DRAW
     numbers = torch.zeros(4)
     for _ in range(200):
-        images, _outputs, labels = drawn(rehearsal)
+        images, _outputs, labels = all_of_a_draw(rehearsal)
         assert len(images) == num_images
         assert torch.equal(labels, images[:, 0].long() // 2)
         of_draw = torch.bincount(images[:, 0].long(), minlength=4)
@@ -137,11 +139,11 @@ def test_classes_are_drawn_in_proportion_to_their_images():
 
 
 def test_drawn_images_are_used_once():
-    pixels, labels = images()
+    pixels, labels = some_images()
     plugin = PseudoRehearsalPlugin(rank=2, batch_size=4)
     learnt(MLP(hidden=[5]).build(PIXELS, 3, None), plugin, pixels, labels)
     rehearsal = PseudoImages(plugin.past, 4)
-    seen = torch.cat([drawn(rehearsal)[0] for _ in range(3)])
+    seen = torch.cat([all_of_a_draw(rehearsal)[0] for _ in range(3)])
     assert len(seen.unique(dim=0)) == len(seen)
 
 
@@ -153,7 +155,7 @@ def learnt(model, plugin, pixels, labels, task=None):
 
 @pytest.mark.parametrize("heads", [None, 2])
 def test_the_loss_gains_the_divergence_from_the_network_after_each_task(heads):
-    pixels, labels = images()
+    pixels, labels = some_images()
     model = MLP(hidden=[5]).build(PIXELS, 3, heads)
     plugin = PseudoRehearsalPlugin(rank=2, batch_size=16)
     states = []
@@ -202,7 +204,7 @@ def test_the_first_task_is_trained_as_by_fine_tuning():
 
 
 def test_the_next_task_draws_from_the_one_that_has_ended():
-    pixels, labels = images()
+    pixels, labels = some_images()
     model = MLP(hidden=[5]).build(PIXELS, 3, None)
     plugin = PseudoRehearsalPlugin(rank=2, batch_size=16)
     learnt(model, plugin, pixels, labels)
@@ -221,24 +223,31 @@ def test_a_task_without_an_image_in_the_draw_is_left_out():
     frequent = ClassGaussians(torch.ones(1, 1), torch.zeros(1, 1, 1), [10**6])
     network = MLP(hidden=[3]).build(1, 2, 2)
     past = [PastTask(rare, network, 0), PastTask(frequent, network, 1)]
-    images, _outputs, labels = drawn(PseudoImages(past, 1))
+    images, _outputs, labels = all_of_a_draw(PseudoImages(past, 1))
     assert images.min() == labels.min() == 1
 
 
 @pytest.mark.parametrize("used", [0, 3, BATCHES_PER_DRAW])
 def test_a_restored_plugin_goes_on_with_the_same_images(used):
-    pixels, labels = images()
-    model = MLP(hidden=[5]).build(PIXELS, 3, None)
+    pixels, labels = some_images()
+    model = MLP(hidden=[5], dropout=0.5).build(PIXELS, 3, 2).train()
     plugin = PseudoRehearsalPlugin(rank=2, batch_size=16)
-    learnt(model, plugin, pixels, labels)
+    for task in (1, 0):
+        learnt(model, plugin, pixels + 100 * task, labels, task)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
     plugin.rehearsal = PseudoImages(plugin.past, plugin.batch_size)
     for _ in range(used):
         plugin.rehearsal.batch()
-    random, state = torch.get_rng_state(), plugin.state()
+    random = torch.get_rng_state()
+    tensors, outline = separated(plugin.state())
     expected = [plugin.rehearsal.batch() for _ in range(20)]
+    assert set(expected[0][2].tolist()) == {0, 1}
 
     other = PseudoRehearsalPlugin(rank=2, batch_size=16)
-    other.restore(state, SimpleNamespace(model=model, device=torch.device("cpu")))
+    strategy = SimpleNamespace(model=model, device=torch.device("cpu"))
+    other.restore(joined(tensors, json.loads(json.dumps(outline))), strategy)
     torch.set_rng_state(random)
     for batch in expected:
         for one, two in zip(batch, other.rehearsal.batch(), strict=True):
