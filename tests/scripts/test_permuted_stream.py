@@ -1,9 +1,10 @@
-"""The sparse step against torch's own gradient descent, and the stream on a few images."""
+"""The blocks of steps against torch's own gradient descent, and the stream on a few images."""
 
 import argparse
 import copy
 
 import permuted_stream
+import pytest
 import torch
 from torch import nn
 
@@ -11,18 +12,36 @@ from ewc import EWCPenalty
 from experiments.tasks.images import Images
 
 
-def test_a_step_is_gradient_descent_on_the_cross_entropy():
-    model = permuted_stream.network(12, 7, 4)
-    image = torch.tensor([0, 0.5, 0, 0, 1.0, 0.25, 0, 0, 0, 0.75, 0, 0])
-    parameters = list(model.parameters())
-    loss = nn.functional.cross_entropy(model(image)[None], torch.tensor([2]))
-    gradients = torch.autograd.grad(loss, parameters)
-    expected = [p.detach() - 0.3 * g for p, g in zip(parameters, gradients, strict=True)]
-    assert all(gradient.any() for gradient in gradients)
-    inputs = image.nonzero()[:, 0].numpy()
-    permuted_stream.step(model, inputs, image[inputs], 2, 0.3)
-    for value, wanted in zip(parameters, expected, strict=True):
-        torch.testing.assert_close(value.detach(), wanted)
+def test_each_image_is_a_step_of_gradient_descent():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 4))
+    expected = copy.deepcopy(model)
+    images, labels = torch.rand(6, 12), [2, 0, 3, 3, 1, 2]
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.3)
+    for image, label in zip(images, labels, strict=True):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(expected(image)[None], torch.tensor([label])).backward()
+        assert all(parameter.grad.any() for parameter in expected.parameters())
+        optimizer.step()
+    permuted_stream.descend(model, images, labels, 0.3)
+    for value, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(value, wanted)
+
+
+def test_weight_decay_is_that_of_gradient_descent():
+    """Where no image is learnt, a task multiplies the weights by ``(1 - lr * decay) ** images``."""
+    images = Images(torch.zeros(300, 64), torch.arange(300) % 10)
+    options = {"tasks": 1, "units": 8, "lr": 0.05, "decay": 1.0, "strength": 0.0}
+    models = []
+    original = permuted_stream.accuracy
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            permuted_stream, "accuracy", lambda *args: models.append(args[0]) or original(*args)
+        )
+        permuted_stream.run(images, images, 0, argparse.Namespace(weight_decay=0.1, **options))
+    torch.manual_seed(0)
+    started = nn.Linear(64, 8).weight.detach()
+    torch.testing.assert_close(models[0][0].weight.detach(), started * 0.995**300)
 
 
 def test_a_pixel_moves_to_its_place_in_the_permutation():
@@ -46,7 +65,7 @@ def some_images():
 def test_the_penalty_keeps_old_tasks(monkeypatch, capsys):
     monkeypatch.setattr(permuted_stream, "FISHER_IMAGES", 200)
     images = some_images()
-    options = {"tasks": 4, "units": 32, "lr": 0.05, "decay": 1.0}
+    options = {"tasks": 4, "units": 32, "lr": 0.05, "decay": 1.0, "weight_decay": 0.0}
     firsts = []
     for strength in (0.0, 30.0):
         last, learnt = permuted_stream.run(
@@ -70,11 +89,13 @@ def test_the_information_is_of_the_permuted_images_and_fades(monkeypatch, capsys
     monkeypatch.setattr(EWCPenalty, "consolidate", spy)
     monkeypatch.setattr(permuted_stream, "FISHER_IMAGES", 600)
     images = some_images()
-    options = argparse.Namespace(tasks=2, units=8, lr=0.05, decay=0.6, strength=5.0)
+    options = argparse.Namespace(
+        tasks=2, units=8, lr=0.05, decay=0.6, strength=5.0, weight_decay=0.0
+    )
     permuted_stream.run(images, images, 3, options)
 
     torch.manual_seed(3)
-    permuted_stream.network(64, 8, 10)
+    nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 10))  # draws what the network drew
     diagonals = []
     for _penalty, fisher, model, num_examples in seen:
         places = torch.randperm(64)
