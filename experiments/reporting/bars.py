@@ -24,8 +24,8 @@ def bars_table(bars: Sequence[Mapping[str, Any]], jobs: Mapping[str, Jobs]) -> l
     is the decades of strength within a point of the best, at least the bar.  With ``default`` it is
     the points by which this strength is under the best one, at most the bar.  Strengths are
     compared on the seeds that both have.  There is no verdict if the default is the smallest or
-    largest strength.  A bar without a recipe has ``values``, accuracies in percent, and the
-    ``command`` that printed them.
+    largest strength.  A bar without a recipe has ``values``, the accuracies in percent that a
+    command of its remark printed.
 
     Args:
         bars: the bars, each with ``name``, ``published``, ``bar``, ``recipe``, the ``settings`` of
@@ -35,12 +35,7 @@ def bars_table(bars: Sequence[Mapping[str, Any]], jobs: Mapping[str, Jobs]) -> l
     """
     rows = []
     for bar in bars:
-        members = [
-            job
-            for job in ([] if "values" in bar else finished(jobs.get(bar["recipe"], [])))
-            if has_options(options_of(job), bar["settings"])
-        ]
-        value, shown = measured(bar, members)
+        value, shown = measured(bar, _members(bar, jobs))
         verdict = ""
         if value is not None and "bar" in bar:
             met = value <= bar["bar"] if "default" in bar else value >= bar["bar"]
@@ -49,18 +44,21 @@ def bars_table(bars: Sequence[Mapping[str, Any]], jobs: Mapping[str, Jobs]) -> l
         rows.append([bar["name"], published, limit, shown, verdict])
     remarks = []
     for bar in bars:
-        command = [f"`{bar['command']}`"] if "values" in bar else []
-        if sentences := [*command, *bar.get("remark", [])]:
-            remarks += [f"- {bar['name']}", *(f"  - {sentence}" for sentence in sentences)]
+        if "remark" in bar:
+            remarks += [f"- {bar['name']}", *(f"  - {sentence}" for sentence in bar["remark"])]
     table = markdown(["benchmark", "published", "bar", "measured", "met"], rows)
     return [*table, *([""] if remarks else []), *remarks]
 
 
+def _members(bar: Mapping[str, Any], jobs: Mapping[str, Jobs]) -> Jobs:
+    if "values" in bar:
+        return [{"average_accuracy": value / 100} for value in bar["values"]]
+    every = finished(jobs.get(bar["recipe"], []))
+    return [job for job in every if has_options(options_of(job), bar["settings"])]
+
+
 def measured(bar: Mapping[str, Any], jobs: Jobs) -> tuple[float | None, str]:
     """The value of a bar, ``None`` if there is none, and how the table shows it."""
-    if values := bar.get("values"):
-        value = statistics.fmean(values)
-        return value, f"{value:.2f} ({_number_of_seeds(values)})"
     if not jobs:
         return None, "not run"
     if bar.get("decades"):
