@@ -138,8 +138,8 @@ def _done(results: dict[str, Any], place: Path) -> float:
 
 def _trained(prepared: Any, config: dict[str, Any], directory: Path) -> float:
     """Run an experiment from its newest checkpoint, or from the start."""
-    from experiments.continued import command_to_continue
     from experiments.recording.checkpoints import Checkpoints
+    from experiments.recording.continued import command_to_continue
     from experiments.training.resume import Continuation
     from experiments.training.stop import Stop
 
@@ -286,7 +286,7 @@ def command() -> None:
 
 def _resumed_or_new() -> None:
     if any(argument.startswith("resume=") for argument in sys.argv):
-        from experiments.continued import with_resume
+        from experiments.recording.continued import with_resume
 
         sys.argv[1:] = with_resume(sys.argv[1:])
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from experiments.configuration.command_line import sentence
 from experiments.reporting.report.page import PAGE, write_report
-from experiments.reporting.sweep import report_sweep
+from experiments.reporting.sweep_report import report_sweep
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """RESULTS.md from kept results: ``python -m experiments.results``."""
 
-from experiments.reporting.page import main
+from experiments.reporting.results_page import main
 
 if __name__ == "__main__":
     main()

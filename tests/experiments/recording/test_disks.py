@@ -17,7 +17,7 @@ from experiments.recording.results import read_results, write_results
 from experiments.recording.tracking import Recorder
 from experiments.reporting.picture_file import write_picture
 from experiments.reporting.report.page import write_report
-from experiments.reporting.sweep import report_sweep
+from experiments.reporting.sweep_report import report_sweep
 
 SMALL = ["model.hidden=[50]", "training.iterations=20", "training.batch_size=16"]
 SMALL += ["benchmark.num_tasks=2", "strategy=ewc"]

@@ -34,7 +34,7 @@ from experiments.recording.sweep import begin_sweep, failures, note_failure, not
 from experiments.recording.tracking import Recorder
 from experiments.recording.wandb_run import WandB
 from experiments.reporting.report.gathering import gather
-from experiments.reporting.sweep import report_sweep
+from experiments.reporting.sweep_report import report_sweep
 from experiments.training.observers import TrainingObserver
 
 ROOT = Path(__file__).parents[3]

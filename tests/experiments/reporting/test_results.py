@@ -1,4 +1,4 @@
-"""RESULTS.md: its table of bars, and pictures that show the numbers of the jobs."""
+"""RESULTS.md: its table of goals, and pictures that show the numbers of the jobs."""
 
 import math
 from pathlib import Path
@@ -14,9 +14,9 @@ from experiments.configuration.schema import plain
 from experiments.configuration.targets import ConfigurationError
 from experiments.recording.metrics import average_accuracies, average_accuracy
 from experiments.reporting import sweep_pictures as pictures
-from experiments.reporting.bars import bars_table, decades_within, leads_over
-from experiments.reporting.page import main, missing_table, section
+from experiments.reporting.goals import Goal, decades_within, goals_table, leads_over
 from experiments.reporting.recipes import as_configured, of_recipe, report_of
+from experiments.reporting.results_page import main, missing_table, section
 from experiments.reporting.tables import has_options, markdown, options_of, sweep_table
 
 
@@ -59,7 +59,7 @@ def test_decades_are_the_longest_run_of_strengths_near_the_best(accuracies, deca
     assert decades_within(curve(accuracies), 1.0) == decades
 
 
-def test_bars_are_compared_with_the_mean_of_their_jobs():
+def test_goals_are_compared_with_the_mean_of_their_jobs():
     jobs = {
         "recipe": [
             job(0.95, strategy="ewc", seed=0),
@@ -68,20 +68,21 @@ def test_bars_are_compared_with_the_mean_of_their_jobs():
         ],
         "curve": curve([80, 98.5, 99.4]),
     }
-    row = {"name": "a", "published": 94, "recipe": "recipe", "settings": {"strategy": "ewc"}}
-    bars = [
-        row | {"bar": 96.0},
-        row | {"bar": 96.1, "remark": ["Because.", "And so."]},
-        row,
-        row | {"bar": 1, "recipe": "absent"},
-        row | {"bar": 1, "recipe": "curve", "settings": {}, "decades": True},
-        row | {"bar": 1, "recipe": "curve", "settings": {}, "default": 10},
-        row | {"bar": 0.8, "recipe": "curve", "settings": {}, "default": 10},
-        row | {"bar": 1, "recipe": "curve", "settings": {}, "default": 100},
-        row | {"bar": 1, "recipe": "curve", "settings": {}, "default": 3},
-        {"name": "b", "bar": 93.8, "values": [93, 95]},
+    of_jobs = {"name": "a", "published": 94, "recipe": "recipe", "settings": {"strategy": "ewc"}}
+    of_curve = {"name": "a", "published": 94, "recipe": "curve"}
+    goals = [
+        Goal(**of_jobs, at_least=96.0),
+        Goal(**of_jobs, at_least=96.1, remark=["Because.", "And so."]),
+        Goal(**of_jobs),
+        Goal(name="a", published=94, at_least=1, recipe="absent"),
+        Goal(**of_curve, at_least=1, decades=True),
+        Goal(**of_curve, at_most=1, default=10),
+        Goal(**of_curve, at_most=0.8, default=10),
+        Goal(**of_curve, at_most=1, default=100),
+        Goal(**of_curve, at_most=1, default=3),
+        Goal(name="b", at_least=93.8, values=[93, 95]),
     ]
-    lines = bars_table(bars, jobs)
+    lines = goals_table(goals, jobs)
     end = lines.index("")
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:end]]
     assert lines[end + 1 :] == ["- a", "  - Because.", "  - And so."]
@@ -207,20 +208,21 @@ def sweep_of(recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_published_figures_and_bars_are_of_jobs_that_a_recipe_runs(recipe):
+def test_published_figures_and_goals_are_of_jobs_that_a_recipe_runs(recipe):
     jobs = sweep_of(recipe)
     assert of_recipe(jobs[::-1], recipe) == jobs
     for setting in report_of(recipe).get("published", {}):
         wanted = dict(pair.split("=") for pair in setting.split(","))
         assert any(has_options(options_of(job), wanted) for job in jobs), setting
-    for bar in OmegaConf.load(Path(CONFIGS).parent / "results" / "bars.yaml"):
-        if bar.get("recipe") == recipe.stem:
-            wanted = bar["settings"]
-            assert any(has_options(options_of(job), wanted) for job in jobs), bar["name"]
-            if "default" in bar:
+    for entry in OmegaConf.load(Path(CONFIGS).parent / "results" / "goals.yaml"):
+        goal = Goal(**entry)
+        if goal.recipe == recipe.stem:
+            assert any(has_options(options_of(job), goal.settings) for job in jobs), goal.name
+            if goal.default is not None:
+                chosen = f"strategy={goal.settings['strategy']}"
                 with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
-                    config = hydra.compose("config", overrides=[f"strategy={wanted['strategy']}"])
-                assert bar["default"] == config.strategy.strength, bar["name"]
+                    config = hydra.compose("config", overrides=[chosen])
+                assert goal.default == config.strategy.strength, goal.name
 
 
 def test_other_seeds_and_options_are_no_jobs_of_a_recipe():

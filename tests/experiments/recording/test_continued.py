@@ -8,8 +8,8 @@ import signal
 import pytest
 
 from experiments.configuration.targets import ConfigurationError
-from experiments.continued import with_resume
 from experiments.recording import folder
+from experiments.recording.continued import with_resume
 from experiments.recording.folder import OWNER
 from experiments.recording.results import read_results
 from experiments.recording.tracking import Recorder

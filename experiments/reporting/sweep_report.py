@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from experiments.continued import command_to_continue
+from experiments.recording.continued import command_to_continue
 from experiments.recording.files import only_warned, write_whole
 from experiments.recording.kept import read_kept, varied_by
 from experiments.recording.results import read_sweep

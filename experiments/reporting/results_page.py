@@ -12,7 +12,7 @@ from experiments.configuration.command_line import CONFIGS
 from experiments.configuration.targets import ConfigurationError
 from experiments.recording.files import write_whole
 from experiments.recording.kept import read_kept
-from experiments.reporting.bars import bars_table
+from experiments.reporting.goals import Goal, goals_table
 from experiments.reporting.picture_file import write_picture
 from experiments.reporting.recipes import (
     as_configured,
@@ -116,9 +116,10 @@ def main() -> None:
         if count := len(asked) - len(jobs[recipe.stem]):
             print(f"{recipe.stem}: {count} jobs left out, which ran with another configuration")
     sections = [INTRODUCTION]
-    if (path := arguments.results / "bars.yaml").exists():
-        bars: Any = OmegaConf.to_container(OmegaConf.load(path))
-        sections.append("\n".join(bars_table(bars, jobs)))
+    if (path := arguments.results / "goals.yaml").exists():
+        entries: Any = OmegaConf.to_container(OmegaConf.load(path))
+        goals = [Goal(**entry) for entry in entries]
+        sections.append("\n".join(goals_table(goals, jobs)))
     run = [recipe for recipe in recipes if jobs[recipe.stem]]
     sections += [section(jobs[recipe.stem], recipe, arguments.results) for recipe in run]
     if missing := missing_table(recipes, jobs):
