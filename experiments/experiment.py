@@ -243,7 +243,7 @@ class Prepared:
             training.checkpoint_minutes,
             lambda: {"course": course.state(), "recorder": recorder.state()},
         )
-        strategy = experiment.strategy.template()(
+        loop = experiment.strategy.template()(
             model=self.model,
             optimizer=self.optimizer,
             criterion=nn.CrossEntropyLoss(),
@@ -261,15 +261,15 @@ class Prepared:
         )
         try:
             if state is None:
-                course.eval_seconds += _evaluated(strategy, test_stream)
+                course.eval_seconds += _evaluated(loop, test_stream)
                 course.initial = meter.accuracies
             for number, experience in enumerate(train_stream):
                 if number < begin:
                     continue
                 course.begin(self.model, goes_on=state is not None and number == begin)
-                strategy.train(experience, reset_optimizer_state=training.reset_optimizer)
+                loop.train(experience, reset_optimizer_state=training.reset_optimizer)
                 trained = time.perf_counter()
-                course.eval_seconds += _evaluated(strategy, test_stream)
+                course.eval_seconds += _evaluated(loop, test_stream)
                 # The time after the last step is that of the Fisher pass, if there is one.
                 fisher_seconds = trained - observer.trained_at if penalised else 0.0
                 course.fisher_seconds += fisher_seconds
@@ -289,7 +289,7 @@ class Prepared:
                 )
                 course.train_seconds = observer.train_seconds
             if begin < len(train_stream):
-                boundary.ended(strategy, len(train_stream))
+                boundary.ended(loop, len(train_stream))
         finally:
             progress.close()
         return {
@@ -313,10 +313,10 @@ class Prepared:
         }
 
 
-def _evaluated(strategy: Any, stream: Any) -> float:
+def _evaluated(loop: Any, stream: Any) -> float:
     """Evaluate on a stream; the seconds that it took."""
     started = time.perf_counter()
-    strategy.eval(stream)
+    loop.eval(stream)
     return time.perf_counter() - started
 
 
