@@ -33,64 +33,64 @@ _log = logging.getLogger(__name__)
 
 
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="config")
-def run(config: DictConfig) -> float:
-    """Run one experiment; the result is its average accuracy, which a sweeper maximises.
+def accuracy_of_job(config: DictConfig) -> float:
+    """The average accuracy of one job, which a sweeper maximises; the job runs if it has not.
 
     A job of a sweep that fails or diverges gives NaN.  The sweep continues, and its report names
     the job.
     """
     from experiments.training.stop import in_job
 
-    job = HydraConfig.get()
-    directory = Path(job.runtime.output_dir)
-    single = job.mode == RunMode.RUN
+    hydra_config = HydraConfig.get()
+    directory = Path(hydra_config.runtime.output_dir)
+    sweep = _sweep_folder()
     try:
         with in_job():
-            return _run(plain(config), directory, single)
+            return _new_or_finished(plain(config), directory)
     except (ConfigurationError, FloatingPointError) as error:
         reason = sentence(error)
     except OSError as error:
         reason = sentence(error)
         if not error.filename or Path(error.filename).is_relative_to(directory):
-            option = "hydra.run.dir" if single else "hydra.sweep.dir"
+            option = "hydra.sweep.dir" if sweep else "hydra.run.dir"
             reason += f"; {option}=DIR chooses another folder than {directory}."
     except Exception as error:
         from ewc.linalg.devices import out_of_memory
 
         if out_of_memory(error):
             reason = f"memory is exhausted: {sentence(error)}"
-        elif single:
+        elif not sweep:
             raise
         else:
             _log.exception("The job failed.")
             reason = f"{type(error).__name__}: {sentence(error)}"
     finally:
         remove_empty(directory)
-    if single:
+    if not sweep:
         sys.exit(f"error: {reason}")
     from experiments.recording.sweep import note_failure
 
     _log.error("%s", reason)
-    sweep = Path(job.runtime.cwd) / job.sweep.dir
-    note_failure(sweep, job.job.num, job.overrides.task, reason)
+    note_failure(sweep, hydra_config.job.num, hydra_config.overrides.task, reason)
     return math.nan
 
 
-def _run(config: dict[str, Any], directory: Path, single: bool) -> float:
+def _new_or_finished(config: dict[str, Any], directory: Path) -> float:
+    """The accuracy of a job: of its results if there are any, else of a run now."""
     from experiments.recording import folder
     from experiments.recording.kept import keep, kept_job
     from experiments.training.stop import Stop
 
     Stop().check()  # the worker of a sweep that has died starts no further job
     # A sweep continues where it stopped.
-    kept = _kept_in()
-    if kept and (done := kept_job(kept, config)):
-        return _done(done, kept)
-    if done := folder.finished(directory, config):
-        _note(directory)
+    kept = _kept_file()
+    if kept and (results := kept_job(kept, config)):
+        return _accuracy_of_finished(results, kept)
+    if results := folder.finished(directory, config):
+        _note_in_sweep(directory)
         if kept:  # the process may have died before it kept the line
-            keep(kept, done)
-        return _done(done, directory)
+            keep(kept, results)
+        return _accuracy_of_finished(results, directory)
     # A slow import, which neither a wrong option nor a finished job needs.
     from experiments.experiment import Experiment
     from experiments.training.device import take_device
@@ -103,41 +103,48 @@ def _run(config: dict[str, Any], directory: Path, single: bool) -> float:
     except (FileNotFoundError, ValueError) as error:
         raise ConfigurationError(str(error)) from error
     overrides = list(HydraConfig.get().overrides.task)
-    with folder.owned(directory, config, overrides) as done, _logged(directory / "run.log"):
-        _note(directory)
-        if done:  # by another process meanwhile
-            return _done(done, directory)
+    with folder.owned(directory, config, overrides) as results, _logged(directory / "run.log"):
+        _note_in_sweep(directory)
+        if results:  # of another process meanwhile
+            return _accuracy_of_finished(results, directory)
         try:
-            return _trained(prepared, config, directory)
+            return _from_newest_checkpoint(prepared, config, directory)
         except FloatingPointError as error:
             # The records of a diverged run stay, as they show how it diverged.
-            if single:
+            if not _sweep_folder():
                 raise
             _log.error("diverged: %s", error)
             # A sweep keeps that the job has run, and how it ended.
             job = {"seed": experiment.seed, "config": config, "overrides": overrides}
             job["flags"] = flags_of(HydraConfig.get())
-            _keep(directory, {"diverged": str(error), **job})
+            _keep_results(directory, {"diverged": str(error), **job})
             return math.nan
 
 
-def _note(directory: Path) -> None:
+def _sweep_folder() -> Path | None:
+    """The folder of the sweep that the job is part of; ``None`` for a run alone."""
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.RUN:
+        return None
+    return Path(hydra_config.runtime.cwd) / hydra_config.sweep.dir
+
+
+def _note_in_sweep(directory: Path) -> None:
     """Note that a folder is that of a job of the sweep, now that the job has it."""
     from experiments.recording.sweep import note_job
 
-    job = HydraConfig.get()
-    if job.mode == RunMode.MULTIRUN:
-        note_job(Path(job.runtime.cwd) / job.sweep.dir, directory)
+    if sweep := _sweep_folder():
+        note_job(sweep, directory)
 
 
-def _done(results: dict[str, Any], place: Path) -> float:
+def _accuracy_of_finished(results: dict[str, Any], place: Path) -> float:
     """The accuracy of a job that has ended before; NaN if it diverged."""
     _log.info("already done: %s", os.path.relpath(place))
     return float(results.get("average_accuracy", math.nan))
 
 
-def _trained(prepared: Any, config: dict[str, Any], directory: Path) -> float:
-    """Run an experiment from its newest checkpoint, or from the start."""
+def _from_newest_checkpoint(prepared: Any, config: dict[str, Any], directory: Path) -> float:
+    """The accuracy of a run that begins at its newest checkpoint, or at the start without any."""
     from experiments.recording.checkpoints import Checkpoints
     from experiments.recording.continued import command_to_continue
     from experiments.training.resume import Continuation
@@ -147,78 +154,51 @@ def _trained(prepared: Any, config: dict[str, Any], directory: Path) -> float:
     state, command = checkpoints.newest(), command_to_continue(directory, HydraConfig.get())
     with Stop() as stop:
         continuation = Continuation(checkpoints, state, stop, command)
-        average = _train(prepared, config, directory, continuation)
+        results = _trained_and_published(prepared, config, directory, continuation)
         if stop.asked():
             assert stop.signal
-            in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-            more = f"; to continue the sweep: {command}" if in_sweep else ""
+            more = f"; to continue the sweep: {command}" if _sweep_folder() else ""
             _log.warning("%s: stopped after the end of a run%s.", stop.signal.name, more)
             stop.check()
-    return average
+    return float(results["average_accuracy"])
 
 
-def _train(prepared: Any, config: dict[str, Any], directory: Path, continuation: Any) -> float:
-    """Train, save its results, then the pictures and tables made from them."""
+def _trained_and_published(
+    prepared: Any, config: dict[str, Any], directory: Path, continuation: Any
+) -> dict[str, Any]:
+    """The results of training, which are saved before anything is made of them."""
     from rich.console import Console
 
     from experiments.recording.files import only_warned, write_whole
-    from experiments.recording.folder import PICTURES
     from experiments.recording.label import label_of
     from experiments.recording.tracking import Recorder
-    from experiments.reporting import run_pictures, run_report
-    from experiments.reporting.heat_map import heat_map
     from experiments.reporting.remarks import remarks
+    from experiments.reporting.run_report import publish, show_results
 
-    job, experiment = HydraConfig.get(), prepared.experiment
-    choices, scenario = job.runtime.choices, experiment.benchmark.scenario
+    hydra_config, experiment = HydraConfig.get(), prepared.experiment
+    choices, scenario = hydra_config.runtime.choices, experiment.benchmark.scenario
+    overrides, flags = list(hydra_config.overrides.task), flags_of(hydra_config)
     named = {group: choices[group] for group in ("benchmark", "model", "strategy")}
     title = f"{choices['benchmark']} ({scenario}), {choices['strategy']}"
-    sweep = Path(job.runtime.cwd) / job.sweep.dir if job.mode == RunMode.MULTIRUN else None
-    label = label_of(choices, list(job.overrides.task), experiment.seed, sweep, flags_of(job))
+    label = label_of(choices, overrides, experiment.seed, _sweep_folder(), flags)
     recorded = continuation.state["recorder"] if continuation.state else None
     with Recorder(directory, experiment.wandb, config, label, state=recorded) as recorder:
         # The bars of jobs that run at the same time would overwrite each other.
         console = Console(stderr=True, force_terminal=False if _runs_beside_others() else None)
-        results = prepared.run(recorder, console, _log, continuation)
-        results |= {"config": config, "overrides": list(job.overrides.task)}
-        results |= {"flags": flags_of(job), "choices": named, "penalty_pull": recorder.curve.pull}
+        results: dict[str, Any] = prepared.run(recorder, console, _log, continuation)
+        results |= {"config": config, "overrides": overrides, "flags": flags, "choices": named}
+        results["penalty_pull"] = recorder.curve.pull
         results["remarks"] = remarks(results)
-        _keep(directory, results)
-        matrix = results["accuracy_matrix"]
+        _keep_results(directory, results)
         with only_warned("config.yaml"):
             text = OmegaConf.to_yaml(OmegaConf.create(config))
             write_whole(directory / "config.yaml", text)
-        for picture in PICTURES:
-            path = directory / f"{picture}.png"
-            with only_warned(path.name):
-                if picture == "accuracy_matrix":
-                    run_pictures.draw_accuracy_matrix(matrix, title, path)
-                else:
-                    run_pictures.draw_learning_curves(matrix, recorder.curve, title, path)
-                recorder.picture(picture, path)
-        recorder.page("accuracy_heat_map", heat_map(matrix, title))
-        recorder.table("accuracy", *run_report.accuracy_table(matrix))
-        columns, rows = run_report.spectrum_table(results["fisher"])
-        if rows:
-            recorder.table("fisher_spectrum", columns, rows)
-        final = ("average_accuracy", "forgetting", "backward_transfer")
-        recorder.summary({key: results[key] for key in final})
-    console = Console()
-    run_report.show_results(results, title, console)
-    seconds = ", ".join(f"{key} {value:.1f}" for key, value in results["seconds"].items())
-    console.print(
-        f"average accuracy {100 * results['average_accuracy']:.2f} %, forgetting "
-        f"{100 * results['forgetting']:.2f} points; seconds: {seconds}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    print(f"results: {os.path.relpath(directory)}")
-    if recorder.sync_command:
-        print(f"to upload the run to Weights & Biases: {recorder.sync_command}")
-    return float(results["average_accuracy"])
+        publish(results, recorder, title, directory)
+    show_results(results, title, directory, recorder.sync_command)
+    return results
 
 
-def _keep(directory: Path, results: dict[str, Any]) -> None:
+def _keep_results(directory: Path, results: dict[str, Any]) -> None:
     """Write the results, or print them if that fails: there is no other copy."""
     from experiments.recording.kept import keep
     from experiments.recording.results import write_results
@@ -229,26 +209,25 @@ def _keep(directory: Path, results: dict[str, Any]) -> None:
         _log.warning("The results cannot be written, so they follow here.")
         print(json.dumps(results))
         raise
-    if kept := _kept_in():
+    if kept := _kept_file():
         keep(kept, results)
 
 
 def _runs_beside_others() -> bool:
     """Whether this is a job of a sweep whose launcher runs several jobs at a time."""
-    job = HydraConfig.get()
     alone = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
-    return job.mode == RunMode.MULTIRUN and job.launcher._target_ != alone
+    return _sweep_folder() is not None and HydraConfig.get().launcher._target_ != alone
 
 
-def _kept_in() -> Path | None:
+def _kept_file() -> Path | None:
     """The file with the kept results of the sweep's jobs, if the sweep has one."""
     from experiments.recording.kept import varied_by
 
-    job: Any = HydraConfig.get()  # a container, whatever its annotation says
-    kept = OmegaConf.select(job, "callbacks.report.kept")
-    if job.mode != RunMode.MULTIRUN or not kept or varied_by(job):
+    hydra_config: Any = HydraConfig.get()  # a container, whatever its annotation says
+    kept = OmegaConf.select(hydra_config, "callbacks.report.kept")
+    if not _sweep_folder() or not kept or varied_by(hydra_config):
         return None
-    return Path(job.runtime.cwd) / str(kept)
+    return Path(hydra_config.runtime.cwd) / str(kept)
 
 
 @contextlib.contextmanager
@@ -290,7 +269,7 @@ def _resumed_or_new() -> None:
 
         sys.argv[1:] = with_resume(sys.argv[1:])
     try:
-        run()
+        accuracy_of_job()
     except BrokenExecutor:  # joblib's
         from experiments.training.stop import AtOnce
 

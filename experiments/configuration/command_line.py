@@ -230,13 +230,13 @@ def remove_empty(directory: Path) -> None:
             return
 
 
-def flags_of(job: Any) -> list[str]:
+def flags_of(hydra_config: Any) -> list[str]:
     """The flags that a command needs besides its options: the folders of configurations it adds.
 
     Args:
-        job: Hydra's configuration.
+        hydra_config: Hydra's configuration.
     """
-    sources = job.runtime.config_sources
+    sources = hydra_config.runtime.config_sources
     added = [source.path for source in sources if source.provider == "command-line"]
     return [f"--config-dir={os.path.relpath(path)}" for path in added]
 

@@ -67,21 +67,21 @@ def with_resume(arguments: Sequence[str]) -> list[str]:
     return [*flags, *kept, *others, f"hydra.run.dir='{quoted}'", "hydra.mode=RUN"]
 
 
-def command_to_continue(directory: Path, job: Any) -> str:
+def command_to_continue(directory: Path, hydra_config: Any) -> str:
     """The command that continues a run, for a message.
 
     Args:
         directory: the run's folder.
-        job: Hydra's configuration.
+        hydra_config: Hydra's configuration.
     """
-    if job.mode == RunMode.MULTIRUN:
-        sweep = os.path.relpath(Path(job.runtime.cwd) / job.sweep.dir)
+    if hydra_config.mode == RunMode.MULTIRUN:
+        sweep = os.path.relpath(Path(hydra_config.runtime.cwd) / hydra_config.sweep.dir)
         return f"the same command with hydra.sweep.dir={sweep}"
-    words = [*flags_of(job), f"{RESUME}{os.path.relpath(directory)}"]
+    words = [*flags_of(hydra_config), f"{RESUME}{os.path.relpath(directory)}"]
     # Trusted modules and a folder of data elsewhere are taken from the command line only.
     words += [
         override
-        for override in job.overrides.task
+        for override in hydra_config.overrides.task
         if option_of(override) == "trusted"
         or (option_of(override) == DATA and not lies_inside(DATA, override.partition("=")[2]))
     ]

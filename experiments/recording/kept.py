@@ -79,18 +79,18 @@ def kept_job(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     return next((job for job in jobs if same_outcome(job["config"], config)), None)
 
 
-def varied_by(hydra: Any) -> list[str]:
+def varied_by(hydra_config: Any) -> list[str]:
     """The options that make the jobs of a recipe others than its own; a sweep over them is not.
 
     Args:
-        hydra: Hydra's configuration of a sweep or of a job of it.
+        hydra_config: Hydra's configuration of a sweep or of a job of it.
     """
-    if not hydra.runtime.choices.get("experiment"):
+    if not hydra_config.runtime.choices.get("experiment"):
         return []
-    swept = hydra.sweeper.get("params") or {}
+    swept = hydra_config.sweeper.get("params") or {}
     return [
         override
-        for override in hydra.overrides.task
+        for override in hydra_config.overrides.task
         if not sets_no_outcome(override) and option_of(override) not in ("experiment", *swept)
     ]
 

@@ -44,13 +44,14 @@ class SweepReport(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Begin the notes on the jobs, and say how the sweep is continued if a signal ends it."""
-        hydra, folder = config.hydra, Path(config.hydra.sweep.dir)
-        params = [f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()]
-        begin_sweep(folder, [*params, *hydra.overrides.task])
-        if self.kept and varied_by(hydra):
+        hydra_config, folder = config.hydra, Path(config.hydra.sweep.dir)
+        params = hydra_config.sweeper.get("params") or {}
+        swept = [f"{key}={values}" for key, values in params.items()]
+        begin_sweep(folder, [*swept, *hydra_config.overrides.task])
+        if self.kept and varied_by(hydra_config):
             print(f"{self.kept} does not keep these jobs, as options vary the recipe.")
             self.kept = None
-        AtOnce.advice = f"to continue the sweep: {command_to_continue(folder, hydra)}"
+        AtOnce.advice = f"to continue the sweep: {command_to_continue(folder, hydra_config)}"
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Write both reports, and end with an error if jobs failed.

@@ -135,7 +135,10 @@ def test_another_search_in_the_folder_is_refused(search, tmp_path):
         ("hydra.sweeper.n_trials=0", "n_trials must be at least 1"),
         ("hydra.sweeper.direction=up", "'hydra.sweeper.direction' is 'up'"),
         ("+hydra.sweeper.trials=3", "Unknown option 'hydra.sweeper.trials'"),
-        ("hydra.sweeper.sampler._target_=experiments.job.run", "'hydra.sweeper.sampler._target_'"),
+        (
+            "hydra.sweeper.sampler._target_=experiments.job.accuracy_of_job",
+            "'hydra.sweeper.sampler._target_'",
+        ),
         ("strategy=ewc,bogus", "Could not find 'strategy/bogus'"),
         ("strategy.strenght=interval(1,2)", "Unknown option 'strategy.strenght'"),
     ],
