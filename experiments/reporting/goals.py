@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from experiments.reporting.options import has_options, options_of
 from experiments.reporting.tables import (
     Jobs,
     finished,
-    has_options,
     markdown,
     mean_and_error,
     means_by_strength,
-    options_of,
     strength_of,
 )
 

@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 
 from experiments.configuration.command_line import CONFIGS
 from experiments.configuration.schema import plain, same_outcome
-from experiments.reporting.tables import Jobs, has_options, options_of
+from experiments.reporting.options import has_options, options_of
+from experiments.reporting.tables import Jobs
 
 
 def title_of(recipe: Path) -> str:

@@ -13,6 +13,7 @@ from experiments.configuration.targets import ConfigurationError
 from experiments.recording.files import write_whole
 from experiments.recording.kept import read_kept
 from experiments.reporting.goals import Goal, goals_table
+from experiments.reporting.options import has_options, options_of
 from experiments.reporting.picture_file import write_picture
 from experiments.reporting.recipes import (
     as_configured,
@@ -22,14 +23,7 @@ from experiments.reporting.recipes import (
     title_of,
 )
 from experiments.reporting.sweep_pictures import OF_SWEEPS
-from experiments.reporting.tables import (
-    Jobs,
-    finished,
-    has_options,
-    markdown,
-    options_of,
-    sweep_table,
-)
+from experiments.reporting.tables import Jobs, finished, markdown, sweep_table, versions_of
 
 INTRODUCTION = """\
 # Results
@@ -65,12 +59,8 @@ def section(jobs: Jobs, recipe: Path, pictures: Path) -> str:
         path = pictures / f"{recipe.stem}_{name}.png"
         write_picture(figure, path, dpi=110)
         lines += ["", f"![{name.replace('_', ' ')}]({pictures.name}/{path.name})"]
-    versions: dict[str, dict[str, None]] = {}
-    for job in done:
-        for name, version in job["versions"].items():
-            versions.setdefault(name, {})[version] = None
-    named = (f"{name} {' and '.join(different)}" for name, different in versions.items())
-    lines += ["", f"Versions: {', '.join(named)}."]
+    versions = (f"{name} {version}" for name, version in versions_of(done).items())
+    lines += ["", f"Versions: {', '.join(versions)}."]
     return "\n".join(lines)
 
 

@@ -10,7 +10,8 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments.recording.metrics import average_accuracies
 from experiments.reporting.drawing import draw_band, legend_below
-from experiments.reporting.tables import Jobs, accuracies_by_strength, options_of, standard_error
+from experiments.reporting.options import by_setting, options_of, varied
+from experiments.reporting.tables import Jobs, accuracies_by_strength, standard_error
 
 SPEAKING = ("strategy", "fisher/estimator", "fisher/structure")
 """Options whose values stand without the option's name in a legend."""
@@ -22,9 +23,9 @@ def over_tasks(jobs: Jobs, title: str) -> Figure:
     width = 8 if len(scenarios) == 1 else 4 * len(scenarios)
     figure = Figure(figsize=(width, 4.5), layout="constrained")
     panels = figure.subplots(1, len(scenarios), squeeze=False)[0]
-    settings = by_setting(jobs, but=("benchmark.scenario",))
+    settings = _labelled(jobs, but=("benchmark.scenario",))
     for axes, scenario in zip(panels, scenarios, strict=True):
-        for place, (label, members) in enumerate(settings.items()):
+        for place, (label, members) in enumerate(settings):
             in_scenario = [job for job in members if _scenario(job) == scenario]
             runs = [average_accuracies(job["accuracy_matrix"]) for job in in_scenario]
             if not runs:
@@ -44,12 +45,12 @@ def over_tasks(jobs: Jobs, title: str) -> Figure:
 
 def over_single_tasks(jobs: Jobs, title: str) -> Figure:
     """The accuracy on each task from when it was learnt, one panel per task."""
-    settings = by_setting(jobs)
+    settings = _labelled(jobs)
     size = len(jobs[0]["accuracy_matrix"])
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(1, size, sharey=True, squeeze=False)[0]
     for task, axes in enumerate(panels):
-        for label, members in settings.items():
+        for label, members in settings:
             columns = [[row[task] for row in job["accuracy_matrix"][task:]] for job in members]
             mean, errors = _means(columns)
             draw_band(axes, range(task + 1, size + 1), mean, errors, marker="o", label=label)
@@ -64,7 +65,7 @@ def over_single_tasks(jobs: Jobs, title: str) -> Figure:
 def over_strength(jobs: Jobs, title: str) -> Figure:
     """Average accuracy against the strength, one line per other setting."""
     figure, axes = _axes(title, "strength (1 is the Bayes value)", "average accuracy in %")
-    for label, members in by_setting(jobs, but=("strategy.strength",)).items():
+    for label, members in _labelled(jobs, but=("strategy.strength",)):
         runs = accuracies_by_strength(members)
         means = [statistics.fmean(values) for values in runs.values()]
         errors = [standard_error(values) for values in runs.values()]
@@ -76,7 +77,7 @@ def over_strength(jobs: Jobs, title: str) -> Figure:
 def overlap_by_layer(jobs: Jobs, title: str) -> Figure:
     """The overlap of the last task's Fisher information with the first's, per layer."""
     figure, axes = _axes(title, "layer, from the input", "Fisher overlap of the two tasks")
-    for label, members in by_setting(jobs).items():
+    for label, members in _labelled(jobs):
         runs = [job["fisher_overlap"][-1] for job in members]
         # A layer that has no information in one run has no overlap there.
         names = [name for name in runs[0] if all(name in run for run in runs)]
@@ -95,19 +96,19 @@ OF_SWEEPS = {
 """The pictures that a recipe may ask for, by name."""
 
 
-def by_setting(jobs: Jobs, but: Sequence[str] = ()) -> dict[str, list[Mapping[str, Any]]]:
-    """The jobs by their swept options besides the seed, written as on the command line."""
-    swept: dict[str, list[Mapping[str, Any]]] = {}
-    settings = [options_of(job) for job in jobs]
-    for job, options in zip(jobs, settings, strict=True):
-        varied = [
+def _labelled(jobs: Jobs, but: Sequence[str] = ()) -> list[tuple[str, Jobs]]:
+    """The jobs by setting, each under its varied options as on the command line."""
+    settings = by_setting(jobs, map(options_of, jobs), but)
+    names = varied([options for options, _ in settings])
+    labels = (
+        ", ".join(
             value if name in SPEAKING else f"{name}={value}"
             for name, value in options.items()
-            if name not in ("seed", *but) and len({other.get(name) for other in settings}) > 1
-        ]
-        label = ", ".join(varied)
-        swept.setdefault(label or "all seeds", []).append(job)
-    return swept
+            if name in names
+        )
+        for options, _ in settings
+    )
+    return [(label or "all seeds", of) for label, (_, of) in zip(labels, settings, strict=True)]
 
 
 def _scenario(job: Mapping[str, Any]) -> str:

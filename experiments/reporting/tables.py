@@ -2,9 +2,10 @@
 
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from experiments.reporting.options import as_written, by_setting, has_options, options_of, varied
 
 Jobs = Sequence[Mapping[str, Any]]
 
@@ -30,16 +31,12 @@ def sweep_table(
     Returns:
         The names of the columns and the rows, as text.
     """
-    groups: dict[tuple[tuple[str, str], ...], list[Mapping[str, Any]]] = defaultdict(list)
-    for job in jobs:
-        key = tuple(pair for pair in options_of(job).items() if pair[0] != "seed")
-        groups[key].append(job)
-    names = list(dict.fromkeys(name for key in groups for name, _ in key))
-    varied = [n for n in names if n in shown or len({dict(key).get(n) for key in groups}) > 1]
-    varied = varied or names[:1]
+    settings = by_setting(jobs, map(options_of, jobs))
+    names = list(dict.fromkeys(name for options, _ in settings for name in options))
+    differing = varied([options for options, _ in settings])
+    named = [name for name in names if name in shown or name in differing] or names[:1]
     rows = []
-    for key, members in groups.items():
-        values = dict(key)
+    for options, members in settings:
         done = finished(members)
         accuracy, drop = (
             mean_and_error([100 * job[name] for job in done])
@@ -50,15 +47,15 @@ def sweep_table(
         total = f"{statistics.fmean(j['seconds']['total'] for j in done):.1f}" if done else ""
         rows.append(
             [
-                *(as_written(values.get(name, "")) for name in varied),
+                *(as_written(options.get(name, "")) for name in named),
                 seeds_of(members),
                 accuracy,
                 drop,
                 total,
-                *([_published(values, published)] if published else []),
+                *([_published(options, published)] if published else []),
             ]
         )
-    columns = [*varied, "seeds", "average accuracy", "forgetting", "seconds"]
+    columns = [*named, "seeds", "average accuracy", "forgetting", "seconds"]
     return columns + ["published"] * bool(published), rows
 
 
@@ -98,33 +95,6 @@ def strength_of(job: Mapping[str, Any]) -> float:
     return float(job["config"]["strategy"]["strength"])
 
 
-def options_of(job: Mapping[str, Any]) -> dict[str, str]:
-    """The options of a job on the command line, by name."""
-    pairs = (override.lstrip("+~").partition("=") for override in job["overrides"])
-    return {name: value for name, _, value in pairs}
-
-
-def has_options(options: Mapping[str, str], wanted: Mapping[str, Any]) -> bool:
-    """Whether all ``wanted`` are among the options; ``1e-3`` is ``0.001``, as for Hydra."""
-    return all(
-        name in options and _value(options[name]) == _value(str(value))
-        for name, value in wanted.items()
-    )
-
-
-def _value(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def as_written(text: str) -> str:
-    """A value as a person writes it: 1e+11, not 100000000000.0."""
-    value = _value(text)
-    return f"{value:g}" if isinstance(value, float) else value
-
-
 def seeds_of(jobs: Sequence[Mapping[str, Any]]) -> str:
     """The jobs' seeds, three or more in a row as ``first to last``."""
     seeds = sorted({int(job["seed"]) for job in jobs})
@@ -133,9 +103,18 @@ def seeds_of(jobs: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(map(str, seeds))
 
 
-def _published(values: Mapping[str, str], published: Mapping[str, str]) -> str:
+def versions_of(jobs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The versions of each package that the jobs ran with."""
+    versions: dict[str, dict[str, None]] = {}
+    for job in jobs:
+        for name, version in job.get("versions", {}).items():
+            versions.setdefault(name, {})[version] = None
+    return {name: " and ".join(different) for name, different in versions.items()}
+
+
+def _published(options: Mapping[str, str], published: Mapping[str, str]) -> str:
     """The figure whose settings are all among a row's."""
     for setting, figure in published.items():
-        if has_options(values, dict(pair.split("=", 1) for pair in setting.split(","))):
+        if has_options(options, dict(pair.split("=", 1) for pair in setting.split(","))):
             return str(figure)
     return ""

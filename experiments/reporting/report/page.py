@@ -29,7 +29,7 @@ from experiments.reporting.report.measures import (
 from experiments.reporting.report.pictures import left_out, pictures_of
 from experiments.reporting.report.settings import by_benchmark
 from experiments.reporting.report.svg import drawn_for_a_page
-from experiments.reporting.tables import seeds_of
+from experiments.reporting.tables import seeds_of, versions_of
 
 PAGE = "report.html"
 
@@ -99,7 +99,7 @@ def _rendered(gathered: Gathered, sections: Sequence[Mapping[str, Any]]) -> str:
         sections=sections,
         failed=gathered.failed,
         damaged=gathered.damaged,
-        versions=_versions(gathered.runs),
+        versions=versions_of([run.results for run in gathered.runs]),
     )
 
 
@@ -218,15 +218,6 @@ def _pictures(drawn: Sequence[Any], ranking: Ranking) -> dict[str, Any]:
         "matrices": [picture for picture in shown if picture["is_matrix"]],
         "left_out": left_out(ranking),
     }
-
-
-def _versions(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """The versions of each package among the runs."""
-    versions: dict[str, dict[str, None]] = defaultdict(dict)
-    for run in runs:
-        for name, version in run.results.get("versions", {}).items():
-            versions[name][version] = None
-    return [(name, " and ".join(different)) for name, different in versions.items()]
 
 
 def _setting_records(rankings: Sequence[Ranking]) -> list[dict[str, Any]]:

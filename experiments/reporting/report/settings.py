@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.configuration.schema import completed, deciding
+from experiments.reporting.options import as_written, by_setting, options_of, value_of, varied
 from experiments.reporting.report.gathering import Run
-from experiments.reporting.tables import as_written, finished, options_of
+from experiments.reporting.tables import finished
 
 REFERENCES = ("joint", "naive")
 """The strategies that others are compared with: the upper reference and the lower one."""
@@ -59,22 +60,20 @@ def by_benchmark(runs: Sequence[Run]) -> list[Benchmark]:
         Run(run.results | {"config": config}, run.folder)
         for run, config in zip(runs, configs, strict=True)
     ]
-    groups: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        groups[json.dumps(_config(run).get("benchmark"), sort_keys=True, default=str)].append(run)
-    firsts = [members[0] for members in groups.values()]
-    options = [_under(_flat(_config(run)), "benchmark.") for run in firsts]
-    names = _told_apart([_benchmark(run) for run in firsts], options)
+    groups = by_setting(runs, [_under(_flat(_config(run)), "benchmark.") for run in runs])
+    names = _told_apart(
+        [_benchmark(members[0]) for _, members in groups], [options for options, _ in groups]
+    )
     return [
         Benchmark(name, _settings(members))
-        for name, members in zip(names, groups.values(), strict=True)
+        for name, (_, members) in zip(names, groups, strict=True)
     ]
 
 
 def circumstances(results: Mapping[str, Any]) -> str:
     """Everything but the strategy that decides a run's numbers, the seed included."""
     flat = _flat(deciding(results["config"]))
-    decisive = {k: v for k, v in flat.items() if not k.startswith(_OF_STRATEGY)}
+    decisive = {k: value_of(v) for k, v in flat.items() if not k.startswith(_OF_STRATEGY)}
     return json.dumps(decisive | {"seed": str(results["seed"])}, sort_keys=True)
 
 
@@ -86,23 +85,19 @@ def strategy_of(results: Mapping[str, Any]) -> str:
 
 
 def _settings(runs: Sequence[Run]) -> list[Setting]:
-    groups: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        config = {key: value for key, value in _config(run).items() if key != "seed"}
-        groups[json.dumps(config, sort_keys=True, default=str)].append(run)
-    flats = [_flat(_config(members[0])) for members in groups.values()]
-    strategies = [strategy_of(members[0].results) for members in groups.values()]
-    of_strategy = [_under(flat, *_OF_STRATEGY) for flat in flats]
+    groups = by_setting(runs, [_flat(_config(run)) for run in runs])
+    strategies = [strategy_of(members[0].results) for _, members in groups]
+    of_strategy = [_under(options, *_OF_STRATEGY) for options, _ in groups]
     beside = [
-        {k: v for k, v in flat.items() if k != "seed" and not k.startswith(_OF_STRATEGY)}
-        for flat in flats
+        {k: v for k, v in options.items() if not k.startswith(_OF_STRATEGY)}
+        for options, _ in groups
     ]
     additions = _differences(beside)
     names = _told_apart(strategies, of_strategy)
     return [
         Setting(", ".join([name, *added]), members, strategy if strategy in REFERENCES else "")
-        for name, added, members, strategy in zip(
-            names, additions, groups.values(), strategies, strict=True
+        for name, added, (_, members), strategy in zip(
+            names, additions, groups, strategies, strict=True
         )
     ]
 
@@ -121,15 +116,22 @@ def _told_apart(names: Sequence[str], options: Sequence[Mapping[str, str]]) -> l
 
 def _differences(options: Sequence[Mapping[str, str]]) -> list[list[str]]:
     """Of each set of options those that are not the same in all, as ``strength 100``."""
-    keys = dict.fromkeys(key for each in options for key in each)
-    varied = [key for key in keys if len({each.get(key) for each in options}) > 1]
-    last = [_short(key) for key in varied]
-    words = {key: _short(key) if last.count(_short(key)) == 1 else key for key in varied}
-    return [[f"{words[key]} {each[key]}" for key in varied if key in each] for each in options]
+    keys = varied(options)
+    last = [_short(key) for key in keys]
+    words = {key: _short(key) if last.count(_short(key)) == 1 else key for key in keys}
+    return [
+        [f"{words[key]} {_shown(key, each[key])}" for key in keys if key in each]
+        for each in options
+    ]
 
 
 def _short(key: str) -> str:
     return key.removesuffix("._target_").rpartition(".")[2]
+
+
+def _shown(key: str, text: str) -> str:
+    """A value on the page, classes by their last name."""
+    return text.rpartition(".")[2] if key.endswith("_target_") else as_written(text)
 
 
 def _benchmark(run: Run) -> str:
@@ -157,13 +159,11 @@ def _under(flat: Mapping[str, str], *prefixes: str) -> dict[str, str]:
 
 
 def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """The options of a configuration by their dotted names, classes by their last name."""
+    """The options of a configuration by their dotted names."""
     values: dict[str, str] = {}
     for key, value in node.items():
         if isinstance(value, Mapping):
             values |= _flat(value, f"{prefix}{key}.")
-        elif key == "_target_":
-            values[f"{prefix}{key}"] = str(value).rpartition(".")[2]
         elif key != "_partial_":
-            values[f"{prefix}{key}"] = as_written(str(value))
+            values[f"{prefix}{key}"] = str(value)
     return values

@@ -15,9 +15,10 @@ from experiments.configuration.targets import ConfigurationError
 from experiments.recording.metrics import average_accuracies, average_accuracy
 from experiments.reporting import sweep_pictures as pictures
 from experiments.reporting.goals import Goal, decades_within, goals_table, leads_over
+from experiments.reporting.options import has_options, options_of
 from experiments.reporting.recipes import as_configured, of_recipe, report_of
 from experiments.reporting.results_page import main, missing_table, section
-from experiments.reporting.tables import has_options, markdown, options_of, sweep_table
+from experiments.reporting.tables import markdown, sweep_table
 
 
 def job(accuracy, **settings):
