@@ -22,7 +22,7 @@ from ewc import FisherMatrix
 from ewc import __version__ as ewc_version
 from ewc.checks import check_count, shown
 from ewc.parameters import trainable_parameters
-from ewc.plugin import PenaltyPlugin
+from ewc.plugin import EWCPlugin, PenaltyPlugin
 from experiments.configuration.command_line import sentence
 from experiments.recording.metrics import average_accuracy, backward_transfer, forgetting
 from experiments.recording.tracking import Recorder
@@ -127,9 +127,10 @@ class Experiment:
         tasks = self.benchmark.build(root, self.seed, self.torch_device)
         model = self._network(tasks)
         optimizer = self._optimizer(model)
-        if self.strategy.plugins(self.fisher):
-            # A matrix too large for the machine raises now, not after the first task.
-            self.fisher.structure.accumulator(trainable_parameters(model))
+        for plugin in self.strategy.plugins(self.fisher):
+            if isinstance(plugin, EWCPlugin):
+                # A matrix too large for the machine raises now, not after the first task.
+                plugin.structure.accumulator(trainable_parameters(model))
         return Prepared(self, tasks, model, optimizer, _versions())
 
     def _network(self, tasks: Tasks) -> nn.Module:

@@ -41,7 +41,9 @@ def precision_of(fisher: FisherMatrix, model: nn.Module) -> FisherMatrix:
     for name, parameter in present.items():
         check_has_numbers(parameter, f"Parameter {name!r}")
     if not present:
-        raise ValueError("The Fisher matrix must have a parameter of the model, got one of none.")
+        raise ValueError(
+            "The Fisher matrix must be over parameters of the model, got none of them."
+        )
     if not fisher.dtype.is_floating_point or fisher.device.type == "meta":
         raise ValueError(
             "The Fisher matrix must have floating-point numbers, got a matrix of type "

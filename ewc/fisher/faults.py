@@ -84,7 +84,7 @@ def _cause(model: nn.Module, arguments: Call | None) -> str:
             return f": {name} is not finite in the data."
     return (
         ", although the parameters and the inputs are finite: an intermediate result is infinite "
-        "or undefined (of CTC, check the lengths)."
+        "or undefined; with a CTC loss, check the lengths."
     )
 
 

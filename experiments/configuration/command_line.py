@@ -292,13 +292,26 @@ def _unknown_option(option: str, config_name: str) -> str:
         while not isinstance(_node(config, parent), DictConfig):
             parent = parent.rpartition(".")[0]
         names = _names(_node(config, parent), parent, config_name)
-        group = option.partition(".")[0]
-        choice = next((o for o in overrides if o.startswith(f"{group}=")), None)
-        where = f" with {choice}" if choice and parent else ""
+        group = parent.replace(".", "/")
+        choice = config.hydra.runtime.choices.get(group)
         if not names:
-            return f"Unknown option {option!r}{where}: {parent!r} has no options there."
+            others = ", ".join(_choices_with(option, group, config_name))
+            allowed = f"an option of {others}" if others else "it has no options"
+            return f"Unknown option {option!r} with {group}={choice}: {allowed}."
+        where = f" with {group}={choice}" if f"{group}={choice}" in overrides else ""
         return f"Unknown option {option!r}{where}: allowed are {', '.join(names)}."
     return f"Unknown option {option!r}."
+
+
+def _choices_with(option: str, group: str, config_name: str) -> list[str]:
+    """The choices of a group that have an option, as the command line has them."""
+    choices = []
+    for path in sorted((Path(CONFIGS) / group).glob("*.yaml")):
+        choice = f"{group}={path.stem}"
+        with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
+            if _node(hydra.compose(config_name, overrides=[choice]), option) is not None:
+                choices.append(choice)
+    return choices
 
 
 def _jobs() -> Iterator[list[str]]:

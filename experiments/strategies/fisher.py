@@ -34,7 +34,10 @@ class Fisher:
         """Check the batch size, and that estimator and structure fit together."""
         check_count(self.batch_size, "batch_size")
         if isinstance(self.estimator, BatchMeans) and self.structure != Diagonal():
-            raise ValueError(f"structure must be Diagonal() with BatchMeans, got {self.structure}.")
+            raise ValueError(
+                "fisher/structure must be diagonal with fisher/estimator=batch_means, got "
+                f"{self.structure}."
+            )
 
     @property
     def request(self) -> Structure[Any]:

@@ -442,6 +442,12 @@ def test_the_choice_of_a_sweep_that_lacks_an_option_is_named(tmp_path, command_l
     assert "'strategy.shrinkage' with strategy=si: allowed are strategy.strength, " in errors
 
 
+def test_a_strategy_without_a_fisher_pass_makes_no_matrix(tmp_path, command_line):
+    dense = ["fisher/structure=dense", "model.hidden=[4000]", "training.iterations=1"]
+    code, _, errors = command_line(*SMALL, "strategy=si", *dense, *into(tmp_path))
+    assert code == 0, errors
+
+
 @pytest.mark.filterwarnings("default:In task 1 the parameters")
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -457,8 +463,14 @@ def test_the_choice_of_a_sweep_that_lacks_an_option_is_named(tmp_path, command_l
         (["hydra.run.dri=x"], "Unknown option 'hydra.run.dri': allowed are hydra.run.dir."),
         (
             ["strategy=naive", "strategy.strength=3"],
-            "Unknown option 'strategy.strength' with strategy=naive: 'strategy' has no options",
+            "Unknown option 'strategy.strength' with strategy=naive: an option of strategy=",
         ),
+        (
+            ["fisher.estimator.num_samples=3"],
+            "'fisher.estimator.num_samples' with fisher/estimator=exact: "
+            "an option of fisher/estimator=monte_carlo.",
+        ),
+        (["strategy=joint", "strategy.a=3"], "'strategy.a' with strategy=joint: it has no options"),
         (
             ["strategy=ewcc"],
             "'strategy/ewcc': allowed are avalanche_ewc, ewc, joint, kfac_ewc,",
@@ -503,7 +515,7 @@ def test_the_choice_of_a_sweep_that_lacks_an_option_is_named(tmp_path, command_l
         ),
         (
             ["-m", "hydra/launcher=joblib", "hydra.launcher.njobs=2"],
-            "Unknown option 'hydra.launcher.njobs': allowed are hydra.launcher.n_jobs,",
+            "'hydra.launcher.njobs' with hydra/launcher=joblib: allowed are hydra.launcher.n_jobs,",
         ),
     ],
 )

@@ -1,6 +1,5 @@
 """The blocks of steps against torch's own gradient descent, and the stream on a few images."""
 
-import argparse
 import copy
 
 import permuted_stream
@@ -38,7 +37,7 @@ def test_weight_decay_is_that_of_gradient_descent():
         patch.setattr(
             permuted_stream, "accuracy", lambda *args: models.append(args[0]) or original(*args)
         )
-        permuted_stream.run(images, images, 0, argparse.Namespace(weight_decay=0.1, **options))
+        permuted_stream.run(images, images, 0, permuted_stream.Stream(weight_decay=0.1, **options))
     torch.manual_seed(0)
     started = nn.Linear(64, 8).weight.detach()
     torch.testing.assert_close(models[0][0].weight.detach(), started * 0.995**300)
@@ -69,7 +68,7 @@ def test_the_penalty_keeps_old_tasks(monkeypatch, capsys):
     firsts = []
     for strength in (0.0, 30.0):
         last, learnt = permuted_stream.run(
-            images, images, 0, argparse.Namespace(strength=strength, **options)
+            images, images, 0, permuted_stream.Stream(strength=strength, **options)
         )
         assert len(last) == 4
         assert learnt > 60
@@ -89,7 +88,7 @@ def test_the_information_is_of_the_permuted_images_and_fades(monkeypatch, capsys
     monkeypatch.setattr(EWCPenalty, "consolidate", spy)
     monkeypatch.setattr(permuted_stream, "FISHER_IMAGES", 600)
     images = some_images()
-    options = argparse.Namespace(
+    options = permuted_stream.Stream(
         tasks=2, units=8, lr=0.05, decay=0.6, strength=5.0, weight_decay=0.0
     )
     permuted_stream.run(images, images, 3, options)
