@@ -23,7 +23,7 @@ from ewc.consolidation.update import InLoss, Update, check_update
 from ewc.finite_steps import FiniteSteps, task_number
 from ewc.fisher import Estimator, Exact, fisher_information
 from ewc.fisher.estimators import check_estimator, check_no_loss
-from ewc.fisher.evaluation import undisturbed
+from ewc.fisher.network_state import undisturbed
 from ewc.fisher.structures.diagonal import Diagonal
 from ewc.fisher.structures.structure import Structure, check_structure
 from ewc.growth import Growth
