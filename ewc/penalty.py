@@ -325,7 +325,7 @@ class EWCPenalty(nn.Module):
         return float(torch.nn.utils.get_total_norm(gradient)) / total if total else None
 
     @property
-    def fisher_trace(self) -> float:
+    def precision_trace(self) -> float:
         """The trace of the penalty's summed precision, 0 before any task."""
         return float(sum(float(term.precision.trace()) for term in self.terms))
 

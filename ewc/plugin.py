@@ -5,23 +5,25 @@ The only file of the library that imports Avalanche.
 
 import random
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from avalanche.benchmarks.utils.utils import concat_datasets
 from avalanche.training import JointTraining
 from avalanche.training.plugins import SupervisedPlugin
+from torch import Tensor
 
 from ewc.checks import check_count, check_whole
 from ewc.consolidation.combination import Consolidation, Separate
-from ewc.consolidation.update import ImplicitSteps, InLoss, Update, check_update
+from ewc.consolidation.update import InLoss, Update, check_update
 from ewc.finite_steps import FiniteSteps, task_number
 from ewc.fisher import Estimator, Exact, fisher_information
 from ewc.fisher.estimators import check_estimator, check_no_loss
-from ewc.fisher.evaluation import undisturbed
+from ewc.fisher.network_state import undisturbed
 from ewc.fisher.structures.diagonal import Diagonal
 from ewc.fisher.structures.structure import Structure, check_structure
 from ewc.growth import Growth
@@ -32,14 +34,149 @@ from ewc.penalty_checks import PenaltyChecks
 from ewc.strategy_calls import Batches, beside, strategy_calls
 from ewc.wrappers import unwrapped
 
-VALUED_EVERY = 10
-"""Implicit steps from one evaluation of the penalty to the next, for ``last_penalty``."""
-
 EXAMPLES_TRIED = 4
 """Approximate number of examples of the first task that are tried before training."""
 
 
-class EWCPlugin(SupervisedPlugin):
+class PenaltyPlugin(SupervisedPlugin, ABC):
+    """A quadratic penalty for any supervised strategy of Avalanche.
+
+    After every experience the penalty takes up the task's :meth:`information`.
+
+    Args:
+        penalty: the penalty.
+        update: how the penalty moves the parameters.
+
+    Attributes:
+        fisher: the information of the last task, ``None`` before the first.
+        growth: how much the parameters have grown in training; it warns of absurd sizes.
+        noun: what messages call the information.
+        remedy: what helps against divergence besides smaller numbers; with its comma.
+
+    Raises:
+        TypeError: the update has another type.
+    """
+
+    noun: ClassVar[str] = "information"
+    remedy: ClassVar[str] = ""
+
+    def __init__(self, penalty: EWCPenalty, update: Update = InLoss()) -> None:
+        super().__init__()
+        check_update(update)
+        self.update = update
+        self.penalty = penalty
+        self.fisher: FisherMatrix | None = None
+        self.growth = Growth()
+        self._finite = FiniteSteps()
+        self._checks = PenaltyChecks(
+            self.growth, explicit=self._running.explicit, remedy=self.remedy
+        )
+
+    @property
+    def penalty(self) -> EWCPenalty:
+        """The penalty; its ``state_dict()`` holds the information of all tasks."""
+        return self._penalty
+
+    @penalty.setter
+    def penalty(self, value: EWCPenalty) -> None:
+        self._penalty = value
+        self._running = self.update.start(value)
+
+    @property
+    def last_penalty(self) -> Tensor:
+        """The penalty's value in the current iteration, without gradient; 0 in the first task.
+
+        It is an estimate where a step does not use all eigenvectors.  With implicit steps it is
+        the value after one of the last ten of them.
+        """
+        return self._running.last_penalty
+
+    @abstractmethod
+    def information(self, strategy: Any, **options: Any) -> FisherMatrix:
+        """The information of the task that was just trained; ``options`` are those of loaders."""
+
+    def num_examples(self, strategy: Any) -> int:
+        """The weight of the task in training relative to other tasks: its size."""
+        return sum(len(experience.dataset) for experience in _experiences(strategy))
+
+    def before_training_exp(self, strategy: Any, **options: Any) -> None:
+        """Set the weight of the task in training."""
+        self.penalty.num_examples = self.num_examples(strategy)
+        self._finite = FiniteSteps(self.penalty if self._running.explicit else None, self.growth)
+        self.growth.start(strategy.model)
+
+    def before_backward(self, strategy: Any, **options: Any) -> None:
+        """Add the penalty to the loss of the current mini-batch.
+
+        Warns:
+            UserWarning: the parameters have grown beyond any use.
+
+        Raises:
+            FloatingPointError: the loss is not finite; the message names the task, the step and
+                the layer.  On an accelerator it may come later (:mod:`ewc.finite_steps`).
+        """
+        term = self._running.loss_term(strategy.model)
+        if term is not None:
+            strategy.loss = strategy.loss + term
+        self._finite.check_loss(strategy)
+
+    def before_update(self, strategy: Any, **options: Any) -> None:
+        """Note the gradients' norms on an accelerator, and check the learning rate.
+
+        Warns:
+            UserWarning: gradient descent on the penalty diverges (:meth:`EWCPenalty.stiffness`).
+        """
+        self._checks.before_update(self.penalty, strategy)
+        self._finite.note_gradients(strategy)
+
+    def after_update(self, strategy: Any, **options: Any) -> None:
+        """Let the penalty move the parameters beside the loss."""
+        self._running.after_step(strategy.model, strategy.optimizer)
+
+    def after_training_exp(self, strategy: Any, **options: Any) -> None:
+        """Add the task's information to the penalty.
+
+        After an error the penalty is unchanged.
+
+        Warns:
+            UserWarning: the penalty did not matter in the task, the parameters have grown beyond
+                any use, or the information is zero.
+
+        Raises:
+            ValueError: a target does not fit the outputs.
+            FloatingPointError: a loss, the outputs or the information are not finite; the message
+                names the task.
+        """
+        self._finite.look(strategy)
+        self._running.catch_up(strategy.model, strategy.optimizer)
+        self._checks.after_task(self.penalty, strategy)
+        try:
+            fisher = self.information(strategy, **options)
+            self.penalty.consolidate(
+                fisher, strategy.model, num_examples=self.num_examples(strategy)
+            )
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"Training diverged in task {task_number(strategy)}, as its {self.noun} shows: "
+                f"{error}"
+            ) from error
+        self.fisher = fisher
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`restore` needs to go on with training: tensors and plain values."""
+        return {"penalty": self.penalty.get_extra_state(), **self._running.state()}
+
+    def restore(self, state: Mapping[str, Any], strategy: Any) -> None:
+        """Go on from a :meth:`state`; ``fisher`` stays ``None`` until the end of the task.
+
+        Raises:
+            ValueError: it is not the state of a penalty; nothing is restored.
+        """
+        self.penalty.set_extra_state(state["penalty"])
+        self._running.restore(state, strategy.device)
+
+
+class EWCPlugin(PenaltyPlugin):
     r"""EWC for any supervised strategy of Avalanche.
 
     After every experience the plugin computes the Fisher information of the task for its
@@ -74,13 +211,8 @@ class EWCPlugin(SupervisedPlugin):
         seed: the seed of the samples; the global random number generators do not change.
 
     Attributes:
-        penalty: the penalty; its ``state_dict()`` holds the whole state of the plugin.
         fisher: the mean Fisher information of the last task, ``None`` before the first; its
             ``num_examples`` is the size of the sample.
-        last_penalty: the penalty's value in the current iteration, a tensor without gradient; 0
-            before the first task.  It is an estimate where a step does not use all eigenvectors.
-            With implicit steps it is the value after one of the last ten of them.
-        growth: how much the parameters have grown in training; it warns of absurd sizes.
 
     Raises:
         ValueError: the strength is negative or not finite, ``shrinkage`` is not in [0, 1] or the
@@ -89,6 +221,12 @@ class EWCPlugin(SupervisedPlugin):
         TypeError: the likelihood, the estimator, the structure, the consolidation or the update
             has another type.
     """
+
+    noun = "Fisher information"
+    remedy = (
+        ", or implicit steps (update=ImplicitSteps() in Python, "
+        "strategy/update=implicit on the command line)"
+    )
 
     def __init__(
         self,
@@ -103,12 +241,10 @@ class EWCPlugin(SupervisedPlugin):
         max_examples: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
         check_likelihood(likelihood)
         check_estimator(estimator)
         check_no_loss(estimator, "EWCPlugin")
         check_structure(structure)
-        check_update(update)
         check_count(max_examples, "max_examples", optional=True)
         check_whole(seed, "seed")
         if shrinkage and not structure.has_units:
@@ -116,129 +252,26 @@ class EWCPlugin(SupervisedPlugin):
                 f"shrinkage must be 0 with {structure}, got {shrinkage}: only diagonal, Kronecker "
                 "and eigenvalue-corrected Fisher matrices can be shrunk."
             )
-        self.update = update
-        self._since = self._taken = 0
-        self._finite = FiniteSteps()
-        self.growth = Growth()
-        self._checks = PenaltyChecks(
-            self.growth,
-            explicit=isinstance(update, InLoss),
-            remedy=", or implicit steps (update=ImplicitSteps() in Python, "
-            "strategy/update=implicit on the command line)",
-        )
-        self.penalty = EWCPenalty(
-            strength,
-            consolidation,
-            shrinkage=shrinkage,
-            eigenvector_share=update.eigenvector_share if isinstance(update, InLoss) else 1.0,
-        )
+        super().__init__(EWCPenalty(strength, consolidation, shrinkage=shrinkage), update)
         self.likelihood = likelihood
         self.estimator = estimator
         self.structure = structure
         self.max_examples = max_examples
         self.seed = seed
-        self.fisher: FisherMatrix | None = None
-        self.last_penalty = torch.zeros(())
+
+    def information(self, strategy: Any, **options: Any) -> FisherMatrix:
+        """The Fisher information of the task, from a sample of a large one."""
+        return self._information(strategy, self._sample(strategy), options)
 
     def before_training_exp(self, strategy: Any, **options: Any) -> None:
-        """Set the size of the next task in the penalty, and try the first task.
+        """Set the weight of the next task in the penalty, and try the first task.
 
         Raises:
             ValueError: as in :meth:`check_task`.
         """
-        self.penalty.num_examples = _num_examples(strategy)
-        in_loss = isinstance(self.update, InLoss)
-        self._finite = FiniteSteps(self.penalty if in_loss else None, self.growth)
-        self.growth.start(strategy.model)
+        super().before_training_exp(strategy, **options)
         if not self.penalty.terms:
             self.check_task(strategy, **options)
-
-    def before_backward(self, strategy: Any, **_: Any) -> None:
-        """Add the penalty to the loss of the current mini-batch.
-
-        Warns:
-            UserWarning: the parameters have grown beyond any use.
-
-        Raises:
-            FloatingPointError: the loss is not finite; the message names the task, the step and
-                the layer.  On an accelerator it may come later (:mod:`ewc.finite_steps`).
-        """
-        if self.penalty.terms and isinstance(self.update, InLoss):
-            value = self.penalty(strategy.model)
-            self.last_penalty = value.detach()
-            strategy.loss = strategy.loss + value
-        self._finite.check_loss(strategy)
-
-    def before_update(self, strategy: Any, **_: Any) -> None:
-        """Note the gradients' norms on an accelerator, and check the learning rate.
-
-        Warns:
-            UserWarning: gradient descent on the penalty diverges (:meth:`EWCPenalty.stiffness`).
-        """
-        self._checks.before_update(self.penalty, strategy)
-        self._finite.note_gradients(strategy)
-
-    def after_update(self, strategy: Any, **_: Any) -> None:
-        """Take the implicit step if it is due."""
-        if isinstance(self.update, ImplicitSteps) and self.penalty.terms:
-            self._since += 1
-            if self._since == self.update.every:
-                self._take_implicit_step(strategy)
-
-    def _take_implicit_step(self, strategy: Any) -> None:
-        if self._since:
-            self.penalty.implicit_step(strategy.model, strategy.optimizer, self._since)
-            self._since = 0
-            self._taken += 1
-            if self._taken % VALUED_EVERY == 1:  # the value costs half as much as the step
-                with torch.no_grad():
-                    self.last_penalty = self.penalty(strategy.model)
-
-    def after_training_exp(self, strategy: Any, **options: Any) -> None:
-        """Compute the task's Fisher information and add it to the penalty.
-
-        After an error the penalty is unchanged.
-
-        Warns:
-            UserWarning: the penalty did not matter in the task, the parameters have grown beyond
-                any use, or the Fisher information is zero.
-
-        Raises:
-            ValueError: a target does not fit the outputs.
-            FloatingPointError: a loss, the outputs or the Fisher information are not finite; the
-                message names the task.
-        """
-        self._finite.look(strategy)
-        self._take_implicit_step(strategy)
-        self._checks.after_task(self.penalty, strategy)
-        try:
-            fisher = self._information(strategy, self._sample(strategy), options)
-            self.penalty.consolidate(fisher, strategy.model, num_examples=_num_examples(strategy))
-        except FloatingPointError as error:
-            raise FloatingPointError(
-                f"Training diverged in task {task_number(strategy)}, as its Fisher information "
-                f"shows: {error}"
-            ) from error
-        self.fisher = fisher
-
-    def state(self) -> dict[str, Any]:
-        """What :meth:`restore` needs to go on with training: tensors and plain values."""
-        return {
-            "penalty": self.penalty.get_extra_state(),
-            "last_penalty": self.last_penalty,
-            "since": self._since,
-            "taken": self._taken,
-        }
-
-    def restore(self, state: Mapping[str, Any], strategy: Any) -> None:
-        """Go on from a :meth:`state`; ``fisher`` stays ``None`` until the end of the task.
-
-        Raises:
-            ValueError: it is not the state of a penalty; nothing is restored.
-        """
-        self.penalty.set_extra_state(state["penalty"])
-        self.last_penalty = state["last_penalty"].to(strategy.device)
-        self._since, self._taken = state["since"], state["taken"]
 
     def check_task(self, strategy: Any, **options: Any) -> None:
         """Check before training that the Fisher information of a task can be computed.
@@ -299,11 +332,6 @@ class EWCPlugin(SupervisedPlugin):
 def _experiences(strategy: Any) -> list[Any]:
     """The experiences in training, of which ``JointTraining.experience`` is the first only."""
     return strategy._experiences if isinstance(strategy, JointTraining) else [strategy.experience]
-
-
-def _num_examples(strategy: Any) -> int:
-    """The size of the task in training."""
-    return sum(len(experience.dataset) for experience in _experiences(strategy))
 
 
 def _dataset(strategy: Any) -> Any:

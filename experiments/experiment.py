@@ -22,7 +22,7 @@ from ewc import FisherMatrix
 from ewc import __version__ as ewc_version
 from ewc.checks import check_count, shown
 from ewc.parameters import trainable_parameters
-from ewc.plugin import EWCPlugin
+from ewc.plugin import EWCPlugin, PenaltyPlugin
 from experiments.configuration.command_line import sentence
 from experiments.recording.metrics import average_accuracy, backward_transfer, forgetting
 from experiments.recording.tracking import Recorder
@@ -35,7 +35,7 @@ from experiments.training.course import Course
 from experiments.training.divergence import accuracy_of_guessing, warn_of_unlearnt
 from experiments.training.memory import kept_bytes, peak_memory, reset_peak_memory
 from experiments.training.models import Network
-from experiments.training.observers import AccuracyObserver, PenaltyPlugin, TrainingObserver
+from experiments.training.observers import AccuracyObserver, TrainingObserver
 from experiments.training.progress import RunProgress
 from experiments.training.protocol import Training
 from experiments.training.resume import Boundary, Continuation, Stateful

@@ -128,7 +128,7 @@ def test_a_sample_stands_for_its_task(name, consolidation, size):
     assert penalty.predicted_rise(model) == pytest.approx(float(nats) / 100, rel=1e-12)
     assert penalty.remembered_examples == 100
     trace = float(sum(matrix.trace() for matrix, _ in dense))
-    assert penalty.fisher_trace == pytest.approx(trace, rel=1e-12)
+    assert penalty.precision_trace == pytest.approx(trace, rel=1e-12)
 
 
 @pytest.mark.parametrize("size", [0, -5, 2.5, 30.0, math.inf, math.nan, True, "30"])
@@ -323,7 +323,7 @@ def test_impossible_decays_are_refused(decay):
 def test_before_any_task_the_penalty_is_zero():
     model = small_model()
     assert float(EWCPenalty()(model)) == 0.0
-    assert EWCPenalty().fisher_trace == 0.0
+    assert EWCPenalty().precision_trace == 0.0
 
 
 SAVED = [Diagonal(), Kronecker(), EigenvalueCorrected(), LowRank(3), Dense(), Implicit()]

@@ -360,6 +360,16 @@ def test_implicit_updates_are_steps_beside_the_loss():
     torch.testing.assert_close(weights(model), weights(other), rtol=1e-4, atol=1e-5)
 
 
+def test_a_penalty_that_is_assigned_is_the_one_in_the_loss():
+    stream, first = domain_incremental().train_stream, EWCPlugin(30.0)
+    strategy_of(Naive, mlp(), [first]).train(stream[0])
+    plugin = EWCPlugin()
+    plugin.penalty = first.penalty
+    strategy_of(Naive, mlp(), [plugin]).train(stream[1])
+    assert plugin.last_penalty > 0
+    assert plugin.penalty.remembered_examples == 96
+
+
 def test_impossible_arguments_are_refused():
     with pytest.raises(ValueError, match=r"strength must .*, got -2"):
         EWCPlugin(-2.0)

@@ -25,13 +25,17 @@ example is stored.  With ``C`` classes the exact matrix needs :math:`C - 1` vect
 **Modules.**
 
 - :mod:`~ewc.fisher.information`: the loop over the data.
-- :mod:`~ewc.fisher.recognition`: a list of what the pass recognises in a network.
 - :mod:`~ewc.fisher.data_pass`: the data in chunks, with their score vectors.
-- :mod:`~ewc.pullback.tape`: one forward pass, and vectors pulled back through it.
-- :mod:`~ewc.pullback.graph`: the uses of the parameters in the autograd graph.
-- :mod:`~ewc.pullback.rules`: the rules for each kind of operation.
-- :mod:`~ewc.pullback.pullback`: the pulled-back vectors, in a form that suits their layer.
+- :mod:`~ewc.fisher.estimators`: the score vectors, exact, drawn or observed.
 - :mod:`~ewc.fisher.structures`: the structures, and their sums over the data.
+- :mod:`~ewc.fisher.implicit`: products with a matrix that is never made.
+- :mod:`~ewc.fisher.sampling`: Monte Carlo matrices with a standard error.
+- :mod:`~ewc.fisher.distributed`: sums over processes.
+- :mod:`~ewc.fisher.network_state`: evaluation mode, and all as it was afterwards.
+- :mod:`~ewc.fisher.faults`: the messages for values that are not finite.
+- :mod:`~ewc.fisher.recognition`: a list of what the pass recognises in a network.
+
+:mod:`ewc.pullback` goes through the network.
 """
 
 from ewc.fisher.estimators import Empirical, Estimator, Exact, MonteCarlo

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ewc.fisher.estimators import Estimator
-from ewc.fisher.evaluation import dense_parts
 from ewc.fisher.faults import Faults, explained
+from ewc.fisher.network_state import dense_parts
 from ewc.fisher.structures.structure import Accumulator
 from ewc.likelihoods import Likelihood
 from ewc.linalg.devices import Sizes, out_of_memory, sizes_for
@@ -62,10 +62,10 @@ class DataPass:
             Caller(model, device) if estimator.loss is None else LossCaller(estimator.loss, device)
         )
         self.seen = KnownGraphs()
-        self.independent = False
+        self.independence_tested = False
         """Whether examples were tested to have the same outputs alone as in their batch."""
         self.faults = Faults()
-        self.depends = False
+        self.outputs_use_parameters = False
         """Whether any outputs depend on any of the parameters."""
         self.needs: dict[tuple[torch.Size, ...], Needs] = {}
         """What one example needs of memory, by the inputs' shapes."""
@@ -162,9 +162,9 @@ class DataPass:
                 f"Batch {index} has no targets, which {self.estimator} needs: a dict must have "
                 f"them under {LABELS!r}."
             )
-        if not self.independent and len(batch) > 1:
+        if not self.independence_tested and len(batch) > 1:
             self._check_independence(batch, index)
-            self.independent = True
+            self.independence_tested = True
         one = batch[:1]
         key = _shapes_of(one)
         if key not in self.needs:
@@ -192,11 +192,11 @@ class DataPass:
         """The examples of one forward pass with their score vectors and weights."""
         alone = partial(self._alone, arguments, scores, weights, vectors_at_once)
         if not (scores.shape[0] and outputs.requires_grad):
-            self.depends = self.depends or outputs.requires_grad
+            self.outputs_use_parameters = self.outputs_use_parameters or outputs.requires_grad
             return Chunk(self.model, arguments, scores, weights, lambda: iter(()), alone)
         with torch.no_grad():
             tape = Tape(self.model, self.parameters, arguments, outputs, self.seen)
-        self.depends = self.depends or bool(tape.present)
+        self.outputs_use_parameters = self.outputs_use_parameters or bool(tape.present)
         pullbacks = partial(tape.pullbacks, scores, vectors_at_once, self.memory // 2)
         recognised = partial(tape.recognised, scores)
         return Chunk(self.model, arguments, scores, weights, pullbacks, alone, recognised)

@@ -13,8 +13,8 @@ from ewc.checks import check_model, is_whole
 from ewc.fisher.data_pass import DataPass
 from ewc.fisher.distributed import anywhere, rank_in, summed_over
 from ewc.fisher.estimators import Estimator, Exact, check_estimator
-from ewc.fisher.evaluation import plain_operations, undisturbed
 from ewc.fisher.faults import check_finite
+from ewc.fisher.network_state import plain_operations, undisturbed
 from ewc.fisher.structures.diagonal import Diagonal
 from ewc.fisher.structures.structure import (
     Accumulator,
@@ -164,7 +164,7 @@ def fisher_information(
                 num_examples = summed_over(total, num_examples, group)
             if num_examples == 0:
                 raise ValueError("data is empty: it must have at least one example.")
-            if not anywhere(data_pass.depends, group):
+            if not anywhere(data_pass.outputs_use_parameters, group):
                 what = f"outputs of {type(model).__name__}", "its forward"
                 if estimator.loss is not None:
                     what = "values of the loss", "the loss"

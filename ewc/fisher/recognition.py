@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ewc.fisher.data_pass import DataPass
 from ewc.fisher.estimators import MonteCarlo
-from ewc.fisher.evaluation import plain_operations, undisturbed
+from ewc.fisher.network_state import plain_operations, undisturbed
 from ewc.likelihoods import Categorical, Likelihood, check_likelihood
 from ewc.linalg.tiles import DEFAULT_MEMORY
 from ewc.parameters import Selection, selected_parameters

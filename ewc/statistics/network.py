@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from ewc.fisher.data_pass import check_outputs
-from ewc.fisher.evaluation import plain_operations, undisturbed
+from ewc.fisher.network_state import plain_operations, undisturbed
 from ewc.likelihoods import Likelihood
 from ewc.parameters import Parameters
 from ewc.pullback.batches import Caller

@@ -81,8 +81,9 @@ class SynapticIntelligencePlugin(ImportancePlugin):
         super().before_update(strategy, **options)
         self._before = _copies(strategy.model)
 
-    def after_update(self, strategy: Any, **_: Any) -> None:
+    def after_update(self, strategy: Any, **options: Any) -> None:
         """Add the gain of the step."""
+        super().after_update(strategy, **options)
         for name, parameter in strategy.model.named_parameters():
             if parameter.grad is not None and name in self._path:
                 step = parameter.detach() - self._before[name]

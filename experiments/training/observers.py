@@ -2,16 +2,16 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
-from ewc import EWCPenalty, FisherMatrix
 from ewc.finite_steps import FiniteSteps, task_number
 from ewc.growth import Growth
 from ewc.parameters import Parameters
+from ewc.plugin import PenaltyPlugin
 from ewc.wrappers import named_parameters
 from experiments.recording.tracking import Recorder
 from experiments.training.divergence import warn_of_loss
@@ -22,23 +22,6 @@ NORMS_EVERY = 10
 
 They take a sweep over the parameters each, a tenth of a step of a small network.
 """
-
-
-@runtime_checkable
-class PenaltyPlugin(Protocol):
-    """A plugin that adds a quadratic penalty to the loss, with what a run records of it.
-
-    Attributes:
-        penalty: the penalty of earlier tasks.
-        fisher: the matrix of the last task in the penalty; ``None`` before the first.
-        last_penalty: the penalty's value in the current iteration.
-        growth: how much the parameters have grown in training.
-    """
-
-    penalty: EWCPenalty
-    fisher: FisherMatrix | None
-    last_penalty: Tensor
-    growth: Growth
 
 
 class TrainingObserver(SupervisedPlugin):

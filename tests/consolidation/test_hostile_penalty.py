@@ -127,7 +127,7 @@ def check_state(case):
     # What is loaded is a penalty: 0 or above, or it says why not.
     for use in (
         lambda: float(penalty(model).detach()),
-        lambda: penalty.fisher_trace,
+        lambda: penalty.precision_trace,
         lambda: penalty.predicted_rise(model),
         lambda: penalty.consolidate(case.fisher, model),
     ):

@@ -171,7 +171,7 @@ def test_checkpoints_hold_network_and_penalty(tmp_path):
     ]
     penalty = EWCPenalty()
     penalty.set_extra_state(plugin["penalty"])
-    assert penalty.fisher_trace > 0
+    assert penalty.precision_trace > 0
     torch.testing.assert_close(penalty.terms[0].anchor, state, rtol=0, atol=0)
 
 

@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 
 from ewc import Dense, fisher_information
 from ewc.fisher import recognised
-from ewc.fisher.evaluation import plain_operations
+from ewc.fisher.network_state import plain_operations
 from ewc.parameters import flatten
 from ewc.pullback.graph import Graph
 from ewc.pullback.tape import operations_of

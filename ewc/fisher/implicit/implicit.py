@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ewc.fisher.evaluation import copied
 from ewc.fisher.implicit.implicit_fisher import ImplicitFisher
 from ewc.fisher.implicit.network_product import NetworkProduct
 from ewc.fisher.implicit.pieces import Piece
+from ewc.fisher.network_state import copied
 from ewc.fisher.structures.structure import Accumulator, Structure
 from ewc.parameters import (
     Parameters,

@@ -8,10 +8,10 @@ from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
 
 from ewc.checks import check_count, check_not_negative, reason_of
-from ewc.fisher.evaluation import copied, plain_operations
 from ewc.fisher.faults import check_finite
 from ewc.fisher.implicit.network_product import NetworkProduct
 from ewc.fisher.implicit.pieces import Piece, described, from_description
+from ewc.fisher.network_state import copied, plain_operations
 from ewc.fisher.structures.diagonal import DiagonalAccumulator
 from ewc.linalg.krylov import (
     Estimate,

@@ -187,7 +187,7 @@ def test_artifacts_are_what_the_run_had(run):
     assert float(fisher.trace()) == pytest.approx(results["fisher"][1]["trace"])
     penalty = EWCPenalty.load(files / "penalty-task01.safetensors")
     traces = sum(information["trace"] for information in results["fisher"])
-    assert penalty.fisher_trace == pytest.approx(fisher.num_examples * traces)
+    assert penalty.precision_trace == pytest.approx(fisher.num_examples * traces)
 
 
 def test_console_and_machine_are_kept_and_nothing_is_elsewhere(run):

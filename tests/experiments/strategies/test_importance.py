@@ -120,6 +120,18 @@ def test_l2_holds_all_parameters_alike():
     assert float(plugin.penalty(model).detach()) == pytest.approx(1.5 * 0.01 * count, rel=1e-4)
 
 
+def test_an_importance_that_is_not_finite_ends_the_run_and_names_the_task():
+    class Infinite(L2Plugin):
+        def importance(self, strategy):
+            return {n: v / 0 for n, v in super().importance(strategy).items()}
+
+    plugin = Infinite(1.0)
+    with pytest.raises(FloatingPointError, match="in task 1, as its importance shows: "):
+        trained(plugin)
+    assert plugin.fisher is None
+    assert plugin.penalty.terms == []
+
+
 def test_batch_mean_gradients_are_squared_after_the_mean():
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)).double()
