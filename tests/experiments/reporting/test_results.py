@@ -298,7 +298,7 @@ def test_a_sweep_without_missing_jobs_is_not_listed():
     jobs = sweep_of(recipe)
     assert missing_table([recipe], {recipe.stem: jobs}) == []
     lines = missing_table([recipe], {recipe.stem: jobs[1:]})
-    assert lines[-1] == "| split_digits_strategies | 29 | 30 |  |"
+    assert lines[-1] == f"| split_digits_strategies | {len(jobs) - 1} | {len(jobs)} |  |"
 
 
 def test_a_page_is_written_without_damaged_lines(tmp_path, monkeypatch, capsys, caplog):
