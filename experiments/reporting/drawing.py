@@ -89,8 +89,8 @@ def legend_below(figure: Figure, columns: int = 5, size: float = 7.0) -> Figure:
             handles.setdefault(label, handle)
     if not handles:
         return figure
-    # Some 20 letters of 7 points to the inch; a handle and its spaces are as wide as 9.
-    letters, beside = 140 / size * figure.get_figwidth(), 9
+    # Some 20 letters of 7 points to the inch; a handle and its spaces are as wide as 12.
+    letters, beside = 140 / size * figure.get_figwidth(), 12
     labels = [textwrap.wrap(label, max(1, int(letters) - beside)) for label in handles]
     fitting = int(letters / (beside + max(len(line) for lines in labels for line in lines)))
     more = sum(len(lines) - 1 for lines in labels)
@@ -101,6 +101,7 @@ def legend_below(figure: Figure, columns: int = 5, size: float = 7.0) -> Figure:
         loc="outside lower center",
         fontsize=size,
         ncols=max(1, min(fitting, columns)),
+        handlelength=4,  # long enough to show dashes
     )
     for text in legend.get_texts():
         text.set_parse_math(False)  # names are no formulas

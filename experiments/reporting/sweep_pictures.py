@@ -13,6 +13,9 @@ from experiments.reporting.drawing import draw_band, legend_below
 from experiments.reporting.options import by_setting, options_of, varied
 from experiments.reporting.tables import Jobs, accuracies_by_strength, standard_error
 
+LINES = ("-", "--", ":")
+"""Ten settings, as many as there are colours, have one kind of line."""
+
 SPEAKING = ("strategy", "fisher/estimator", "fisher/structure")
 """Options whose values stand without the option's name in a legend."""
 
@@ -33,6 +36,7 @@ def over_tasks(jobs: Jobs, title: str) -> Figure:
             mean, errors = _means(runs)
             steps = range(1, len(mean) + 1)
             style = {"marker": ".", "label": label, "color": f"C{place % 10}"}
+            style["ls"] = LINES[place // 10 % len(LINES)]
             draw_band(axes, steps, mean, errors, **style)
         axes.set(xlabel="tasks learnt", title=scenario or title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -142,6 +142,12 @@ def drawn(figure):
 TWO = [job(a, strategy=s, seed=k) for s, k, a in [("ewc", 0, 0.6), ("ewc", 1, 0.8), ("l2", 0, 0.5)]]
 
 
+def test_each_of_many_settings_has_a_line_of_its_own():
+    (axes,) = pictures.over_tasks([job(0.5, strategy=f"s{k}") for k in range(12)], "t").axes
+    looks = {(line.get_color(), line.get_linestyle()) for line in axes.lines}
+    assert len(looks) == len(axes.lines) == 12
+
+
 def test_accuracy_is_drawn_over_tasks():
     assert drawn(pictures.over_tasks(TWO, "t")) == [
         ("ewc", [1, 2], [90, 70]),
