@@ -121,7 +121,7 @@ def test_batch_means_are_diagonal_only():
     assert isinstance(plugin.estimator, Empirical)
     assert plugin.structure == BatchMeanGradients()
     node = compose("fisher/estimator=batch_means", "fisher/structure=kronecker")["fisher"]
-    with pytest.raises(ConfigurationError, match=r"with BatchMeans, got Kronecker\("):
+    with pytest.raises(ConfigurationError, match=r"=batch_means, got Kronecker\("):
         build(node, Fisher)
 
 
