@@ -71,7 +71,7 @@ def pycil(
 def mammoth(
     model: nn.Module, x: Tensor, y: Tensor, *, batch: int = 32, training: bool = True
 ) -> Tensor:
-    """``1/(K batch) sum_n p_n g_n^2`` in training mode, one example at a time.
+    """``1/(K batch) sum_n p_n,y_n g_n^2`` in training mode, one example at a time.
 
     ``batch`` is the size of the loader's batches, of which there are K: it enters the divisor only.
     """
@@ -190,7 +190,7 @@ CODES = [
     Code(
         "mammoth",
         ("aimagelab/mammoth", "20ff873", "models/ewc_on.py", "EwcOn.end_task"),
-        "1/(K B) sum_n p_n g_n^2",
+        "1/(K B) sum_n p_n,y_n g_n^2",
         1,
         "mean over examples, the last batch counted as full",
         "one label of the sum, in training mode",
