@@ -62,7 +62,7 @@ for mebibytes in map(int, sys.argv[3].split(",")):
 """
 
 
-SIZES = "5,10,15,20,30,45,300"
+SIZES = "3,4,5,10,15,20,30,45,300"
 """MiB that a pass may take."""
 
 
