@@ -75,7 +75,7 @@ class Stream:
     units: int = 512
 
     def __post_init__(self) -> None:
-        """Check the numbers that nothing else checks."""
+        """Check the numbers, those of the penalty by making one."""
         check_count(self.tasks, "tasks")
         check_positive(self.lr, "lr")
         check_not_negative(self.weight_decay, "weight_decay")
@@ -141,8 +141,8 @@ def run(train: Images, test: Images, seed: int, stream: Stream) -> tuple[list[fl
     """The accuracies on the last tasks in the end, and the mean accuracy on a task just learnt."""
     torch.manual_seed(seed)
     num_pixels = train.pixels.shape[1]
-    model = nn.Sequential(nn.Linear(num_pixels, stream.units), nn.ReLU())
-    model.append(nn.Linear(stream.units, 10))
+    layers = nn.Linear(num_pixels, stream.units), nn.ReLU(), nn.Linear(stream.units, 10)
+    model = nn.Sequential(*layers)
     optimizer = torch.optim.SGD(model.parameters(), lr=stream.lr)  # its learning rate is read
     penalty = EWCPenalty(stream.strength, Online(stream.decay))
     permutations: deque[Tensor] = deque(maxlen=LAST)
@@ -164,9 +164,9 @@ def run(train: Images, test: Images, seed: int, stream: Stream) -> tuple[list[fl
                 model, zip(batches, train.labels[rows].split(1000), strict=True)
             )
             penalty.consolidate(fisher, model, num_examples=len(train))
-        last = [accuracy(model, test, permutation) for permutation in permutations]
-        learnt.append(last[-1])
+        learnt.append(accuracy(model, test, permutations[-1]))
         if task % EVERY == 0 or task == stream.tasks:
+            last = [accuracy(model, test, permutation) for permutation in permutations]
             print(_line(seed, task, last, time.perf_counter() - started), flush=True)
     return last, sum(learnt) / len(learnt)
 

@@ -293,23 +293,29 @@ def _unknown_option(option: str, config_name: str) -> str:
             parent = parent.rpartition(".")[0]
         names = _names(_node(config, parent), parent, config_name)
         group = parent.replace(".", "/")
-        choice = config.hydra.runtime.choices.get(group)
-        if not names:
-            others = ", ".join(_choices_with(option, group, config_name))
-            allowed = f"an option of {others}" if others else "it has no options"
-            return f"Unknown option {option!r} with {group}={choice}: {allowed}."
-        where = f" with {group}={choice}" if f"{group}={choice}" in overrides else ""
-        return f"Unknown option {option!r}{where}: allowed are {', '.join(names)}."
+        choice = f"{group}={config.hydra.runtime.choices.get(group)}"
+        if names:
+            where = f" with {choice}" if choice in overrides else ""
+            return f"Unknown option {option!r}{where}: allowed are {', '.join(names)}."
+        if group not in config.hydra.runtime.choices:
+            return f"Unknown option {option!r}: {parent!r} has no options."
+        others = ", ".join(_choices_with(option, group, config_name))
+        allowed = f"an option of {others}" if others else "it has no options"
+        return f"Unknown option {option!r} with {choice}: {allowed}."
     return f"Unknown option {option!r}."
 
 
 def _choices_with(option: str, group: str, config_name: str) -> list[str]:
     """The choices of a group that have an option, as the command line has them."""
     choices = []
-    for path in sorted((Path(CONFIGS) / group).glob("*.yaml")):
-        choice = f"{group}={path.stem}"
-        with hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
-            if _node(hydra.compose(config_name, overrides=[choice]), option) is not None:
+    with _checked_loader(), hydra.initialize_config_dir(CONFIGS, version_base="1.3"):
+        for path in sorted((Path(CONFIGS) / group).glob("*.yaml")):
+            choice = f"{group}={path.stem}"
+            try:
+                config = hydra.compose(config_name, overrides=[choice], return_hydra_config=True)
+            except ConfigurationError:  # its plugin is not installed
+                continue
+            if _node(config, option) is not None:
                 choices.append(choice)
     return choices
 

@@ -470,6 +470,8 @@ def test_a_strategy_without_a_fisher_pass_makes_no_matrix(tmp_path, command_line
             "'fisher.estimator.num_samples' with fisher/estimator=exact: "
             "an option of fisher/estimator=monte_carlo.",
         ),
+        (["hydra.launcher.n_jobs=2"], "=basic: an option of hydra/launcher=joblib"),
+        (["hydra.job.env_set.a=1"], "'hydra.job.env_set.a': 'hydra.job.env_set' has no options."),
         (["strategy=joint", "strategy.a=3"], "'strategy.a' with strategy=joint: it has no options"),
         (
             ["strategy=ewcc"],

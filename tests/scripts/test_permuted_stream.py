@@ -3,7 +3,6 @@
 import copy
 
 import permuted_stream
-import pytest
 import torch
 from torch import nn
 
@@ -27,17 +26,16 @@ def test_each_image_is_a_step_of_gradient_descent():
         torch.testing.assert_close(value, wanted)
 
 
-def test_weight_decay_is_that_of_gradient_descent():
+def test_weight_decay_is_that_of_gradient_descent(monkeypatch):
     """Where no image is learnt, a task multiplies the weights by ``(1 - lr * decay) ** images``."""
     images = Images(torch.zeros(300, 64), torch.arange(300) % 10)
     options = {"tasks": 1, "units": 8, "lr": 0.05, "decay": 1.0, "strength": 0.0}
     models = []
     original = permuted_stream.accuracy
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            permuted_stream, "accuracy", lambda *args: models.append(args[0]) or original(*args)
-        )
-        permuted_stream.run(images, images, 0, permuted_stream.Stream(weight_decay=0.1, **options))
+    monkeypatch.setattr(
+        permuted_stream, "accuracy", lambda *args: models.append(args[0]) or original(*args)
+    )
+    permuted_stream.run(images, images, 0, permuted_stream.Stream(weight_decay=0.1, **options))
     torch.manual_seed(0)
     started = nn.Linear(64, 8).weight.detach()
     torch.testing.assert_close(models[0][0].weight.detach(), started * 0.995**300)
